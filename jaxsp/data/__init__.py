@@ -1,0 +1,1 @@
+"""From text to arrays: documents, chat slots, rows."""

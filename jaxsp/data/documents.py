@@ -1,0 +1,146 @@
+"""Reading what the user gives: a context, and queries with or without answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import sys
+from pathlib import Path
+
+from jaxsp.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """An input z, and the answer to train towards if the user gives one (else the teacher's)."""
+
+    text: str
+    answer: str | None = None
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, or of standard input for ``-``.
+
+    Raises:
+      UserError: the file is missing, unreadable, empty, binary or not UTF-8.
+    """
+    name = "standard input" if str(path) == "-" else str(path)
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {name}.") from error
+    except OSError as error:
+        raise UserError(f"{name} can't be read ({error.strerror}).") from error
+    if b"\0" in data:
+        raise UserError(f"{name} is a binary file; give plain text in UTF-8.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 (byte {error.start}); convert it first.") from error
+    if not text.strip():
+        raise UserError(f"{name} is empty.")
+    return text
+
+
+def read_context(path: str | Path) -> str:
+    """The context of a ``.txt`` or ``.md`` file or of standard input (``-``), stripped at its ends."""
+    return read_text(path).strip()
+
+
+def read_queries(path: str | Path) -> list[Query]:
+    """Queries from a file: one per line, or JSONL ``{"query": ..., "answer": optional}``.
+
+    A file is JSONL if its name ends in ``.jsonl`` or its first character is ``{``. Blank lines are
+    passed over.
+
+    Raises:
+      UserError: the file can't be read, a JSONL line is malformed (the line is named), or a query
+        occurs twice.
+    """
+    text = read_text(path)
+    jsonl = str(path).endswith(".jsonl") or text.lstrip().startswith("{")
+    queries: list[Query] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            queries.append(_parse(line, f"{path}, line {number}") if jsonl else Query(line.strip()))
+    return queries
+
+
+def as_queries(queries: list[str] | list[Query] | list[dict]) -> list[Query]:
+    """Queries in any form the Python interface takes: strings, dicts with ``query``, or ``Query``."""
+    return [
+        query
+        if isinstance(query, Query)
+        else _from_dict(query, f"query {i}")
+        if isinstance(query, dict)
+        else Query(query.strip())
+        for i, query in enumerate(queries, start=1)
+    ]
+
+
+def split_queries(
+    queries: list[Query], held_out: list[Query] | float, seed: int
+) -> tuple[list[Query], list[Query]]:
+    """Training and held-out queries.
+
+    Args:
+      queries: what the user gave.
+      held_out: the held-out ones, or the fraction (0 to 1) of ``queries`` to hold out, at least one.
+      seed: of the draw.
+
+    Raises:
+      UserError: fewer than one query for training or none held out, a query given twice or in both.
+    """
+    if isinstance(held_out, list):
+        train = list(queries)
+        both = {q.text for q in train} & {q.text for q in held_out}
+        if both:
+            raise UserError(
+                f"The query {min(both)!r} is both for training and held out; remove it from one"
+                " of the two, or the report would measure what was trained on."
+            )
+    else:
+        if not 0 < held_out < 1:
+            raise UserError(f"The held-out fraction must lie between 0 and 1, not {held_out}.")
+        if len(queries) < 2:
+            raise UserError(
+                f"At least two queries are needed, one to train on and one held out; got"
+                f" {len(queries)}."
+            )
+        order = random.Random(seed).sample(range(len(queries)), len(queries))
+        count = min(len(queries) - 1, max(1, round(held_out * len(queries))))
+        chosen = set(order[:count])
+        train = [q for i, q in enumerate(queries) if i not in chosen]
+        held_out = [q for i, q in enumerate(queries) if i in chosen]
+    if not train or not held_out:
+        side = "train on" if not train else "hold out"
+        raise UserError(f"There is no query to {side}; give at least one.")
+    for side in (train, held_out):
+        seen: set[str] = set()
+        for query in side:
+            if query.text in seen:
+                raise UserError(f"The query {query.text!r} is given twice; remove one.")
+            seen.add(query.text)
+    return train, held_out
+
+
+def _parse(line: str, where: str) -> Query:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error}).") from error
+    return _from_dict(row, where)
+
+
+def _from_dict(row: object, where: str) -> Query:
+    if not isinstance(row, dict) or not isinstance(row.get("query"), str):
+        raise UserError(f'{where}: expected {{"query": "...", "answer": "..." (optional)}}.')
+    answer = row.get("answer")
+    if answer is not None and not (isinstance(answer, str) and answer.strip()):
+        raise UserError(f"{where}: the answer must be a text that is not empty.")
+    if unknown := sorted(set(row) - {"query", "answer"}):
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; the keys are query and answer.")
+    if not row["query"].strip():
+        raise UserError(f"{where}: the query is empty.")
+    return Query(row["query"].strip(), answer and answer.strip())

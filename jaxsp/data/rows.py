@@ -1,0 +1,111 @@
+"""Queries with their answers as rows of arrays, and the endless stream of training batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxsp.typing import EMPTY, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """(z, ŷ) sequences, right-padded: what stands after the prefix, and where it predicts ŷ.
+
+    Attributes:
+      tokens: ``[B, T]`` token ids.
+      offsets: ``[B, T]`` positions counted from the prefix's end; ``EMPTY`` for padding.
+      answer_index: ``[B, A]`` the row index whose hidden state predicts each answer token.
+      targets: ``[B, A]`` the answer tokens ŷ.
+      mask: ``[B, A]`` True where there is one.
+      teacher_hidden: ``[B, A, D]`` the teacher's last hidden states there; ``None`` before they are
+        computed.
+    """
+
+    tokens: Int[np.ndarray, "b t"]
+    offsets: Int[np.ndarray, "b t"]
+    answer_index: Int[np.ndarray, "b a"]
+    targets: Int[np.ndarray, "b a"]
+    mask: Bool[np.ndarray, "b a"]
+    teacher_hidden: Float[np.ndarray, "b a d"] | None = None
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def take(self, index: Sequence[int] | np.ndarray) -> Rows:
+        """The rows of these indices, in their order; one beyond the last gives an empty row."""
+        index = np.asarray(index)
+        inside = index < len(self)
+        rows = jax.tree.map(lambda leaf: leaf[np.where(inside, index, 0)], self)
+        blank = ~inside[:, None]
+        return dataclasses.replace(
+            rows,
+            offsets=np.where(blank, EMPTY, rows.offsets),
+            mask=np.where(blank, False, rows.mask),
+        )
+
+
+def make_rows(queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Rows:
+    """Rows of query and answer ids; ``T`` and ``A`` fit the longest.
+
+    Args:
+      queries: ids from after the context up to where the answer starts, per row, never empty.
+      answers: answer ids per row, the end-of-turn token included, never empty.
+
+    Example:
+      >>> rows = make_rows([[5, 6, 7]], [[8, 2]])
+      >>> rows.tokens.tolist(), rows.answer_index.tolist(), rows.targets.tolist()
+      ([[5, 6, 7, 8]], [[2, 3]], [[8, 2]])
+    """
+    n = len(queries)
+    longest_answer = max(len(a) for a in answers)
+    # The last answer token is predicted, never read.
+    length = max(len(q) + len(a) - 1 for q, a in zip(queries, answers, strict=True))
+    tokens = np.zeros((n, length), np.int32)
+    offsets = np.full((n, length), EMPTY, np.int32)
+    answer_index = np.zeros((n, longest_answer), np.int32)
+    targets = np.zeros((n, longest_answer), np.int32)
+    mask = np.zeros((n, longest_answer), bool)
+    for i, (query, answer) in enumerate(zip(queries, answers, strict=True)):
+        read = [*query, *answer[:-1]]
+        tokens[i, : len(read)] = read
+        offsets[i, : len(read)] = np.arange(len(read))
+        answer_index[i, : len(answer)] = len(query) - 1 + np.arange(len(answer))
+        targets[i, : len(answer)] = answer
+        mask[i, : len(answer)] = True
+    return Rows(tokens, offsets, answer_index, targets, mask)
+
+
+def pad_ids(rows: Sequence[Sequence[int]], length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Ids ``[B, T]`` right-padded to ``length`` (or the longest), and their offsets (``EMPTY``: padding)."""
+    length = length or max(len(row) for row in rows)
+    ids = np.zeros((len(rows), length), np.int32)
+    offsets = np.full((len(rows), length), EMPTY, np.int32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        offsets[i, : len(row)] = np.arange(len(row))
+    return ids, offsets
+
+
+def batch_indices(count: int, cursor: int, batch_size: int, seed: int) -> np.ndarray:
+    """Which rows stand at ``cursor`` in the endless shuffled stream.
+
+    Each epoch is a fresh permutation of all rows, drawn from (seed, epoch) alone: the stream can be
+    entered anywhere, so a resumed run goes on exactly where it stopped.
+
+    Args:
+      count: number of rows.
+      cursor: how many rows were drawn before.
+      batch_size: how many to draw; a batch may span two epochs.
+      seed: of the stream.
+
+    Returns:
+      ``[batch_size]`` indices into the rows.
+    """
+    places = np.arange(cursor, cursor + batch_size)
+    epochs = {e: np.random.default_rng((seed, int(e))).permutation(count) for e in set(places // count)}
+    return np.array([epochs[place // count][place % count] for place in places])

@@ -1,0 +1,87 @@
+"""What the model predicts for rows (z, ŷ) after a prefix: the teacher's and the student's side.
+
+One function serves both. The teacher's prefix is the context c, the student's the soft prompt σ:
+
+    answer_hidden(params, config, context_prefix(...), rows)     the teacher
+    answer_hidden(params, config, prompt_prefix(...), rows)      the student
+
+Last hidden states and not logits are what is kept: the frozen head turns them into the exact
+distribution at D/V of the memory. All functions are pure and work under jit, grad, vmap and pmap.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxsp.data.rows import Rows
+from jaxsp.models import decoder
+from jaxsp.models.config import DecoderConfig
+from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.typing import EMPTY, Array, Float, Int, KeyValues, Params, PyTree
+
+
+def context_prefix(
+    params: Params,
+    config: DecoderConfig,
+    ids: Int[Array, "1 c"],
+    before: KeyValues | None = None,
+) -> KeyValues:
+    """The prefix that a context is: its tokens read once, after ``before``, for all rows.
+
+    Args:
+      params: the frozen weights.
+      config: of the model.
+      ids: token ids ``[1, C]``; C may be 0.
+      before: what stands before it.
+    """
+    return decoder.prefill(params, config, decoder.embed(params, config, ids), before)
+
+
+def prompt_prefix(
+    params: Params, config: DecoderConfig, sigma: PyTree, before: KeyValues, kind: str = "embedding"
+) -> KeyValues:
+    """The prefix that a soft prompt is, where the context stood; differentiable in ``sigma``.
+
+    Args:
+      params: the frozen weights.
+      config: of the model.
+      sigma: the prompt's parameters.
+      before: what stands before it.
+      kind: a key of ``jaxsp.prompts.PROMPT_KINDS``.
+    """
+    read = functools.partial(decoder.prefill, params, config)
+    return PROMPT_KINDS[kind].prefix(sigma, before, read)
+
+
+def answer_hidden(
+    params: Params, config: DecoderConfig, prefix: KeyValues, rows: Rows
+) -> Float[Array, "b a d"]:
+    """Last hidden states at the positions that predict ŷ, reading ``rows`` after ``prefix``."""
+    start = prefix.next_position[:, None]
+    positions = jnp.where(rows.offsets == EMPTY, EMPTY, start + rows.offsets)
+    inputs = decoder.embed(params, config, jnp.asarray(rows.tokens))
+    states, _ = decoder.hidden(params, config, inputs, positions, (prefix,))
+    return jnp.take_along_axis(states, jnp.asarray(rows.answer_index)[..., None], axis=1)
+
+
+def log_probs(
+    params: Params, config: DecoderConfig, prefix: KeyValues, rows: Rows
+) -> Float[Array, "b a v"]:
+    """log p(· | prefix, z, ŷ<t) at every answer position, float32: the exact distributions.
+
+    For a few rows at a time; training and evaluation go by ``answer_hidden`` instead.
+
+    Example:
+      >>> import jaxsp, numpy as np
+      >>> from jaxsp import distributions as d
+      >>> model = jaxsp.load_model("smollm2-135m-instruct", dtype="float32")
+      >>> ids = np.array([model.tokenizer("Paris is in").input_ids])
+      >>> rows = d.make_rows([[506]], [[314, 260]])
+      >>> d.log_probs(model.params, model.config, d.context_prefix(model.params, model.config, ids), rows).shape
+      (1, 2, 49152)
+    """
+    states = answer_hidden(params, config, prefix, rows)
+    return jax.nn.log_softmax(decoder.unembed(params, config, states), axis=-1)

@@ -1,0 +1,164 @@
+"""Divergences between the teacher's and the student's whole token distributions, in nats.
+
+All take logits ``[*b, t, v]`` in any float dtype and return unreduced float32 ``[*b, t]``: exactly 0,
+with zero gradient, where the mask is False (even over NaN). The teacher gets no gradient. ``-inf``
+logits (banned tokens) are legal; a token that one side bans and the other does not can make a
+divergence infinite, as the mathematics says.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxsp.losses.checks import check_fraction, check_logits, check_mask, check_positive
+from jaxsp.typing import Array, Bool, Float
+
+Logits = Float[Array, "*b t v"]
+Mask = Bool[Array, "*b t"] | None
+Losses = Float[Array, "*b t"]
+
+
+def kl_divergence(
+    teacher_logits: Logits, student_logits: Logits, mask: Mask = None, *, temperature: float = 1.0
+) -> Losses:
+    r"""Kullback-Leibler divergence of the student from the teacher, over the whole vocabulary.
+
+    .. math:: KL(p \| q) = \sum_v p_v (\log p_v - \log q_v)
+
+    with p the teacher's and q the student's distribution. Minimising it over the student covers all
+    that the teacher finds plausible. Its gradient with respect to the student's logits is q - p.
+
+    Args:
+      teacher_logits: ``[*b, t, v]``; no gradient flows to it.
+      student_logits: ``[*b, t, v]``.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``.
+      temperature: both sides' logits are divided by it. The result is not rescaled by its square.
+
+    Returns:
+      ``[*b, t]`` float32, in nats, never negative beyond rounding.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, or the temperature is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> p, q = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.9, 0.1]]))
+      >>> kl_divergence(p, q).round(4)
+      Array([0.5108], dtype=float32)
+
+    Reference:
+      Kullback & Leibler 1951; for distilling language models: Hinton et al. 2015 (arXiv:1503.02531).
+    """
+    p, q, mask = _log_probs(teacher_logits, student_logits, mask, temperature)
+    return jnp.where(mask, _kl(p, q), 0.0)
+
+
+def reverse_kl_divergence(
+    teacher_logits: Logits, student_logits: Logits, mask: Mask = None, *, temperature: float = 1.0
+) -> Losses:
+    r"""Kullback-Leibler divergence of the teacher from the student: KL(q ‖ p).
+
+    .. math:: KL(q \| p) = \sum_v q_v (\log q_v - \log p_v)
+
+    Minimising it over the student avoids what the teacher finds implausible (mode seeking).
+
+    Args:
+      teacher_logits: ``[*b, t, v]``; no gradient flows to it.
+      student_logits: ``[*b, t, v]``.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``.
+      temperature: both sides' logits are divided by it.
+
+    Returns:
+      ``[*b, t]`` float32, in nats.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, or the temperature is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> p, q = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.9, 0.1]]))
+      >>> reverse_kl_divergence(p, q).round(4)
+      Array([0.3681], dtype=float32)
+
+    Reference:
+      Gu et al. 2023, MiniLLM (arXiv:2306.08543).
+    """
+    p, q, mask = _log_probs(teacher_logits, student_logits, mask, temperature)
+    return jnp.where(mask, _kl(q, p), 0.0)
+
+
+def js_divergence(
+    teacher_logits: Logits,
+    student_logits: Logits,
+    mask: Mask = None,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+) -> Losses:
+    r"""Generalised Jensen-Shannon divergence.
+
+    .. math:: JS_\beta = \beta\, KL(p \| m) + (1 - \beta)\, KL(q \| m),\quad m = \beta p + (1 - \beta) q
+
+    with p the teacher's and q the student's distribution. At ``beta=0.5`` it is symmetric and at most
+    ln 2. Divided by beta it tends to KL(p ‖ q) as beta → 0; divided by 1 - beta, to KL(q ‖ p) as
+    beta → 1. At 0 and 1 themselves it is 0.
+
+    Args:
+      teacher_logits: ``[*b, t, v]``; no gradient flows to it.
+      student_logits: ``[*b, t, v]``.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``.
+      beta: the teacher's weight in the mixture m, between 0 and 1.
+      temperature: both sides' logits are divided by it.
+
+    Returns:
+      ``[*b, t]`` float32, in nats, finite even where one side bans a token.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, beta is outside [0, 1] or the temperature not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> p, q = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.9, 0.1]]))
+      >>> js_divergence(p, q).round(4)
+      Array([0.1017], dtype=float32)
+
+    Reference:
+      Lin 1991; generalised for distillation: Agarwal et al. 2023 (arXiv:2306.13649).
+    """
+    check_fraction(beta=beta)
+    p, q, mask = _log_probs(teacher_logits, student_logits, mask, temperature)
+    if beta in (0.0, 1.0):
+        return jnp.zeros(mask.shape, jnp.float32)
+    m = _log_mixture(p, q, beta)
+    return jnp.where(mask, beta * _kl(p, m) + (1 - beta) * _kl(q, m), 0.0)
+
+
+def _log_probs(
+    teacher_logits: Logits, student_logits: Logits, mask: Mask, temperature: float
+) -> tuple[Array, Array, Array]:
+    check_logits(teacher_logits=teacher_logits, student_logits=student_logits)
+    check_positive(temperature=temperature)
+    mask = check_mask(mask, student_logits.shape[:-1])
+    sides = []
+    for logits in (jax.lax.stop_gradient(teacher_logits), student_logits):
+        # Masked logits are replaced before anything is computed: a NaN there must not reach the
+        # gradient through a multiplication by zero.
+        logits = jnp.where(mask[..., None], logits.astype(jnp.float32) / temperature, 0.0)
+        sides.append(jax.nn.log_softmax(logits, axis=-1))
+    return sides[0], sides[1], mask
+
+
+def _kl(log_p: Array, log_q: Array) -> Array:
+    # 0 log 0 = 0. The inner `where` keeps -inf - -inf out of the gradient.
+    possible = log_p > -jnp.inf
+    p = jnp.exp(log_p)
+    terms = p * (jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0))
+    return jnp.sum(terms, axis=-1)
+
+
+def _log_mixture(log_p: Array, log_q: Array, beta: float) -> Array:
+    # log(beta p + (1-beta) q), with a finite gradient where both are 0.
+    a, b = log_p + jnp.log(beta), log_q + jnp.log1p(-beta)
+    either = jnp.maximum(a, b) > -jnp.inf
+    return jnp.where(either, jnp.logaddexp(jnp.where(either, a, 0.0), jnp.where(either, b, 0.0)), -jnp.inf)

