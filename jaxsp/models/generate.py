@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
@@ -109,7 +108,8 @@ def _read_queries(
         step=jnp.int32(1),
         token_B=token_B,
         tokens_BA=tokens_BA,
-        done_B=_is_stop(token_B, stop_ids),
+        # A row of padding alone has nothing to say and must not keep the loop running.
+        done_B=_is_stop(token_B, stop_ids) | jnp.all(offsets_BT == EMPTY, axis=-1),
         cache=cache.append(KeyValues(room, room, empty)),
     )
 
@@ -166,8 +166,3 @@ def _best(params: Params, config: DecoderConfig, hidden_BD: Array) -> Array:
 
 def _is_stop(tokens: Array, stop_ids: tuple[int, ...]) -> Array:
     return jnp.isin(tokens, jnp.asarray(stop_ids or (EMPTY,), jnp.int32))
-
-
-def rows_of(tokens: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
-    """The ragged answers of a ``greedy`` result."""
-    return [row[:n].tolist() for row, n in zip(np.asarray(tokens), np.asarray(lengths), strict=True)]

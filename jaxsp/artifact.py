@@ -1,0 +1,153 @@
+"""A saved prompt: ``prompt.safetensors`` with its arrays, ``manifest.json`` with all that gives them meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from jaxsp import distributions
+from jaxsp.data.chat import ChatSlots
+from jaxsp.models.language_model import LanguageModel
+from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.typing import KeyValues, UserError
+
+FORMAT = 1
+ARRAYS, MANIFEST, CONTEXT = "prompt.safetensors", "manifest.json", "context.txt"
+_REQUIRED = ("format", "kind", "length", "model", "tokenizer", "slots", "sha256")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SoftPrompt:
+    """A trained soft prompt σ and where it belongs.
+
+    Attributes:
+      sigma: its arrays by name, float32.
+      manifest: kind, length, the model and tokenizer it was trained for, the texts around it, how it
+        was trained, and its held-out metrics.
+      context: the text it stands for, kept beside it so that it can be measured again; ``None`` if
+        the file was taken away.
+
+    Example:
+      >>> import jaxsp
+      >>> prompt = jaxsp.SoftPrompt.load(demo_folder)
+      >>> prompt.kind, prompt.sigma["embeddings"].shape
+      ('embedding', (2, 576))
+    """
+
+    sigma: dict[str, np.ndarray]
+    manifest: dict[str, Any]
+    context: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """A key of ``jaxsp.prompts.PROMPT_KINDS``."""
+        return self.manifest["kind"]
+
+    @property
+    def length(self) -> int:
+        """K, in tokens."""
+        return self.manifest["length"]
+
+    @property
+    def slots(self) -> ChatSlots:
+        """The texts around the prompt and the query."""
+        return ChatSlots(**{k: self.manifest["slots"][k] for k in ("before", "between", "after")})
+
+    def prefix(self, model: LanguageModel) -> KeyValues:
+        """What the model attends to in place of the context.
+
+        Raises:
+          UserError: the prompt belongs to another model or tokenizer.
+        """
+        self.check(model)
+        before = distributions.context_prefix(
+            model.params, model.config, jnp.asarray([self.manifest["slots"]["before_ids"]], jnp.int32)
+        )
+        return distributions.prompt_prefix(
+            model.params, model.config, self.sigma, before, self.kind
+        )
+
+    def check(self, model: LanguageModel) -> None:
+        """Raises ``UserError`` with the difference if the prompt belongs to another model or tokenizer."""
+        expected = {
+            "model weights": self.manifest["model"]["fingerprint"],
+            "tokenizer": self.manifest["tokenizer"]["fingerprint"],
+        }
+        actual = {
+            "model weights": model.fingerprint,
+            "tokenizer": tokenizer_fingerprint(model.tokenizer),
+        }
+        for what, theirs in expected.items():
+            if actual[what] != theirs:
+                raise UserError(
+                    f"This prompt belongs to another model: its {what} are those of"
+                    f" {self.manifest['model']['name']} ({theirs[:12]}), the loaded model is"
+                    f" {model.name} ({actual[what][:12]})."
+                )
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the files into ``directory``, the manifest last: it never stands alone."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        data = save({name: np.asarray(array) for name, array in self.sigma.items()})
+        manifest = {**self.manifest, "sha256": hashlib.sha256(data).hexdigest()}
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        files = {ARRAYS: data, MANIFEST: text.encode("utf-8")}
+        if self.context is not None:
+            files = {CONTEXT: self.context.encode("utf-8"), **files}
+        for name, content in files.items():
+            scratch = directory / f"{name}.part"
+            scratch.write_bytes(content)
+            scratch.replace(directory / name)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> SoftPrompt:
+        """Reads a saved prompt.
+
+        Raises:
+          UserError: the folder holds none, or its files are damaged or do not belong together.
+        """
+        directory = Path(directory)
+        if not (directory / MANIFEST).is_file() or not (directory / ARRAYS).is_file():
+            raise UserError(f"{directory} holds no soft prompt ({ARRAYS} and {MANIFEST}).")
+        try:
+            manifest = json.loads((directory / MANIFEST).read_text("utf-8"))
+            absent = [key for key in _REQUIRED if key not in manifest]
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{directory / MANIFEST} is damaged ({error}).") from error
+        if absent:
+            raise UserError(f"{directory / MANIFEST} is damaged: it lacks {absent[0]!r}.")
+        if manifest["format"] != FORMAT or manifest["kind"] not in PROMPT_KINDS:
+            raise UserError(
+                f"{directory} holds a prompt of kind {manifest['kind']!r}, format"
+                f" {manifest['format']}, which this version of jaxsp can't read; upgrade it."
+            )
+        data = (directory / ARRAYS).read_bytes()
+        if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
+            raise UserError(
+                f"{directory / ARRAYS} is damaged or does not belong to the manifest beside it"
+                " (its SHA-256 differs)."
+            )
+        try:
+            context = directory / CONTEXT
+            return cls(
+                load(data), manifest, context.read_text("utf-8") if context.is_file() else None
+            )
+        except (SafetensorError, UnicodeDecodeError) as error:
+            raise UserError(f"{directory} is damaged ({error}).") from error
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """SHA-256 over a tokenizer's vocabulary and how it splits a probing text."""
+    probe = "The 12,345 naïve co-operators' don't\tsay  “hello”\n\n<|x|> 你好 🙂."
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    told = json.dumps([vocabulary, tokenizer.encode(probe, add_special_tokens=False)])
+    return hashlib.sha256(told.encode()).hexdigest()

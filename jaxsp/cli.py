@@ -1,0 +1,294 @@
+"""The command line: compress · ask · evaluate · inspect · demo (tyro)."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jaxsp.settings import Settings
+from jaxsp.typing import UserError
+
+if TYPE_CHECKING:
+    from jaxsp.api import Result
+    from jaxsp.models.language_model import LanguageModel
+
+EMBEDDED = "smollm2-135m-instruct"
+_STARTED = time.perf_counter()
+
+
+@dataclasses.dataclass(frozen=True)
+class Compress(Settings):
+    """Learn a soft prompt that stands in for a document, and measure how well it does."""
+
+    context: tyro.conf.Positional[str] = tyro.MISSING
+    """The document: a .txt or .md file, or - for standard input."""
+    queries: str = tyro.MISSING
+    """What will be asked: a file with one query per line, or JSONL {"query", "answer" (optional)}."""
+    held_out: str = "0.2"
+    """Queries to measure on, never trained on: a file, or a fraction of --queries."""
+    model: str = EMBEDDED
+    """A directory, a .gguf file, a hub id, or the name of the embedded model."""
+    dtype: str | None = None
+    """Of weights and activations; by default bfloat16 where the hardware computes it, else float32."""
+    out: str = "jaxsp-out"
+    """Folder for the prompt, the report and the checkpoints."""
+    resume: bool = False
+    """Go on with the interrupted run in --out."""
+    overwrite: bool = False
+    """Replace an earlier run in --out."""
+
+    def run(self) -> None:
+        from jaxsp import api
+        from jaxsp.data.documents import read_context, read_queries
+        from jaxsp.run_folder import check_folder
+
+        self.check()
+        check_folder(self.out, resume=self.resume, overwrite=self.overwrite)
+        context, queries = read_context(self.context), read_queries(self.queries)
+        held_out = _fraction(self.held_out)
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)}
+        try:
+            result = api.compress(
+                _load(self.model, self.dtype),
+                context,
+                queries,
+                held_out=read_queries(self.held_out) if held_out is None else held_out,
+                out=self.out,
+                resume=self.resume,
+                overwrite=self.overwrite,
+                **settings,
+            )
+        except api.Interrupted as error:
+            arguments = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
+            print(f"{error}\n  jaxsp {shlex.join([*arguments, '--resume'])}", file=sys.stderr)
+            raise SystemExit(130) from None
+        _summary(result, self.out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """Ask the model a question, with a soft prompt in place of the document."""
+
+    directory: tyro.conf.Positional[str]
+    """The folder that compress wrote."""
+    question: tyro.conf.Positional[str | None] = None
+    """The question; without one, a chat loop."""
+    model: str | None = None
+    """Where the model is now, if not where it was."""
+    dtype: str | None = None
+    """Of weights and activations."""
+    max_tokens: int = 128
+    """Longest answer."""
+
+    def run(self) -> None:
+        from jaxsp.api import stream_answer
+        from jaxsp.artifact import SoftPrompt
+
+        prompt = SoftPrompt.load(self.directory)
+        if self.question is not None and not self.question.strip():
+            raise UserError("The question is empty; leave it away for a chat loop.")
+        model = _load(self.model or prompt.manifest["model"]["name"], self.dtype)
+        prefix = prompt.prefix(model)
+
+        def answer(question: str) -> None:
+            for piece in stream_answer(model, prefix, prompt.slots, question, self.max_tokens):
+                print(piece, end="", flush=True)
+            print(flush=True)
+
+        if self.question is not None:
+            answer(self.question)
+            return
+        print("Each question is answered on its own. An empty line ends.", file=sys.stderr)
+        while question := _line("> "):
+            try:
+                answer(question)
+            except UserError as error:
+                print(error, file=sys.stderr)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Measure a soft prompt between its brackets, on queries of your choice."""
+
+    directory: tyro.conf.Positional[str]
+    """The folder that compress wrote."""
+    queries: str
+    """A file with one query per line, or JSONL."""
+    model: str | None = None
+    """Where the model is now, if not where it was."""
+    dtype: str | None = None
+    """Of weights and activations."""
+    json: bool = False
+    """Print everything as JSON on standard output."""
+
+    def run(self) -> None:
+        from jaxsp import api
+        from jaxsp.artifact import SoftPrompt
+        from jaxsp.data.documents import read_queries
+
+        prompt = SoftPrompt.load(self.directory)
+        queries = read_queries(self.queries)
+        model = _load(self.model or prompt.manifest["model"]["name"], self.dtype)
+        report = api.evaluate(model, prompt, queries)
+        if self.json:
+            print(json.dumps(report, indent=2, ensure_ascii=False))
+            return
+        console = Console()
+        console.print(_conditions(report))
+        console.print(report["verdict"]["text"], highlight=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Show what a saved soft prompt is, without loading a model."""
+
+    directory: tyro.conf.Positional[str]
+    """The folder that compress wrote."""
+
+    def run(self) -> None:
+        from jaxsp.artifact import SoftPrompt
+
+        prompt = SoftPrompt.load(self.directory)
+        manifest = prompt.manifest
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        training = manifest["training"]
+        rows: dict[str, Any] = {
+            "kind": f"{prompt.kind}, {prompt.length} vectors, {manifest['dtype']}",
+            "stands for": f"{manifest['context_tokens']} tokens"
+            f" ({manifest['context_tokens'] / prompt.length:.1f}×)",
+            "model": f"{manifest['model']['name']} ({manifest['model']['fingerprint'][:12]})",
+            "tokenizer": manifest["tokenizer"]["fingerprint"][:12],
+            "position": manifest["slots"]["position_offset"],
+            "text before": repr(manifest["slots"]["before"]),
+            "trained by": f"{training['objective']}, {training['steps']} steps,"
+            f" learning rate {training['learning_rate']:g}, seed {training['seed']}",
+            "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
+        }
+        for name, value in manifest.get("held_out", {}).items():
+            number = value["value"] if isinstance(value, dict) else value
+            rows[f"held-out {name}"] = f"{number:.3f}"
+        for name, value in rows.items():
+            table.add_row(name, str(value))
+        Console(highlight=False).print(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Compress the manual that jaxsp ships, and answer held-out questions with it."""
+
+    out: str = "jaxsp-demo"
+    """Folder for the prompt, the report and the checkpoints."""
+    model: str = EMBEDDED
+    """The model to use."""
+    dtype: str | None = None
+    """Of weights and activations."""
+    steps: int = 60
+    """Updates of the prompt."""
+
+    def run(self) -> None:
+        from jaxsp import api
+        from jaxsp.data.documents import read_context, read_queries
+
+        with importlib.resources.as_file(importlib.resources.files("jaxsp.demo")) as sample:
+            context = read_context(sample / "manual.md")
+            queries = read_queries(sample / "questions.txt")
+            held_out = read_queries(sample / "held_out.txt")
+        result = api.compress(
+            _load(self.model, self.dtype),
+            context,
+            queries,
+            held_out=held_out,
+            out=self.out,
+            overwrite=True,
+            steps=self.steps,
+            max_answer_tokens=32,
+        )
+        table = Table("question", "full context", "soft prompt σ", "no context", title="Held-out")
+        held = [q for q in result.report["queries"] if q["split"] == "held_out"]
+        for query in held[:3]:
+            table.add_row(
+                query["query"],
+                *(query[f"answer_{name}"] for name in ("full_context", "prompt", "no_context")),
+            )
+        Console().print(table)
+        _summary(result, self.out)
+        print(f"Ask it yourself:  jaxsp ask {shlex.quote(self.out)} \"How long is the cable?\"")
+
+
+Command = (
+    Annotated[Compress, tyro.conf.subcommand("compress")]
+    | Annotated[Ask, tyro.conf.subcommand("ask")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+)
+
+
+def main() -> None:
+    """Entry point of the console script ``jaxsp``."""
+    command = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="jaxsp",
+        description="Soft prompts that stand in for long contexts.",
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)[1:],
+    )
+    try:
+        command.run()
+    except UserError as error:
+        print(f"jaxsp: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("jaxsp: interrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _load(name: str, dtype: str | None) -> LanguageModel:
+    from jaxsp.models.language_model import load_model
+
+    return load_model(name, dtype=dtype)
+
+
+def _fraction(text: str) -> float | None:
+    """``held_out`` as a number, or ``None`` if it names a file."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _line(prompt: str) -> str:
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return ""
+
+
+def _summary(result: Result, out: str) -> None:
+    console = Console(highlight=False)
+    console.print(_conditions(result.report))
+    console.print(result.report["verdict"]["text"])
+    console.print(
+        f"{result.report['prompt_length']} vectors for {result.report['context_tokens']} tokens"
+        f" ({result.report['compression']:.1f}×), {time.perf_counter() - _STARTED:.0f} s in all."
+    )
+    console.print(f"Report: {Path(out) / 'report.md'}   Prompt: {Path(out) / 'prompt.safetensors'}")
+
+
+def _conditions(report: dict[str, Any]) -> Table:
+    from jaxsp.evaluation.conditions import CONDITIONS
+
+    columns = {"kl": "KL", "nll": "NLL", "zero_one": "0/1", "rouge_l": "ROUGE-L"}
+    table = Table("held-out queries", *columns.values(), box=None, padding=(0, 2, 0, 0))
+    for name, row in report["held_out"]["conditions"].items():
+        table.add_row(CONDITIONS[name], *(f"{row[metric]:.3f}" for metric in columns))
+    return table

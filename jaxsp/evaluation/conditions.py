@@ -1,0 +1,67 @@
+"""The brackets: every quality figure of σ stands between the full context and none."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsp import distributions
+from jaxsp.models.language_model import LanguageModel
+from jaxsp.typing import KeyValues, PyTree
+
+CONDITIONS = {
+    "full_context": "the whole context: what σ should be",
+    "prompt": "the trained soft prompt σ",
+    "initial": "σ before training",
+    "truncated_context": "the context cut to the length of σ",
+    "no_context": "nothing where the context stood",
+}
+
+
+def read_context(
+    model: LanguageModel, ids: np.ndarray, before: KeyValues | None = None
+) -> KeyValues:
+    """The prefix of context ids ``[C]`` after ``before``."""
+    read = functools.partial(jax.jit, static_argnums=1)(distributions.context_prefix)
+    return read(model.params, model.config, jnp.asarray(ids, jnp.int32)[None], before)
+
+
+def read_prompt(model: LanguageModel, sigma: PyTree, before: KeyValues, kind: str) -> KeyValues:
+    """The prefix of a soft prompt after ``before``."""
+    read = functools.partial(jax.jit, static_argnums=(1, 4))(distributions.prompt_prefix)
+    return read(model.params, model.config, sigma, before, kind)
+
+
+def condition_prefixes(
+    model: LanguageModel,
+    *,
+    before: KeyValues,
+    full_context: KeyValues,
+    context: np.ndarray,
+    sigma: PyTree,
+    initial: PyTree,
+    kind: str,
+    length: int,
+) -> dict[str, KeyValues]:
+    """The prefix of every condition, in the order of ``CONDITIONS``.
+
+    Args:
+      model: the frozen model.
+      before: the prefix that stands before the context in all of them.
+      full_context: the context's prefix, already read.
+      context: token ids ``[C]``.
+      sigma: the trained prompt.
+      initial: the prompt before training.
+      kind: of the prompt.
+      length: K.
+    """
+    return {
+        "full_context": full_context,
+        "prompt": read_prompt(model, sigma, before, kind),
+        "initial": read_prompt(model, initial, before, kind),
+        "truncated_context": read_context(model, context[:length], before),
+        "no_context": before,
+    }

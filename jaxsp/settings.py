@@ -1,0 +1,67 @@
+"""The settings of a compression, shared by the Python interface and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxsp.losses import trainable
+from jaxsp.prompts.initial import INITIALIZERS
+from jaxsp.training.optimizer import OptimizerSettings, make_optimizer
+from jaxsp.training.parallel import DRIVERS
+from jaxsp.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(OptimizerSettings):
+    """How a context is compressed; the command line's options are these fields.
+
+    Attributes:
+      length: K, the number of vectors that stand in for the context.
+      objective: what is trained on: a key of ``jaxsp.losses.OBJECTIVES``.
+      steps: updates of the prompt.
+      batch_size: queries an update.
+      initial: where the prompt starts: ``first``, ``spread``, ``vocabulary`` or ``noise``.
+      seed: of the held-out draw, the order of the queries and the initial prompt.
+      max_answer_tokens: longest answer, in tokens.
+      parallel: ``jit`` (one device) or ``pmap`` (all local devices).
+      evaluate_every: steps between held-out evaluations.
+      checkpoint_every: steps between checkpoints.
+    """
+
+    length: int = 16
+    objective: str = "kl"
+    steps: int = 100
+    batch_size: int = 8
+    initial: str = "first"
+    seed: int = 0
+    max_answer_tokens: int = 48
+    parallel: str = "jit"
+    evaluate_every: int = 10
+    checkpoint_every: int = 10
+
+    def check(self) -> None:
+        """Raises ``UserError`` on a value that can't be meant."""
+        trainable(self.objective)
+        make_optimizer(self, self.steps)
+        for name, table in (("initial", INITIALIZERS), ("parallel", DRIVERS)):
+            if getattr(self, name) not in table:
+                choices = ", ".join(table)
+                raise UserError(
+                    f"Unknown {name} {getattr(self, name)!r}; choose one of {choices}."
+                )
+        for name in ("length", "batch_size", "max_answer_tokens", "evaluate_every",
+                     "checkpoint_every"):
+            if getattr(self, name) < 1:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option} must be at least 1, not {getattr(self, name)}.")
+        if self.steps < 0:
+            raise UserError(f"--steps must not be negative; got {self.steps}.")
+
+
+def make_settings(values: dict[str, Any]) -> Settings:
+    """``Settings`` from keywords; raises ``UserError`` on one that there is not."""
+    names = [field.name for field in dataclasses.fields(Settings)]
+    if unknown := sorted(set(values) - set(names)):
+        raise UserError(f"Unknown setting {unknown[0]!r}; the settings are {', '.join(names)}.")
+    return Settings(**values)

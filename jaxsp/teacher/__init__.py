@@ -1,0 +1,1 @@
+"""The teacher: the frozen model reading the whole context."""

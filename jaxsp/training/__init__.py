@@ -1,0 +1,1 @@
+"""Training σ: the pure update, its drivers, checkpoints and the loop."""

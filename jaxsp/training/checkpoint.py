@@ -1,0 +1,68 @@
+"""Checkpoints of a training run (orbax): written whole or not at all, so any moment is a safe one to die."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxsp.training.state import TrainState
+from jaxsp.typing import UserError
+
+KEPT = 2  # the newest, and the one before it in case the newest can't be read
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last."""
+
+    def __init__(self, directory: Path) -> None:
+        # orbax takes seconds to import, so only when a run writes checkpoints.
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT)
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint; ``None`` if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Writes the state, unless its step is there already; it is safe when this returns."""
+        step = int(state.step)
+        if step != self.latest_step:
+            self._manager.save(step, args=self._ocp.args.StandardSave(vars(state)))
+            self._manager.wait_until_finished()
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The newest checkpoint.
+
+        Args:
+          like: a state of the same shapes and dtypes; its values are not used.
+
+        Raises:
+          UserError: there is none, or it is of another shape.
+        """
+        if self.latest_step is None:
+            raise UserError("There is no checkpoint to resume from; start anew with --overwrite.")
+        # One concrete device: a run may resume on a machine with other devices.
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shapes = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a), sharding=device),
+            vars(like),
+        )
+        try:
+            saved = self._manager.restore(
+                self.latest_step, args=self._ocp.args.StandardRestore(shapes)
+            )
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(
+                f"The checkpoint of step {self.latest_step} can't be read ({error}); start anew"
+                " with --overwrite."
+            ) from error
+        return TrainState(**saved)
+
+    def close(self) -> None:
+        self._manager.close()

@@ -1,0 +1,192 @@
+"""The training loop: batches in, evaluations, checkpoints and a line of metrics a step out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsp.data.rows import Rows, batch_indices
+from jaxsp.training.checkpoint import Checkpoints
+from jaxsp.training.parallel import Driver
+from jaxsp.training.state import TrainState
+from jaxsp.typing import EMPTY, PyTree, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """How long and how often.
+
+    Attributes:
+      steps: updates in all.
+      batch_size: rows an update.
+      seed: of the order of the rows.
+      evaluate_every: steps between held-out evaluations (there is one before the first step and one
+        after the last, too).
+      checkpoint_every: steps between checkpoints.
+    """
+
+    steps: int
+    batch_size: int
+    seed: int
+    evaluate_every: int
+    checkpoint_every: int
+
+
+class Interrupted(UserError):
+    """The user stopped the run; the state of its last whole step is saved if it has a folder."""
+
+
+class NonFiniteLoss(UserError):
+    """The loss or its gradient became infinite or NaN.
+
+    Attributes:
+      state: the last good state.
+    """
+
+    def __init__(self, message: str, state: TrainState) -> None:
+        super().__init__(message)
+        self.state = state
+
+
+@dataclasses.dataclass
+class Watcher:
+    """What wants to hear of the run as it goes; each field is optional.
+
+    Attributes:
+      metrics: a JSON-lines file that gets one line a step.
+      checkpoints: where the state is saved.
+      on_step: called with each line as a dict, e.g. to draw a progress bar.
+    """
+
+    metrics: Path | None = None
+    checkpoints: Checkpoints | None = None
+    on_step: Callable[[dict[str, Any]], None] = lambda line: None
+
+
+def train(
+    driver: Driver,
+    state: TrainState,
+    rows: Rows,
+    settings: LoopSettings,
+    *,
+    evaluate: Callable[[PyTree], float],
+    schedule: Callable[[int], Any],
+    watcher: Watcher,
+) -> tuple[TrainState, list[dict[str, Any]]]:
+    """Updates σ until ``settings.steps``, keeping the one with the lowest held-out KL.
+
+    Args:
+      driver: runs the update.
+      state: where to start; not at step 0 when a run is resumed.
+      rows: training rows with the teacher's hidden states.
+      settings: how long and how often.
+      evaluate: held-out KL of a σ, in nats.
+      schedule: learning rate of a step.
+      watcher: hears of every step.
+
+    Returns:
+      The final state, and the lines of ``metrics.jsonl`` (those of a resumed run's past included).
+
+    Raises:
+      Interrupted: on Ctrl-C.
+      NonFiniteLoss: the loss or the gradient is no longer finite.
+    """
+    lines = _past_lines(watcher.metrics, int(state.step))
+    placed = driver.place(state)
+
+    def save(state: TrainState) -> None:
+        if watcher.checkpoints:
+            watcher.checkpoints.save(state)
+
+    def measured(state: TrainState) -> TrainState:
+        kl = float(evaluate(state.sigma))
+        if kl < float(state.best_kl):
+            state = dataclasses.replace(state, best_sigma=state.sigma, best_kl=jnp.float32(kl))
+        lines[-1]["held_out_kl"] = kl
+        return state
+
+    good = state
+    try:
+        if not lines:
+            lines.append({"step": 0})
+            good = state = measured(state)
+            placed = driver.place(state)
+            save(state)
+            _write(watcher.metrics, lines)
+            watcher.on_step(lines[-1])
+        for step in range(int(state.step), settings.steps):
+            started = time.perf_counter()
+            batch = rows.take(
+                batch_indices(len(rows), int(state.cursor), settings.batch_size, settings.seed)
+            )
+            placed, metrics = driver.step(placed, batch)
+            values = {name: float(value) for name, value in metrics.items()}
+            if not all(math.isfinite(value) for value in values.values()):
+                raise _non_finite(step + 1, values, good, float(schedule(step)))
+            good, state = state, driver.fetch(placed)
+            lines.append(
+                {
+                    "step": step + 1,
+                    **values,
+                    "learning_rate": float(schedule(step)),
+                    "tokens": int(np.sum(batch.offsets != EMPTY)),
+                    "seconds": time.perf_counter() - started,
+                }
+            )
+            last = step + 1 == settings.steps
+            if last or (step + 1) % settings.evaluate_every == 0:
+                state = measured(state)
+                placed = driver.place(state)
+            _write(watcher.metrics, lines[-1:])
+            if last or (step + 1) % settings.checkpoint_every == 0:
+                save(state)
+            watcher.on_step(lines[-1])
+    except KeyboardInterrupt:
+        save(state)
+        raise Interrupted(f"Interrupted after step {int(state.step)} of {settings.steps}.") from None
+    return state, lines
+
+
+def _non_finite(
+    step: int, values: dict[str, float], good: TrainState, learning_rate: float
+) -> NonFiniteLoss:
+    told = ", ".join(f"{name} {value:g}" for name, value in values.items())
+    return NonFiniteLoss(
+        f"Training stopped: step {step} is not finite ({told}) at learning rate"
+        f" {learning_rate:.3g}; the last good state is that of step {int(good.step)}. Lower"
+        " --learning-rate.",
+        good,
+    )
+
+
+def _past_lines(file: Path | None, step: int) -> list[dict[str, Any]]:
+    """The lines up to ``step``; later ones, of steps that a resumed run repeats, are dropped."""
+    if file is None or not file.exists():
+        return []
+    lines = []
+    for text in file.read_text("utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break  # half a line: the run was killed while writing it
+        if line["step"] > step:
+            break
+        lines.append(line)
+    scratch = file.with_suffix(".part")
+    scratch.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    scratch.replace(file)
+    return lines
+
+
+def _write(file: Path | None, lines: list[dict[str, Any]]) -> None:
+    if file is not None:
+        with file.open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(line) + "\n" for line in lines)

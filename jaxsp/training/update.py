@@ -1,0 +1,105 @@
+"""One update of σ: a pure function, the same on one device and on many."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsp import distributions
+from jaxsp.data.rows import Rows
+from jaxsp.losses import Objective, Total, masked_sum
+from jaxsp.models import decoder
+from jaxsp.models.config import DecoderConfig
+from jaxsp.training.state import TrainState
+from jaxsp.typing import Array, Float, KeyValues, Params, PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """What an update reads and never changes: the weights, and the prefix before σ."""
+
+    params: Params
+    before: KeyValues
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSettings:
+    """What is fixed when an update is compiled."""
+
+    config: DecoderConfig
+    kind: str
+    objective: Objective
+    optimizer: optax.GradientTransformation
+
+
+def loss_total(sigma: PyTree, frozen: Frozen, batch: Rows, settings: UpdateSettings) -> Total:
+    """The objective summed over a batch's answer positions, and how many there are.
+
+    A similarity is turned round, so that less is always better.
+    """
+    params, config = frozen.params, settings.config
+    prefix = distributions.prompt_prefix(params, config, sigma, frozen.before, settings.kind)
+    states = distributions.answer_hidden(params, config, prefix, batch)
+    values = settings.objective(
+        decoder.unembed(params, config, jnp.asarray(batch.teacher_hidden)),
+        decoder.unembed(params, config, states),
+        jnp.asarray(batch.targets),
+        jnp.asarray(batch.mask),
+    )
+    total, count = masked_sum(values, jnp.asarray(batch.mask))
+    return Total(total if settings.objective.sense == "minimise" else -total, count)
+
+
+def update(
+    state: TrainState,
+    batch: Rows,
+    *,
+    frozen: Frozen,
+    settings: UpdateSettings,
+    axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One step of gradient descent on σ.
+
+    Totals, counts and gradients are summed over ``axis_name`` and divided once: the result is that
+    of the whole batch, however its rows are spread over the devices.
+
+    Args:
+      state: before the step; replicated over the devices.
+      batch: this device's rows, with the teacher's hidden states.
+      frozen: weights and prefix, which stay as they are.
+      settings: static.
+      axis_name: of the mapped device axis, if there is one.
+
+    Returns:
+      The state after the step, and ``loss`` (nats per answer token), ``gradient_norm`` and
+      ``answer_tokens`` as float32 scalars.
+    """
+
+    def total_and_count(sigma: PyTree) -> tuple[Array, Array]:
+        return loss_total(sigma, frozen, batch, settings)
+
+    (total, count), gradient = jax.value_and_grad(total_and_count, has_aux=True)(state.sigma)
+    if axis_name is not None:
+        total, count, gradient = jax.lax.psum((total, count, gradient), axis_name)
+    gradient = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), gradient)
+    change, optimizer_state = settings.optimizer.update(
+        gradient, state.optimizer_state, state.sigma
+    )
+    rows = jnp.int32(len(batch))
+    state = dataclasses.replace(
+        state,
+        sigma=optax.apply_updates(state.sigma, change),
+        optimizer_state=optimizer_state,
+        step=state.step + 1,
+        cursor=state.cursor + (rows if axis_name is None else jax.lax.psum(rows, axis_name)),
+    )
+    metrics = {
+        "loss": total / jnp.maximum(count, 1.0),
+        "gradient_norm": optax.global_norm(gradient),
+        "answer_tokens": count,
+    }
+    return state, metrics
