@@ -14,31 +14,28 @@ from jaxsp.typing import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Settings(OptimizerSettings):
-    """How a context is compressed; the command line's options are these fields.
-
-    Attributes:
-      length: K, the number of vectors that stand in for the context.
-      objective: what is trained on: a key of ``jaxsp.losses.OBJECTIVES``.
-      steps: updates of the prompt.
-      batch_size: queries an update.
-      initial: where the prompt starts: ``first``, ``spread``, ``vocabulary`` or ``noise``.
-      seed: of the held-out draw, the order of the queries and the initial prompt.
-      max_answer_tokens: longest answer, in tokens.
-      parallel: ``jit`` (one device) or ``pmap`` (all local devices).
-      evaluate_every: steps between held-out evaluations.
-      checkpoint_every: steps between checkpoints.
-    """
+    """How a context is compressed; the command line's options are these fields."""
 
     length: int = 16
+    """K, the number of vectors that stand in for the context."""
     objective: str = "kl"
-    steps: int = 100
+    """What is trained on: kl, reverse_kl, js or nll."""
+    steps: int = 200
+    """Updates of the prompt."""
     batch_size: int = 8
+    """Queries an update."""
     initial: str = "first"
+    """Where the prompt starts: first, spread (tokens of the context), vocabulary or noise."""
     seed: int = 0
+    """Of the held-out draw, the order of the queries and the initial prompt."""
     max_answer_tokens: int = 48
+    """Longest answer, in tokens."""
     parallel: str = "jit"
+    """jit (one device) or pmap (all local devices)."""
     evaluate_every: int = 10
+    """Steps between held-out evaluations."""
     checkpoint_every: int = 10
+    """Steps between checkpoints."""
 
     def check(self) -> None:
         """Raises ``UserError`` on a value that can't be meant."""

@@ -66,7 +66,10 @@ def converted(path: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     try:
-        _convert(path, scratch)
+        try:
+            _convert(path, scratch)
+        except KeyError as error:
+            raise UserError(f"{path} lacks the metadata field {error}.") from error
         try:
             scratch.rename(target)
         except OSError:
@@ -166,7 +169,7 @@ def _tokenizer(fields: dict[str, Any], path: Path):
             f" 'gpt2' tokenizers with {sorted(splitters)}. Use the model's original directory."
         )
     words = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", [])]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [*splitters[pre](), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]

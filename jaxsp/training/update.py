@@ -99,7 +99,7 @@ def update(
     )
     metrics = {
         "loss": total / jnp.maximum(count, 1.0),
-        "gradient_norm": optax.global_norm(gradient),
+        "gradient_norm": optax.tree.norm(gradient),
         "answer_tokens": count,
     }
     return state, metrics

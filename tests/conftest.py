@@ -1,0 +1,76 @@
+"""Shared fixtures. Eight fake devices for all tests: set before jax starts."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+CONTEXT = "The tank holds 1.2 litres. The cable is 90 cm long. The lid is made of steel and glass."
+QUERIES = [f"What is fact {i}?" for i in range(10)]
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_directory: Path):
+    import jaxsp
+
+    return jaxsp.load_model(tiny_directory, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    import jaxsp
+
+    return jaxsp.load_model("smollm2-135m-instruct", dtype="float32")
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, Path]:
+    """A context and its queries as files."""
+    files = {"context": tmp_path / "context.txt", "queries": tmp_path / "queries.txt"}
+    files["context"].write_text(CONTEXT)
+    files["queries"].write_text("\n".join(QUERIES))
+    return files
+
+
+@pytest.fixture
+def jaxsp_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs the command line in this process; gives (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        from jaxsp.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["jaxsp", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def python():
+    """Runs Python code, or a module, in a process of its own."""
+
+    def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **options.pop("env", {})}
+        return subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, env=environment, **options
+        )
+
+    return run

@@ -1,0 +1,164 @@
+"""The update: the right gradient, no retrace, one device equals eight, frozen weights."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxsp import distributions
+from jaxsp.data.rows import make_rows
+from jaxsp.losses import OBJECTIVES, masked_mean
+from jaxsp.models import decoder
+from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.training.optimizer import OptimizerSettings, make_optimizer
+from jaxsp.training.parallel import DRIVERS
+from jaxsp.training.state import initial_state
+from jaxsp.training.update import Frozen, UpdateSettings, loss_total, update
+from jaxsp.typing import UserError
+
+TRAINABLE = [name for name, entry in OBJECTIVES.items() if entry.differentiable]
+
+
+@pytest.fixture(scope="module")
+def problem(tiny_model):
+    """A teacher that reads 12 tokens, rows of uneven length, and σ of 4 vectors."""
+    params, config = tiny_model.params, tiny_model.config
+    random = np.random.RandomState(0)
+
+    def ids(n):
+        return random.randint(3, config.vocab_size, n).tolist()
+
+    before = distributions.context_prefix(params, config, np.array([ids(3)]))
+    context = np.array([ids(12)])
+    teacher = distributions.context_prefix(params, config, context, before)
+    rows = make_rows([ids(2 + i % 4) for i in range(16)], [ids(1 + i % 5) for i in range(16)])
+    hidden = distributions.answer_hidden(params, config, teacher, rows)
+    rows = dataclasses.replace(rows, teacher_hidden=np.asarray(hidden))
+    sigma = PROMPT_KINDS["embedding"].initial(decoder.embed(params, config, context[:, :4])[0])
+    return Frozen(params, before), config, rows, sigma, context
+
+
+def settings_for(config, objective="kl", optimizer=None):
+    optimizer = optimizer or make_optimizer(OptimizerSettings(learning_rate=0.01), 10)[0]
+    return UpdateSettings(config, "embedding", OBJECTIVES[objective], optimizer)
+
+
+def state_for(sigma, settings):
+    return initial_state(sigma, settings.optimizer, key=jax.random.key(0))
+
+
+def test_the_contexts_own_embeddings_give_kl_zero(problem):
+    frozen, config, rows, _, context = problem
+    sigma = PROMPT_KINDS["embedding"].initial(decoder.embed(frozen.params, config, context)[0])
+    total, count = loss_total(sigma, frozen, rows, settings_for(config))
+    assert count == rows.mask.sum()
+    assert abs(total / count) < 1e-6
+
+
+@pytest.mark.parametrize("objective", TRAINABLE)
+def test_gradient_is_that_of_the_mean_over_all_positions(problem, objective):
+    """Against finite differences of a loss written out with log_probs."""
+    frozen, config, rows, sigma, _ = problem
+    plain = settings_for(config, objective, optax.sgd(1.0))
+    new, metrics = update(state_for(sigma, plain), rows, frozen=frozen, settings=plain)
+    gradient = sigma["embeddings"] - new.sigma["embeddings"]
+
+    def loss(vectors):
+        prefix = distributions.prompt_prefix(
+            frozen.params, config, {"embeddings": vectors}, frozen.before
+        )
+        student = distributions.log_probs(frozen.params, config, prefix, rows)
+        teacher = decoder.unembed(frozen.params, config, jnp.asarray(rows.teacher_hidden))
+        mask = jnp.asarray(rows.mask)
+        values = OBJECTIVES[objective](teacher, student, jnp.asarray(rows.targets), mask)
+        return masked_mean(values, mask)
+
+    np.testing.assert_allclose(metrics["loss"], loss(sigma["embeddings"]), rtol=1e-5)
+    direction = jax.random.normal(jax.random.key(1), sigma["embeddings"].shape)
+    step = 2e-3
+    slope = (loss(sigma["embeddings"] + step * direction)
+             - loss(sigma["embeddings"] - step * direction)) / (2 * step)
+    np.testing.assert_allclose(jnp.vdot(gradient, direction), slope, rtol=2e-2)
+
+
+@pytest.mark.parametrize("objective", TRAINABLE)
+def test_training_improves_the_objective(problem, objective):
+    frozen, config, rows, sigma, _ = problem
+    settings = settings_for(config, objective, optax.adam(0.02))
+    driver, state = DRIVERS["jit"](frozen, settings), state_for(sigma, settings)
+    losses = []
+    for _ in range(30):
+        state, metrics = driver.step(state, rows)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.02
+
+
+def test_pmap_on_eight_devices_equals_jit_on_one(problem):
+    frozen, config, rows, sigma, _ = problem
+    assert jax.local_device_count() == 8
+    # A blank row on one device, and rows of uneven length: a mean of local means would differ.
+    rows = rows.take([*range(15), 99])
+    results = {}
+    for name in ("jit", "pmap"):
+        settings = settings_for(config)
+        driver = DRIVERS[name](frozen, settings)
+        state = driver.place(state_for(sigma, settings))
+        for _ in range(5):
+            state, metrics = driver.step(state, rows)
+        results[name] = (driver.fetch(state), {k: float(v) for k, v in metrics.items()})
+    one, eight = results["jit"], results["pmap"]
+    # Adam divides by the gradient's size, so rounding in tiny gradients shows: 1e-5 all the same.
+    np.testing.assert_allclose(
+        one[0].sigma["embeddings"], eight[0].sigma["embeddings"], atol=1e-5
+    )
+    assert one[1] == pytest.approx(eight[1], abs=1e-5)
+    assert int(one[0].cursor) == int(eight[0].cursor) == 5 * 16
+    assert int(one[0].step) == int(eight[0].step) == 5
+
+
+def test_pmap_refuses_a_batch_it_cannot_divide(problem):
+    frozen, config, rows, sigma, _ = problem
+    settings = settings_for(config)
+    driver = DRIVERS["pmap"](frozen, settings)
+    with pytest.raises(UserError, match="batch size 6 can't be divided over 8 devices"):
+        driver.step(driver.place(state_for(sigma, settings)), rows.take(range(6)))
+
+
+@pytest.mark.parametrize("name", list(DRIVERS))
+def test_weights_stay_bit_identical_and_nothing_retraces(problem, name):
+    frozen, config, rows, sigma, _ = problem
+    copy = jax.tree.map(lambda a: np.array(a), frozen.params)
+    settings = settings_for(config)
+    driver = DRIVERS[name](frozen, settings)
+    state = driver.place(state_for(sigma, settings))
+    state, _ = driver.step(state, rows)
+    driver.fetch(state)
+    with _no_compilation():
+        for i in range(3):
+            state, _ = driver.step(state, rows.take([*range(i, 16), *range(i)]))
+            driver.fetch(state)
+    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), frozen.params, copy)
+    assert all(jax.tree.leaves(same))
+    changed = np.abs(driver.fetch(state).sigma["embeddings"] - sigma["embeddings"])
+    assert (changed > 0).all()
+
+
+class _no_compilation:
+    """Fails if anything is traced to a program inside."""
+
+    def __enter__(self):
+        from jax._src import test_util  # the only counter jax has
+
+        self._count = test_util.count_jit_and_pmap_lowerings()
+        self._calls = self._count.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self._count.__exit__(*exception)
+        calls = self._calls() if callable(self._calls) else self._calls[0]
+        assert calls == 0, f"{calls} programs were traced after the first step"
