@@ -92,10 +92,11 @@ def split_queries(
     Raises:
       UserError: fewer than one query for training or none held out, a query given twice or in both.
     """
+    _check_once(queries)
     if isinstance(held_out, list):
+        _check_once(held_out)
         train = list(queries)
-        both = {q.text for q in train} & {q.text for q in held_out}
-        if both:
+        if both := {q.text for q in train} & {q.text for q in held_out}:
             raise UserError(
                 f"The query {min(both)!r} is both for training and held out; remove it from one"
                 " of the two, or the report would measure what was trained on."
@@ -109,20 +110,21 @@ def split_queries(
                 f" {len(queries)}."
             )
         order = random.Random(seed).sample(range(len(queries)), len(queries))
-        count = min(len(queries) - 1, max(1, round(held_out * len(queries))))
-        chosen = set(order[:count])
+        chosen = set(order[: min(len(queries) - 1, max(1, round(held_out * len(queries))))])
         train = [q for i, q in enumerate(queries) if i not in chosen]
         held_out = [q for i, q in enumerate(queries) if i in chosen]
     if not train or not held_out:
         side = "train on" if not train else "hold out"
         raise UserError(f"There is no query to {side}; give at least one.")
-    for side in (train, held_out):
-        seen: set[str] = set()
-        for query in side:
-            if query.text in seen:
-                raise UserError(f"The query {query.text!r} is given twice; remove one.")
-            seen.add(query.text)
     return train, held_out
+
+
+def _check_once(queries: list[Query]) -> None:
+    seen: set[str] = set()
+    for query in queries:
+        if query.text in seen:
+            raise UserError(f"The query {query.text!r} is given twice; remove one.")
+        seen.add(query.text)
 
 
 def _parse(line: str, where: str) -> Query:

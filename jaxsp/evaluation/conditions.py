@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsp import distributions
+from jaxsp.models import decoder
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.typing import KeyValues, PyTree
 
@@ -58,10 +59,15 @@ def condition_prefixes(
       kind: of the prompt.
       length: K.
     """
+    truncated = context[:length]
+    untrained = read_prompt(model, initial, before, kind)
+    # By default σ starts as the truncated context: then the two are one, and measured once.
+    same = np.array_equal(initial.get("embeddings"), model.embed(truncated).astype(jnp.float32))
     return {
         "full_context": full_context,
         "prompt": read_prompt(model, sigma, before, kind),
-        "initial": read_prompt(model, initial, before, kind),
-        "truncated_context": read_context(model, context[:length], before),
-        "no_context": before,
+        "initial": untrained,
+        "truncated_context": untrained if same else read_context(model, truncated, before),
+        # Padded to the others' size, to share their compiled programs.
+        "no_context": before.append(decoder.empty_prefix(model.config, length)),
     }

@@ -82,7 +82,8 @@ class PmapDriver:
 
     def _replicate(self, tree):
         # Once, by pmap itself: passed unmapped, the weights would travel to the devices every step.
-        copy = jax.pmap(lambda _, tree: tree, in_axes=(0, None))
+        # The same axis name gives the copies the sharding that `step` returns: else it compiles twice.
+        copy = jax.pmap(lambda _, tree: tree, axis_name=_AXIS, in_axes=(0, None))
         return copy(np.arange(self._devices), tree)
 
 

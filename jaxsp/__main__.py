@@ -1,0 +1,5 @@
+"""``python -m jaxsp``: the command line."""
+
+from jaxsp.cli import main
+
+main()

@@ -1,0 +1,337 @@
+"""The command line as a user meets it: the main job, and one clear sentence for every mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import tiny
+
+FAST = ("--length", 4, "--steps", 2, "--batch-size", 4, "--max-answer-tokens", 6)
+
+
+@pytest.fixture
+def compress(jaxsp_command, job, tiny_directory, tmp_path):
+    """``jaxsp compress`` on the tiny model, with changes; the last of a repeated option wins."""
+
+    def run(*more, context=None, queries=None, model=tiny_directory, out=tmp_path / "out"):
+        return jaxsp_command(
+            "compress", context or job["context"], "--queries", queries or job["queries"],
+            "--model", model, "--dtype", "float32", "--out", out, *FAST, *more,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_directory):
+    """A finished run, made through the Python interface."""
+    import jaxsp
+    from tests.conftest import CONTEXT, QUERIES
+
+    out = tmp_path_factory.mktemp("finished") / "out"
+    jaxsp.compress(
+        jaxsp.load_model(tiny_directory, dtype="float32"), CONTEXT, QUERIES, out=out, length=4,
+        steps=2, batch_size=4, max_answer_tokens=6, progress=False,
+    )
+    return out
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    """Exit code 2 and one sentence on standard error that holds these words."""
+    code, out, err = result
+    assert code == 2, (out, err)
+    assert "Traceback" not in err
+    message = [line for line in err.splitlines() if line.startswith("jaxsp: ")]
+    assert len(message) == 1, err
+    for word in words:
+        assert str(word) in message[0], err
+
+
+def test_compress_writes_everything(compress, tmp_path):
+    code, out, err = compress()
+    assert code == 0, err
+    assert "closes" in out
+    files = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*")}
+    assert {
+        "prompt.safetensors", "manifest.json", "context.txt", "report.json", "report.md",
+        "metrics.jsonl", "plots/training.png", "plots/by_position.png", "plots/by_query.png",
+    } <= files
+    assert not any(name.endswith(".part") for name in files)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    conditions = {"full_context", "prompt", "initial", "truncated_context", "no_context"}
+    metrics = {
+        "kl", "reverse_kl", "js", "nll", "zero_one", "sequence_mismatch", "rouge_l",
+    }
+    for split in ("held_out", "train"):
+        assert set(report[split]["conditions"]) == conditions
+        for row in report[split]["conditions"].values():
+            assert set(row) == metrics
+            assert np.isfinite(list(row.values())).all()
+        assert report[split]["conditions"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
+        assert report[split]["conditions"]["full_context"]["rouge_l"] == 1.0
+    assert set(report["gap_closed"]) == {"value", "low", "high"}
+    assert {
+        "load", "answers", "signals", "compile", "train", "evaluate", "total"
+    } <= set(report["seconds"])
+    assert {q["split"] for q in report["queries"]} == {"train", "held_out"}
+    assert {
+        "query", "split", "kl", "answer_full_context", "answer_prompt", "answer_no_context"
+    } <= set(report["queries"][0])
+    assert report["compression"] == report["context_tokens"] / 4
+    lines = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert "held_out_kl" in lines[0] and "held_out_kl" in lines[2]
+
+
+def test_a_context_and_queries_in_other_forms(compress, tmp_path, monkeypatch):
+    rows = [{"query": f"Q{i}?", "answer": "Yes." if i % 2 else None} for i in range(6)]
+    for row in rows:
+        if row["answer"] is None:
+            del row["answer"]
+    queries = tmp_path / "q.jsonl"
+    queries.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    held_out = tmp_path / "held.txt"
+    held_out.write_text("Another?\n")
+    piped = io.TextIOWrapper(io.BytesIO(b"# A title\n\nSome facts about a tank of 1.2 litres."))
+    monkeypatch.setattr("sys.stdin", piped)
+    code, _, err = compress("--held-out", held_out, context="-", queries=queries)
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["held_out"]["queries"] == 1
+    assert report["train"]["queries"] == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ("There is no file",)),
+        (b"", ("is empty",)),
+        (b" \n\n ", ("is empty",)),
+        (b"a\0b", ("binary",)),
+        ("Zürich".encode("latin-1"), ("not UTF-8", "byte 1")),
+    ],
+)
+@pytest.mark.parametrize("which", ["context", "queries"])
+def test_unreadable_files(compress, tmp_path, content, words, which):
+    file = tmp_path / "file.txt"
+    if content is not None:
+        file.write_bytes(content)
+    refused(compress(**{which: file}), str(file), *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (['{"query": "a?"}', '{"query": '], ("line 2", "not valid JSON")),
+        (['{"query": "a?"}', '["b"]'], ("line 2", "expected")),
+        (['{"query": "a?"}', "", '{"question": "b?"}'], ("line 3", "expected")),
+        (['{"query": "a?", "anwser": "x"}'], ("line 1", "'anwser'")),
+        (['{"query": "a?", "answer": ""}'], ("line 1", "answer")),
+        (['{"query": " "}'], ("line 1", "empty")),
+        (["only one?"], ("At least two queries", "got 1")),
+        (["same?", "same?", "other?"], ("'same?'", "twice")),
+    ],
+)
+def test_unusable_queries(compress, tmp_path, lines, words):
+    file = tmp_path / "q.txt"
+    file.write_text("\n".join(lines))
+    # Held out: a draw in which both of the same query are on one side.
+    refused(compress("--seed", 1, queries=file), *words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--length", 0), ("--length", "at least 1", "0")),
+        (("--length", 87), ("--length is 87", "87 tokens")),
+        (("--objective", "klx"), ("Unknown objective 'klx'", "kl, reverse_kl")),
+        (("--objective", "zero_one"), ("piecewise constant",)),
+        (("--dtype", "float8"), ("Unknown dtype 'float8'",)),
+        (("--model", "gpt-17"), ("Unknown model 'gpt-17'",)),
+        (("--parallel", "tpu"), ("Unknown parallel 'tpu'", "jit, pmap")),
+        (("--parallel", "pmap", "--batch-size", 6), ("batch size 6", "8 devices")),
+        (("--initial", "zeros"), ("Unknown initial 'zeros'", "first, spread")),
+        (("--optimizer", "lion"), ("Unknown optimizer 'lion'",)),
+        (("--learning-rate", -1), ("learning rate", "-1")),
+        (("--batch-size", 0), ("--batch-size", "at least 1")),
+        (("--steps", -3), ("--steps", "-3")),
+        (("--warmup", 1.5), ("warm-up", "1.5")),
+        (("--held-out", 1.5), ("fraction", "1.5")),
+        (("--held-out", "nowhere.txt"), ("There is no file nowhere.txt",)),
+        (("--max-answer-tokens", 500), ("window of 512", "Shorten the context")),
+        (("--resume",), ("no run to resume",)),
+        (("--resume", "--overwrite"), ("not both",)),
+    ],
+)
+def test_unusable_options(compress, tmp_path, options, words):
+    refused(compress(*options), *words)
+    assert not (tmp_path / "out" / "prompt.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("compress",), ("frobnicate",), ("compress", "c.txt", "--queries", "q.txt", "--lenght", "3"),
+     ("demo", "--steps", "two")],
+)
+def test_unusable_command_lines(jaxsp_command, arguments):
+    code, out, err = jaxsp_command(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err and "Traceback" not in err
+
+
+def test_query_on_both_sides(compress, tmp_path):
+    held_out = tmp_path / "held.txt"
+    held_out.write_text("What is fact 3?")
+    refused(compress("--held-out", held_out), "'What is fact 3?'", "both")
+
+
+def test_damaged_model_directories(compress, tmp_path):
+    directory = tiny.write(tmp_path / "model")
+    (directory / "model.safetensors").write_bytes(b"short")
+    refused(compress(model=directory), "not a complete safetensors file")
+    (directory / "model.safetensors").unlink()
+    refused(compress(model=directory), "holds no weights")
+
+
+def test_folder_in_use(compress, tmp_path, finished):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    refused(compress(), "is not empty", "--overwrite", "--resume")
+    code, _, err = compress("--overwrite")
+    assert code == 0, err
+    assert (out / "notes.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    refused(compress(out=tmp_path / "file"), "is a file")
+
+
+def test_folder_that_cannot_be_written(compress, tmp_path, monkeypatch):
+    # As root every folder can be written to, so the answer of the system is replaced.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    refused(compress(), "can't be written to", "--out")
+
+
+def test_a_mistake_loses_nothing(compress, tmp_path):
+    assert compress()[0] == 0
+    before = (tmp_path / "out" / "report.json").read_bytes()
+    refused(compress("--overwrite", "--length", 0), "--length")
+    refused(compress("--overwrite", "--length", 500), "--length")
+    assert (tmp_path / "out" / "report.json").read_bytes() == before
+
+
+def test_resume_with_other_settings_shows_the_difference(compress, tmp_path, job):
+    assert compress()[0] == 0
+    refused(compress("--resume", "--steps", 5, "--learning-rate", 0.5),
+            "steps was 2 and is now 5", "learning_rate was 0.03 and is now 0.5")
+    job["context"].write_text("Something else altogether, about as long as the context before it.")
+    refused(compress("--resume"), "context was")
+
+
+def test_resume_of_a_finished_run_changes_nothing(compress, tmp_path):
+    assert compress()[0] == 0
+    before = (tmp_path / "out" / "prompt.safetensors").read_bytes()
+    code, _, err = compress("--resume")
+    assert code == 0, err
+    assert (tmp_path / "out" / "prompt.safetensors").read_bytes() == before
+
+
+def test_non_finite_loss_stops_at_the_last_good_state(compress, tmp_path):
+    code, _, err = compress("--learning-rate", 1e38, "--clip", 0, "--steps", 6)
+    assert code == 2
+    assert "Training stopped: step" in err and "Lower" in err and "best prompt" in err
+    assert (tmp_path / "out" / "prompt.safetensors").is_file()
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_ask_inspect_evaluate(jaxsp_command, finished, job, tiny_directory, monkeypatch):
+    code, out, err = jaxsp_command("ask", finished, "What now?", "--max-tokens", 5)
+    assert code == 0, err
+    code, out, err = jaxsp_command("inspect", finished)
+    assert code == 0
+    assert "embedding, 4 vectors" in out and "kl, 2 steps" in out
+    code, out, err = jaxsp_command("evaluate", finished, "--queries", job["queries"], "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["held_out"]["queries"] == 10
+    assert report["held_out"]["conditions"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
+    code, out, err = jaxsp_command("evaluate", finished, "--queries", job["queries"])
+    assert code == 0 and "closes" in out
+    lines = iter(["One?", "Two?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    code, out, err = jaxsp_command("ask", finished, "--max-tokens", 5)
+    assert code == 0, err
+    assert next(lines, "all asked") == "all asked"
+
+
+def test_evaluate_repeats_the_reports_numbers(jaxsp_command, finished, tmp_path):
+    report = json.loads((finished / "report.json").read_text())
+    held = [q for q in report["queries"] if q["split"] == "held_out"]
+    queries = tmp_path / "held.txt"
+    queries.write_text("\n".join(q["query"] for q in held))
+    _, out, _ = jaxsp_command("evaluate", finished, "--queries", queries, "--json",
+                              "--dtype", "float32")
+    again = json.loads(out)
+    assert again["gap_closed"]["value"] == pytest.approx(report["gap_closed"]["value"], abs=1e-4)
+    for ours, theirs in zip(again["queries"], held, strict=True):
+        assert ours["answer_prompt"] == theirs["answer_prompt"]
+        assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-4)
+
+
+def test_artifacts_that_cannot_be_used(jaxsp_command, finished, tmp_path, job):
+    refused(jaxsp_command("ask", tmp_path, "Who?"), "holds no soft prompt")
+    refused(jaxsp_command("ask", finished, " "), "question is empty")
+    long = "word " * 200
+    refused(jaxsp_command("ask", finished, long), "window of 512")
+    other = tiny.write(tmp_path / "other", seed=5)
+    refused(jaxsp_command("ask", finished, "Who?", "--model", other), "belongs to another model",
+            "weights")
+    refused(jaxsp_command("evaluate", finished, "--queries", job["queries"], "--model", other),
+            "belongs to another model")
+
+    def damaged(name, change):
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(finished, copy)
+        change(copy / name)
+        return jaxsp_command("inspect", copy)
+
+    def cut(file: Path) -> None:
+        file.write_bytes(file.read_bytes()[:-9])
+
+    def flip(file: Path) -> None:
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(bytes(data))
+
+    refused(damaged("prompt.safetensors", cut), "damaged")
+    refused(damaged("prompt.safetensors", flip), "damaged", "SHA-256")
+    refused(damaged("manifest.json", cut), "damaged")
+    refused(damaged("manifest.json", lambda f: f.write_text("{}")), "lacks")
+    refused(damaged("manifest.json", lambda f: f.write_text("[1]")), "damaged")
+    refused(damaged("manifest.json", Path.unlink), "holds no soft prompt")
+
+    tokenizer = tmp_path / "tokenizer"
+    directory = json.loads((finished / "manifest.json").read_text())["model"]["name"]
+    shutil.copytree(directory, tokenizer)
+    text = (tokenizer / "tokenizer.json").read_text("utf-8")
+    swapped = text.replace('"A":', '"@@":').replace('"B":', '"A":').replace('"@@":', '"B":')
+    (tokenizer / "tokenizer.json").write_text(swapped, "utf-8")
+    refused(jaxsp_command("ask", finished, "Who?", "--model", tokenizer), "another model",
+            "tokenizer")
+
+
+def test_a_prompt_without_its_context(jaxsp_command, finished, tmp_path, job):
+    shutil.copytree(finished, tmp_path / "copy")
+    (tmp_path / "copy" / "context.txt").unlink()
+    assert jaxsp_command("ask", tmp_path / "copy", "Who?", "--max-tokens", 2)[0] == 0
+    refused(jaxsp_command("evaluate", tmp_path / "copy", "--queries", job["queries"]),
+            "without its context")
