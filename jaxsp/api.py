@@ -7,15 +7,13 @@ import hashlib
 import importlib.metadata
 import platform
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxsp import distributions
 from jaxsp.artifact import FORMAT, SoftPrompt, tokenizer_fingerprint
 from jaxsp.console import Display
 from jaxsp.data.chat import ChatSlots, encode
@@ -29,21 +27,21 @@ from jaxsp.models.generate import stream
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.prompts.initial import INITIALIZERS
-from jaxsp.settings import Settings, make_settings
 from jaxsp.run_folder import RunFolder, check_folder, open_run
+from jaxsp.settings import Settings, make_settings
 from jaxsp.teacher import store
 from jaxsp.teacher.answers import answer_ids
 from jaxsp.teacher.signals import hidden_states
 from jaxsp.teacher.store import TeacherData
 from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.loop import Interrupted, LoopSettings, NonFiniteLoss, Watcher, train
-from jaxsp.training.optimizer import OptimizerSettings, make_optimizer
+from jaxsp.training.optimizer import make_optimizer
 from jaxsp.training.parallel import DRIVERS
 from jaxsp.training.state import TrainState, initial_state
 from jaxsp.training.update import Frozen, UpdateSettings
-from jaxsp.typing import Array, KeyValues, PyTree, UserError
+from jaxsp.typing import KeyValues, PyTree, UserError
 
-Queries = Sequence[str] | Sequence[dict] | Sequence[Query]
+Queries = Sequence[str | Query | Mapping[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +120,7 @@ def compress(
         raise UserError("resume and overwrite need a folder: pass out=....")
     train_queries, held_out_queries = split_queries(
         as_queries(queries),
-        held_out if isinstance(held_out, float) else as_queries(held_out),
+        float(held_out) if isinstance(held_out, float | int) else as_queries(held_out),
         chosen.seed,
     )
     task = _encode(model, context, [*train_queries, *held_out_queries], chosen)
@@ -165,11 +163,20 @@ def compress(
 
     prompt = finished(state)
     measured = _measure(
-        model, task, teacher, full_context, before, prompt, initial, len(train_queries), chosen,
+        model,
+        task,
+        teacher,
+        full_context,
+        before,
+        prompt,
+        initial,
+        len(train_queries),
+        chosen,
         display,
     )
     prompt.manifest["held_out"] = {
-        "gap_closed": measured["gap_closed"], **measured["held_out"]["conditions"]["prompt"]
+        "gap_closed": measured["gap_closed"],
+        **measured["held_out"]["conditions"]["prompt"],
     }
     report = {
         **_header(model, task, prompt, chosen.steps),
@@ -183,9 +190,7 @@ def compress(
     return result
 
 
-def ask(
-    model: LanguageModel, prompt: SoftPrompt, question: str, *, max_tokens: int = 128
-) -> str:
+def ask(model: LanguageModel, prompt: SoftPrompt, question: str, *, max_tokens: int = 128) -> str:
     """The model's greedy answer to a question, reading the soft prompt in place of the context.
 
     Args:
@@ -222,11 +227,15 @@ def stream_answer(
     answer: list[int] = []
     shown = ""
     for token in stream(
-        model.params, model.config, prefix, ids, stop_ids=model.stop_ids,
+        model.params,
+        model.config,
+        prefix,
+        ids,
+        stop_ids=model.stop_ids,
         max_tokens=min(max_tokens, room),
     ):
         answer.append(token)
-        text = tokenizer.decode(answer, skip_special_tokens=True)
+        text = str(tokenizer.decode(answer, skip_special_tokens=True))
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
             yield text[len(shown) :]
             shown = text
@@ -287,9 +296,7 @@ class _Task:
     given_ids: list[list[int] | None]
 
 
-def _encode(
-    model: LanguageModel, context: str, queries: list[Query], settings: Settings
-) -> _Task:
+def _encode(model: LanguageModel, context: str, queries: list[Query], settings: Settings) -> _Task:
     tokenizer = _tokenizer(model)
     slots = ChatSlots.of(tokenizer)
     before_ids = np.array(slots.before_ids(tokenizer), np.int32)
@@ -446,9 +453,7 @@ def _header(model: LanguageModel, task: _Task, prompt: SoftPrompt, steps: int) -
     }
 
 
-def _manifest(
-    model: LanguageModel, task: _Task, settings: Settings, steps: int
-) -> dict[str, Any]:
+def _manifest(model: LanguageModel, task: _Task, settings: Settings, steps: int) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "kind": "embedding",

@@ -1,4 +1,4 @@
-"""A saved prompt: ``prompt.safetensors`` with its arrays, ``manifest.json`` with all that gives them meaning."""
+"""A saved prompt: ``prompt.safetensors`` holds its arrays, ``manifest.json`` what gives them meaning."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ class SoftPrompt:
         """
         self.check(model)
         before = distributions.context_prefix(
-            model.params, model.config, jnp.asarray([self.manifest["slots"]["before_ids"]], jnp.int32)
+            model.params,
+            model.config,
+            jnp.asarray([self.manifest["slots"]["before_ids"]], jnp.int32),
         )
         return distributions.prompt_prefix(
             model.params, model.config, self.sigma, before, self.kind

@@ -227,7 +227,7 @@ class Demo:
             )
         Console().print(table)
         _summary(result, self.out)
-        print(f"Ask it yourself:  jaxsp ask {shlex.quote(self.out)} \"How long is the cable?\"")
+        print(f'Ask it yourself:  jaxsp ask {shlex.quote(self.out)} "How long is the cable?"')
 
 
 Command = (

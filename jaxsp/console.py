@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -41,7 +42,7 @@ class Display:
     def training(self, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
         """The training bar; the function it gives takes a line of ``metrics.jsonl``."""
         started = time.perf_counter()
-        shown = {"loss": float("nan"), "held_out": float("nan"), "rate": 0.0}
+        shown: dict[str, Any] = {"loss": math.nan, "held_out": math.nan, "rate": 0.0}
 
         with Progress(
             TextColumn("Training step {task.completed}/{task.total}"),

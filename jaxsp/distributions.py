@@ -77,10 +77,12 @@ def log_probs(
     Example:
       >>> import jaxsp, numpy as np
       >>> from jaxsp import distributions as d
+      >>> from jaxsp.data.rows import make_rows
       >>> model = jaxsp.load_model("smollm2-135m-instruct", dtype="float32")
       >>> ids = np.array([model.tokenizer("Paris is in").input_ids])
-      >>> rows = d.make_rows([[506]], [[314, 260]])
-      >>> d.log_probs(model.params, model.config, d.context_prefix(model.params, model.config, ids), rows).shape
+      >>> rows = make_rows([[506]], [[314, 260]])
+      >>> prefix = d.context_prefix(model.params, model.config, ids)
+      >>> d.log_probs(model.params, model.config, prefix, rows).shape
       (1, 2, 49152)
     """
     states = answer_hidden(params, config, prefix, rows)

@@ -44,11 +44,14 @@ class Settings(OptimizerSettings):
         for name, table in (("initial", INITIALIZERS), ("parallel", DRIVERS)):
             if getattr(self, name) not in table:
                 choices = ", ".join(table)
-                raise UserError(
-                    f"Unknown {name} {getattr(self, name)!r}; choose one of {choices}."
-                )
-        for name in ("length", "batch_size", "max_answer_tokens", "evaluate_every",
-                     "checkpoint_every"):
+                raise UserError(f"Unknown {name} {getattr(self, name)!r}; choose one of {choices}.")
+        for name in (
+            "length",
+            "batch_size",
+            "max_answer_tokens",
+            "evaluate_every",
+            "checkpoint_every",
+        ):
             if getattr(self, name) < 1:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(f"{option} must be at least 1, not {getattr(self, name)}.")

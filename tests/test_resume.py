@@ -22,11 +22,32 @@ STEPS = 400
 def command(tmp_path, tiny_directory, job):
     def arguments(out: Path, *more: str) -> list[str]:
         return [
-            sys.executable, "-m", "jaxsp", "compress", str(job["context"]),
-            "--queries", str(job["queries"]), "--model", str(tiny_directory),
-            "--dtype", "float32", "--out", str(out), "--length", "4", "--steps", str(STEPS),
-            "--batch-size", "4", "--max-answer-tokens", "6", "--evaluate-every", "7",
-            "--checkpoint-every", "5", *more,
+            sys.executable,
+            "-m",
+            "jaxsp",
+            "compress",
+            str(job["context"]),
+            "--queries",
+            str(job["queries"]),
+            "--model",
+            str(tiny_directory),
+            "--dtype",
+            "float32",
+            "--out",
+            str(out),
+            "--length",
+            "4",
+            "--steps",
+            str(STEPS),
+            "--batch-size",
+            "4",
+            "--max-answer-tokens",
+            "6",
+            "--evaluate-every",
+            "7",
+            "--checkpoint-every",
+            "5",
+            *more,
         ]
 
     return arguments
@@ -38,7 +59,9 @@ def steps_done(out: Path) -> int:
 
 
 def stop_after(arguments: list[str], out: Path, steps: int, how: signal.Signals):
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     deadline = time.monotonic() + 120
     while steps_done(out) < steps and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -55,7 +78,8 @@ def test_killed_and_resumed_equals_uninterrupted(command, tmp_path):
     stop_after(command(pieces, "--resume"), pieces, 123, signal.SIGKILL)
     code, err = stop_after(command(pieces, "--resume"), pieces, 250, signal.SIGINT)
     assert code == 130
-    assert "Interrupted after step" in err and "--resume" in err
+    assert "Interrupted after step" in err
+    assert "--resume" in err
     subprocess.run(command(pieces, "--resume"), check=True, capture_output=True)
 
     def sigma(out):
@@ -88,8 +112,15 @@ def test_pmap_compresses_like_jit(tiny_model):
 
     def gap(parallel):
         return jaxsp.compress(
-            tiny_model, CONTEXT, QUERIES, length=4, steps=5, batch_size=8, max_answer_tokens=6,
-            parallel=parallel, progress=False,
+            tiny_model,
+            CONTEXT,
+            QUERIES,
+            length=4,
+            steps=5,
+            batch_size=8,
+            max_answer_tokens=6,
+            parallel=parallel,
+            progress=False,
         ).report["gap_closed"]["value"]
 
     assert gap("pmap") == pytest.approx(gap("jit"), abs=1e-5)

@@ -56,7 +56,10 @@ def tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
         out[f"{at}.input_layernorm.weight"] = vector(width, 1.0)
         out[f"{at}.post_attention_layernorm.weight"] = vector(width, 1.0)
         for name, rows, columns in (
-            ("q", q, width), ("k", kv, width), ("v", kv, width), ("o", width, q)
+            ("q", q, width),
+            ("k", kv, width),
+            ("v", kv, width),
+            ("o", width, q),
         ):
             out[f"{at}.self_attn.{name}_proj.weight"] = 2.0 * matrix(rows, columns)
             if config.get("attention_bias"):
@@ -76,7 +79,9 @@ def tokenizer(chat_template: str | None = CHAT_TEMPLATE):
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: i for i, word in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    words = {
+        word: i for i, word in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     core = Tokenizer(models.BPE(words, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxsp.typing import UserError
@@ -67,14 +68,16 @@ def read_queries(path: str | Path) -> list[Query]:
     return queries
 
 
-def as_queries(queries: list[str] | list[Query] | list[dict]) -> list[Query]:
+def as_queries(queries: Sequence[str | Query | Mapping[str, str]]) -> list[Query]:
     """Queries in any form the Python interface takes: strings, dicts with ``query``, or ``Query``."""
+    if isinstance(queries, str):
+        raise UserError("The queries must be a list of texts, not one text.")
     return [
         query
         if isinstance(query, Query)
-        else _from_dict(query, f"query {i}")
-        if isinstance(query, dict)
         else Query(query.strip())
+        if isinstance(query, str)
+        else _from_dict(query, f"query {i}")
         for i, query in enumerate(queries, start=1)
     ]
 

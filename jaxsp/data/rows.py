@@ -80,7 +80,9 @@ def make_rows(queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
     return Rows(tokens, offsets, answer_index, targets, mask)
 
 
-def pad_ids(rows: Sequence[Sequence[int]], length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def pad_ids(
+    rows: Sequence[Sequence[int]], length: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Ids ``[B, T]`` right-padded to ``length`` (or the longest), and their offsets (``EMPTY``: padding)."""
     length = length or max(len(row) for row in rows)
     ids = np.zeros((len(rows), length), np.int32)
@@ -107,5 +109,7 @@ def batch_indices(count: int, cursor: int, batch_size: int, seed: int) -> np.nda
       ``[batch_size]`` indices into the rows.
     """
     places = np.arange(cursor, cursor + batch_size)
-    epochs = {e: np.random.default_rng((seed, int(e))).permutation(count) for e in set(places // count)}
+    epochs = {
+        e: np.random.default_rng((seed, int(e))).permutation(count) for e in set(places // count)
+    }
     return np.array([epochs[place // count][place % count] for place in places])

@@ -32,9 +32,7 @@ def _at_positions(
         teacher_AD, student_AD, targets_A, mask_A = row
         teacher_AV = decoder.unembed(params, config, teacher_AD)
         student_AV = decoder.unembed(params, config, student_AD)
-        return {
-            name: OBJECTIVES[name](teacher_AV, student_AV, targets_A, mask_A) for name in names
-        }
+        return {name: OBJECTIVES[name](teacher_AV, student_AV, targets_A, mask_A) for name in names}
 
     # A row at a time: logits of the whole batch would be the largest array of all.
     per_row = (jnp.asarray(rows.teacher_hidden), states_BAD, rows.targets, rows.mask)
@@ -62,7 +60,9 @@ def at_positions(
         )
         for i in range(0, len(rows), size)
     ]
-    return {name: np.concatenate([np.asarray(p[name]) for p in parts])[: len(rows)] for name in names}
+    return {
+        name: np.concatenate([np.asarray(p[name]) for p in parts])[: len(rows)] for name in names
+    }
 
 
 def prompt_kl_function(model: LanguageModel, rows: Rows, before: KeyValues, kind: str):

@@ -51,7 +51,10 @@ def training_curve(lines: list[dict[str, Any]], held_out: dict[str, Any], file: 
     )
     for name in ("no_context", "truncated_context", "full_context"):
         axes.axhline(
-            held_out[name]["kl"], color=_COLOURS[name], linestyle="--", linewidth=1,
+            held_out[name]["kl"],
+            color=_COLOURS[name],
+            linestyle="--",
+            linewidth=1,
             label=_LABELS[name],
         )
     axes.set(xlabel="step", ylabel="KL to the full context (nats/token)", title="Training")
@@ -65,7 +68,11 @@ def by_position(curves: dict[str, list[float]], file: Path) -> None:
     figure, axes = _figure(7, 4)
     for name, values in curves.items():
         axes.plot(
-            range(1, len(values) + 1), values, color=_COLOURS[name], label=_LABELS[name], linewidth=1.5
+            range(1, len(values) + 1),
+            values,
+            color=_COLOURS[name],
+            label=_LABELS[name],
+            linewidth=1.5,
         )
     axes.set(
         xlabel="position in the answer (token)",
@@ -84,8 +91,13 @@ def by_query(queries: list[dict[str, Any]], file: Path) -> None:
     axes.barh(
         places, [q["kl_no_context"] for q in rows], color="#e8c9c6", height=0.8, label="no context"
     )
-    axes.barh(places, [q["kl"] for q in rows], color=_COLOURS["prompt"], height=0.45,
-              label=_LABELS["prompt"])
+    axes.barh(
+        places,
+        [q["kl"] for q in rows],
+        color=_COLOURS["prompt"],
+        height=0.45,
+        label=_LABELS["prompt"],
+    )
     axes.set_yticks(list(places), [_shortened(q["query"]) for q in rows], fontsize=8)
     axes.set(xlabel="KL to the full context (nats/token)", title="Held-out KL by query")
     axes.legend(frameon=False, fontsize=8, loc="lower right")

@@ -96,9 +96,7 @@ def measure(
     kl = {name: at["kl"].sum(axis=1) for name, at in positions.items()}
 
     def gap(bracket: str) -> dict[str, float]:
-        ours, theirs = (
-            (kl[name][held_out], counts[held_out]) for name in ("prompt", bracket)
-        )
+        ours, theirs = ((kl[name][held_out], counts[held_out]) for name in ("prompt", bracket))
         return gap_closed(ours, theirs, seed)
 
     report: dict[str, Any] = {"gap_closed": gap("no_context")}

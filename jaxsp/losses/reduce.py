@@ -18,7 +18,7 @@ class Total(NamedTuple):
     """A sum over positions and how many there were, both float32 scalars."""
 
     total: Float[Array, ""]
-    count: Float[Array, ""]
+    count: Float[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def masked_sum(values: Float[Array, "*b t"], mask: Bool[Array, "*b t"] | None = None) -> Total:

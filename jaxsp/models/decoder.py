@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -98,7 +99,7 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=cast("int", (0, nn.broadcast, nn.broadcast, nn.broadcast)),  # one an argument
             length=c.layers,
         )(c)
         self.norm = RMSNorm(c.norm_epsilon)
@@ -141,9 +142,13 @@ def parameter_shapes(config: DecoderConfig) -> Params:
     return jax.eval_shape(Decoder(config).init, jax.random.key(0), ids)["params"]
 
 
+def _apply(params: Params, config: DecoderConfig, method: str, *arguments: Any) -> Any:
+    return Decoder(config).apply({"params": params}, *arguments, method=method)
+
+
 def embed(params: Params, config: DecoderConfig, ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
     """Input vectors of the token ids: the space in which a soft prompt lives."""
-    return Decoder(config).apply({"params": params}, ids, method="embed")
+    return _apply(params, config, "embed", ids)
 
 
 def hidden(
@@ -166,14 +171,14 @@ def hidden(
       The hidden states, and the keys and values of ``inputs`` (for use as a later ``past``).
     """
     past = tuple(kv for kv in past if kv.positions.shape[1])  # an empty one would only cost
-    return Decoder(config).apply({"params": params}, inputs, positions, past, method="hidden")
+    return _apply(params, config, "hidden", inputs, positions, past)
 
 
 def unembed(
     params: Params, config: DecoderConfig, hidden: Float[Array, "*b d"]
 ) -> Float[Array, "*b v"]:
     """Logits, float32, of last hidden states."""
-    return Decoder(config).apply({"params": params}, hidden, method="unembed")
+    return _apply(params, config, "unembed", hidden)
 
 
 def unembedding(params: Params, config: DecoderConfig) -> Float[Array, "v d"]:

@@ -101,7 +101,9 @@ def _read_queries(
     last_B = jnp.argmax(positions_BT, axis=-1)
     state_BD = jnp.take_along_axis(states_BTD, last_B[:, None, None], axis=1)[:, 0]
     token_B = _best(params, config, state_BD)
-    room = jnp.zeros((config.layers, B, max_tokens, config.kv_heads, config.head_width), config.dtype)
+    room = jnp.zeros(
+        (config.layers, B, max_tokens, config.kv_heads, config.head_width), config.dtype
+    )
     empty = jnp.full((B, max_tokens), EMPTY, jnp.int32)
     tokens_BA = jnp.zeros((B, max_tokens), jnp.int32).at[:, 0].set(token_B)
     return _Decoding(

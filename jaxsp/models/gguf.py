@@ -160,7 +160,7 @@ def _tokenizer(fields: dict[str, Any], path: Path):
     # llama.cpp's `pre` names the splitting rules; these give its exact ids.
     splitters = {
         "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True)],
-        "gpt-2": lambda: [],
+        "gpt-2": list,
     }
     kind, pre = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or pre not in splitters:

@@ -87,7 +87,9 @@ def load_params(files: list[Path], config: DecoderConfig, names: dict[str, str])
     Raises:
       UserError: a tensor is missing, left over or of another shape, or a file is truncated.
     """
-    expected = {"/".join(path): leaf for path, leaf in flatten_dict(parameter_shapes(config)).items()}
+    expected: dict[str, Any] = {
+        "/".join(path): leaf for path, leaf in flatten_dict(parameter_shapes(config)).items()
+    }
     tensors = {path: list(_tensor_names(names[path], config.layers)) for path in expected}
     with contextlib.ExitStack() as stack:
         checkpoint = Checkpoint(files, stack)
@@ -96,7 +98,9 @@ def load_params(files: list[Path], config: DecoderConfig, names: dict[str, str])
         if config.tied_head:
             present = _without_tied_copy(checkpoint, present, names)
         if missing := sorted(wanted - present):
-            raise UserError(f"The checkpoint lacks {_some(missing)}, which its config.json asks for.")
+            raise UserError(
+                f"The checkpoint lacks {_some(missing)}, which its config.json asks for."
+            )
         if extra := sorted(present - wanted):
             raise UserError(
                 f"The checkpoint holds {_some(extra)}, which its config.json has no place for."
@@ -156,7 +160,8 @@ def _read(
     shape = leaf.shape[1:] if stacked else leaf.shape
     stored = shape[::-1] if transpose else shape
     out = np.empty(leaf.shape, leaf.dtype)
-    for place, name in zip(out if stacked else [out], group, strict=True):
+    places: Any = out if stacked else [out]
+    for place, name in zip(places, group, strict=True):
         if checkpoint.shape(name) != stored:
             raise UserError(
                 f"Tensor {name} has shape {list(checkpoint.shape(name))}, but config.json makes it"

@@ -13,12 +13,16 @@ from jaxsp.typing import Array, Float, Int
 Embed = Callable[[Int[Array, " n"]], Float[Array, "n d"]]
 
 
-def from_first(key: Array, context: np.ndarray, length: int, embed: Embed, vocab_size: int) -> Array:
+def from_first(
+    key: Array, context: np.ndarray, length: int, embed: Embed, vocab_size: int
+) -> Array:
     """The embeddings of the context's first K tokens."""
     return embed(jnp.asarray(context[:length]))
 
 
-def from_spread(key: Array, context: np.ndarray, length: int, embed: Embed, vocab_size: int) -> Array:
+def from_spread(
+    key: Array, context: np.ndarray, length: int, embed: Embed, vocab_size: int
+) -> Array:
     """The embeddings of K tokens spread evenly over the context."""
     return embed(jnp.asarray(context[np.linspace(0, len(context) - 1, length).round().astype(int)]))
 
@@ -30,7 +34,9 @@ def from_vocabulary(
     return embed(jax.random.randint(key, (length,), 0, vocab_size))
 
 
-def from_noise(key: Array, context: np.ndarray, length: int, embed: Embed, vocab_size: int) -> Array:
+def from_noise(
+    key: Array, context: np.ndarray, length: int, embed: Embed, vocab_size: int
+) -> Array:
     """Gaussian vectors with the mean and the deviation, per coordinate, of the context's embeddings."""
     vectors = embed(jnp.asarray(context)).astype(jnp.float32)
     noise = jax.random.normal(key, (length, vectors.shape[-1]))

@@ -151,7 +151,9 @@ def train(
             watcher.on_step(lines[-1])
     except KeyboardInterrupt:
         save(state)
-        raise Interrupted(f"Interrupted after step {int(state.step)} of {settings.steps}.") from None
+        raise Interrupted(
+            f"Interrupted after step {int(state.step)} of {settings.steps}."
+        ) from None
     return state, lines
 
 

@@ -10,7 +10,9 @@ from jaxsp.typing import UserError
 
 OPTIMIZERS = ("adam", "adamw")
 
-SECOND_MOMENT = 0.99  # decay; a prompt is trained for hundreds of steps, where 0.999 averages too long
+SECOND_MOMENT = (
+    0.99  # decay; a prompt is trained for hundreds of steps, where 0.999 averages too long
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,9 +48,7 @@ def test_slots_of_a_chat_template():
         *encode(tokenizer, "C", control=False),
         *slots.query_ids(tokenizer, "Q?"),
     ]
-    assert tokenizer.decode(ids) == (
-        "<|im_start|>user\nC\n\nQ?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert tokenizer.decode(ids) == ("<|im_start|>user\nC\n\nQ?<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_control_tokens_in_the_users_text_are_text():
@@ -94,5 +92,7 @@ def test_the_stream_visits_every_row_once_an_epoch_and_can_be_entered_anywhere()
         assert sorted(epoch) == list(range(7))
     assert not (stream[:7] == stream[7:14]).all()
     for cursor in (0, 5, 13, 41):
-        np.testing.assert_array_equal(batch_indices(7, cursor, 9, seed=3), stream[cursor : cursor + 9])
+        np.testing.assert_array_equal(
+            batch_indices(7, cursor, 9, seed=3), stream[cursor : cursor + 9]
+        )
     assert not (batch_indices(7, 0, 7, seed=4) == stream[:7]).all()

@@ -1,6 +1,6 @@
 """Makes ``logits.npz``: logits of Hugging Face's torch models, for machines without torch.
 
-    python -m tests.goldens.make_logits          (needs the group `torch` and the embedded model)
+python -m tests.goldens.make_logits          (needs the group `torch` and the embedded model)
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ CASES: dict[str, dict[str, Any]] = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "llama3_rope": {"rope_parameters": {**_LLAMA3, "rope_theta": 5e5}},
     # How configs looked before transformers 5.
-    "llama3_rope_old_layout": {
-        "rope_parameters": None, "rope_theta": 5e5, "rope_scaling": _LLAMA3
-    },
+    "llama3_rope_old_layout": {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": _LLAMA3},
     "old_theta": {"rope_parameters": None, "rope_theta": 1e6},
 }
 IDS = np.random.RandomState(1).randint(0, tiny.VOCAB, (1, 80))
 SMOLLM2_TEXT = (
-    "The harbour master of Bodø wrote, on 14 May 1932: 'Two boats came in at 6:45, one with herring.'"
+    "The harbour master of Bodø wrote, on 14 May 1932: 'Two boats came in at 6:45, one with"
+    " herring.'"
 )
 SMOLLM2_VOCABULARY = slice(0, None, 97)
 

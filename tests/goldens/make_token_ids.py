@@ -1,6 +1,6 @@
 """Makes ``token_ids.json``: llama.cpp's own token ids for the embedded model's tokenizer.
 
-    pip install llama-cpp-python && python -m tests.goldens.make_token_ids PATH/TO/MODEL.gguf
+pip install llama-cpp-python && python -m tests.goldens.make_token_ids PATH/TO/MODEL.gguf
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TEXTS = [
     "x² + y³ ≤ ½ · π ≈ 1,5 × 10⁻³",
     "٣٤٥ and ४५६ and ２０２６",
     "\u00a0non-breaking\u2003em space\u200bzero width",
-    "ALL CAPS HEADLINE: \"QUOTED\" — dash – en … ellipsis",
+    'ALL CAPS HEADLINE: "QUOTED" — dash – en … ellipsis',
     "a",
     " ",
     "\n",

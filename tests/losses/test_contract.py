@@ -197,7 +197,7 @@ def test_js_bounds_and_limits():
     np.testing.assert_allclose(near_one, losses.reverse_kl_divergence(t, s), rtol=0.01)
     for beta in (0.0, 1.0):
         assert (np.asarray(losses.js_divergence(t, s, beta=beta)) == 0).all()
-    with pytest.raises(ValueError, match="beta must lie between 0 and 1, not 1.5"):
+    with pytest.raises(ValueError, match=r"beta must lie between 0 and 1, not 1\.5"):
         losses.js_divergence(t, s, beta=1.5)
 
 

@@ -36,9 +36,7 @@ def test_a_shared_prefix_equals_one_copy_per_row(model):
     params, config = model
     rows = jnp.concatenate([decoder.embed(params, config, IDS)] * 3) + jnp.arange(3)[:, None, None]
     prefix = decoder.prefill(params, config, rows[:1, :4] * 0.5)
-    copied = jax.tree.map(
-        lambda a: jnp.repeat(a, 3, axis=a.ndim - 4 if a.ndim == 5 else 0), prefix
-    )
+    copied = jax.tree.map(lambda a: jnp.repeat(a, 3, axis=a.ndim - 4 if a.ndim == 5 else 0), prefix)
     copied = type(prefix)(
         jnp.repeat(prefix.keys, 3, axis=1),
         jnp.repeat(prefix.values, 3, axis=1),
@@ -99,7 +97,9 @@ def test_no_array_of_all_scores():
     def loss(q, k, v, p):
         return attention.attention(q, p, [attention.Segment(k, v, p)]).sum()
 
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape, where).compile()
+    compiled = (
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(shape, shape, shape, where).compile()
+    )
     assert compiled.memory_analysis().temp_size_in_bytes < 256 * 2**20
 
 

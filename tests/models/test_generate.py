@@ -80,9 +80,7 @@ def test_batches_change_nothing(tiny_model, prefix, monkeypatch):
     at_once = answers.answer_ids(tiny_model, prefix, QUERIES, max_tokens=6)
     monkeypatch.setattr(answers, "BATCH", 3)
     done: list[int] = []
-    in_batches = answers.answer_ids(
-        tiny_model, prefix, QUERIES, max_tokens=6, on_batch=done.append
-    )
+    in_batches = answers.answer_ids(tiny_model, prefix, QUERIES, max_tokens=6, on_batch=done.append)
     assert in_batches == at_once
     assert done[-1] == len(QUERIES)
 

@@ -53,7 +53,9 @@ def test_dtypes(tiny_directory):
 
 def test_default_dtype_follows_the_hardware(monkeypatch):
     for flags, expected in (
-        ("fpu avx512f avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"), ("avx2", "float32")
+        ("fpu avx512f avx512_bf16", "bfloat16"),
+        ("amx_bf16", "bfloat16"),
+        ("avx2", "float32"),
     ):
         monkeypatch.setattr(language_model.Path, "read_text", lambda *_, flags=flags: flags)
         assert language_model.default_dtype() == expected
@@ -95,9 +97,7 @@ def test_tensors_that_do_not_fit(tmp_path, name, value, message):
 def test_derived_buffers_and_tied_copies_are_legal(tmp_path):
     tiny.write(tmp_path, tie_word_embeddings=True)
     before = jaxsp.load_model(tmp_path, dtype="float32").logits([[5, 6]])
-    change_tensor(
-        tmp_path, "model.layers.0.self_attn.rotary_emb.inv_freq", np.zeros(4, np.float32)
-    )
+    change_tensor(tmp_path, "model.layers.0.self_attn.rotary_emb.inv_freq", np.zeros(4, np.float32))
     table = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
     change_tensor(tmp_path, "lm_head.weight", table)
     np.testing.assert_array_equal(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -17,8 +19,8 @@ def test_schedule_rises_and_falls():
     assert values[0] == 0.0
     assert values[20] == pytest.approx(0.5)
     assert values[100] == pytest.approx(0.0, abs=1e-6)
-    assert all(a < b for a, b in zip(values[:20], values[1:21], strict=True))
-    assert all(a > b for a, b in zip(values[20:100], values[21:], strict=True))
+    assert all(a < b for a, b in itertools.pairwise(values))
+    assert all(a > b for a, b in itertools.pairwise(values))
 
 
 def first_change(gradient, **settings):

@@ -81,8 +81,9 @@ def test_gradient_is_that_of_the_mean_over_all_positions(problem, objective):
     np.testing.assert_allclose(metrics["loss"], loss(sigma["embeddings"]), rtol=1e-5)
     direction = jax.random.normal(jax.random.key(1), sigma["embeddings"].shape)
     step = 2e-3
-    slope = (loss(sigma["embeddings"] + step * direction)
-             - loss(sigma["embeddings"] - step * direction)) / (2 * step)
+    slope = (
+        loss(sigma["embeddings"] + step * direction) - loss(sigma["embeddings"] - step * direction)
+    ) / (2 * step)
     np.testing.assert_allclose(jnp.vdot(gradient, direction), slope, rtol=2e-2)
 
 
@@ -113,9 +114,7 @@ def test_pmap_on_eight_devices_equals_jit_on_one(problem):
         results[name] = (driver.fetch(state), {k: float(v) for k, v in metrics.items()})
     one, eight = results["jit"], results["pmap"]
     # Adam divides by the gradient's size, so rounding in tiny gradients shows: 1e-5 all the same.
-    np.testing.assert_allclose(
-        one[0].sigma["embeddings"], eight[0].sigma["embeddings"], atol=1e-5
-    )
+    np.testing.assert_allclose(one[0].sigma["embeddings"], eight[0].sigma["embeddings"], atol=1e-5)
     assert one[1] == pytest.approx(eight[1], abs=1e-5)
     assert int(one[0].cursor) == int(eight[0].cursor) == 5 * 16
     assert int(one[0].step) == int(eight[0].step) == 5

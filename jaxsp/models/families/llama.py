@@ -33,7 +33,9 @@ WEIGHTS = {
 def config(hf, dtype: str) -> DecoderConfig:
     """The decoder's hyper-parameters from a ``transformers.LlamaConfig``."""
     if hf.hidden_act not in ("silu", "swish"):
-        raise UserError(f"Activation {hf.hidden_act!r} is not supported in a llama model, only 'silu'.")
+        raise UserError(
+            f"Activation {hf.hidden_act!r} is not supported in a llama model, only 'silu'."
+        )
     return DecoderConfig(
         vocab_size=hf.vocab_size,
         width=hf.hidden_size,

@@ -1,0 +1,66 @@
+"""The invariants on the real, embedded model, and the demo: how good it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jaxsp
+from jaxsp import distributions
+from jaxsp.data.rows import make_rows
+from jaxsp.evaluation.metrics import at_positions
+from jaxsp.models import decoder
+from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.teacher.signals import hidden_states
+from tests.conftest import CONTEXT
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", PROMPT_KINDS)
+def test_the_contexts_own_embeddings_give_kl_zero(kind, dtype):
+    model = jaxsp.load_model("smollm2-135m-instruct", dtype=dtype)
+    ids = np.array(model.tokenizer(CONTEXT).input_ids)
+    before = decoder.empty_prefix(model.config)
+    context = distributions.context_prefix(model.params, model.config, ids[None], before)
+    rows = make_rows([[504, 3575], [282]], [[4649, 314, 2], [504, 2]])
+    rows = dataclasses.replace(rows, teacher_hidden=hidden_states(model, context, rows))
+    sigma = PROMPT_KINDS[kind].initial(model.embed(ids))
+    prompt = distributions.prompt_prefix(model.params, model.config, sigma, before, kind)
+    values = at_positions(model, prompt, rows)
+    assert np.abs(values["kl"]).max() < 1e-5
+    assert (values["zero_one"] == 0).all()
+    other = {name: array + 0.05 for name, array in sigma.items()}
+    other = distributions.prompt_prefix(model.params, model.config, other, before, kind)
+    assert at_positions(model, other, rows)["kl"].max() > 1e-2  # the test can fail
+
+
+def test_a_compression_leaves_the_weights_bit_identical(smollm2):
+    before = jax.tree.map(np.array, smollm2.params)
+    jaxsp.compress(
+        smollm2, CONTEXT, ["How long is it?", "What is it made of?"], held_out=["How much?"],
+        length=4, steps=3, batch_size=2, max_answer_tokens=4, progress=False,
+    )  # fmt: skip
+    same = jax.tree.map(lambda a, b: np.array_equal(a, b), smollm2.params, before)
+    assert all(jax.tree.leaves(same))
+
+
+def test_the_demo_shows_what_it_promises(python, tmp_path):
+    """As a user runs it, in a process of its own (one device)."""
+    result = python("-m", "jaxsp", "demo", cwd=tmp_path, env={"XLA_FLAGS": ""})
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "jaxsp-demo" / "report.json").read_text())
+    held_out = report["held_out"]["conditions"]
+    assert report["prompt_length"] == 16
+    assert 300 <= report["context_tokens"] <= 500
+    assert report["train"]["queries"] + report["held_out"]["queries"] >= 40
+    assert report["held_out"]["queries"] == 10
+    assert report["gap_closed"]["value"] >= 0.80
+    assert held_out["prompt"]["kl"] < held_out["truncated_context"]["kl"]
+    assert held_out["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert "full context" in result.stdout
+    assert "no context" in result.stdout
+    assert "report.md" in result.stdout

@@ -1,0 +1,162 @@
+"""The house: who may import whom, what loads when, and what the package is made of."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxsp
+
+ROOT = Path(__file__).parents[1]
+
+# Rooms by floor; a room imports from floors below its own, or from itself.
+FLOORS = [
+    ["typing"],
+    ["models", "losses"],
+    ["prompts", "data", "distributions"],
+    ["teacher", "artifact"],
+    ["training", "evaluation", "run_folder", "console", "settings"],
+    ["api", "demo"],
+    ["cli"],
+    ["__main__", "__init__"],
+]
+FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+# Within a floor, only these: a saved prompt has data's slots, a prompt is read for its distribution.
+NEIGHBOURS = {
+    ("distributions", "data"),
+    ("distributions", "prompts"),
+    ("settings", "training"),
+    ("losses", "models"),
+} - {("losses", "models")}
+# Heavy packages, and the only places that may import them.
+ONLY_IN = {
+    "matplotlib": {"evaluation/plots.py"},
+    "orbax": {"training/checkpoint.py"},
+    "transformers": {"models/language_model.py", "models/gguf.py"},
+    "rich": {"console.py", "cli.py"},
+    "tyro": {"cli.py"},
+    "flax": {"models/decoder.py", "models/weights.py"},
+    "torch": set(),
+}
+
+
+def imports(file: Path) -> set[str]:
+    """Modules that a file imports anywhere, but for type checking."""
+    tree = ast.parse(file.read_text("utf-8"))
+    names: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    return names
+
+
+FILES = sorted((ROOT / "jaxsp").rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_point_downwards(file):
+    place = file.relative_to(ROOT / "jaxsp")
+    room = place.parts[0].removesuffix(".py")
+    for name in imports(file):
+        top, *rest = name.split(".")
+        if top == "jaxsp" and rest:
+            other = rest[0]
+            lower = FLOOR[other] < FLOOR[room]
+            assert lower or other == room or (room, other) in NEIGHBOURS, f"{place} imports {name}"
+        for package, allowed in ONLY_IN.items():
+            assert top != package or str(place) in allowed, f"{place} imports {package}"
+
+
+def test_models_never_hear_of_prompts_and_prompts_never_see_weights():
+    for file in FILES:
+        room = file.relative_to(ROOT / "jaxsp").parts[0]
+        used = {name for name in imports(file) if name.startswith("jaxsp.")}
+        if room == "models":
+            assert not any("prompt" in name for name in used)
+        if room == "prompts":
+            assert not any(name.startswith("jaxsp.models") for name in used)
+
+
+def test_importing_jaxsp_is_fast_and_loads_nothing_heavy(python):
+    code = (
+        "import time, sys; start = time.perf_counter(); import jaxsp;"
+        "print(time.perf_counter() - start, [m for m in ('jax', 'flax', 'numpy', 'transformers')"
+        " if m in sys.modules])"
+    )
+    seconds, loaded = python("-c", code).stdout.split(maxsplit=1)
+    assert float(seconds) < 0.2
+    assert loaded.strip() == "[]"
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in jaxsp.__all__:
+        assert getattr(jaxsp, name).__doc__, name
+    assert sorted(dir(jaxsp)) == sorted(jaxsp.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        jaxsp.nonsense  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "uv", "build", "--wheel", "-q", "-o", str(folder), str(ROOT)],
+        check=True,
+    )
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_runs_from_an_empty_folder(wheel, tmp_path):
+    """Installed apart from this checkout, the console script finds everything it ships."""
+    target, empty = tmp_path / "target", tmp_path / "empty"
+    empty.mkdir()
+    subprocess.run(
+        [sys.executable, "-m", "uv", "pip", "install", "-q", "--no-deps", "--target", str(target),
+         str(wheel)],
+        check=True,
+    )  # fmt: skip
+    assert (target / "jaxsp" / "py.typed").is_file()
+    assert (target / "jaxsp" / "demo" / "manual.md").is_file()
+    script = target / "bin" / "jaxsp"
+    result = subprocess.run(
+        [sys.executable, str(script), "compress", "nowhere.txt", "--queries", "q.txt"],
+        cwd=empty, env={"PYTHONPATH": str(target), "PATH": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "jaxsp: There is no file nowhere.txt.\n"
+    shown = subprocess.run(
+        [sys.executable, "-c", "import jaxsp.api; print(jaxsp.api.__file__)"],
+        cwd=empty, env={"PYTHONPATH": str(target)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert str(target) in shown.stdout
+    assert not any(empty.iterdir())
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        ("ruff", "check", "."),
+        ("ruff", "format", "--check", "."),
+        ("pyright", "--pythonpath", sys.executable),
+    ],
+)
+def test_the_tools_are_content(tool):
+    result = subprocess.run(
+        [sys.executable, "-m", *tool],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
