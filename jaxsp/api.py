@@ -34,12 +34,12 @@ from jaxsp.teacher.answers import answer_ids
 from jaxsp.teacher.signals import hidden_states
 from jaxsp.teacher.store import TeacherData
 from jaxsp.training.checkpoint import Checkpoints
-from jaxsp.training.loop import Interrupted, LoopSettings, NonFiniteLoss, Watcher, train
+from jaxsp.training.loop import LoopSettings, NonFiniteLoss, Watcher, train
 from jaxsp.training.optimizer import make_optimizer
 from jaxsp.training.parallel import DRIVERS
 from jaxsp.training.state import TrainState, initial_state
 from jaxsp.training.update import Frozen, UpdateSettings
-from jaxsp.typing import KeyValues, PyTree, UserError
+from jaxsp.typing import Interrupted, KeyValues, PyTree, UserError
 
 Queries = Sequence[str | Query | Mapping[str, str]]
 
@@ -394,7 +394,6 @@ def _train(
             LoopSettings(
                 settings.steps,
                 settings.batch_size,
-                settings.seed,
                 settings.evaluate_every,
                 settings.checkpoint_every,
             ),

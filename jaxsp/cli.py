@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsp.settings import Settings
-from jaxsp.typing import UserError
+from jaxsp.typing import Interrupted, UserError
 
 if TYPE_CHECKING:
     from jaxsp.api import Result
@@ -57,21 +57,16 @@ class Compress(Settings):
         context, queries = read_context(self.context), read_queries(self.queries)
         held_out = _fraction(self.held_out)
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)}
-        try:
-            result = api.compress(
-                _load(self.model, self.dtype),
-                context,
-                queries,
-                held_out=read_queries(self.held_out) if held_out is None else held_out,
-                out=self.out,
-                resume=self.resume,
-                overwrite=self.overwrite,
-                **settings,
-            )
-        except api.Interrupted as error:
-            arguments = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
-            print(f"{error}\n  jaxsp {shlex.join([*arguments, '--resume'])}", file=sys.stderr)
-            raise SystemExit(130) from None
+        result = api.compress(
+            _load(self.model, self.dtype),
+            context,
+            queries,
+            held_out=read_queries(self.held_out) if held_out is None else held_out,
+            out=self.out,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            **settings,
+        )
         _summary(result, self.out)
 
 
@@ -194,6 +189,8 @@ class Demo:
     """Of weights and activations; by default the fastest here."""
     steps: int = 60
     """Updates of the prompt."""
+    resume: bool = False
+    """Go on with the interrupted run in --out."""
 
     def run(self) -> None:
         from jaxsp import api
@@ -212,7 +209,8 @@ class Demo:
             queries,
             held_out=held_out,
             out=self.out,
-            overwrite=True,
+            resume=self.resume,
+            overwrite=not self.resume,
             steps=self.steps,
             batch_size=4,
             evaluate_every=20,
@@ -245,13 +243,17 @@ def main() -> None:
         Command,  # type: ignore[arg-type]
         prog="jaxsp",
         description="Soft prompts that stand in for long contexts.",
-        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)[1:],
+        config=(tyro.conf.OmitArgPrefixes,),
     )
     try:
         command.run()
     except UserError as error:
         print(f"jaxsp: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        if not isinstance(error, Interrupted):
+            raise SystemExit(2) from None
+        arguments = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
+        print(f"  jaxsp {shlex.join([*arguments, '--resume'])}", file=sys.stderr)
+        raise SystemExit(130) from None
     except KeyboardInterrupt:
         print("jaxsp: interrupted.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -18,7 +18,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-__all__ = ["EMPTY", "Array", "Bool", "Float", "Int", "KeyValues", "Params", "PyTree", "UserError"]
+__all__ = [
+    "EMPTY",
+    "Array",
+    "Bool",
+    "Float",
+    "Int",
+    "Interrupted",
+    "KeyValues",
+    "Params",
+    "PyTree",
+    "UserError",
+]
 
 EMPTY = -1
 
@@ -31,6 +42,10 @@ class UserError(ValueError):
 
     The command line prints the message alone, as one sentence, and exits with status 2.
     """
+
+
+class Interrupted(UserError):
+    """The user stopped a run; the state of its last whole step is saved if it has a folder."""
 
 
 @jax.tree_util.register_dataclass

@@ -93,23 +93,26 @@ def pad_ids(
     return ids, offsets
 
 
-def batch_indices(count: int, cursor: int, batch_size: int, seed: int) -> np.ndarray:
+def batch_indices(
+    count: int, cursor: int, batch_size: int, key: Sequence[int] | np.ndarray
+) -> np.ndarray:
     """Which rows stand at ``cursor`` in the endless shuffled stream.
 
-    Each epoch is a fresh permutation of all rows, drawn from (seed, epoch) alone: the stream can be
+    Each epoch is a fresh permutation of all rows, drawn from (key, epoch) alone: the stream can be
     entered anywhere, so a resumed run goes on exactly where it stopped.
 
     Args:
       count: number of rows.
       cursor: how many rows were drawn before.
       batch_size: how many to draw; a batch may span two epochs.
-      seed: of the stream.
+      key: of the stream: the data of a jax random key, or any integers.
 
     Returns:
       ``[batch_size]`` indices into the rows.
     """
     places = np.arange(cursor, cursor + batch_size)
     epochs = {
-        e: np.random.default_rng((seed, int(e))).permutation(count) for e in set(places // count)
+        e: np.random.default_rng([*map(int, key), int(e)]).permutation(count)
+        for e in set(places // count)
     }
     return np.array([epochs[place // count][place % count] for place in places])

@@ -17,7 +17,7 @@ from jaxsp.data.rows import Rows, batch_indices
 from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.parallel import Driver
 from jaxsp.training.state import TrainState
-from jaxsp.typing import EMPTY, PyTree, UserError
+from jaxsp.typing import EMPTY, Interrupted, PyTree, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,6 @@ class LoopSettings:
     Attributes:
       steps: updates in all.
       batch_size: rows an update.
-      seed: of the order of the rows.
       evaluate_every: steps between held-out evaluations (there is one before the first step and one
         after the last, too).
       checkpoint_every: steps between checkpoints.
@@ -35,13 +34,8 @@ class LoopSettings:
 
     steps: int
     batch_size: int
-    seed: int
     evaluate_every: int
     checkpoint_every: int
-
-
-class Interrupted(UserError):
-    """The user stopped the run; the state of its last whole step is saved if it has a folder."""
 
 
 class NonFiniteLoss(UserError):
@@ -101,6 +95,7 @@ def train(
     """
     lines = _past_lines(watcher.metrics, int(state.step))
     placed = driver.place(state)
+    order = np.asarray(state.key)
 
     def save(state: TrainState) -> None:
         if watcher.checkpoints:
@@ -125,7 +120,7 @@ def train(
         for step in range(int(state.step), settings.steps):
             started = time.perf_counter()
             batch = rows.take(
-                batch_indices(len(rows), int(state.cursor), settings.batch_size, settings.seed)
+                batch_indices(len(rows), int(state.cursor), settings.batch_size, order)
             )
             placed, metrics = driver.step(placed, batch)
             values = {name: float(value) for name, value in metrics.items()}

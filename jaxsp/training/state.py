@@ -20,7 +20,7 @@ class TrainState:
       sigma: the prompt's parameters, float32.
       optimizer_state: of the optax transformation.
       step: updates done.
-      key: random key of the run, as raw key data; a step's own key is ``fold_in(key, step)``.
+      key: random key of the run, as raw key data; it orders the rows.
       cursor: training rows drawn so far; it fixes which come next.
       best_sigma: the σ with the lowest held-out KL so far.
       best_kl: that KL, in nats; infinite before the first evaluation.

@@ -12,9 +12,9 @@ import pytest
 
 from jaxsp.data.rows import make_rows
 from jaxsp.training.checkpoint import Checkpoints
-from jaxsp.training.loop import Interrupted, LoopSettings, NonFiniteLoss, Watcher, train
+from jaxsp.training.loop import LoopSettings, NonFiniteLoss, Watcher, train
 from jaxsp.training.state import initial_state
-from jaxsp.typing import UserError
+from jaxsp.typing import Interrupted, UserError
 
 ROWS = make_rows([[3, 4]] * 5, [[5, 2]] * 5)
 
@@ -51,7 +51,7 @@ def run(driver, steps, *, state=None, kl=lambda x: 1.0, watcher=None, every=1):
         driver,
         state,
         ROWS,
-        LoopSettings(steps, 2, 0, evaluate_every=every, checkpoint_every=2),
+        LoopSettings(steps, 2, evaluate_every=every, checkpoint_every=2),
         evaluate=lambda sigma: kl(float(sigma["x"])),
         schedule=lambda step: 0.1,
         watcher=watcher or Watcher(),
