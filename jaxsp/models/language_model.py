@@ -112,7 +112,7 @@ def load_model(
       >>> import jaxsp
       >>> model = jaxsp.load_model("smollm2-135m-instruct", dtype="float32")
       >>> ids = model.tokenizer("The capital of France is").input_ids
-      >>> model.tokenizer.decode(model.logits(ids)[-1].argmax())
+      >>> model.tokenizer.decode(int(model.logits(ids)[-1].argmax()))
       ' Paris'
     """
     started = time.perf_counter()
