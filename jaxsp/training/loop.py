@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,46 +113,74 @@ def train(
 
     good = state
     try:
-        if not lines:
-            lines.append({"step": 0})
-            good = state = measured(state)
-            placed = driver.place(state)
-            save(state)
-            _write(watcher.metrics, lines)
-            watcher.on_step(lines[-1])
-        for step in range(int(state.step), settings.steps):
-            started = time.perf_counter()
-            batch = rows.take(
-                batch_indices(len(rows), int(state.cursor), settings.batch_size, order)
-            )
-            placed, metrics = driver.step(placed, batch)
-            values = {name: float(value) for name, value in metrics.items()}
-            if not all(math.isfinite(value) for value in values.values()):
-                raise _non_finite(step + 1, values, good, float(schedule(step)))
-            good, state = state, driver.fetch(placed)
-            lines.append(
-                {
-                    "step": step + 1,
-                    **values,
-                    "learning_rate": float(schedule(step)),
-                    "tokens": int(np.sum(batch.offsets != EMPTY)),
-                    "seconds": time.perf_counter() - started,
-                }
-            )
-            last = step + 1 == settings.steps
-            if last or (step + 1) % settings.evaluate_every == 0:
-                state = measured(state)
+        with _interrupts_between_steps() as check_interrupt:
+            if not lines:
+                lines.append({"step": 0})
+                good = state = measured(state)
                 placed = driver.place(state)
-            _write(watcher.metrics, lines[-1:])
-            if last or (step + 1) % settings.checkpoint_every == 0:
                 save(state)
-            watcher.on_step(lines[-1])
+                _write(watcher.metrics, lines)
+                watcher.on_step(lines[-1])
+            for step in range(int(state.step), settings.steps):
+                started = time.perf_counter()
+                batch = rows.take(
+                    batch_indices(len(rows), int(state.cursor), settings.batch_size, order)
+                )
+                placed, metrics = driver.step(placed, batch)
+                values = {name: float(value) for name, value in metrics.items()}
+                if not all(math.isfinite(value) for value in values.values()):
+                    raise _non_finite(step + 1, values, good, float(schedule(step)))
+                good, state = state, driver.fetch(placed)
+                lines.append(
+                    {
+                        "step": step + 1,
+                        **values,
+                        "learning_rate": float(schedule(step)),
+                        "tokens": int(np.sum(batch.offsets != EMPTY)),
+                        "seconds": time.perf_counter() - started,
+                    }
+                )
+                last = step + 1 == settings.steps
+                if last or (step + 1) % settings.evaluate_every == 0:
+                    state = measured(state)
+                    placed = driver.place(state)
+                _write(watcher.metrics, lines[-1:])
+                if last or (step + 1) % settings.checkpoint_every == 0:
+                    save(state)
+                watcher.on_step(lines[-1])
+                check_interrupt()
     except KeyboardInterrupt:
         save(state)
         raise Interrupted(
             f"Interrupted after step {int(state.step)} of {settings.steps}."
         ) from None
     return state, lines
+
+
+@contextlib.contextmanager
+def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits for the end of the step: raised anywhere, it could leave a checkpoint's writer
+    hanging. A second Ctrl-C is raised at once. Gives the function that raises a waiting one.
+    """
+    waiting = False
+
+    def hold(*_: object) -> None:
+        nonlocal waiting
+        waiting = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def check() -> None:
+        if waiting:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check  # only the main thread may set handlers, and only it is interrupted
+        return
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _non_finite(
