@@ -30,8 +30,7 @@ NEIGHBOURS = {
     ("distributions", "data"),
     ("distributions", "prompts"),
     ("settings", "training"),
-    ("losses", "models"),
-} - {("losses", "models")}
+}
 # Heavy packages, and the only places that may import them.
 ONLY_IN = {
     "matplotlib": {"evaluation/plots.py"},
