@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.resources
+import io
+import itertools
 import json
 import shlex
 import sys
@@ -239,14 +242,8 @@ Command = (
 
 def main() -> None:
     """Entry point of the console script ``jaxsp``."""
-    command = tyro.cli(
-        Command,  # type: ignore[arg-type]
-        prog="jaxsp",
-        description="Soft prompts that stand in for long contexts.",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
     try:
-        command.run()
+        _parsed().run()
     except UserError as error:
         print(f"jaxsp: {error}", file=sys.stderr)
         if not isinstance(error, Interrupted):
@@ -257,6 +254,31 @@ def main() -> None:
     except KeyboardInterrupt:
         print("jaxsp: interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _parsed() -> Compress | Ask | Evaluate | Inspect | Demo:
+    """The command that the arguments ask for.
+
+    Raises:
+      UserError: they can't be parsed; tyro's box of several lines becomes one sentence.
+    """
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(
+                Command,  # type: ignore[arg-type]
+                prog="jaxsp",
+                description="Soft prompts that stand in for long contexts.",
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        # The box: a title, then what is wrong, then a rule and advice.
+        lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
+        told = itertools.takewhile(lambda line: line and not set(line) <= set("─╰╯"), lines)
+        message = " ".join(told).replace(". (required)", "").rstrip(".")
+        raise UserError(f"{message}; see --help.") from None
 
 
 def _load(name: str, dtype: str | None) -> LanguageModel:

@@ -20,6 +20,7 @@ FLOORS = [
     ["prompts", "data", "distributions"],
     ["teacher", "artifact"],
     ["training", "evaluation", "run_folder", "console", "settings"],
+    ["stages"],
     ["api", "demo"],
     ["cli"],
     ["__main__", "__init__"],

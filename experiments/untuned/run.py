@@ -28,7 +28,7 @@ class Run:
     """Which documents."""
     out: Path = HERE / "results.json"
     """Where the results go; those of other documents are kept."""
-    steps: int = 200
+    steps: int = 400
     """Updates of each prompt."""
 
 
@@ -66,7 +66,7 @@ def main(run: Run) -> None:
             "environment": report["environment"],
         }
         run.out.write_text(json.dumps(results, indent=2) + "\n")
-        print(name, json.dumps(results[name]["gap_closed"]))
+        print(name, json.dumps(results[name]["gap_closed"]), flush=True)
     print(f"Results: {run.out}")
 
 

@@ -119,6 +119,11 @@ def load_model(
     dtype = default_dtype() if dtype is None else dtype
     if dtype not in DTYPES:
         raise UserError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    if dtype != "float32" and _cpu_lacks_bfloat16():
+        raise UserError(
+            f"jax {jax.__version__} can't train in {dtype} on a CPU; choose dtype float32, or jax"
+            " 0.10 or newer."
+        )
     directory = _directory(os.fspath(name_or_path))
     hf = _hugging_face_config(directory)
     family = FAMILIES[hf.model_type]
@@ -142,11 +147,18 @@ def default_dtype() -> str:
     """bfloat16 where the default device multiplies it natively, else float32."""
     if jax.default_backend() != "cpu":
         return "bfloat16"
+    if _cpu_lacks_bfloat16():
+        return "float32"
     try:
         flags = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:
         return "float32"
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def _cpu_lacks_bfloat16() -> bool:
+    # jax 0.7.2 lacks some bf16 products with float32 sums in the backward pass; 0.10.2 has them.
+    return jax.default_backend() == "cpu" and jax.__version_info__ < (0, 10)
 
 
 def _directory(name: str) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxsp.training.optimizer import OptimizerSettings, make_optimizer
+from jaxsp.training.optimizer import OptimizerSettings, make_optimizer, orthogonalise
 from jaxsp.typing import UserError
 
 
@@ -32,13 +32,37 @@ def first_change(gradient, **settings):
 
 def test_adam_moves_by_the_learning_rate_and_adamw_decays_as_well():
     gradient = jnp.array([2.0, -5.0])
-    np.testing.assert_allclose(first_change(gradient), [-0.1, 0.1], rtol=1e-4)
+    adam = first_change(gradient, optimizer="adam")
+    np.testing.assert_allclose(adam, [-0.1, 0.1], rtol=1e-4)
     decayed = first_change(gradient, optimizer="adamw", weight_decay=0.5)
     np.testing.assert_allclose(decayed, [-0.1 - 0.15, 0.1 - 0.15], rtol=1e-4)
 
 
+def test_orthogonalise_makes_singular_values_equal():
+    y = np.random.RandomState(0).randn(3, 8) @ np.diag([9, 1, 1, 1, 1, 1, 1, 0.01])
+    u, _, vt = np.linalg.svd(y, full_matrices=False)
+    out = orthogonalise(jnp.asarray(y, jnp.float32))
+    np.testing.assert_allclose(out, np.sqrt(8) * u @ vt, atol=1e-5)
+    assert float(jnp.sqrt(jnp.mean(out**2))) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_orthogonalise_invents_no_direction():
+    only_first = jnp.zeros((3, 8)).at[0].set(jnp.arange(8.0))
+    np.testing.assert_allclose(orthogonalise(only_first)[1:], 0.0, atol=1e-5)
+    np.testing.assert_array_equal(orthogonalise(jnp.zeros((3, 8))), 0.0)
+
+
+def test_muon_moves_entries_by_about_the_learning_rate():
+    gradient = jnp.asarray(np.random.RandomState(0).randn(4, 32), jnp.float32)
+    optimizer, _ = make_optimizer(OptimizerSettings(learning_rate=0.1, warmup=0), 10)
+    start = jnp.ones((4, 32))
+    change, _ = optimizer.update(gradient, optimizer.init(start), start)
+    assert float(jnp.sqrt(jnp.mean(change**2))) == pytest.approx(0.1, rel=1e-3)
+    assert float(jnp.sum(change * gradient)) < 0
+
+
 def test_clipping_bounds_the_gradient():
-    settings = OptimizerSettings(learning_rate=0.1, warmup=0, clip=1.0)
+    settings = OptimizerSettings(optimizer="adam", learning_rate=0.1, warmup=0, clip=1.0)
     optimizer, _ = make_optimizer(settings, 10)
     start = jnp.zeros((2,))
     _, state = optimizer.update(jnp.array([30.0, 40.0]), optimizer.init(start), start)
@@ -49,7 +73,7 @@ def test_clipping_bounds_the_gradient():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer": "lion"}, "Unknown optimizer 'lion'; choose one of adam, adamw"),
+        ({"optimizer": "lion"}, "Unknown optimizer 'lion'; choose one of muon, adam, adamw"),
         ({"learning_rate": 0.0}, "learning rate must be positive, not 0.0"),
         ({"warmup": 1.0}, "warm-up must be a fraction"),
         ({"clip": -1.0}, "not be negative"),
