@@ -20,7 +20,7 @@ class Settings(OptimizerSettings):
     """K, the number of vectors that stand in for the context."""
     objective: str = "kl"
     """What is trained on: kl, reverse_kl, js or nll."""
-    steps: int = 400
+    steps: int = 500
     """Updates of the prompt."""
     batch_size: int = 8
     """Queries an update."""

@@ -28,7 +28,7 @@ class Run:
     """Which documents."""
     out: Path = HERE / "results.json"
     """Where the results go; those of other documents are kept."""
-    steps: int = 400
+    steps: int = 500
     """Updates of each prompt."""
 
 
