@@ -39,8 +39,9 @@ def orthogonalise(y: Float[Array, "k d"]) -> Float[Array, "k d"]:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> orthogonalise(jnp.array([[3.0, 0.0], [0.0, 0.1]])).round(3).tolist()
-      [[1.414, 0.0], [0.0, 1.414]]
+      >>> orthogonalise(jnp.array([[3.0, 0.0], [0.0, 0.1]])).round(2)
+      Array([[1.41, 0.  ],
+             [0.  , 1.41]], dtype=float32)
 
     Reference:
       Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), here by an exact decomposition:
