@@ -266,7 +266,7 @@ def _parsed() -> Compress | Ask | Evaluate | Inspect | Demo:
     try:
         with contextlib.redirect_stderr(box):
             return tyro.cli(
-                Command,  # type: ignore[arg-type]
+                Command,  # type: ignore[arg-type]  # a union of commands is no `type` to pyright
                 prog="jaxsp",
                 description="Soft prompts that stand in for long contexts.",
                 config=(tyro.conf.OmitArgPrefixes,),

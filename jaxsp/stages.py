@@ -57,6 +57,7 @@ class Task:
 def encode_task(
     model: LanguageModel, context: str, queries: list[Query], settings: Settings
 ) -> Task:
+    """The job as token ids; raises ``UserError`` if it does not fit the model's window."""
     tokenizer = tokenizer_of(model)
     slots = ChatSlots.of(tokenizer)
     before_ids = np.array(slots.before_ids(tokenizer), np.int32)
@@ -80,6 +81,7 @@ def encode_task(
 
 
 def tokenizer_of(model: LanguageModel):
+    """The model's tokenizer; raises ``UserError`` if it was loaded without one."""
     if model.tokenizer is None:
         raise UserError("The model was loaded without a tokenizer; load it with one.")
     return model.tokenizer
@@ -116,6 +118,7 @@ def teach(
 
 
 def initial_sigma(model: LanguageModel, context_ids: np.ndarray, settings: Settings) -> PyTree:
+    """σ before training, by ``settings.initial``."""
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
     vectors = INITIALIZERS[settings.initial](
         key, context_ids, settings.length, model.embed, model.config.vocab_size
@@ -133,6 +136,7 @@ def train_prompt(
     folder: RunFolder | None,
     display: Display,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
+    """The trained state and a dict of metrics a step; goes on from the newest checkpoint, if any."""
     optimizer, schedule = make_optimizer(settings, settings.steps)
     kind = "embedding"
     driver = DRIVERS[settings.parallel](
@@ -175,6 +179,7 @@ def measure(
     settings: Settings,
     display: Display,
 ) -> dict[str, Any]:
+    """What the report says of the queries: all conditions, the gap closed, the verdict."""
     with display.phase("evaluate", "Evaluation") as note:
         prefixes = condition_prefixes(
             model,
@@ -201,6 +206,7 @@ def measure(
 
 
 def header(model: LanguageModel, task: Task, prompt: SoftPrompt, steps: int) -> dict[str, Any]:
+    """The report's first fields: what stands for what."""
     return {
         "model": model.name,
         "dtype": model.config.dtype,
@@ -213,6 +219,7 @@ def header(model: LanguageModel, task: Task, prompt: SoftPrompt, steps: int) -> 
 
 
 def manifest(model: LanguageModel, task: Task, settings: Settings, steps: int) -> dict[str, Any]:
+    """What ``manifest.json`` says of the prompt, but for its held-out figures."""
     return {
         "format": FORMAT,
         "kind": "embedding",
@@ -267,6 +274,7 @@ def seconds_by_phase(
 
 
 def environment() -> dict[str, Any]:
+    """Python, device and package versions."""
     packages = ("jaxsp", "jax", "flax", "optax", "transformers")
     return {
         "python": platform.python_version(),

@@ -66,7 +66,7 @@ def stop_after(arguments: list[str], out: Path, steps: int, how: signal.Signals)
     while steps_done(out) < steps and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(how)
-    _, err = process.communicate(timeout=180)
+    _, err = process.communicate(timeout=60)
     assert steps <= steps_done(out) < STEPS, err
     return process.returncode, err
 

@@ -135,8 +135,7 @@ def test_second_load_of_the_embedded_model_is_fast(smollm2, python):
         "import jaxsp; started = time.perf_counter()\n"
         "jaxsp.load_model('smollm2-135m-instruct'); print(time.perf_counter() - started)"
     )
-    cached = {
-        "PYTHONDONTWRITEBYTECODE": ""
-    }  # as a user's Python does: else half is compiling imports
-    times = [float(python("-c", code, env=cached).stdout.split()[-1]) for _ in range(5)]
+    # Python caches bytecode for its users; where a machine forbids it, half the time is compiling imports.
+    cached = {"PYTHONDONTWRITEBYTECODE": ""}
+    times = [float(python("-c", code, env=cached).stdout.split()[-1]) for _ in range(3)]
     assert min(times) < 3.0  # the least, as other work on the machine only adds

@@ -63,6 +63,13 @@ def test_default_dtype_follows_the_hardware(monkeypatch):
     assert language_model.default_dtype() == "bfloat16"
 
 
+def test_old_jax_on_a_cpu_means_float32(monkeypatch, tiny_directory):
+    monkeypatch.setattr(language_model.jax, "__version_info__", (0, 7, 2))
+    assert language_model.default_dtype() == "float32"
+    with pytest.raises(UserError, match="can't train in bfloat16 on a CPU; choose dtype float32"):
+        jaxsp.load_model(tiny_directory, dtype="bfloat16")
+
+
 def test_stop_ids_from_every_place(tmp_path):
     tiny.write(tmp_path, eos_token_id=[7, 2])
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
