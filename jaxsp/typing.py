@@ -12,11 +12,13 @@ nothing attends to.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
 
 __all__ = [
     "EMPTY",
@@ -30,6 +32,16 @@ __all__ = [
     "PyTree",
     "UserError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: jaxsp.losses, which only annotates with them, needs jax alone.
+    if name in ("Array", "Bool", "Float", "Int"):
+        import jaxtyping
+
+        return getattr(jaxtyping, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 EMPTY = -1
 

@@ -12,11 +12,14 @@ import numpy as np
 
 from jaxsp import distributions
 from jaxsp.data.rows import Rows
-from jaxsp.losses import OBJECTIVES, Total, masked_sum
+from jaxsp.losses import Total, fused_objective, masked_sum
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.typing import Array, Float, KeyValues, Params
+
+REPORTED = ("kl", "reverse_kl", "js", "nll", "zero_one", "rank_agreement", "confidence_shift")
+"""Of ``jaxsp.losses.OBJECTIVES``, those that every report has."""
 
 BATCH = 16
 _RESAMPLES = 4000
@@ -27,20 +30,21 @@ def _at_positions(
     params: Params, config: DecoderConfig, prefix: KeyValues, rows: Rows, names: tuple[str, ...]
 ) -> dict[str, Array]:
     states_BAD = distributions.answer_hidden(params, config, prefix, rows)
-
-    def one_row(row: tuple[Array, ...]) -> dict[str, Array]:
-        teacher_AD, student_AD, targets_A, mask_A = row
-        teacher_AV = decoder.unembed(params, config, teacher_AD)
-        student_AV = decoder.unembed(params, config, student_AD)
-        return {name: OBJECTIVES[name](teacher_AV, student_AV, targets_A, mask_A) for name in names}
-
-    # A row at a time: logits of the whole batch would be the largest array of all.
-    per_row = (jnp.asarray(rows.teacher_hidden), states_BAD, rows.targets, rows.mask)
-    return jax.lax.map(one_row, per_row)
+    first, *others = names
+    values, measured = fused_objective(
+        first,
+        states_BAD,
+        decoder.unembedding(params, config),
+        jnp.asarray(rows.mask),
+        teacher_hidden=jnp.asarray(rows.teacher_hidden),
+        targets=jnp.asarray(rows.targets),
+        metrics=others,
+    )
+    return {first: values, **measured}
 
 
 def at_positions(
-    model: LanguageModel, prefix: KeyValues, rows: Rows, names: Sequence[str] = tuple(OBJECTIVES)
+    model: LanguageModel, prefix: KeyValues, rows: Rows, names: Sequence[str] = REPORTED
 ) -> dict[str, Float[np.ndarray, "n a"]]:
     """Each named objective between the teacher and the model after ``prefix``, at every position.
 

@@ -11,8 +11,13 @@ import numpy as np
 
 from jaxsp.data.rows import Rows
 from jaxsp.evaluation.conditions import CONDITIONS
-from jaxsp.evaluation.metrics import at_positions, gap_closed, rouge_l, sequence_mismatch
-from jaxsp.losses import OBJECTIVES
+from jaxsp.evaluation.metrics import (
+    REPORTED,
+    at_positions,
+    gap_closed,
+    rouge_l,
+    sequence_mismatch,
+)
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.teacher.answers import answer_ids
 from jaxsp.typing import KeyValues
@@ -30,7 +35,7 @@ answer, however well the words around it fit."""
 GOOD = 0.8
 """Overall: the fraction of the gap from which σ is called a good stand-in."""
 
-_METRICS = (*OBJECTIVES, "sequence_mismatch", "rouge_l")
+_METRICS = (*REPORTED, "sequence_mismatch", "rouge_l")
 
 
 def measure(
@@ -170,8 +175,10 @@ def markdown(report: dict[str, Any]) -> str:
         lines += [
             f"## {title} queries ({part['queries']})",
             "",
-            "KL, reverse KL, JS and NLL in nats a token; 0/1: fraction of answer positions with"
-            " another top token; the last two compare free-running answers with the full context's.",
+            "Per answer position: KL, reverse KL, JS and NLL in nats; 0/1: another first token;"
+            " rank agreement (Kendall's τ) of the ten best tokens, 1 at best; confidence shift: how much"
+            " surer of its first token, 0 at best. The last two compare free-running answers with"
+            " the full context's.",
             "",
             "| condition | " + " | ".join(_METRICS) + " |",
             "|---|" + "---:|" * len(_METRICS),

@@ -1,24 +1,28 @@
-"""Argument checks shared by the losses: all at trace time, all naming the argument."""
+"""Argument checks shared by the losses: at trace time where it can be known, naming the argument."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxsp.typing import Array
+if TYPE_CHECKING:
+    from jaxsp.typing import Array
 
 
-def check_logits(**named: Array) -> None:
-    """Each array is floating ``[*b, t, v]``, and all have the same shape."""
-    shapes = {}
+def check_floating(last: str = "v", /, **named: Array) -> None:
+    """Each array is floating ``[*b, t, last]``, and all have the same shape."""
+    kind = "logits" if last == "v" else "vectors"
     for name, array in named.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating-point logits, not {array.dtype}.")
-        if array.ndim < 2:
-            raise ValueError(f"{name} must have shape [*b, t, v], not {list(array.shape)}.")
-        shapes[name] = array.shape
-    if len(set(shapes.values())) > 1:
-        told = " and ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-        raise ValueError(f"The logits must have one shape; got {told}.")
+            raise ValueError(f"{name} must be floating-point {kind}, not {array.dtype}.")
+        if array.ndim < 2 or array.shape[-1] == 0:
+            raise ValueError(f"{name} must have shape [*b, t, {last}], not {list(array.shape)}.")
+    if len({array.shape for array in named.values()}) > 1:
+        told = " and ".join(f"{name} {list(array.shape)}" for name, array in named.items())
+        raise ValueError(f"The {kind} must have one shape; got {told}.")
 
 
 def check_mask(mask: Array | None, shape: tuple[int, ...]) -> Array:
@@ -32,17 +36,28 @@ def check_mask(mask: Array | None, shape: tuple[int, ...]) -> Array:
     return mask
 
 
-def check_targets(targets: Array, shape: tuple[int, ...]) -> None:
-    """Integer token ids of exactly the losses' shape."""
-    if not jnp.issubdtype(targets.dtype, jnp.integer):
-        raise ValueError(f"targets must be integer token ids, not {targets.dtype}.")
-    if targets.shape != shape:
-        raise ValueError(f"targets must have shape {list(shape)}, not {list(targets.shape)}.")
+def check_ids(
+    ids: Array, shape: tuple[int, ...], vocabulary: int, mask: Array, *, name: str = "targets"
+) -> None:
+    """Integer token ids of exactly this shape; in ``[0, vocabulary)`` where the mask is True.
+
+    The range can't be known of a traced array; what is out of it then gives NaN, never another
+    token's number.
+    """
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integer token ids, not {ids.dtype}.")
+    if ids.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, not {list(ids.shape)}.")
+    if _known(ids) and _known(mask):
+        counted = np.asarray(ids)[np.asarray(mask)]
+        wrong = counted[(counted < 0) | (counted >= vocabulary)]
+        if wrong.size:
+            raise ValueError(f"{name} must lie in [0, {vocabulary}); got {wrong.flat[0]}.")
 
 
-def check_positive(**named: float) -> None:
+def check_positive(**named: Any) -> None:
     for name, value in named.items():
-        if not value > 0:
+        if _known(value) and not value > 0:
             raise ValueError(f"{name} must be positive, not {value}.")
 
 
@@ -50,3 +65,14 @@ def check_fraction(**named: float) -> None:
     for name, value in named.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must lie between 0 and 1, not {value}.")
+
+
+def check_count(**named: int) -> None:
+    for name, value in named.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}.")
+
+
+def _known(value: Any) -> bool:
+    traced = isinstance(value, jax.core.Tracer)
+    return not traced and getattr(value, "is_fully_addressable", True)

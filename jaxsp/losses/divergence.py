@@ -8,15 +8,19 @@ divergence infinite, as the mathematics says.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_fraction, check_logits, check_mask, check_positive
-from jaxsp.typing import Array, Bool, Float
+from jaxsp.losses.checks import check_floating, check_fraction, check_mask, check_positive
 
-Logits = Float[Array, "*b t v"]
-Mask = Bool[Array, "*b t"] | None
-Losses = Float[Array, "*b t"]
+if TYPE_CHECKING:
+    from jaxsp.typing import Array, Bool, Float
+
+    Logits = Float[Array, "*b t v"]
+    Mask = Bool[Array, "*b t"] | None
+    Losses = Float[Array, "*b t"]
 
 
 def kl_divergence(
@@ -101,8 +105,9 @@ def js_divergence(
     .. math:: JS_\beta = \beta\, KL(p \| m) + (1 - \beta)\, KL(q \| m),\quad m = \beta p + (1 - \beta) q
 
     with p the teacher's and q the student's distribution. At ``beta=0.5`` it is symmetric and at most
-    ln 2. Divided by beta it tends to KL(p ‖ q) as beta → 0; divided by 1 - beta, to KL(q ‖ p) as
-    beta → 1. At 0 and 1 themselves it is 0.
+    ln 2. Divided by beta (1 - beta) it tends to KL(p ‖ q), the ``kl_divergence``, as beta → 0 and to
+    KL(q ‖ p), the ``reverse_kl_divergence``, as beta → 1. At 0 and 1 themselves, where the formula is 0
+    for all p and q, these limits are what is returned.
 
     Args:
       teacher_logits: ``[*b, t, v]``; no gradient flows to it.
@@ -112,7 +117,7 @@ def js_divergence(
       temperature: both sides' logits are divided by it.
 
     Returns:
-      ``[*b, t]`` float32, in nats, finite even where one side bans a token.
+      ``[*b, t]`` float32, in nats; for beta inside (0, 1) finite even where one side bans a token.
 
     Raises:
       ValueError: shapes or dtypes don't fit, beta is outside [0, 1] or the temperature not positive.
@@ -127,17 +132,53 @@ def js_divergence(
       Lin 1991; generalised for distillation: Agarwal et al. 2023 (arXiv:2306.13649).
     """
     check_fraction(beta=beta)
-    p, q, mask = _log_probs(teacher_logits, student_logits, mask, temperature)
     if beta in (0.0, 1.0):
-        return jnp.zeros(mask.shape, jnp.float32)
+        limit = reverse_kl_divergence if beta else kl_divergence
+        return limit(teacher_logits, student_logits, mask, temperature=temperature)
+    p, q, mask = _log_probs(teacher_logits, student_logits, mask, temperature)
     m = _log_mixture(p, q, beta)
     return jnp.where(mask, beta * _kl(p, m) + (1 - beta) * _kl(q, m), 0.0)
+
+
+def total_variation(
+    teacher_logits: Logits, student_logits: Logits, mask: Mask = None, *, temperature: float = 1.0
+) -> Losses:
+    r"""Total variation distance: the largest difference in the probability of any set of tokens.
+
+    .. math:: TV(p, q) = \tfrac12 \sum_v |p_v - q_v|
+
+    It bounds both divergences from below (Pinsker): :math:`TV \le \sqrt{KL/2}`. 1 - TV is the
+    chance that speculative decoding accepts the student's token.
+
+    Args:
+      teacher_logits: ``[*b, t, v]``; no gradient flows to it.
+      student_logits: ``[*b, t, v]``.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``.
+      temperature: both sides' logits are divided by it.
+
+    Returns:
+      ``[*b, t]`` float32, between 0 and 1.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, or the temperature is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> p, q = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.9, 0.1]]))
+      >>> total_variation(p, q).round(4)
+      Array([0.4], dtype=float32)
+
+    Reference:
+      For distilling language models: Wen et al. 2023, f-DISTILL (arXiv:2307.15190).
+    """
+    p, q, mask = _log_probs(teacher_logits, student_logits, mask, temperature)
+    return jnp.where(mask, jnp.sum(jnp.abs(jnp.exp(p) - jnp.exp(q)), axis=-1) / 2, 0.0)
 
 
 def _log_probs(
     teacher_logits: Logits, student_logits: Logits, mask: Mask, temperature: float
 ) -> tuple[Array, Array, Array]:
-    check_logits(teacher_logits=teacher_logits, student_logits=student_logits)
+    check_floating(teacher_logits=teacher_logits, student_logits=student_logits)
     check_positive(temperature=temperature)
     mask = check_mask(mask, student_logits.shape[:-1])
     sides = []

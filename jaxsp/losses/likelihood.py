@@ -1,33 +1,44 @@
-"""Likelihood of given tokens under the student, in nats."""
+"""Likelihood of given tokens, answers and candidates under the student, in nats."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_logits, check_mask, check_targets
-from jaxsp.typing import Array, Bool, Float, Int
+from jaxsp.losses.checks import check_floating, check_fraction, check_ids, check_mask
+
+if TYPE_CHECKING:
+    from jaxsp.typing import Array, Bool, Float, Int
 
 
 def negative_log_likelihood(
     student_logits: Float[Array, "*b t v"],
     targets: Int[Array, "*b t"],
     mask: Bool[Array, "*b t"] | None = None,
+    *,
+    label_smoothing: float = 0.0,
 ) -> Float[Array, "*b t"]:
     r"""How surprised the student is by each token of the gold answer.
 
-    .. math:: -\log p(\hat y_t \mid \sigma, z, \hat y_{<t})
+    .. math:: -(1 - \epsilon) \log q_{\hat y_t} - \frac{\epsilon}{V} \sum_v \log q_v,
+              \quad q = p(\cdot \mid \sigma, z, \hat y_{<t})
+
+    Minimising it makes the gold answer as sure as possible, whatever else the teacher found likely.
 
     Args:
       student_logits: ``[*b, t, v]``, any float dtype.
       targets: ``[*b, t]`` token ids in ``[0, v)``; under a False mask any number will do.
       mask: ``[*b, t]``, True where a position counts; all if ``None``.
+      label_smoothing: ε, the share of the target spread evenly over the vocabulary (over those tokens
+        that the student doesn't ban with ``-inf``).
 
     Returns:
       ``[*b, t]`` float32, in nats; exactly 0 with zero gradient where the mask is False.
 
     Raises:
-      ValueError: shapes or dtypes don't fit.
+      ValueError: shapes, dtypes or ids don't fit, or ε is outside [0, 1].
 
     Example:
       >>> import jax.numpy as jnp
@@ -37,12 +48,126 @@ def negative_log_likelihood(
 
     Reference:
       Xiao & Zhu 2025, Foundations of Large Language Models, ch. 3 (soft prompts as compressed
-      context, arXiv:2501.09223).
+      context, arXiv:2501.09223); smoothing: Szegedy et al. 2015 (arXiv:1512.00567).
     """
-    check_logits(student_logits=student_logits)
-    check_targets(targets, student_logits.shape[:-1])
-    mask = check_mask(mask, targets.shape)
+    check_floating(student_logits=student_logits)
+    check_fraction(label_smoothing=label_smoothing)
+    *batch, vocabulary = student_logits.shape
+    mask = check_mask(mask, tuple(batch))
+    check_ids(targets, tuple(batch), vocabulary, mask)
     logits = jnp.where(mask[..., None], student_logits.astype(jnp.float32), 0.0)
-    ids = jnp.where(mask, targets, 0)
-    chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-    return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
+    # Shifted first: beside a logit of 10,000 the rounding of float32 is a thousandth of a nat.
+    logits -= jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    # Out of range, on either side, reads NaN: a negative id must not count from the end.
+    ids = jnp.where(mask, jnp.where(targets < 0, vocabulary, targets), 0)
+    chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1, mode="fill")[..., 0]
+    total = jax.nn.logsumexp(logits, axis=-1)
+    nll = total - chosen
+    if label_smoothing:
+        allowed = logits > -jnp.inf
+        mean = jnp.mean(logits, axis=-1, where=allowed)
+        nll = (1 - label_smoothing) * nll + label_smoothing * (total - mean)
+    return jnp.where(mask, nll, 0.0)
+
+
+def sequence_log_likelihood(
+    student_logits: Float[Array, "*b t v"],
+    targets: Int[Array, "*b t"],
+    mask: Bool[Array, "*b t"] | None = None,
+) -> Float[Array, "*b"]:
+    r"""Log-likelihood of whole answers.
+
+    .. math:: \log p(\hat y \mid \sigma, z) = \sum_t \log p(\hat y_t \mid \sigma, z, \hat y_{<t})
+
+    Args:
+      student_logits: ``[*b, t, v]``, any float dtype.
+      targets: ``[*b, t]`` token ids in ``[0, v)``.
+      mask: ``[*b, t]``, True at the answer's tokens; all if ``None``.
+
+    Returns:
+      ``[*b]`` float32, in nats, at most 0; 0 for an answer without tokens.
+
+    Raises:
+      ValueError: shapes, dtypes or ids don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> logits = jnp.log(jnp.array([[0.5, 0.5], [0.1, 0.9]]))
+      >>> jnp.exp(sequence_log_likelihood(logits, jnp.array([0, 1]))).round(2)
+      Array(0.45, dtype=float32)
+
+    Reference:
+      Xiao & Zhu 2025, Foundations of Large Language Models, ch. 3 (arXiv:2501.09223).
+    """
+    return -jnp.sum(negative_log_likelihood(student_logits, targets, mask), axis=-1)
+
+
+def candidate_scores(
+    logits: Float[Array, "*b n t v"],
+    candidates: Int[Array, "*b n t"],
+    mask: Bool[Array, "*b n t"] | None = None,
+    *,
+    per_token: bool = False,
+) -> Float[Array, "*b n"]:
+    r"""Log-likelihood of each of n candidate answers: :math:`\log p(y \mid c, z)` for given y.
+
+    Args:
+      logits: ``[*b, n, t, v]`` of any model (teacher or student) reading each candidate.
+      candidates: ``[*b, n, t]`` token ids.
+      mask: ``[*b, n, t]``, True at a candidate's tokens; all if ``None``.
+      per_token: divide by the number of tokens, so that long candidates are not put last.
+
+    Returns:
+      ``[*b, n]`` float32, in nats; ``-inf`` for a candidate without tokens.
+
+    Raises:
+      ValueError: shapes, dtypes or ids don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> logits = jnp.log(jnp.array([[[0.6, 0.4]], [[0.6, 0.4]]]))
+      >>> jnp.exp(candidate_scores(logits, jnp.array([[0], [1]]))).round(2)
+      Array([0.6, 0.4], dtype=float32)
+
+    Reference:
+      Scoring by length: Brown et al. 2020, GPT-3, section 2.4 (arXiv:2005.14165).
+    """
+    scores = sequence_log_likelihood(logits, candidates, mask)
+    lengths = jnp.sum(check_mask(mask, candidates.shape), axis=-1)
+    if per_token:
+        scores = scores / jnp.maximum(lengths, 1)
+    return jnp.where(lengths > 0, scores, -jnp.inf)
+
+
+def predict(
+    logits: Float[Array, "*b n t v"],
+    candidates: Int[Array, "*b n t"],
+    mask: Bool[Array, "*b n t"] | None = None,
+    *,
+    per_token: bool = False,
+) -> Int[Array, "*b"]:
+    r"""The candidate that the model finds most likely: :math:`\hat y = \arg\max_y p(y \mid c, z)`.
+
+    Args:
+      logits: ``[*b, n, t, v]`` of the model reading each candidate.
+      candidates: ``[*b, n, t]`` token ids.
+      mask: ``[*b, n, t]``, True at a candidate's tokens; all if ``None``.
+      per_token: compare log-likelihoods per token.
+
+    Returns:
+      ``[*b]`` int32 indices into the n candidates; of equally likely ones the first.
+
+    Raises:
+      ValueError: shapes, dtypes or ids don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> logits = jnp.log(jnp.array([[[0.4, 0.6]], [[0.4, 0.6]]]))
+      >>> predict(logits, jnp.array([[0], [1]]))
+      Array(1, dtype=int32)
+
+    Reference:
+      Xiao & Zhu 2025, Foundations of Large Language Models, ch. 3 (arXiv:2501.09223).
+    """
+    scores = candidate_scores(logits, candidates, mask, per_token=per_token)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)

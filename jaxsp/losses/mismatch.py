@@ -1,12 +1,16 @@
-"""Whether two predictions differ: metrics, without a useful gradient."""
+"""Whether two predictions differ in what they put first: metrics, without a useful gradient."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_logits, check_mask
-from jaxsp.typing import Array, Bool, Float
+from jaxsp.losses.checks import check_count, check_floating, check_mask
+
+if TYPE_CHECKING:
+    from jaxsp.typing import Array, Bool, Float
 
 
 def zero_one(
@@ -40,10 +44,142 @@ def zero_one(
     Reference:
       Xiao & Zhu 2025, Foundations of Large Language Models, ch. 3 (arXiv:2501.09223).
     """
-    check_logits(teacher_logits=teacher_logits, student_logits=student_logits)
+    teacher, student, mask = _prepared(teacher_logits, student_logits, mask)
+    differ = jnp.argmax(teacher, axis=-1) != jnp.argmax(student, axis=-1)
+    return jnp.where(mask, differ.astype(jnp.float32), 0.0)
+
+
+def top_k_mismatch(
+    teacher_logits: Float[Array, "*b t v"],
+    student_logits: Float[Array, "*b t v"],
+    mask: Bool[Array, "*b t"] | None = None,
+    *,
+    k: int = 5,
+) -> Float[Array, "*b t"]:
+    r"""Top-k error: is the teacher's first token not among the student's k first?
+
+    .. math:: 1[\arg\max_v p_v \notin \text{top}_k(q)]
+
+    ``zero_one`` at k = 1; a larger k forgives near misses. Of tied tokens the lowest id comes first.
+
+    Args:
+      teacher_logits: ``[*b, t, v]``.
+      student_logits: ``[*b, t, v]``.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``.
+      k: how many of the student's tokens will do.
+
+    Returns:
+      ``[*b, t]`` float32: 1 where it is not, 0 where it is or the mask is False.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, or k < 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> teacher, student = jnp.array([[3.0, 2.0, 1.0]]), jnp.array([[2.0, 3.0, 1.0]])
+      >>> top_k_mismatch(teacher, student, k=1), top_k_mismatch(teacher, student, k=2)
+      (Array([1.], dtype=float32), Array([0.], dtype=float32))
+
+    Reference:
+      Top-5 error: Russakovsky et al. 2014, ImageNet challenge (arXiv:1409.0575).
+    """
+    check_count(k=k)
+    teacher, student, mask = _prepared(teacher_logits, student_logits, mask)
+    first = jnp.argmax(teacher, axis=-1)[..., None]
+    its_logit = jnp.take_along_axis(student, first, axis=-1)
+    ids = jnp.arange(student.shape[-1])
+    ahead = (student > its_logit) | ((student == its_logit) & (ids < first))
+    missed = jnp.sum(ahead, axis=-1) >= k
+    return jnp.where(mask, missed.astype(jnp.float32), 0.0)
+
+
+def sequence_mismatch(
+    teacher_logits: Float[Array, "*b t v"],
+    student_logits: Float[Array, "*b t v"],
+    mask: Bool[Array, "*b t"] | None = None,
+) -> Float[Array, "*b"]:
+    r"""0/1 loss of whole answers: do the two put different tokens first at any position?
+
+    .. math:: \max_t 1[\arg\max_v p_{tv} \ne \arg\max_v q_{tv}]
+
+    If the answer read is the teacher's own greedy one, up to its end-of-turn token, this is whether
+    the student's own greedy answer differs from it: both take the same tokens until the first mismatch.
+
+    Args:
+      teacher_logits: ``[*b, t, v]``.
+      student_logits: ``[*b, t, v]``.
+      mask: ``[*b, t]``, True at the answer's tokens; all if ``None``.
+
+    Returns:
+      ``[*b]`` float32: 1 where the answers differ, else 0.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> teacher, student = jnp.array([[2.0, 1.0], [2.0, 1.0]]), jnp.array([[2.0, 1.0], [0.0, 1.0]])
+      >>> sequence_mismatch(teacher, student)
+      Array(1., dtype=float32)
+
+    Reference:
+      Xiao & Zhu 2025, Foundations of Large Language Models, ch. 3 (arXiv:2501.09223).
+    """
+    return jnp.max(zero_one(teacher_logits, student_logits, mask), axis=-1, initial=0.0)
+
+
+def rank_agreement(
+    teacher_logits: Float[Array, "*b t v"],
+    student_logits: Float[Array, "*b t v"],
+    mask: Bool[Array, "*b t"] | None = None,
+    *,
+    n: int = 10,
+) -> Float[Array, "*b t"]:
+    r"""Does the student keep the order of the teacher's n best tokens? Kendall's τ over their pairs.
+
+    .. math:: \frac{\#\text{pairs in the same order} - \#\text{pairs in the opposite order}}{\#\text{pairs}}
+
+    Pairs that the teacher ties don't count, nor do tokens that it bans; pairs that only the student
+    ties count 0.
+
+    Args:
+      teacher_logits: ``[*b, t, v]``.
+      student_logits: ``[*b, t, v]``.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``.
+      n: how many tokens; all v if there are fewer.
+
+    Returns:
+      ``[*b, t]`` float32, from -1 (reversed) to 1 (the same order, or no pair to compare); 0 where the
+      mask is False.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, or n < 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> teacher, student = jnp.array([[3.0, 2.0, 1.0, 0.0]]), jnp.array([[3.0, 1.0, 2.0, 9.0]])
+      >>> rank_agreement(teacher, student, n=3).round(4)
+      Array([0.3333], dtype=float32)
+
+    Reference:
+      Kendall 1938, A New Measure of Rank Correlation (doi:10.1093/biomet/30.1-2.81).
+    """
+    check_count(n=n)
+    teacher, student, mask = _prepared(teacher_logits, student_logits, mask)
+    best, ids = jax.lax.top_k(teacher, min(n, teacher.shape[-1]))
+    theirs = jnp.take_along_axis(student, ids, axis=-1)
+    better, worse = best[..., :, None], best[..., None, :]
+    apart = (better > worse) & (worse > -jnp.inf)  # each pair once, and no token that is banned
+    same = theirs[..., :, None] > theirs[..., None, :]
+    opposite = theirs[..., :, None] < theirs[..., None, :]
+    pairs = jnp.sum(apart, axis=(-2, -1))
+    score = jnp.sum(apart * (same.astype(jnp.float32) - opposite), axis=(-2, -1))
+    return jnp.where(mask, jnp.where(pairs > 0, score / jnp.maximum(pairs, 1), 1.0), 0.0)
+
+
+def _prepared(
+    teacher_logits: Array, student_logits: Array, mask: Array | None
+) -> tuple[Array, Array, Array]:
+    check_floating(teacher_logits=teacher_logits, student_logits=student_logits)
     mask = check_mask(mask, student_logits.shape[:-1])
-    teacher, student = (
-        jnp.argmax(jax.lax.stop_gradient(logits), axis=-1)
-        for logits in (teacher_logits, student_logits)
-    )
-    return jnp.where(mask, (teacher != student).astype(jnp.float32), 0.0)
+    return jax.lax.stop_gradient(teacher_logits), jax.lax.stop_gradient(student_logits), mask

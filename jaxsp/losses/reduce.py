@@ -6,33 +6,43 @@ microbatches and devices, and is divided once, after the ``psum``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jaxsp.losses.checks import check_mask
-from jaxsp.typing import Array, Bool, Float
+
+if TYPE_CHECKING:
+    from jaxsp.typing import Array, Bool, Float
 
 
 class Total(NamedTuple):
-    """A sum over positions and how many there were, both float32 scalars."""
+    """A (weighted) sum over positions and how many there were (their weight), float32 scalars."""
 
     total: Float[Array, ""]
     count: Float[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
-def masked_sum(values: Float[Array, "*b t"], mask: Bool[Array, "*b t"] | None = None) -> Total:
+def masked_sum(
+    values: Float[Array, "*b t"],
+    mask: Bool[Array, "*b t"] | None = None,
+    *,
+    weights: Float[Array, "*b t"] | Float[Array, "*b"] | None = None,
+) -> Total:
     """Sum and count of the values where the mask is True.
 
     Args:
       values: unreduced losses ``[*b, t]``.
       mask: which of them count; all if ``None``.
+      weights: of each position, ``[*b, t]``, or of each sequence, ``[*b]``; 1 if ``None``. A position
+        of weight w counts as w positions.
 
     Returns:
       ``Total(total, count)``, float32 scalars.
 
     Raises:
-      ValueError: the mask has another shape, or is not boolean.
+      ValueError: the mask or the weights have another shape, or the mask is not boolean.
 
     Example:
       >>> import jax.numpy as jnp
@@ -41,8 +51,19 @@ def masked_sum(values: Float[Array, "*b t"], mask: Bool[Array, "*b t"] | None = 
       (3.0, 2.0)
     """
     mask = check_mask(mask, values.shape)
-    total = jnp.sum(jnp.where(mask, values, 0.0), dtype=jnp.float32)
-    return Total(total, jnp.sum(mask, dtype=jnp.float32))
+    if weights is None:
+        weights = jnp.ones(values.shape, jnp.float32)
+    elif weights.shape == values.shape[:-1]:
+        weights = jnp.broadcast_to(weights[..., None], values.shape)
+    elif weights.shape != values.shape:
+        raise ValueError(
+            f"weights must have shape {list(values.shape)} (of positions) or"
+            f" {list(values.shape[:-1])} (of sequences), not {list(weights.shape)}."
+        )
+    weights = jax.lax.stop_gradient(jnp.where(mask, weights, 0.0)).astype(jnp.float32)
+    # A position of weight 0 is masked too: 0 times infinity is not 0.
+    total = jnp.sum(jnp.where(weights != 0, values, 0.0) * weights, dtype=jnp.float32)
+    return Total(total, jnp.sum(weights))
 
 
 def merge(*totals: Total) -> Total:
@@ -58,21 +79,33 @@ def merge(*totals: Total) -> Total:
 
 
 def masked_mean(
-    values: Float[Array, "*b t"] | Total, mask: Bool[Array, "*b t"] | None = None
+    values: Float[Array, "*b t"] | Total,
+    mask: Bool[Array, "*b t"] | None = None,
+    *,
+    weights: Float[Array, "*b t"] | Float[Array, "*b"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean over the positions where the mask is True; 0 where there are none.
+    """(Weighted) mean over the positions where the mask is True; 0 where there are none.
 
     Args:
-      values: unreduced losses ``[*b, t]``, or a ``Total`` (the mask is then not used).
+      values: unreduced losses ``[*b, t]``, or a ``Total`` (then without mask and weights).
       mask: which of them count; all if ``None``.
+      weights: of each position, ``[*b, t]``, or of each sequence, ``[*b]``; 1 if ``None``.
 
     Returns:
       A float32 scalar, in the unit of ``values``.
+
+    Raises:
+      ValueError: shapes don't fit, or a mask or weights beside a ``Total``.
 
     Example:
       >>> import jax.numpy as jnp
       >>> float(masked_mean(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False])))
       2.0
     """
-    total, count = values if isinstance(values, Total) else masked_sum(values, mask)
-    return total / jnp.maximum(count, 1.0)
+    if isinstance(values, Total):
+        if mask is not None or weights is not None:
+            raise ValueError("A Total is already reduced: give mask and weights to masked_sum.")
+        total, count = values
+    else:
+        total, count = masked_sum(values, mask, weights=weights)
+    return total / jnp.where(count > 0, count, 1.0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxsp import distributions
 from jaxsp.data.rows import Rows
-from jaxsp.losses import Objective, Total, masked_sum
+from jaxsp.losses import Objective, Total, fused_objective, masked_sum
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.training.state import TrainState
@@ -37,21 +38,20 @@ class UpdateSettings:
 
 
 def loss_total(sigma: PyTree, frozen: Frozen, batch: Rows, settings: UpdateSettings) -> Total:
-    """The objective summed over a batch's answer positions, and how many there are.
-
-    A similarity is turned round, so that less is always better.
-    """
+    """The objective's cost summed over a batch's answer positions, and how many there are."""
     params, config = frozen.params, settings.config
     prefix = distributions.prompt_prefix(params, config, sigma, frozen.before, settings.kind)
     states = distributions.answer_hidden(params, config, prefix, batch)
-    values = settings.objective(
-        decoder.unembed(params, config, jnp.asarray(batch.teacher_hidden)),
-        decoder.unembed(params, config, states),
-        jnp.asarray(batch.targets),
-        jnp.asarray(batch.mask),
+    mask = jnp.asarray(batch.mask)
+    values, _ = fused_objective(
+        settings.objective,
+        states,
+        decoder.unembedding(params, config),
+        mask,
+        teacher_hidden=jnp.asarray(batch.teacher_hidden),
+        targets=jnp.asarray(batch.targets),
     )
-    total, count = masked_sum(values, jnp.asarray(batch.mask))
-    return Total(total if settings.objective.sense == "minimise" else -total, count)
+    return masked_sum(settings.objective.cost(values), mask)
 
 
 def update(
@@ -75,7 +75,7 @@ def update(
       axis_name: of the mapped device axis, if there is one.
 
     Returns:
-      The state after the step, and ``loss`` (nats per answer token), ``gradient_norm`` and
+      The state after the step, and ``loss`` (the objective's cost per answer token), ``gradient_norm`` and
       ``answer_tokens`` as float32 scalars.
     """
 
@@ -90,9 +90,11 @@ def update(
         gradient, state.optimizer_state, state.sigma
     )
     rows = jnp.int32(len(batch))
+    sigma = optax.apply_updates(state.sigma, change)
+    chex.assert_trees_all_equal_shapes_and_dtypes(sigma, state.sigma)  # or the next step recompiles
     state = dataclasses.replace(
         state,
-        sigma=optax.apply_updates(state.sigma, change),
+        sigma=sigma,
         optimizer_state=optimizer_state,
         step=state.step + 1,
         cursor=state.cursor + (rows if axis_name is None else jax.lax.psum(rows, axis_name)),

@@ -1,55 +1,181 @@
-"""Every objective in float64 NumPy, straight from its formula: what the library is held against."""
+"""Every objective in float64 NumPy, straight from its formula: what the library is held against.
+
+Each takes the inputs by name, as ``Objective.__call__`` does, and returns ``[*b, t]``.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+from scipy.special import log_softmax, logsumexp
 
 
-def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    logits = np.asarray(logits, np.float64) / temperature
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+def probabilities(logits, temperature=1.0):
+    with np.errstate(invalid="ignore"):
+        return np.exp(log_softmax(np.asarray(logits, np.float64) / temperature, axis=-1))
 
 
-def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+def divergence(p, q):
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(p > 0, p * (np.log(p) - np.log(q)), 0.0).sum(axis=-1)
 
 
-def kl(teacher, student, targets=None, temperature=1.0):
-    return divergence(probabilities(teacher, temperature), probabilities(student, temperature))
+def pair(inputs, temperature=1.0):
+    return (
+        probabilities(inputs[f"{side}_logits"], temperature) for side in ("teacher", "student")
+    )
 
 
-def reverse_kl(teacher, student, targets=None, temperature=1.0):
-    return kl(student, teacher, temperature=temperature)
+def kl(inputs, temperature=1.0):
+    log_p, log_q = (
+        log_softmax(np.asarray(inputs[f"{side}_logits"], np.float64) / temperature, axis=-1)
+        for side in ("teacher", "student")
+    )
+    return log_divergence(log_p, log_q)
 
 
-def js(teacher, student, targets=None, beta=0.5, temperature=1.0):
-    p, q = probabilities(teacher, temperature), probabilities(student, temperature)
+def reverse_kl(inputs, temperature=1.0):
+    swapped = {
+        "teacher_logits": inputs["student_logits"],
+        "student_logits": inputs["teacher_logits"],
+    }
+    return kl(swapped, temperature)
+
+
+def js(inputs, beta=0.5, temperature=1.0):
+    p, q = pair(inputs, temperature)
     m = beta * p + (1 - beta) * q
     return beta * divergence(p, m) + (1 - beta) * divergence(q, m)
 
 
-def nll(teacher, student, targets):
-    return -np.log(np.take_along_axis(probabilities(student), targets[..., None], -1)[..., 0])
+def total_variation(inputs, temperature=1.0):
+    p, q = pair(inputs, temperature)
+    return np.maximum(p - q, 0).sum(axis=-1)  # what p has more of, somewhere
 
 
-def zero_one(teacher, student, targets=None):
-    return (np.argmax(teacher, -1) != np.argmax(student, -1)).astype(np.float64)
+def log_divergence(log_p, log_q):
+    possible = log_p > -np.inf
+    terms = np.where(possible, log_p, 0) - np.where(possible, log_q, 0)
+    return (np.exp(log_p) * terms).sum(axis=-1)
 
 
-ORACLES = {"kl": kl, "reverse_kl": reverse_kl, "js": js, "nll": nll, "zero_one": zero_one}
+def top(inputs):
+    ids = np.asarray(inputs["teacher_ids"])
+    log_p = np.asarray(inputs["teacher_log_probs"], np.float64)
+    return ids, log_p, log_softmax(np.asarray(inputs["student_logits"], np.float64), axis=-1)
 
 
-def gradient(name: str, teacher, student, targets, step: float = 1e-5) -> np.ndarray:
-    """Central differences of the sum, with respect to the student's logits."""
-    student = np.asarray(student, np.float64)
-    out = np.zeros_like(student)
-    for place in np.ndindex(student.shape):
-        up, down = student.copy(), student.copy()
-        up[place] += step
-        down[place] -= step
-        out[place] = (
-            ORACLES[name](teacher, up, targets).sum() - ORACLES[name](teacher, down, targets).sum()
-        ) / (2 * step)
+def topk_kl(inputs):
+    ids, log_p, log_q = top(inputs)
+    out = np.zeros(ids.shape[:-1])
+    for place in np.ndindex(out.shape):
+        rest = logsumexp(np.delete(log_q[place], ids[place]))
+        p_rest = 1 - np.exp(log_p[place]).sum()
+        log_p_rest = np.log(p_rest) if p_rest > 1e-6 else -np.inf
+        coarse_q = np.append(log_q[place][ids[place]], rest)
+        out[place] = log_divergence(np.append(log_p[place], log_p_rest), coarse_q)
+    return out
+
+
+def truncated_kl(inputs):
+    ids, log_p, log_q = top(inputs)
+    return log_divergence(log_p, np.take_along_axis(log_q, ids, axis=-1))
+
+
+def nll(inputs, label_smoothing=0.0):
+    log_q = log_softmax(np.asarray(inputs["student_logits"], np.float64), axis=-1)
+    gold = np.take_along_axis(log_q, np.asarray(inputs["targets"])[..., None], axis=-1)[..., 0]
+    allowed = log_q > -np.inf
+    even = np.where(allowed, log_q, 0).sum(axis=-1) / allowed.sum(axis=-1)
+    return -(1 - label_smoothing) * gold - label_smoothing * even
+
+
+def zero_one(inputs):
+    first = (np.argmax(inputs[f"{side}_logits"], axis=-1) for side in ("teacher", "student"))
+    return np.not_equal(*first).astype(np.float64)
+
+
+def top_k_mismatch(inputs, k=5):
+    first = np.argmax(inputs["teacher_logits"], axis=-1)
+    best = np.argsort(-np.asarray(inputs["student_logits"], np.float64), axis=-1, kind="stable")
+    return 1.0 - (best[..., :k] == first[..., None]).any(axis=-1)
+
+
+def rank_agreement(inputs, n=10):
+    teacher, student = (np.asarray(inputs[f"{s}_logits"]) for s in ("teacher", "student"))
+    out = np.ones(teacher.shape[:-1])
+    for place in np.ndindex(out.shape):
+        best = np.argsort(-teacher[place].astype(np.float64), kind="stable")[:n]
+        pairs = [
+            np.sign(float(student[place][i] > student[place][j]) - float(student[place][i] < student[place][j]))
+            for x, i in enumerate(best)
+            for j in best[x + 1 :]
+            if teacher[place][i] > teacher[place][j] > -np.inf
+        ]  # fmt: skip
+        out[place] = np.mean(pairs) if pairs else 1.0
+    return out
+
+
+def entropy(inputs, temperature=1.0, side="student_logits"):
+    p = probabilities(inputs[side], temperature)
+    return -divergence(p, np.ones_like(p))
+
+
+def confidence_shift(inputs):
+    p, q = pair(inputs)
+    return q.max(axis=-1) - p.max(axis=-1)
+
+
+def cosine(x, y):
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    return (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+
+
+def cosine_similarity(inputs):
+    return cosine(inputs["teacher_hidden"], inputs["student_hidden"])
+
+
+def distribution_cosine_similarity(inputs, temperature=1.0):
+    return cosine(*pair(inputs, temperature))
+
+
+def hidden_mse(inputs):
+    teacher, student = (
+        np.asarray(inputs[f"{s}_hidden"], np.float64) for s in ("teacher", "student")
+    )
+    return np.square(teacher - student).mean(axis=-1)
+
+
+ORACLES = {
+    function.__name__: function
+    for function in (
+        kl,
+        reverse_kl,
+        js,
+        total_variation,
+        topk_kl,
+        truncated_kl,
+        nll,
+        zero_one,
+        top_k_mismatch,
+        rank_agreement,
+        entropy,
+        confidence_shift,
+        cosine_similarity,
+        distribution_cosine_similarity,
+        hidden_mse,
+    )
+}
+
+
+def gradient(name: str, inputs: dict, wrt: str, step: float = 1e-5, **options) -> np.ndarray:
+    """Central differences of the sum, with respect to the input named."""
+    at = np.asarray(inputs[wrt], np.float64)
+    out = np.zeros_like(at)
+    for place in np.ndindex(at.shape):
+        sides = []
+        for sign in (1, -1):
+            moved = at.copy()
+            moved[place] += sign * step
+            sides.append(ORACLES[name]({**inputs, wrt: moved}, **options).sum())
+        out[place] = (sides[0] - sides[1]) / (2 * step)
     return out

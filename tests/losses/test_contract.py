@@ -1,231 +1,284 @@
-"""The contract of the losses, over the whole table of objectives."""
+"""The contract of the losses, over the whole table: a new entry is covered by its line there."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from pathlib import Path
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
 
-from jaxsp import losses
 from jaxsp.losses import OBJECTIVES
-from jaxsp.typing import UserError
 from tests.losses import oracle
+from tests.losses.problem import INPUTS, MASK, B, T, V, make_inputs, top_entries
 
-B, T, V = 3, 4, 7
-random = np.random.RandomState(0)
-TEACHER = (3 * random.standard_normal((B, T, V))).astype(np.float32)
-STUDENT = (3 * random.standard_normal((B, T, V))).astype(np.float32)
-TARGETS = random.randint(0, V, (B, T))
-MASK = random.uniform(size=(B, T)) < 0.6
+GOLDENS = Path(__file__).parents[1] / "goldens" / "losses.npz"
+DIFFERENTIABLE = [name for name, entry in OBJECTIVES.items() if entry.differentiable]
+PAIRS = [name for name, entry in OBJECTIVES.items() if entry.inputs[0].startswith("teacher_l")
+         and len(entry.inputs) == 2]  # fmt: skip
 
 names = pytest.mark.parametrize("name", OBJECTIVES)
-differentiable = pytest.mark.parametrize(
-    "name", [name for name, entry in OBJECTIVES.items() if entry.differentiable]
-)
+differentiable = pytest.mark.parametrize("name", DIFFERENTIABLE)
 
 
-def value(name, teacher=TEACHER, student=STUDENT, targets=TARGETS, mask=None):
-    return OBJECTIVES[name](
-        jnp.asarray(teacher),
-        jnp.asarray(student),
-        jnp.asarray(targets),
-        None if mask is None else jnp.asarray(mask),
-    )
+def student_of(entry):
+    return next(name for name in entry.inputs if name.startswith("student"))
 
 
-def gradient(name, mask=None, teacher=TEACHER, student=STUDENT):
-    def total(teacher, student):
-        return value(name, teacher, student, mask=mask).sum()
-
-    return jax.grad(total, argnums=(0, 1))(jnp.asarray(teacher), jnp.asarray(student))
+def value(name, inputs=INPUTS, mask=None, entry=None):
+    arrays = {key: jnp.asarray(array) for key, array in inputs.items()}
+    return (entry or OBJECTIVES[name])(mask=None if mask is None else jnp.asarray(mask), **arrays)
 
 
-def test_every_objective_has_an_oracle():
-    assert set(oracle.ORACLES) == set(OBJECTIVES)
+def gradient(name, inputs=INPUTS, mask=None, entry=None, wrt=None):
+    """Of the sum, with respect to the student's side unless said otherwise."""
+    wrt = wrt or student_of(entry or OBJECTIVES[name])
+
+    def total(array):
+        return value(name, {**inputs, wrt: array}, mask, entry).sum()
+
+    return np.asarray(jax.grad(total)(jnp.asarray(inputs[wrt])))
 
 
-@names
-def test_value_equals_the_float64_oracle(name):
-    expected = oracle.ORACLES[name](TEACHER, STUDENT, TARGETS)
-    out = value(name)
+def hold_against_oracle(name, entry=None):
+    out = value(name, entry=entry)
     assert out.shape == (B, T)
     assert out.dtype == jnp.float32
-    np.testing.assert_allclose(out, expected, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(out, oracle.ORACLES[name](INPUTS), rtol=2e-6, atol=1e-6)
+    expected = oracle.gradient(name, INPUTS, student_of(OBJECTIVES[name]))
+    wrt = student_of(OBJECTIVES[name])
+    np.testing.assert_allclose(gradient(name, entry=entry, wrt=wrt), expected, atol=2e-6)
+
+
+def test_every_objective_has_an_oracle_and_a_reference():
+    assert set(oracle.ORACLES) == set(OBJECTIVES)
+    assert all(entry.reference for entry in OBJECTIVES.values())
 
 
 @names
-def test_gradient_equals_the_float64_oracle(name):
-    to_teacher, to_student = gradient(name)
-    np.testing.assert_allclose(
-        to_student, oracle.gradient(name, TEACHER, STUDENT, TARGETS), atol=2e-6
-    )
-    assert (np.asarray(to_teacher) == 0).all()
+def test_value_and_gradient_equal_the_float64_oracle(name):
+    hold_against_oracle(name)
 
 
-@differentiable
+@names
+def test_value_and_gradient_equal_the_stored_goldens(name):
+    goldens = np.load(GOLDENS)
+    np.testing.assert_allclose(value(name), goldens[name], rtol=2e-6, atol=1e-6)
+    if name in DIFFERENTIABLE:
+        np.testing.assert_allclose(gradient(name), goldens[f"{name}/gradient"], atol=2e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in PAIRS if name in DIFFERENTIABLE])
+def test_swapped_teacher_and_student_are_caught(name):
+    """Where the value is symmetric, the gradient would go to the wrong side."""
+    entry = OBJECTIVES[name]
+    with pytest.raises(AssertionError):
+        hold_against_oracle(name, dataclasses.replace(entry, inputs=entry.inputs[::-1]))
+
+
+@names
+def test_no_gradient_to_the_teacher(name):
+    for wrt in OBJECTIVES[name].inputs:
+        if wrt.startswith("teacher") and wrt != "teacher_ids":
+            assert (gradient(name, wrt=wrt) == 0).all()
+
+
+@names
 def test_differentiable_entries_have_a_gradient_and_others_none(name):
-    assert np.abs(gradient(name)[1]).max() > 1e-3
-
-
-def test_zero_one_has_no_gradient():
-    assert (np.asarray(gradient("zero_one")[1]) == 0).all()
+    largest = np.abs(gradient(name)).max()
+    assert largest > 1e-3 if name in DIFFERENTIABLE else largest == 0
 
 
 @names
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_masked_positions_are_exactly_zero_even_over_nan(name, poison):
-    teacher, student = TEACHER.copy(), STUDENT.copy()
-    teacher[~MASK] = student[~MASK] = poison
-    out = np.asarray(value(name, teacher, student, mask=MASK))
+    inputs = {key: array.copy() for key, array in INPUTS.items()}
+    for key, array in inputs.items():
+        array[~MASK] = -100 if array.dtype == np.int32 else poison
+    out = np.asarray(value(name, inputs, MASK))
     assert (out[~MASK] == 0).all()
     np.testing.assert_array_equal(out[MASK], np.asarray(value(name))[MASK])
-    to_student = np.asarray(gradient(name, MASK, teacher, student)[1])
+    to_student = gradient(name, inputs, MASK)
     assert (to_student[~MASK] == 0).all()
-    np.testing.assert_allclose(to_student[MASK], np.asarray(gradient(name)[1])[MASK], atol=1e-7)
-    assert (np.asarray(value(name, teacher, student, mask=np.zeros((B, T), bool))) == 0).all()
+    np.testing.assert_allclose(to_student[MASK], gradient(name)[MASK], atol=1e-7)
+    nothing = np.zeros((B, T), bool)
+    assert (np.asarray(value(name, inputs, nothing)) == 0).all()
+    assert (gradient(name, inputs, nothing) == 0).all()
 
 
 @names
 def test_banned_tokens_are_legal(name):
-    teacher, student = TEACHER.copy(), STUDENT.copy()
-    teacher[..., 2] = student[..., 2] = -np.inf
-    targets = np.where(TARGETS == 2, 3, TARGETS)
+    """With token 2 banned by both, all is as if the vocabulary didn't have it."""
+    inputs = {key: array.copy() for key, array in INPUTS.items()}
+    inputs["teacher_logits"][..., 2] = inputs["student_logits"][..., 2] = -np.inf
+    inputs["targets"][inputs["targets"] == 2] = 3
+    inputs.update(top_entries(inputs["teacher_logits"]))
     keep = [0, 1, 3, 4, 5, 6]
-    without = oracle.ORACLES[name](teacher[..., keep], student[..., keep], targets - (targets > 2))
-    np.testing.assert_allclose(
-        value(name, teacher, student, targets), without, rtol=2e-6, atol=1e-6
-    )
-    assert np.isfinite(gradient(name, teacher=teacher, student=student)[1]).all()
+    without = {**inputs}
+    for side in ("teacher_logits", "student_logits"):
+        without[side] = inputs[side][..., keep]
+    for ids in ("targets", "teacher_ids"):
+        without[ids] = inputs[ids] - (inputs[ids] > 2)
+    expected = oracle.ORACLES[name](without)
+    np.testing.assert_allclose(value(name, inputs), expected, rtol=2e-6, atol=1e-6)
+    to_student = gradient(name, inputs)
+    assert np.isfinite(to_student).all()
+    if student_of(OBJECTIVES[name]) == "student_logits" and name in DIFFERENTIABLE:
+        expected = oracle.gradient(name, without, "student_logits")
+        np.testing.assert_allclose(to_student[..., keep], expected, atol=2e-6)
+        assert (to_student[..., 2] == 0).all()
 
 
 @names
-def test_extreme_logits_stay_finite(name):
-    out = value(name, TEACHER * 3e3, STUDENT * 3e3)
-    assert np.isfinite(out).all()
-    assert np.isfinite(gradient(name, teacher=TEACHER * 3e3, student=STUDENT * 3e3)[1]).all()
+def test_extreme_logits_stay_exact(name):
+    inputs = {
+        key: array if array.dtype == np.int32 else (np.sign(array) * 1e4).astype(np.float32)
+        for key, array in INPUTS.items()
+    }
+    inputs.update(top_entries(inputs["teacher_logits"]))
+    expected = oracle.ORACLES[name](inputs)
+    np.testing.assert_allclose(value(name, inputs), expected, rtol=1e-5, atol=1e-5)
+    assert np.isfinite(gradient(name, inputs)).all()
 
 
 @names
-def test_equal_distributions_cost_nothing(name):
-    if OBJECTIVES[name].needs == "distribution":
-        np.testing.assert_allclose(value(name, TEACHER, TEACHER + 5.0), 0, atol=1e-6)
+def test_at_equality_the_objective_is_at_its_best(name):
+    entry = OBJECTIVES[name]
+    inputs = {
+        **INPUTS,
+        "student_logits": INPUTS["teacher_logits"] + 5.0,
+        "student_hidden": INPUTS["teacher_hidden"],
+    }
+    if entry.needs in ("hidden", "top-k") and name != "truncated_kl":
+        best = 1.0 if entry.sense == "maximise" else 0.0
+        np.testing.assert_allclose(value(name, inputs), best, atol=1e-6)
+        if name in DIFFERENTIABLE and name not in ("confidence_shift", "total_variation"):
+            np.testing.assert_allclose(gradient(name, inputs), 0, atol=2e-6)  # and it is flat there
 
 
 @names
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_logits_are_computed_in_float32(name, dtype):
-    teacher, student = (jnp.asarray(a, dtype) for a in (TEACHER, STUDENT))
-    out = value(name, teacher, student)
+def test_half_precision_is_computed_in_float32(name, dtype):
+    inputs = {
+        key: array if array.dtype == np.int32 else np.asarray(jnp.asarray(array, dtype))
+        for key, array in INPUTS.items()
+    }
+    out = value(name, inputs)
     assert out.dtype == jnp.float32
     exact = oracle.ORACLES[name](
-        np.asarray(teacher, np.float64), np.asarray(student, np.float64), TARGETS
+        {k: a if a.dtype == np.int32 else a.astype(np.float64) for k, a in inputs.items()}
     )
     np.testing.assert_allclose(out, exact, rtol=1e-5, atol=1e-5)
+    assert gradient(name, inputs).dtype == dtype
 
 
 @names
-def test_vmap_and_jit_equal_the_batch(name):
-    whole = value(name)
-    mapped = jax.vmap(lambda *a: OBJECTIVES[name](*a))(TEACHER, STUDENT, TARGETS, MASK | True)
-    np.testing.assert_allclose(mapped, whole, atol=1e-6)
-    jitted = jax.jit(lambda *a: OBJECTIVES[name](*a))(TEACHER, STUDENT, TARGETS)
-    np.testing.assert_allclose(jitted, whole, atol=1e-6)
+def test_vmap_is_the_batch(name):
+    entry = OBJECTIVES[name]
+    mapped = jax.vmap(lambda inputs, mask: entry(mask=mask, **inputs))(INPUTS, MASK)
+    np.testing.assert_allclose(mapped, value(name, mask=MASK), atol=1e-6)
+
+
+class Variants(chex.TestCase):
+    """With and without jit, with and without device arrays, and under pmap."""
+
+    @chex.all_variants(with_pmap=True)
+    @parameterized.parameters(*OBJECTIVES)
+    def test_all_variants(self, name):
+        entry = OBJECTIVES[name]
+        out = self.variant(lambda inputs, mask: entry(mask=mask, **inputs))(INPUTS, MASK)
+        np.testing.assert_allclose(out, value(name, mask=MASK), rtol=1e-6, atol=1e-6)
 
 
 @names
-@pytest.mark.parametrize("shape", [(1, 1, V), (2, 0, V), (2, 3, 1), (T, V)])
-def test_edge_shapes(name, shape):
-    teacher, student = np.ones(shape, np.float32), np.zeros(shape, np.float32)
-    out = value(name, teacher, student, np.zeros(shape[:-1], np.int32))
-    assert out.shape == shape[:-1]
-    assert np.isfinite(out).all()
+def test_nothing_retraces(name):
+    entry = OBJECTIVES[name]
+    chex.clear_trace_counter()
+    once = jax.jit(chex.assert_max_traces(lambda i, m: entry(mask=m, **i), n=1))
+    for seed in range(3):
+        once(make_inputs(seed), MASK)
+
+
+@names
+@pytest.mark.parametrize("shape", [(1, 1), (2, 0), (0, 3), (5,)])
+@pytest.mark.parametrize("vocabulary", [1, V])
+def test_edge_shapes(name, shape, vocabulary):
+    inputs = make_inputs(2, shape, vocabulary)
+    out = value(name, inputs)
+    assert out.shape == shape
+    if math.prod(shape):
+        np.testing.assert_allclose(out, oracle.ORACLES[name](inputs), rtol=2e-6, atol=1e-6)
+    assert np.isfinite(gradient(name, inputs)).all()
 
 
 @names
 def test_bad_arguments_are_named(name):
+    entry = OBJECTIVES[name]
     with pytest.raises(ValueError, match="mask must have shape"):
         value(name, mask=np.ones((T,), bool))
     with pytest.raises(ValueError, match="mask must be boolean"):
         value(name, mask=np.ones((B, T), np.float32))
-    with pytest.raises(ValueError, match="student_logits must be floating"):
-        value(name, student=STUDENT.astype(np.int32))
-    with pytest.raises(ValueError, match="must have shape"):
-        value(name, teacher=TEACHER[0, 0], student=STUDENT[0, 0])
-    if OBJECTIVES[name].needs == "distribution":
-        with pytest.raises(ValueError, match="one shape"):
-            value(name, teacher=TEACHER[..., :-1])
-    else:
-        with pytest.raises(ValueError, match="targets must be integer"):
-            value(name, targets=TARGETS.astype(np.float32))
-        with pytest.raises(ValueError, match="targets must have shape"):
-            value(name, targets=TARGETS[0])
+    for key in entry.inputs:
+        told = key.removesuffix("_hidden") if entry.function.__name__.startswith("cosine") else key
+        with pytest.raises(ValueError, match=f"needs {key}"):
+            value(name, {k: a for k, a in INPUTS.items() if k != key and k != "teacher_logits"}
+                  if key.startswith("teacher") else {k: a for k, a in INPUTS.items() if k != key})  # fmt: skip
+        if INPUTS[key].dtype == np.int32:
+            with pytest.raises(ValueError, match=f"{key} must be integer"):
+                value(name, {**INPUTS, key: INPUTS[key].astype(np.float32)})
+            with pytest.raises(ValueError, match=f"{key} must have shape"):
+                value(name, {**INPUTS, key: INPUTS[key][0]})
+            for wrong in (-1, V):
+                with pytest.raises(ValueError, match=rf"{key} must lie in \[0, 7\); got {wrong}"):
+                    value(name, {**INPUTS, key: np.full_like(INPUTS[key], wrong)})
+        elif key != "logits":
+            told = "logits" if name == "entropy" else told
+            with pytest.raises(ValueError, match=f"{told} must be floating"):
+                value(name, {**INPUTS, key: INPUTS[key].astype(np.int32)})
+            with pytest.raises(ValueError, match="must have shape|must have one shape"):
+                value(name, {**INPUTS, key: INPUTS[key][0, 0]})
+    if name in PAIRS:
+        with pytest.raises(ValueError, match="one shape; got .* and "):
+            value(name, {**INPUTS, "teacher_logits": INPUTS["teacher_logits"][..., :-1]})
 
 
-def test_a_mask_for_the_wrong_axis_is_refused_when_all_sizes_are_equal():
-    """The B = T = V trap: [t] would broadcast silently."""
-    logits = np.ones((4, 4, 4), np.float32)
+@names
+def test_a_mask_for_the_wrong_axis_is_refused_when_all_sizes_are_equal(name):
+    """The B = T = V trap: ``[t]`` would broadcast silently."""
+    inputs = make_inputs(0, (4, 4), 4)
     with pytest.raises(ValueError, match="mask must have shape"):
-        losses.kl_divergence(logits, logits, jnp.ones((4,), bool))
+        value(name, inputs, np.ones(4, bool))
 
 
-def test_swapped_sides_are_told_apart():
-    assert not np.allclose(value("kl"), value("kl", STUDENT, TEACHER))
-    np.testing.assert_allclose(value("kl", STUDENT, TEACHER), value("reverse_kl"), rtol=1e-6)
+WITH_TEMPERATURE = ["kl", "reverse_kl", "js", "total_variation", "entropy",
+                    "distribution_cosine_similarity"]  # fmt: skip
 
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
-@pytest.mark.parametrize("name", ["kl", "reverse_kl", "js"])
+@pytest.mark.parametrize("name", WITH_TEMPERATURE)
 def test_temperature(name, temperature):
-    out = OBJECTIVES[name].function(
-        jnp.asarray(TEACHER), jnp.asarray(STUDENT), temperature=temperature
-    )
-    expected = oracle.ORACLES[name](TEACHER, STUDENT, temperature=temperature)
-    np.testing.assert_allclose(out, expected, rtol=2e-6, atol=1e-6)
-    with pytest.raises(ValueError, match="temperature must be positive, not 0"):
-        OBJECTIVES[name].function(jnp.asarray(TEACHER), jnp.asarray(STUDENT), temperature=0)
+    entry = dataclasses.replace(OBJECTIVES[name], options=(("temperature", temperature),))
+    expected = oracle.ORACLES[name](INPUTS, temperature=temperature)
+    np.testing.assert_allclose(value(name, entry=entry), expected, rtol=2e-6, atol=1e-6)
+    expected = oracle.gradient(name, INPUTS, "student_logits", temperature=temperature)
+    np.testing.assert_allclose(gradient(name, entry=entry), expected, atol=2e-6)
+    for wrong in (0, -1.0, float("nan")):
+        bad = dataclasses.replace(entry, options=(("temperature", wrong),))
+        with pytest.raises(ValueError, match=f"temperature must be positive, not {wrong}"):
+            value(name, entry=bad)
 
 
-def test_js_bounds_and_limits():
-    t, s = jnp.asarray(TEACHER), jnp.asarray(STUDENT)
-    np.testing.assert_allclose(losses.js_divergence(t, s), losses.js_divergence(s, t), rtol=1e-5)
-    assert (np.asarray(losses.js_divergence(100 * t, 100 * s)) <= np.log(2) + 1e-6).all()
-    t, s = t / 3, s / 3  # the limits are reached sooner where no probability is tiny
-    near_zero = losses.js_divergence(t, s, beta=1e-3) / 1e-3
-    np.testing.assert_allclose(near_zero, losses.kl_divergence(t, s), rtol=0.01)
-    near_one = losses.js_divergence(t, s, beta=1 - 1e-3) / 1e-3
-    np.testing.assert_allclose(near_one, losses.reverse_kl_divergence(t, s), rtol=0.01)
-    for beta in (0.0, 1.0):
-        assert (np.asarray(losses.js_divergence(t, s, beta=beta)) == 0).all()
-    with pytest.raises(ValueError, match=r"beta must lie between 0 and 1, not 1\.5"):
-        losses.js_divergence(t, s, beta=1.5)
+def test_the_list_of_entries_with_a_temperature_is_whole():
+    import inspect
 
-
-def test_zero_one_ties_go_to_the_lowest_id():
-    tied = jnp.array([[1.0, 1.0, 0.0]])
-    assert losses.zero_one(tied, jnp.array([[5.0, 0.0, 0.0]])) == 0
-    assert losses.zero_one(tied, jnp.array([[0.0, 5.0, 0.0]])) == 1
-
-
-def test_reduction_is_that_of_the_whole_not_of_the_parts():
-    values = jnp.arange(6.0).reshape(2, 3)
-    mask = jnp.array([[True, False, False], [True, True, True]])
-    parts = [losses.masked_sum(v, m) for v, m in zip(values, mask, strict=True)]
-    assert losses.masked_mean(losses.merge(*parts)) == losses.masked_mean(values, mask) == 3.0
-    assert losses.masked_mean(values, jnp.zeros((2, 3), bool)) == 0.0
-
-
-def test_trainable():
-    assert losses.trainable("kl") is OBJECTIVES["kl"]
-    with pytest.raises(UserError, match="Unknown objective 'kll'; choose one of kl, "):
-        losses.trainable("kll")
-    with pytest.raises(UserError, match="piecewise constant"):
-        losses.trainable("zero_one")
-
-
-def test_losses_import_neither_flax_nor_transformers(python):
-    code = (
-        "import sys, jaxsp.losses; print([m for m in ('flax', 'transformers', 'optax', 'orbax',"
-        " 'matplotlib', 'tyro', 'rich') if m in sys.modules])"
-    )
-    assert python("-c", code).stdout.strip() == "[]"
+    found = [
+        name
+        for name, entry in OBJECTIVES.items()
+        if "temperature" in inspect.signature(entry.function).parameters
+    ]
+    assert found == WITH_TEMPERATURE

@@ -1,0 +1,140 @@
+"""Similarity of vectors and of distributions as vectors; a similarity is better when it is larger."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from jaxsp.losses.checks import check_floating, check_mask, check_positive
+
+if TYPE_CHECKING:
+    from jaxsp.typing import Array, Bool, Float
+
+
+def cosine_similarity(
+    teacher: Float[Array, "*b t d"],
+    student: Float[Array, "*b t d"],
+    mask: Bool[Array, "*b t"] | None = None,
+) -> Float[Array, "*b t"]:
+    r"""Cosine of the angle between two vectors: hidden states, or probabilities.
+
+    .. math:: \frac{x \cdot y}{\|x\| \|y\|}
+
+    Args:
+      teacher: ``[*b, t, d]``, any float dtype; no gradient flows to it.
+      student: ``[*b, t, d]``.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``.
+
+    Returns:
+      ``[*b, t]`` float32 from -1 to 1, to be *maximised*; 0, with zero gradient, where a vector is 0 or
+      the mask is False.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> cosine_similarity(jnp.array([[3.0, 0.0]]), jnp.array([[4.0, 3.0]])).round(4)
+      Array([0.8], dtype=float32)
+
+    Reference:
+      For distilling hidden states: Sanh et al. 2019, DistilBERT (arXiv:1910.01108).
+    """
+    check_floating("d", teacher=teacher, student=student)
+    mask = check_mask(mask, student.shape[:-1])
+    x, y = _units(jax.lax.stop_gradient(teacher), mask), _units(student, mask)
+    return jnp.where(mask, jnp.sum(x * y, axis=-1), 0.0)
+
+
+def distribution_cosine_similarity(
+    teacher_logits: Float[Array, "*b t v"],
+    student_logits: Float[Array, "*b t v"],
+    mask: Bool[Array, "*b t"] | None = None,
+    *,
+    temperature: float = 1.0,
+) -> Float[Array, "*b t"]:
+    r"""Cosine similarity of the two token distributions.
+
+    .. math:: \frac{\sum_v p_v q_v}{\|p\|_2 \|q\|_2}
+
+    Args:
+      teacher_logits: ``[*b, t, v]``; no gradient flows to it.
+      student_logits: ``[*b, t, v]``.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``.
+      temperature: both sides' logits are divided by it.
+
+    Returns:
+      ``[*b, t]`` float32 from 0 to 1, to be *maximised*; 0 where the mask is False.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, or the temperature is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> teacher, student = jnp.log(jnp.array([[0.6, 0.4]])), jnp.log(jnp.array([[0.4, 0.6]]))
+      >>> distribution_cosine_similarity(teacher, student).round(4)
+      Array([0.9231], dtype=float32)
+
+    Reference:
+      Salton, Wong & Yang 1975, A Vector Space Model for Automatic Indexing.
+    """
+    check_floating(teacher_logits=teacher_logits, student_logits=student_logits)
+    check_positive(temperature=temperature)
+    mask = check_mask(mask, student_logits.shape[:-1])
+    p, q = (
+        jax.nn.softmax(
+            jnp.where(mask[..., None], logits.astype(jnp.float32), 0.0) / temperature, axis=-1
+        )
+        for logits in (teacher_logits, student_logits)
+    )
+    return cosine_similarity(p, q, mask)
+
+
+def hidden_mse(
+    teacher_hidden: Float[Array, "*b t d"],
+    student_hidden: Float[Array, "*b t d"],
+    mask: Bool[Array, "*b t"] | None = None,
+) -> Float[Array, "*b t"]:
+    r"""Mean squared difference of hidden states.
+
+    .. math:: \frac1D \sum_d (x_d - y_d)^2
+
+    Args:
+      teacher_hidden: ``[*b, t, d]``, any float dtype; no gradient flows to it.
+      student_hidden: ``[*b, t, d]``.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``.
+
+    Returns:
+      ``[*b, t]`` float32, in squared units of the hidden states.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> hidden_mse(jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 4.0]]))
+      Array([2.], dtype=float32)
+
+    Reference:
+      Romero et al. 2014, FitNets (arXiv:1412.6550); Jiao et al. 2019, TinyBERT (arXiv:1909.10351).
+    """
+    check_floating("d", teacher_hidden=teacher_hidden, student_hidden=student_hidden)
+    mask = check_mask(mask, student_hidden.shape[:-1])
+    x, y = (
+        jnp.where(mask[..., None], side.astype(jnp.float32), 0.0)
+        for side in (jax.lax.stop_gradient(teacher_hidden), student_hidden)
+    )
+    return jnp.mean((x - y) ** 2, axis=-1)
+
+
+def _units(x: Array, mask: Array) -> Array:
+    """Vectors of length 1, float32; zero vectors stay zero, with zero gradient."""
+    x = jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
+    # Divided by the largest entry first: squares of large or tiny entries would over- or underflow.
+    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1, keepdims=True)
+    some = largest > 0
+    x = x / jnp.where(some, largest, 1.0)
+    squares = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x / jnp.sqrt(jnp.where(some, squares, 1.0))

@@ -1,0 +1,182 @@
+"""Divergences from the teacher's k best tokens alone: for a stored teacher, or one behind an API."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsp.losses.checks import check_count, check_floating, check_ids, check_mask
+
+if TYPE_CHECKING:
+    from jaxsp.typing import Array, Bool, Float, Int
+
+TOP_K = 64
+"""Entries kept where none are given but the whole distribution is at hand."""
+
+_ROUNDING = 1e-6  # of a sum of float32 probabilities
+
+
+class TopK(NamedTuple):
+    """The best tokens of a distribution, best first; log-probabilities of the *whole* distribution."""
+
+    log_probs: Float[Array, "*b t k"]
+    ids: Int[Array, "*b t k"]
+
+
+def top_k(logits: Float[Array, "*b t v"], k: int = TOP_K) -> TopK:
+    """The k most likely tokens and their log-probabilities, which sum to less than 1 (no renormalising).
+
+    Args:
+      logits: ``[*b, t, v]``, any float dtype.
+      k: how many; all v if there are fewer.
+
+    Returns:
+      ``TopK(log_probs, ids)``, float32 and int32 ``[*b, t, k]``, best first, ties by id.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> best = top_k(jnp.log(jnp.array([[0.1, 0.6, 0.3]])), 2)
+      >>> best.ids
+      Array([[1, 2]], dtype=int32)
+      >>> jnp.exp(best.log_probs).round(2)
+      Array([[0.6, 0.3]], dtype=float32)
+    """
+    check_floating(logits=logits)
+    check_count(k=k)
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return TopK(*jax.lax.top_k(log_probs, min(k, logits.shape[-1])))
+
+
+def topk_kl_divergence(
+    teacher_log_probs: Float[Array, "*b t k"],
+    teacher_ids: Int[Array, "*b t k"],
+    student_logits: Float[Array, "*b t v"],
+    mask: Bool[Array, "*b t"] | None = None,
+) -> Float[Array, "*b t"]:
+    r"""KL divergence over the teacher's k best tokens and one bucket for all the others (the tail).
+
+    .. math:: \sum_{v \in K} p_v \log \frac{p_v}{q_v} + p_{tail} \log \frac{p_{tail}}{q_{tail}},
+              \quad p_{tail} = 1 - \sum_{v \in K} p_v
+
+    A true divergence, of two coarser distributions: never above the full KL, rising with k, and equal
+    to it once the tail holds at most one token. Nothing is renormalised.
+
+    Args:
+      teacher_log_probs: ``[*b, t, k]``, log-probabilities of the whole distribution; no gradient flows
+        to them. ``-inf`` fills entries that are not there.
+      teacher_ids: ``[*b, t, k]``, their tokens, in ``[0, v)``, each once.
+      student_logits: ``[*b, t, v]``, any float dtype.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``.
+
+    Returns:
+      ``[*b, t]`` float32, in nats.
+
+    Raises:
+      ValueError: shapes, dtypes or ids don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> teacher = top_k(jnp.log(jnp.array([[0.6, 0.3, 0.05, 0.05]])), 2)
+      >>> student = jnp.log(jnp.array([[0.3, 0.3, 0.1, 0.3]]))
+      >>> topk_kl_divergence(*teacher, student).round(4)
+      Array([0.2773], dtype=float32)
+
+    Reference:
+      The data-processing inequality: Cover & Thomas 2006, Elements of Information Theory, ch. 2. For
+      distilling language models with the tail kept: Anshumann et al. 2025 (arXiv:2503.16870).
+    """
+    log_p, ids, logits, mask = _prepared(teacher_log_probs, teacher_ids, student_logits, mask)
+    log_q, log_q_tail = _listed_and_tail(logits, ids)
+    p_tail = -jnp.expm1(jax.nn.logsumexp(log_p, axis=-1))
+    # A listed mass of 1 may be a little less or more by rounding: no tail, where q has none either.
+    tail = p_tail > jnp.where(log_q_tail > -jnp.inf, 0.0, _ROUNDING)
+    log_p_tail = jnp.log(jnp.where(tail, p_tail, 1.0))
+    rest = jnp.where(tail, p_tail * (log_p_tail - jnp.where(tail, log_q_tail, 0.0)), 0.0)
+    return jnp.where(mask, _listed_terms(log_p, log_q) + rest, 0.0)
+
+
+def truncated_kl_divergence(
+    teacher_log_probs: Float[Array, "*b t k"],
+    teacher_ids: Int[Array, "*b t k"],
+    student_logits: Float[Array, "*b t v"],
+    mask: Bool[Array, "*b t"] | None = None,
+) -> Float[Array, "*b t"]:
+    r"""The k best tokens' terms of the KL divergence, the others dropped: *not* a divergence.
+
+    .. math:: \sum_{v \in K} p_v \log \frac{p_v}{q_v}
+
+    What several distillers train on, here to compare with. It can be negative, and its minimum is
+    not at the teacher: it pulls all of the student's mass into the k tokens. Prefer
+    ``topk_kl_divergence``.
+
+    Args:
+      teacher_log_probs: ``[*b, t, k]``, log-probabilities of the whole distribution; no gradient flows
+        to them. ``-inf`` fills entries that are not there.
+      teacher_ids: ``[*b, t, k]``, their tokens, in ``[0, v)``, each once.
+      student_logits: ``[*b, t, v]``, any float dtype.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``.
+
+    Returns:
+      ``[*b, t]`` float32, in nats.
+
+    Raises:
+      ValueError: shapes, dtypes or ids don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> teacher = top_k(jnp.log(jnp.array([[0.6, 0.3, 0.1]])), 2)
+      >>> truncated_kl_divergence(*teacher, jnp.log(jnp.array([[0.66, 0.33, 0.01]]))).round(4)
+      Array([-0.0858], dtype=float32)
+
+    Reference:
+      Eyuboglu et al. 2025, Cartridges (arXiv:2506.06266), trains on the top tokens of the teacher.
+    """
+    log_p, ids, logits, mask = _prepared(teacher_log_probs, teacher_ids, student_logits, mask)
+    log_q = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), ids, axis=-1, mode="fill")
+    return jnp.where(mask, _listed_terms(log_p, log_q), 0.0)
+
+
+def _prepared(
+    teacher_log_probs: Array, teacher_ids: Array, student_logits: Array, mask: Array | None
+) -> tuple[Array, Array, Array, Array]:
+    """Checked; under the mask all is replaced by numbers, so that no NaN there reaches a gradient."""
+    check_floating(student_logits=student_logits)
+    check_floating("k", teacher_log_probs=teacher_log_probs)
+    *batch, vocabulary = student_logits.shape
+    mask = check_mask(mask, tuple(batch))
+    if teacher_log_probs.shape[:-1] != tuple(batch):
+        raise ValueError(
+            f"teacher_log_probs must have shape {[*batch, 'k']}, not {list(teacher_log_probs.shape)}."
+        )
+    seen = jnp.broadcast_to(mask[..., None], teacher_log_probs.shape)
+    check_ids(teacher_ids, teacher_log_probs.shape, vocabulary, seen, name="teacher_ids")
+    log_p = jax.lax.stop_gradient(teacher_log_probs).astype(jnp.float32)
+    ids = jnp.where(teacher_ids < 0, vocabulary, teacher_ids)  # out of range either way: NaN below
+    return (
+        jnp.where(seen, log_p, -jnp.inf),
+        jnp.where(seen, ids, 0),
+        jnp.where(mask[..., None], student_logits.astype(jnp.float32), 0.0),
+        mask,
+    )
+
+
+def _listed_and_tail(logits: Array, ids: Array) -> tuple[Array, Array]:
+    """The student's log-probabilities of the listed tokens, and of all others together.
+
+    The tail is summed over the others themselves: 1 minus the listed mass would lose a small one.
+    """
+    log_q = jax.nn.log_softmax(logits, axis=-1)
+    listed = jnp.take_along_axis(log_q, ids, axis=-1, mode="fill")
+    others = jnp.put_along_axis(log_q, ids, -jnp.inf, axis=-1, inplace=False, mode="drop")
+    # An empty tail (all of the vocabulary listed) has log-probability -inf, and no gradient.
+    some = jnp.any(others > -jnp.inf, axis=-1)
+    tail = jax.nn.logsumexp(jnp.where(some[..., None], others, 0.0), axis=-1)
+    return listed, jnp.where(some, tail, -jnp.inf)
+
+
+def _listed_terms(log_p: Array, log_q: Array) -> Array:
+    possible = log_p > -jnp.inf
+    terms = jnp.exp(log_p) * (jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0))
+    return jnp.sum(terms, axis=-1)

@@ -1,0 +1,97 @@
+"""How sure a prediction is, and whether the student is as sure as the teacher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from jaxsp.losses.checks import check_floating, check_mask, check_positive
+
+if TYPE_CHECKING:
+    from jaxsp.typing import Array, Bool, Float
+
+
+def entropy(
+    logits: Float[Array, "*b t v"],
+    mask: Bool[Array, "*b t"] | None = None,
+    *,
+    temperature: float = 1.0,
+) -> Float[Array, "*b t"]:
+    r"""Shannon entropy of a token distribution.
+
+    .. math:: H(p) = -\sum_v p_v \log p_v
+
+    Args:
+      logits: ``[*b, t, v]`` of teacher or student.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``.
+      temperature: the logits are divided by it.
+
+    Returns:
+      ``[*b, t]`` float32, in nats, from 0 (sure) to ln v (uniform).
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, or the temperature is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> entropy(jnp.array([[0.0, 0.0, -jnp.inf]])).round(4)
+      Array([0.6931], dtype=float32)
+
+    Reference:
+      Shannon 1948; as an objective (entropy minimisation): Grandvalet & Bengio 2004, Semi-supervised
+      Learning by Entropy Minimization.
+    """
+    check_positive(temperature=temperature)
+    mask, (logits,) = _prepared(mask, logits=logits)
+    log_p = jax.nn.log_softmax(logits / temperature, axis=-1)
+    possible = log_p > -jnp.inf
+    terms = jnp.exp(log_p) * jnp.where(possible, log_p, 0.0)
+    return jnp.where(mask, -jnp.sum(terms, axis=-1), 0.0)
+
+
+def confidence_shift(
+    teacher_logits: Float[Array, "*b t v"],
+    student_logits: Float[Array, "*b t v"],
+    mask: Bool[Array, "*b t"] | None = None,
+) -> Float[Array, "*b t"]:
+    r"""How much surer of its first token the student is than the teacher of its own.
+
+    .. math:: \max_v q_v - \max_v p_v
+
+    Args:
+      teacher_logits: ``[*b, t, v]``; no gradient flows to it.
+      student_logits: ``[*b, t, v]``.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``.
+
+    Returns:
+      ``[*b, t]`` float32 between -1 and 1: positive where the student is too sure, negative where it
+      is not sure enough, best at 0.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> teacher, student = jnp.log(jnp.array([[0.6, 0.4]])), jnp.log(jnp.array([[0.1, 0.9]]))
+      >>> confidence_shift(teacher, student).round(4)
+      Array([0.3], dtype=float32)
+
+    Reference:
+      Confidence as the first token's probability: Guo et al. 2017 (arXiv:1706.04599).
+    """
+    logits = {"teacher_logits": jax.lax.stop_gradient(teacher_logits)}
+    mask, sides = _prepared(mask, **logits, student_logits=student_logits)
+    teacher, student = (jnp.max(jax.nn.softmax(side, axis=-1), axis=-1) for side in sides)
+    return jnp.where(mask, student - teacher, 0.0)
+
+
+def _prepared(mask: Array | None, **named: Array) -> tuple[Array, list[Array]]:
+    """The mask and the logits, float32; masked ones are replaced, so that no NaN is differentiated."""
+    check_floating(**named)
+    shape = next(iter(named.values())).shape
+    mask = check_mask(mask, shape[:-1])
+    return mask, [
+        jnp.where(mask[..., None], logits.astype(jnp.float32), 0.0) for logits in named.values()
+    ]

@@ -1,0 +1,119 @@
+"""Work over the vocabulary when its tokens may be spread, in order, over the shards of a mapped axis.
+
+Each shard holds the head's rows, and so the logits, of its own tokens. Sums over the vocabulary go over
+the axis by ``psum``, the largest logit by ``pmax``; all shards get the same values and gradients. With
+``axis_name=None`` there is one shard, and nothing to send.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsp.losses.divergence import kl_divergence
+from jaxsp.losses.likelihood import negative_log_likelihood
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxsp.typing import Array
+
+
+def shards(axis_name: str | None) -> int:
+    """How many there are."""
+    return 1 if axis_name is None else jax.lax.psum(1, axis_name)
+
+
+def total(x: Array, axis_name: str | None) -> Array:
+    """The sum of all shards' parts."""
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+
+def gather(x: Array, axis_name: str | None) -> Array:
+    """All shards' ``[n, v]`` side by side, the same on each."""
+    if axis_name is None:
+        return x
+    # By a sum and not by all_gather, whose result shard_map does not know to be the same everywhere.
+    width = x.shape[-1]
+    blank = like_varying(jnp.zeros((*x.shape[:-1], width * shards(axis_name)), x.dtype), x)
+    start = jax.lax.axis_index(axis_name) * width
+    return total(jax.lax.dynamic_update_slice_in_dim(blank, x, start, axis=-1), axis_name)
+
+
+def own_part(x: Array, width: int, axis_name: str | None) -> Array:
+    """The columns of this shard's tokens, of ``[n, v]`` over all."""
+    if axis_name is None:
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis_name) * width, width, axis=-1)
+
+
+def like_varying(x: Array, like: Any) -> Array:
+    """``x``, marked as differing over the axes that ``like`` differs over.
+
+    ``shard_map`` keeps book of that in its types, and a loop's carry must not change its type.
+    """
+    axes = tuple(getattr(like if hasattr(like, "vma") else jax.typeof(like), "vma", None) or ())
+    if not axes:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pvary(x, axes)
+
+
+def _log_softmax(logits: Array, axis_name: str | None) -> Array:
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    if axis_name is not None:
+        largest = jax.lax.pmax(largest, axis_name)
+    sums = jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True)
+    return logits - largest - jnp.log(total(sums, axis_name))
+
+
+def _kl(
+    given: dict[str, Array],
+    live: Array,
+    axis_name: str | None,
+    temperature: float = 1.0,
+) -> tuple[Array, Array]:
+    log_p, log_q = (
+        _log_softmax(given[side] / temperature, axis_name)
+        for side in ("teacher_logits", "student_logits")
+    )
+    possible = log_p > -jnp.inf
+    p = jnp.exp(log_p)
+    terms = jnp.where(possible, p * (log_p - log_q), 0.0)
+    values = total(jnp.sum(terms, axis=-1), axis_name)
+    gradient = (jnp.exp(log_q) - p) / temperature
+    return jnp.where(live, values, 0.0), jnp.where(live[:, None], gradient, 0.0)
+
+
+def _nll(
+    given: dict[str, Array],
+    live: Array,
+    axis_name: str | None,
+    label_smoothing: float = 0.0,
+) -> tuple[Array, Array]:
+    logits = given["student_logits"]
+    width = logits.shape[-1]
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * width
+    gold = first + jnp.arange(width) == given["targets"][:, None]
+    log_q = _log_softmax(logits, axis_name)
+    wanted = gold.astype(jnp.float32)
+    if label_smoothing:
+        allowed = log_q > -jnp.inf
+        share = allowed / total(jnp.sum(allowed, axis=-1, keepdims=True), axis_name)
+        wanted = (1 - label_smoothing) * wanted + label_smoothing * share
+    terms = jnp.where(wanted > 0, wanted * log_q, 0.0)
+    values = -total(jnp.sum(terms, axis=-1), axis_name)
+    known = total(jnp.sum(gold, axis=-1), axis_name) > 0  # an id out of range reads NaN
+    values = jnp.where(live, jnp.where(known, values, jnp.nan), 0.0)
+    return values, jnp.where(live[:, None], jnp.exp(log_q) - wanted, 0.0)
+
+
+RULES: dict[Callable[..., Array], Callable[..., tuple[Array, Array]]] = {
+    kl_divergence: _kl,
+    negative_log_likelihood: _nll,
+}
+"""By function of an objective: its values and their gradient to this shard's student logits, written
+out. Other objectives are differentiated, on the gathered logits; that takes twice the memory."""

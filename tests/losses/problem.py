@@ -1,0 +1,39 @@
+"""One small problem that all tests of the losses share: every input an objective may take."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.special import log_softmax
+
+B, T, V, D, K = 3, 4, 7, 5, 3
+
+
+def top_entries(teacher_logits: np.ndarray, k: int = K) -> dict[str, np.ndarray]:
+    log_p = log_softmax(teacher_logits.astype(np.float64), axis=-1)
+    ids = np.argsort(-log_p, axis=-1, kind="stable")[..., :k]
+    return {
+        "teacher_ids": ids.astype(np.int32),
+        "teacher_log_probs": np.take_along_axis(log_p, ids, axis=-1).astype(np.float32),
+    }
+
+
+def make_inputs(seed: int = 0, shape: tuple[int, ...] = (B, T), vocabulary: int = V) -> dict:
+    """Random inputs, the same on every machine."""
+    random = np.random.RandomState(seed)
+
+    def normal(size: int, scale: float) -> np.ndarray:
+        return (scale * random.standard_normal((*shape, size))).astype(np.float32)
+
+    teacher_logits = normal(vocabulary, 2.0)
+    return {
+        "teacher_logits": teacher_logits,
+        "student_logits": normal(vocabulary, 2.0),
+        "teacher_hidden": normal(D, 1.0),
+        "student_hidden": normal(D, 1.0),
+        "targets": random.randint(0, vocabulary, shape).astype(np.int32),
+        **top_entries(teacher_logits, min(K, vocabulary)),
+    }
+
+
+INPUTS = make_inputs()
+MASK = np.random.RandomState(1).uniform(size=(B, T)) < 0.6
