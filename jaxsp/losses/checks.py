@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 

@@ -19,8 +19,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxsp.losses import vocabulary
-from jaxsp.losses.checks import check_count, check_floating, check_ids, check_mask, check_positive
-from jaxsp.losses.objectives import OBJECTIVES, Objective
+from jaxsp.losses.checks import (
+    check_count,
+    check_floating,
+    check_fraction,
+    check_ids,
+    check_mask,
+    check_positive,
+)
+from jaxsp.losses.objectives import OBJECTIVES, Objective, named
 from jaxsp.losses.vocabulary import RULES
 
 if TYPE_CHECKING:
@@ -137,6 +144,7 @@ def fused_negative_log_likelihood(
     Reference:
       Hsu et al. 2024, Liger Kernel (arXiv:2410.10989); Wijmans et al. 2024 (arXiv:2411.09009).
     """
+    check_fraction(label_smoothing=label_smoothing)
     nll = OBJECTIVES["nll"]
     if label_smoothing:
         nll = dataclasses.replace(nll, options=(("label_smoothing", float(label_smoothing)),))
@@ -205,7 +213,8 @@ def fused_objective(
       Hsu et al. 2024, Liger Kernel (arXiv:2410.10989), here for any objective.
     """
     if isinstance(objective, str):
-        objective = OBJECTIVES[objective]
+        objective = named(objective)
+    measures = tuple((name, named(name)) for name in metrics)
     batch = student_hidden.shape[:-1]
     teacher_head = unembedding if teacher_unembedding is None else teacher_unembedding
     tokens = _checked_head("student_hidden", student_hidden, "unembedding", unembedding)
@@ -229,7 +238,7 @@ def fused_objective(
         check_ids(targets, batch, tokens * vocabulary.shards(axis_name), live)
     plan = _Plan(
         objective,
-        tuple((name, OBJECTIVES[name]) for name in metrics),
+        measures,
         chunk_size or _chunk_size(math.prod(batch), tokens, masked=mask is not None),
         all_live=mask is None,
         softcap=softcap,
@@ -242,6 +251,8 @@ def fused_objective(
         "teacher_ids": teacher_ids,
         "live": live,
     }
+    for entry in (objective, *(entry for _, entry in measures)):
+        _check_inputs(entry, per_position)
     per_position = {
         name: array.reshape(-1, *array.shape[len(batch) :])
         for name, array in per_position.items()
@@ -249,7 +260,7 @@ def fused_objective(
     }
     flat = student_hidden.reshape(-1, student_hidden.shape[-1])
     values, measured = _fused(plan, flat, per_position, (teacher_head, unembedding))
-    return jax.tree.map(lambda a: a.reshape(batch), (values, measured))
+    return values.reshape(batch), {name: measured[name].reshape(batch) for name in metrics}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,11 +333,13 @@ def _in_chunks(
         )
 
     shapes = jax.eval_shape(one, {name: array[:C] for name, array in arrays.items()})
-    blank = jax.tree.map(
-        lambda s: vocabulary.like_varying(jnp.zeros((N + padding, *s.shape[1:]), s.dtype), s),
-        shapes,
-    )
-    out = jax.lax.fori_loop(0, -(-count // C), body, blank)
+    sources = list(arrays.values()) + (list(heads) if plan.axis_name is None else [])
+
+    def blank(like: Any) -> Array:
+        zeros = jnp.zeros((N + padding, *like.shape[1:]), like.dtype)
+        return vocabulary.like_varying(zeros, *sources)
+
+    out = jax.lax.fori_loop(0, -(-count // C), body, jax.tree.map(blank, shapes))
     if plan.all_live:
         return jax.tree.map(lambda a: a[:N], out)
     rank = jnp.zeros(N, jnp.int32).at[order[:N]].set(jnp.arange(N, dtype=jnp.int32))
@@ -397,6 +410,16 @@ def _einsum(spec: str, left: Array, right: Array) -> Array:
     # Float32 heads at full precision, which accelerators don't give unasked.
     precision = jax.lax.Precision.HIGHEST if right.dtype == jnp.float32 else None
     return jnp.einsum(spec, left, right, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _check_inputs(entry: Objective, given: dict[str, Array | None]) -> None:
+    sources = {"teacher_logits": "teacher_hidden"}
+    if given["teacher_ids"] is None:
+        sources |= {"teacher_ids": "teacher_hidden", "teacher_log_probs": "teacher_hidden"}
+    for name in entry.inputs:
+        source = sources.get(name, name)
+        if not name.startswith("student") and given[source] is None:
+            raise ValueError(f"This objective needs {source}; it was not given.")
 
 
 def _checked_head(name: str, hidden: Array, head_name: str, head: Array) -> int:

@@ -79,10 +79,10 @@ class Objective:
         Raises:
           ValueError: an input is missing or does not fit.
         """
-        given = {name for name, array in available.items() if array is not None}
-        if "teacher_ids" in self.inputs and "teacher_ids" not in given >= {"teacher_logits"}:
-            best = top_k(available["teacher_logits"])
-            available = {**available, "teacher_log_probs": best.log_probs, "teacher_ids": best.ids}
+        if "teacher_ids" in self.inputs and available.get("teacher_ids") is None:
+            teacher_logits = available.get("teacher_logits")
+            best = (None, None) if teacher_logits is None else top_k(teacher_logits)
+            available = {**available, **dict(zip(_TOP_K, best, strict=False))}
         for name in self.inputs:
             if available.get(name) is None:
                 raise ValueError(f"This objective needs {name}; it was not given.")
@@ -220,6 +220,13 @@ def trainable(name: str) -> Objective:
                 f"Objective {name!r} is no mixture: {part!r} should read like kl=0.7."
             ) from None
     return mixture(**weights)
+
+
+def named(name: str) -> Objective:
+    """The entry of ``OBJECTIVES``; raises ``UserError`` with the choices if there is none."""
+    if name not in OBJECTIVES:
+        raise UserError(f"Unknown objective {name!r}; choose one of {', '.join(OBJECTIVES)}.")
+    return OBJECTIVES[name]
 
 
 def _differentiable(name: str) -> Objective:

@@ -7,7 +7,7 @@ the axis by ``psum``, the largest logit by ``pmax``; all shards get the same val
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -49,17 +49,15 @@ def own_part(x: Array, width: int, axis_name: str | None) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis_name) * width, width, axis=-1)
 
 
-def like_varying(x: Array, like: Any) -> Array:
-    """``x``, marked as differing over the axes that ``like`` differs over.
+def like_varying(x: Array, *others: Array) -> Array:
+    """``x``, marked as differing over all the axes over which the others differ.
 
     ``shard_map`` keeps book of that in its types, and a loop's carry must not change its type.
     """
-    axes = tuple(getattr(like if hasattr(like, "vma") else jax.typeof(like), "vma", None) or ())
-    if not axes:
-        return x
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(x, axes, to="varying")
-    return jax.lax.pvary(x, axes)
+    for other in others:
+        never = jnp.any(other.reshape(-1)[:1] > 0) & False  # compiles to nothing, but has the type
+        x = x + never.astype(x.dtype)
+    return x
 
 
 def _log_softmax(logits: Array, axis_name: str | None) -> Array:

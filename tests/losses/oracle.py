@@ -20,9 +20,7 @@ def divergence(p, q):
 
 
 def pair(inputs, temperature=1.0):
-    return (
-        probabilities(inputs[f"{side}_logits"], temperature) for side in ("teacher", "student")
-    )
+    return (probabilities(inputs[f"{side}_logits"], temperature) for side in ("teacher", "student"))
 
 
 def kl(inputs, temperature=1.0):
@@ -106,11 +104,12 @@ def rank_agreement(inputs, n=10):
     for place in np.ndindex(out.shape):
         best = np.argsort(-teacher[place].astype(np.float64), kind="stable")[:n]
         pairs = [
-            np.sign(float(student[place][i] > student[place][j]) - float(student[place][i] < student[place][j]))
+            float(student[place][i] > student[place][j])
+            - float(student[place][i] < student[place][j])
             for x, i in enumerate(best)
             for j in best[x + 1 :]
             if teacher[place][i] > teacher[place][j] > -np.inf
-        ]  # fmt: skip
+        ]
         out[place] = np.mean(pairs) if pairs else 1.0
     return out
 

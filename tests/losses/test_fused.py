@@ -1,0 +1,420 @@
+"""Fused objectives: the plain path's value and gradient, without its memory, under every transformation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxsp import losses
+from jaxsp.losses import (
+    OBJECTIVES,
+    Objective,
+    fused_kl_divergence,
+    fused_negative_log_likelihood,
+    fused_objective,
+    mixture,
+)
+from jaxsp.losses.fused import _in_chunks
+
+B, T, D, V = 3, 7, 5, 24
+random = np.random.RandomState(0)
+TEACHER, STUDENT = (random.standard_normal((B, T, D)).astype(np.float32) for _ in range(2))
+HEAD, OTHER_HEAD = (random.standard_normal((V, D)).astype(np.float32) for _ in range(2))
+TARGETS = random.randint(0, V, (B, T))
+MASK = random.uniform(size=(B, T)) < 0.6
+WEIGHTS = random.uniform(size=(B, T)).astype(np.float32)
+
+names = pytest.mark.parametrize("name", OBJECTIVES)
+
+
+def plain(objective, student=STUDENT, mask=None, teacher_head=HEAD, head=HEAD, cap=lambda x: x):
+    student, teacher = jnp.asarray(student), jnp.asarray(TEACHER)
+    return objective(
+        mask=None if mask is None else jnp.asarray(mask),
+        teacher_logits=cap(_logits(teacher, teacher_head)),
+        student_logits=cap(_logits(student, head)),
+        teacher_hidden=teacher,
+        student_hidden=student,
+        targets=jnp.asarray(TARGETS),
+    )
+
+
+def _logits(hidden, head):
+    return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+def fused(objective, student=STUDENT, mask=None, head=HEAD, **options):
+    mask = None if mask is None else jnp.asarray(mask)
+    return fused_objective(
+        objective, jnp.asarray(student), jnp.asarray(head), mask,
+        **{"teacher_hidden": jnp.asarray(TEACHER), "targets": jnp.asarray(TARGETS), **options},
+    )[0]  # fmt: skip
+
+
+def gradient(function, student=STUDENT, weights=WEIGHTS):
+    """Of a weighted sum, so that each position's own cotangent must arrive."""
+    return jax.grad(lambda x: jnp.sum(function(x) * weights))(jnp.asarray(student))
+
+
+def same(a, b, rtol=1e-6):
+    """Within ``rtol`` of the largest entry."""
+    scale = max(float(np.abs(np.asarray(b, np.float32)).max(initial=0)), 1e-3)
+    np.testing.assert_allclose(a, b, atol=4 * rtol * scale, rtol=rtol)
+
+
+@names
+@pytest.mark.parametrize("mask", [None, MASK, np.zeros_like(MASK)], ids=["all", "some", "none"])
+@pytest.mark.parametrize("chunk", [None, 1, 4, 21])
+def test_equals_the_plain_path(name, mask, chunk):
+    entry = OBJECTIVES[name]
+    ours = functools.partial(fused, name, mask=mask, chunk_size=chunk)
+    theirs = functools.partial(plain, entry, mask=mask)
+    same(ours(), theirs())
+    same(gradient(ours), gradient(theirs))
+    if mask is not None:
+        assert (np.asarray(ours())[~mask] == 0).all()
+        assert (np.asarray(gradient(ours))[~mask] == 0).all()
+
+
+@names
+def test_bfloat16_within_its_rounding(name):
+    """Equal bf16 inputs: values as good as float32's (the logits are); gradients are rounded to 8 bits
+    twice, on the way back through the head and at the end."""
+    student, head, teacher = (jnp.asarray(a, jnp.bfloat16) for a in (STUDENT, HEAD, TEACHER))
+    inputs = {"teacher_hidden": teacher, "targets": jnp.asarray(TARGETS), "chunk_size": 4}
+    values = fused_objective(name, student, head, jnp.asarray(MASK), **inputs)[0]
+    exact = [np.asarray(a, np.float32) for a in (student, head, teacher)]
+
+    def reference(x):
+        return OBJECTIVES[name](
+            mask=jnp.asarray(MASK),
+            teacher_logits=_logits(exact[2], exact[1]), student_logits=_logits(x, exact[1]),
+            teacher_hidden=exact[2], student_hidden=x, targets=jnp.asarray(TARGETS),
+        )  # fmt: skip
+
+    same(values, reference(exact[0]), rtol=1e-5)
+    ours = gradient(
+        lambda x: fused_objective(name, x, head, jnp.asarray(MASK), **inputs)[0], student
+    )
+    assert ours.dtype == jnp.bfloat16
+    theirs = np.asarray(gradient(reference, exact[0]), np.float32)
+    error = np.linalg.norm(np.asarray(ours, np.float32) - theirs)
+    assert error <= 2**-7 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("name", ["kl", "nll", "js"])
+@pytest.mark.parametrize("transform", ["jit", "vmap", "pmap", "scan", "remat", "all"])
+def test_under_transformations(name, transform):
+    def loss(student, teacher, targets, mask):
+        values = fused_objective(
+            name, student, jnp.asarray(HEAD), mask, teacher_hidden=teacher, targets=targets,
+            chunk_size=2,
+        )[0]  # fmt: skip
+        return jnp.sum(values)
+
+    rows = tuple(map(jnp.asarray, (STUDENT, TEACHER, TARGETS, MASK)))
+    step = jax.value_and_grad(loss)
+    if transform == "jit":
+        step = jax.vmap(jax.jit(step))
+    elif transform == "vmap":
+        step = jax.vmap(step)
+    elif transform == "pmap":
+        step = jax.pmap(step)
+    elif transform == "scan":
+        step = functools.partial(jax.lax.map, lambda row, step=step: step(*row))
+        rows = (rows,)
+    elif transform == "remat":
+        step = jax.vmap(jax.value_and_grad(jax.checkpoint(loss)))
+    else:
+        inner = jax.vmap(jax.checkpoint(step))
+        step = jax.jit(lambda *rows: jax.lax.scan(lambda c, row: (c, inner(*row)), 0, rows)[1])
+        rows = tuple(a[:, None] for a in rows)
+    values, gradients = step(*rows)
+    expected = plain(OBJECTIVES[name], mask=MASK)
+    same(np.asarray(values).reshape(B), expected.sum(axis=-1), rtol=2e-6)
+    whole = gradient(lambda x: plain(OBJECTIVES[name], x, MASK), weights=1.0)
+    same(np.asarray(gradients).reshape(B, T, D), whole)
+
+
+@names
+@pytest.mark.parametrize("mapped", ["shard_map", "pmap"])
+def test_a_head_sharded_over_the_vocabulary(name, mapped):
+    """Eight devices with three tokens each; all get the plain path's values and gradients."""
+
+    def local(student, teacher, head, targets, mask):
+        def total(x):
+            values, measured = fused_objective(
+                name, x, head, mask, teacher_hidden=teacher, targets=targets, chunk_size=4,
+                softcap=3.0, axis_name="vocabulary",
+                metrics=() if name in ("kl", "nll") else ("zero_one",),
+            )  # fmt: skip
+            return jnp.sum(values * WEIGHTS), (values, measured)
+
+        gradient, (values, measured) = jax.grad(total, has_aux=True)(student)
+        return values, gradient, measured
+
+    arrays = tuple(map(jnp.asarray, (STUDENT, TEACHER, HEAD, TARGETS, MASK)))
+    if mapped == "pmap":
+        spread = (*arrays[:2], HEAD.reshape(8, 3, D), *arrays[3:])
+        axes = (None, None, 0, None, None)
+        out = jax.pmap(local, axis_name="vocabulary", in_axes=axes)(*spread)
+        for leaf in jax.tree.leaves(out):
+            same(leaf[7], leaf[0], rtol=0)
+        values, gradients, measured = jax.tree.map(lambda a: a[0], out)
+    else:
+        mesh = jax.make_mesh((8,), ("vocabulary",), axis_types=(jax.sharding.AxisType.Auto,))
+        specs = (P(), P(), P("vocabulary"), P(), P())
+        run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P()))
+        values, gradients, measured = run(*arrays)
+        if name in ("kl", "nll"):  # only numbers per position travel, and one sum of gradients
+            text = run.lower(*arrays).compile().as_text()
+            assert "all-gather" not in text
+            assert f"f32[4,{V}]" not in text
+    capped = functools.partial(
+        plain, OBJECTIVES[name], mask=MASK, cap=lambda x: 3 * jnp.tanh(x / 3)
+    )
+    same(values, capped(), rtol=2e-6)
+    same(gradients, gradient(capped), rtol=2e-6)
+    for metric in measured:
+        same(
+            measured[metric],
+            plain(OBJECTIVES[metric], mask=MASK, cap=lambda x: 3 * jnp.tanh(x / 3)),
+        )
+
+
+def test_sharded_over_data_and_vocabulary_at_once():
+    mesh = jax.make_mesh(
+        (2, 4), ("data", "vocabulary"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    rows = (P("data"),) * 2
+
+    def local(student, teacher, head, mask):
+        def total(x):
+            return jnp.sum(
+                fused_kl_divergence(teacher, x, head, mask, chunk_size=2, axis_name="vocabulary")
+            )
+
+        return jax.value_and_grad(total)(student)
+
+    def summed(*arrays):
+        value, gradients = local(*arrays)
+        return jax.lax.psum(value, "data"), gradients
+
+    run = jax.shard_map(
+        summed, mesh=mesh, in_specs=(*rows, P("vocabulary"), P("data")), out_specs=(P(), P("data"))
+    )
+    value, gradients = run(STUDENT[:2], TEACHER[:2], HEAD, MASK[:2])
+    same(value, plain(OBJECTIVES["kl"], mask=MASK)[:2].sum(), rtol=2e-6)
+    same(gradients, gradient(lambda x: plain(OBJECTIVES["kl"], x, MASK), weights=1.0)[:2])
+
+
+def test_label_smoothing_sharded():
+    for smoothing in (0.0, 0.2):
+        expected = losses.negative_log_likelihood(
+            jnp.asarray(STUDENT) @ HEAD.T, jnp.asarray(TARGETS), label_smoothing=smoothing
+        )
+        local = functools.partial(
+            fused_negative_log_likelihood, label_smoothing=smoothing, axis_name="v", chunk_size=4
+        )
+        out = jax.pmap(local, axis_name="v", in_axes=(None, None, 0))(
+            STUDENT, TARGETS, HEAD.reshape(8, 3, D)
+        )
+        same(out[3], expected)
+
+
+def largest_arrays(jaxpr, least):
+    """Shapes of at least ``least`` elements anywhere in a program."""
+    found = []
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            shape = getattr(variable.aval, "shape", ())
+            if np.prod(shape, dtype=int) >= least:
+                found.append(shape)
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            found += largest_arrays(inner, least) if hasattr(inner, "eqns") else []
+    return found
+
+
+@pytest.mark.parametrize("name", ["kl", "nll", "js", "topk_kl", "zero_one"])
+def test_no_array_of_positions_by_vocabulary(name):
+    """Nothing as large as [N, V] in value and gradient; in the plain path there is."""
+    N, wide = 64, 512
+    x, y = (jnp.ones((N, D)) for _ in range(2))
+    head, targets = jnp.ones((wide, D)), jnp.zeros(N, jnp.int32)
+
+    def ours(student):
+        return jnp.sum(
+            fused_objective(name, student, head, teacher_hidden=y, targets=targets, chunk_size=8)[0]
+        )
+
+    def theirs(student):
+        logits = {"teacher_logits": y @ head.T, "student_logits": student @ head.T}
+        return jnp.sum(OBJECTIVES[name](targets=targets, **logits))
+
+    for function, clean in ((ours, True), (theirs, False)):
+        program = jax.make_jaxpr(jax.value_and_grad(function))(x)
+        assert (not largest_arrays(program.jaxpr, N * wide // 2)) == clean
+
+
+@pytest.mark.parametrize("live", [0, 1, 5, 8, 21])
+def test_padding_is_dropped_not_computed(live):
+    """As many chunks run as the live positions fill, wherever they stand."""
+    runs = []
+
+    def count(teacher_logits, student_logits, mask):
+        jax.debug.callback(lambda _: runs.append(1), student_logits[0, 0])
+        return losses.js_divergence(teacher_logits, student_logits, mask)
+
+    mask = np.zeros(B * T, bool)
+    mask[np.random.RandomState(live).permutation(B * T)[:live]] = True
+    mask = mask.reshape(B, T)
+    values = fused(Objective(count), mask=mask, chunk_size=4)
+    jax.effects_barrier()
+    same(values, plain(OBJECTIVES["js"], mask=mask))
+    assert len(runs) == -(-live // 4)
+
+
+def test_nan_under_the_mask_reaches_nothing():
+    student, teacher = STUDENT.copy(), TEACHER.copy()
+    student[~MASK] = teacher[~MASK] = np.nan
+    for name in OBJECTIVES:
+        for softcap in (None, 5.0):
+            options = {"mask": MASK, "softcap": softcap, "chunk_size": 4}
+            ours = functools.partial(fused, name, teacher_hidden=jnp.asarray(teacher), **options)
+            theirs = functools.partial(fused, name, **options)
+            np.testing.assert_array_equal(ours(student), theirs(STUDENT))
+            np.testing.assert_array_equal(gradient(ours, student), gradient(theirs))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_another_teacher_head_and_softcap_and_temperature(softcap):
+    def ours(student):
+        return fused_kl_divergence(
+            jnp.asarray(TEACHER), student, jnp.asarray(HEAD), jnp.asarray(MASK), temperature=2.0,
+            teacher_unembedding=jnp.asarray(OTHER_HEAD), softcap=softcap, chunk_size=4,
+        )  # fmt: skip
+
+    def cap(x):
+        return x if softcap is None else softcap * jnp.tanh(x / softcap)
+
+    kl = dataclasses.replace(OBJECTIVES["kl"], options=(("temperature", 2.0),))
+    theirs = functools.partial(plain, kl, mask=MASK, teacher_head=OTHER_HEAD, cap=cap)
+    same(ours(jnp.asarray(STUDENT)), theirs(STUDENT))
+    same(gradient(ours), gradient(theirs))
+
+
+def test_a_wider_teacher():
+    teacher, head = random.standard_normal((B, T, 9)), random.standard_normal((V, 9))
+    teacher, head = jnp.asarray(teacher, jnp.float32), jnp.asarray(head, jnp.float32)
+    ours = fused_kl_divergence(teacher, STUDENT, jnp.asarray(HEAD), teacher_unembedding=head)
+    same(ours, losses.kl_divergence(teacher @ head.T, jnp.asarray(STUDENT) @ HEAD.T))
+
+
+def test_mixture_and_label_smoothing():
+    mixed = mixture(kl=0.7, nll=0.3, cosine_similarity=2.0, temperature=2.0)
+    ours = functools.partial(fused, mixed, mask=MASK, chunk_size=4)
+    theirs = functools.partial(plain, mixed, mask=MASK)
+    same(ours(), theirs())
+    same(gradient(ours), gradient(theirs))
+    smoothed = lambda x: fused_negative_log_likelihood(  # noqa: E731
+        x, jnp.asarray(TARGETS), jnp.asarray(HEAD), label_smoothing=0.1, chunk_size=4
+    )
+    expected = lambda x: losses.negative_log_likelihood(  # noqa: E731
+        x @ HEAD.T, jnp.asarray(TARGETS), label_smoothing=0.1
+    )
+    same(smoothed(jnp.asarray(STUDENT)), expected(STUDENT))
+    same(gradient(smoothed), gradient(expected))
+
+
+def test_given_top_k_entries_are_used():
+    best = losses.top_k(jnp.asarray(TEACHER @ OTHER_HEAD.T), 3)
+    ours = fused("topk_kl", teacher_log_probs=best.log_probs, teacher_ids=best.ids, chunk_size=4)
+    same(ours, losses.topk_kl_divergence(*best, jnp.asarray(STUDENT @ HEAD.T)))
+
+
+def test_metrics_come_in_the_same_pass():
+    chosen = ("zero_one", "entropy", "nll", "rank_agreement")
+    values, measured = fused_objective(
+        "kl", jnp.asarray(STUDENT), jnp.asarray(HEAD), jnp.asarray(MASK), chunk_size=4,
+        teacher_hidden=jnp.asarray(TEACHER), targets=jnp.asarray(TARGETS), metrics=chosen,
+    )  # fmt: skip
+    same(values, plain(OBJECTIVES["kl"], mask=MASK))
+    assert tuple(measured) == chosen
+    for name in chosen:
+        same(measured[name], plain(OBJECTIVES[name], mask=MASK))
+
+
+def test_no_gradient_to_teacher_and_head():
+    def total(teacher, head, other):
+        return jnp.sum(
+            fused_kl_divergence(
+                teacher, jnp.asarray(STUDENT), head, teacher_unembedding=other, chunk_size=4
+            )
+        )
+
+    gradients = jax.grad(total, argnums=(0, 1, 2))(*map(jnp.asarray, (TEACHER, HEAD, OTHER_HEAD)))
+    assert all((np.asarray(g) == 0).all() for g in gradients)
+
+
+def test_nothing_recompiles():
+    def run(seed):
+        student = STUDENT + seed
+        fused("kl", student, MASK, chunk_size=4)
+        fused(mixture(kl=0.5, nll=0.5), student, np.roll(MASK, seed), chunk_size=4)
+        fused_kl_divergence(TEACHER, jnp.asarray(student), HEAD, temperature=2.0)
+
+    run(0)
+    compiled = _in_chunks._cache_size()
+    run(1)
+    assert _in_chunks._cache_size() == compiled
+
+
+@pytest.mark.parametrize("shape", [(0, T), (1, 1), (2, 0), (5,)])
+def test_edge_shapes(shape):
+    student = jnp.ones((*shape, D))
+    for mask in (None, jnp.ones(shape, bool)):
+        ours = lambda x, mask=mask: fused_kl_divergence(  # noqa: E731
+            2 * x, x, jnp.asarray(HEAD), mask, chunk_size=2
+        )
+        assert ours(student).shape == shape
+        assert gradient(ours, student, 1.0).shape == student.shape
+
+
+def test_bad_arguments_are_named():
+    good = {"teacher_hidden": jnp.asarray(TEACHER), "targets": jnp.asarray(TARGETS)}
+
+    def call(name="kl", student=STUDENT, head=HEAD, mask=None, **changed):
+        arrays = jnp.asarray(student), jnp.asarray(head), mask
+        return fused_objective(name, *arrays, **{**good, **changed})
+
+    for match, wrong in {
+        "student_hidden has vectors of 5 and unembedding rows of 4": {"head": HEAD[:, :4]},
+        "unembedding must be floating": {"head": HEAD.astype(int)},
+        "unembedding must be floating ": {"head": HEAD[0]},
+        "student_hidden must be floating-point vectors": {"student": STUDENT.astype(int)},
+        r"teacher_hidden must have shape \[3, 7, 'd'\]": {"teacher_hidden": TEACHER[:, 1:]},
+        "teacher_hidden has vectors of 4": {"teacher_hidden": TEACHER[..., :4]},
+        "teacher and student must share the vocabulary": {"teacher_unembedding": HEAD[1:]},
+        "mask must have shape": {"mask": jnp.ones(T, bool)},
+        "mask must be boolean": {"mask": jnp.ones((B, T))},
+        "chunk_size must be at least 1, not 0": {"chunk_size": 0},
+        "softcap must be positive, not -1": {"softcap": -1.0},
+        r"targets must lie in \[0, 24\); got 24": {"targets": np.full((B, T), V)},
+        "targets must have shape": {"targets": TARGETS[0]},
+        "needs teacher_hidden": {"teacher_hidden": None},
+        "needs targets": {"targets": None, "name": "nll"},
+        "Unknown objective 'kll'": {"name": "kll"},
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            call(**wrong)
+    with pytest.raises(ValueError, match="temperature must be positive, not 0"):
+        fused_kl_divergence(TEACHER, STUDENT, HEAD, temperature=0)
+    with pytest.raises(ValueError, match="label_smoothing must lie between 0 and 1"):
+        fused_negative_log_likelihood(STUDENT, TARGETS, HEAD, label_smoothing=2)
