@@ -79,10 +79,9 @@ class Objective:
         Raises:
           ValueError: an input is missing or does not fit.
         """
-        if "teacher_ids" in self.inputs and available.get("teacher_ids") is None:
-            teacher_logits = available.get("teacher_logits")
-            best = (None, None) if teacher_logits is None else top_k(teacher_logits)
-            available = {**available, **dict(zip(_TOP_K, best, strict=False))}
+        logits, ids = available.get("teacher_logits"), available.get("teacher_ids")
+        if "teacher_ids" in self.inputs and ids is None and logits is not None:
+            available = {**available, **dict(zip(_TOP_K, top_k(logits), strict=False))}
         for name in self.inputs:
             if available.get(name) is None:
                 raise ValueError(f"This objective needs {name}; it was not given.")
