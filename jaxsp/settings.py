@@ -19,7 +19,8 @@ class Settings(OptimizerSettings):
     length: int = 16
     """K, the number of vectors that stand in for the context."""
     objective: str = "kl"
-    """What is trained on: kl, reverse_kl, js or nll."""
+    """What is trained on: kl, nll or any other differentiable entry of jaxsp.losses.OBJECTIVES, or a
+    mixture such as kl=0.7,nll=0.3 or kl=1,temperature=2."""
     steps: int = 500
     """Updates of the prompt."""
     batch_size: int = 8

@@ -96,6 +96,8 @@ def test_compress_writes_everything(compress, tmp_path):
         "js",
         "nll",
         "zero_one",
+        "rank_agreement",
+        "confidence_shift",
         "sequence_mismatch",
         "rouge_l",
     }
@@ -124,6 +126,19 @@ def test_compress_writes_everything(compress, tmp_path):
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert "held_out_kl" in lines[0]
     assert "held_out_kl" in lines[2]
+
+
+@pytest.mark.parametrize("objective", ["kl=0.7,nll=0.3,temperature=2", "cosine_similarity"])
+def test_any_objective_of_the_table_and_mixtures_train(compress, tmp_path, objective):
+    code, _, err = compress("--objective", objective)
+    assert code == 0, err
+    out = tmp_path / "out"
+    assert json.loads((out / "report.json").read_text())["objective"] == objective
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["training"]["objective"] == objective
+    losses = [json.loads(x).get("loss") for x in (out / "metrics.jsonl").read_text().splitlines()]
+    assert (losses[1] < 0) == (objective == "cosine_similarity")  # a similarity is turned round
+    assert (out / "plots" / "training.png").stat().st_size > 1000
 
 
 def test_a_context_and_queries_in_other_forms(compress, tmp_path, monkeypatch):
@@ -190,6 +205,7 @@ def test_unusable_queries(compress, tmp_path, lines, words):
         (("--length", 87), ("--length is 87", "87 tokens")),
         (("--objective", "klx"), ("Unknown objective 'klx'", "kl, reverse_kl")),
         (("--objective", "zero_one"), ("piecewise constant",)),
+        (("--objective", "kl=0.7,nll"), ("'nll' should read like kl=0.7",)),
         (("--dtype", "float8"), ("Unknown dtype 'float8'",)),
         (("--model", "gpt-17"), ("Unknown model 'gpt-17'",)),
         (("--parallel", "tpu"), ("Unknown parallel 'tpu'", "jit, pmap")),

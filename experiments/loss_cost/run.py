@@ -29,7 +29,7 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Measure, and write results.json, cost.png and the table in README.md."""
+    """Measure, write results.json and cost.png, and print the table of README.md."""
 
     positions: tuple[int, ...] = (512, 2048, 8192)
     """N, answer positions in a batch."""
@@ -187,7 +187,7 @@ def main(run: Run) -> None:
     results = {"width": run.width, "environment": environment(), "rows": rows}
     (run.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     plot(rows, run.out / "cost.png")
-    (run.out / "table.md").write_text(table(rows) + "\n")
+    print(table(rows))
     print(f"Results: {run.out}")
 
 

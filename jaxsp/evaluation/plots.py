@@ -29,18 +29,27 @@ def _figure(width: float, height: float):
     return figure, axes
 
 
-def training_curve(lines: list[dict[str, Any]], held_out: dict[str, Any], file: Path) -> None:
-    """Training loss and held-out KL over the steps, between the brackets."""
+def training_curve(
+    lines: list[dict[str, Any]], held_out: dict[str, Any], objective: str, file: Path
+) -> None:
+    """Training loss and held-out KL over the steps, between the brackets.
+
+    The loss of another objective than KL has an axis of its own, on the right.
+    """
     figure, axes = _figure(7, 4)
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "held_out_kl" in line]
-    axes.plot(
+    loss_axes = axes if objective == "kl" else axes.twinx()
+    loss_lines = loss_axes.plot(
         [line["step"] for line in steps],
         [line["loss"] for line in steps],
         color="#9fb8ad",
         linewidth=1,
         label="training loss of the batch",
     )
+    if loss_axes is not axes:
+        loss_axes.set_ylabel(f"{objective} (as minimised)")
+        loss_axes.spines["top"].set_visible(False)
     axes.plot(
         [line["step"] for line in evaluations],
         [line["held_out_kl"] for line in evaluations],
@@ -59,7 +68,8 @@ def training_curve(lines: list[dict[str, Any]], held_out: dict[str, Any], file: 
         )
     axes.set(xlabel="step", ylabel="KL to the full context (nats/token)", title="Training")
     axes.set_ylim(bottom=-0.02)
-    axes.legend(frameon=False, fontsize=8)
+    handles = dict.fromkeys([*loss_lines, *axes.get_lines()])
+    axes.legend(handles=list(handles), frameon=False, fontsize=8)
     figure.savefig(file, dpi=150)
 
 

@@ -143,7 +143,7 @@ def write(report: dict[str, Any], lines: list[dict[str, Any]], directory: Path) 
 
     (directory / "plots").mkdir(parents=True, exist_ok=True)
     held_out = report["held_out"]["conditions"]
-    plots.training_curve(lines, held_out, directory / "plots" / "training.png")
+    plots.training_curve(lines, held_out, report["objective"], directory / "plots" / "training.png")
     plots.by_position(report["by_position"], directory / "plots" / "by_position.png")
     plots.by_query(report["queries"], directory / "plots" / "by_query.png")
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"

@@ -88,6 +88,16 @@ class Objective:
         arrays = (available[name] for name in self.inputs)
         return self.function(*arrays, mask, **dict(self.options))
 
+    def check_differentiable(self) -> None:
+        """Raises ``UserError`` if there is no gradient to train on."""
+        if not self.differentiable:
+            choices = ", ".join(name for name, entry in OBJECTIVES.items() if entry.differentiable)
+            name = getattr(self.function, "__name__", "this objective")
+            raise UserError(
+                f"One can't train on {name}: it is piecewise constant, so its gradient is zero almost"
+                f" everywhere. Train on one of {choices}; {name} can be measured all the same."
+            )
+
     def cost(self, values: Float[Array, "*b t"]) -> Float[Array, "*b t"]:
         """The values turned so that less is better: what a trainer minimises."""
         turn = {"minimise": lambda v: v, "maximise": lambda v: -v, "zero": jnp.abs}
@@ -232,9 +242,5 @@ def _differentiable(name: str) -> Objective:
     choices = ", ".join(key for key, entry in OBJECTIVES.items() if entry.differentiable)
     if name not in OBJECTIVES:
         raise UserError(f"Unknown objective {name!r}; choose one of {choices}.")
-    if not OBJECTIVES[name].differentiable:
-        raise UserError(
-            f"Objective {name!r} can't be trained on: it is piecewise constant, so its gradient is"
-            f" zero almost everywhere. Train on one of {choices}; {name} is measured all the same."
-        )
+    OBJECTIVES[name].check_differentiable()
     return OBJECTIVES[name]

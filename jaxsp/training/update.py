@@ -29,12 +29,15 @@ class Frozen:
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSettings:
-    """What is fixed when an update is compiled."""
+    """What is fixed when an update is compiled; raises ``UserError`` if the objective has no gradient."""
 
     config: DecoderConfig
     kind: str
     objective: Objective
     optimizer: optax.GradientTransformation
+
+    def __post_init__(self) -> None:
+        self.objective.check_differentiable()
 
 
 def loss_total(sigma: PyTree, frozen: Frozen, batch: Rows, settings: UpdateSettings) -> Total:

@@ -68,6 +68,7 @@ def test_gradient_is_that_of_the_mean_over_all_positions(problem, objective):
     new, metrics = update(state_for(sigma, plain), rows, frozen=frozen, settings=plain)
     gradient = sigma["embeddings"] - new.sigma["embeddings"]
 
+    @jax.jit
     def loss(vectors):
         prefix = distributions.prompt_prefix(
             frozen.params, config, {"embeddings": vectors}, frozen.before
@@ -92,6 +93,11 @@ def test_gradient_is_that_of_the_mean_over_all_positions(problem, objective):
         direction = jax.random.normal(jax.random.key(1), gradient.shape)
         up, down = (loss(sigma["embeddings"] + step * direction) for step in (2e-3, -2e-3))
         np.testing.assert_allclose(jnp.vdot(gradient, direction), (up - down) / 4e-3, rtol=2e-2)
+
+
+def test_no_update_on_what_has_no_gradient(problem):
+    with pytest.raises(UserError, match=r"can't train on zero_one: .* Train on one of kl, "):
+        settings_for(problem[1], "zero_one")
 
 
 @pytest.mark.parametrize("objective", TRAINABLE)
