@@ -386,7 +386,7 @@ def _one_chunk(
     if "student_logits" in plan.objective.inputs:
         (to_raw,) = uncap(to_logits)
         to_raw = to_raw if rule else vocabulary.own_part(to_raw, head.shape[0], axis)
-        to_hidden += vocabulary.total(_project_back(to_raw, head), axis)
+        to_hidden += vocabulary.total(_project_back(to_raw, head, student), axis)
     return (values, measured), jnp.asarray(to_hidden, student.dtype)
 
 
@@ -400,17 +400,18 @@ def _chunk_size(positions: int, tokens: int, *, masked: bool) -> int:
 
 
 def _project(hidden: Array, head: Array) -> Array:
-    return _einsum("nd,vd->nv", hidden.astype(head.dtype), head)
+    return _product("nd,vd->nv", hidden, head, jnp.promote_types(hidden.dtype, head.dtype))
 
 
-def _project_back(gradient: Array, head: Array) -> Array:
-    return _einsum("nv,vd->nd", gradient.astype(head.dtype), head)
+def _project_back(gradient: Array, head: Array, hidden: Array) -> Array:
+    return _product("nv,vd->nd", gradient, head, jnp.promote_types(hidden.dtype, head.dtype))
 
 
-def _einsum(spec: str, left: Array, right: Array) -> Array:
-    # Float32 heads at full precision, which accelerators don't give unasked.
-    precision = jax.lax.Precision.HIGHEST if right.dtype == jnp.float32 else None
-    return jnp.einsum(spec, left, right, precision=precision, preferred_element_type=jnp.float32)
+def _product(spec: str, left: Array, head: Array, dtype: Any) -> Array:
+    # Float32 at full precision, which accelerators don't give unasked; sums always in float32.
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    left, head = left.astype(dtype), head.astype(dtype)
+    return jnp.einsum(spec, left, head, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _check_inputs(entry: Objective, given: dict[str, Array | None]) -> None:

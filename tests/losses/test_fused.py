@@ -108,6 +108,16 @@ def test_bfloat16_within_its_rounding(name):
     assert error <= 2**-7 * np.linalg.norm(theirs)
 
 
+def test_float32_states_are_not_rounded_to_a_bfloat16_head():
+    head = jnp.asarray(HEAD, jnp.bfloat16)
+    ours = functools.partial(fused, "kl", head=head, chunk_size=4)
+    theirs = functools.partial(
+        plain, OBJECTIVES["kl"], head=head.astype("float32"), teacher_head=head.astype("float32")
+    )
+    same(ours(), theirs())
+    same(gradient(ours), gradient(theirs))
+
+
 @pytest.mark.parametrize("name", ["kl", "nll", "js"])
 @pytest.mark.parametrize("transform", ["jit", "vmap", "pmap", "scan", "remat", "all"])
 def test_under_transformations(name, transform):
