@@ -29,11 +29,11 @@ _RESAMPLES = 4000
 def _at_positions(
     params: Params, config: DecoderConfig, prefix: KeyValues, rows: Rows, names: tuple[str, ...]
 ) -> dict[str, Array]:
-    states_BAD = distributions.answer_hidden(params, config, prefix, rows)
+    states = distributions.answer_hidden(params, config, prefix, rows)
     first, *others = names
     values, measured = fused_objective(
         first,
-        states_BAD,
+        states,
         decoder.unembedding(params, config),
         jnp.asarray(rows.mask),
         teacher_hidden=jnp.asarray(rows.teacher_hidden),
@@ -90,7 +90,7 @@ def prompt_kl_function(model: LanguageModel, rows: Rows, before: KeyValues, kind
     return mean_kl
 
 
-def sequence_mismatch(reference: Sequence[int], answer: Sequence[int]) -> float:
+def answer_mismatch(reference: Sequence[int], answer: Sequence[int]) -> float:
     """1 if the two answers differ in any token, else 0."""
     return float(list(reference) != list(answer))
 

@@ -13,10 +13,10 @@ from jaxsp.data.rows import Rows
 from jaxsp.evaluation.conditions import CONDITIONS
 from jaxsp.evaluation.metrics import (
     REPORTED,
+    answer_mismatch,
     at_positions,
     gap_closed,
     rouge_l,
-    sequence_mismatch,
 )
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.teacher.answers import answer_ids
@@ -90,7 +90,7 @@ def measure(
             name: {
                 **{m: float(v[split].sum() / counts[split].sum()) for m, v in at.items()},
                 "sequence_mismatch": _mean(
-                    sequence_mismatch, teacher_answers[split], answers[name][split]
+                    answer_mismatch, teacher_answers[split], answers[name][split]
                 ),
                 "rouge_l": _mean(rouge_l, texts["full_context"][split], texts[name][split]),
             }

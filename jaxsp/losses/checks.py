@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax.core
@@ -16,6 +17,7 @@ def check_floating(last: str = "v", /, **named: Array) -> None:
     """Each array is floating ``[*b, t, last]``, and all have the same shape."""
     kind = "logits" if last == "v" else "vectors"
     for name, array in named.items():
+        _check_array(name, array)
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating-point {kind}, not {array.dtype}.")
         if array.ndim < 2 or array.shape[-1] == 0:
@@ -29,6 +31,7 @@ def check_mask(mask: Array | None, shape: tuple[int, ...]) -> Array:
     """The mask, boolean and of exactly the losses' shape; all True for ``None``."""
     if mask is None:
         return jnp.ones(shape, bool)
+    _check_array("mask", mask)
     if mask.shape != shape:
         raise ValueError(f"mask must have shape {list(shape)}, not {list(mask.shape)}.")
     if mask.dtype != jnp.bool_:
@@ -44,6 +47,7 @@ def check_ids(
     The range can't be known of a traced array; what is out of it then gives NaN, never another
     token's number.
     """
+    _check_array(name, ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"{name} must be integer token ids, not {ids.dtype}.")
     if ids.shape != shape:
@@ -57,20 +61,42 @@ def check_ids(
 
 def check_positive(**named: Any) -> None:
     for name, value in named.items():
-        if _known(value) and not value > 0:
+        if _known(value) and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive, not {value}.")
 
 
-def check_fraction(**named: float) -> None:
+def check_fraction(**named: Any) -> None:
     for name, value in named.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must lie between 0 and 1, not {value}.")
 
 
+def check_not_negative(**named: Array) -> None:
+    for name, array in named.items():
+        if _known(array) and (np.asarray(array) < 0).any():
+            raise ValueError(f"{name} must not be negative; the least is {np.min(array)}.")
+
+
 def check_count(**named: int) -> None:
     for name, value in named.items():
-        if value < 1:
+        if not isinstance(value, (int, np.integer)) or value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}.")
+
+
+def number(**named: Any) -> float:
+    """The one number given, as a Python one: it decides what is compiled."""
+    ((name, value),) = named.items()
+    try:
+        return float(value)
+    except TypeError as error:  # jax's error of a traced value is one, too
+        raise ValueError(
+            f"{name} must be a number that is known when the program is traced, not {value}."
+        ) from error
+
+
+def _check_array(name: str, array: Any) -> None:
+    if not hasattr(array, "dtype"):
+        raise ValueError(f"{name} must be an array, not a {type(array).__name__}.")
 
 
 def _known(value: Any) -> bool:

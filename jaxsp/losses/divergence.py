@@ -3,17 +3,25 @@
 All take logits ``[*b, t, v]`` in any float dtype and return unreduced float32 ``[*b, t]``: exactly 0,
 with zero gradient, where the mask is False (even over NaN). The teacher gets no gradient. ``-inf``
 logits (banned tokens) are legal; a token that one side bans and the other does not can make a
-divergence infinite, as the mathematics says.
+divergence infinite, as the mathematics says, and then its gradient is not finite either.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxsp.losses.checks import check_floating, check_fraction, check_mask, check_positive
+from jaxsp.losses.checks import (
+    check_floating,
+    check_fraction,
+    check_mask,
+    check_positive,
+    number,
+)
 
 if TYPE_CHECKING:
     from jaxsp.typing import Array, Bool, Float
@@ -55,7 +63,7 @@ def kl_divergence(
       Kullback & Leibler 1951; for distilling language models: Hinton et al. 2015 (arXiv:1503.02531).
     """
     p, q, mask = _log_probs(teacher_logits, student_logits, mask, temperature)
-    return jnp.where(mask, _kl(p, q), 0.0)
+    return jnp.where(mask, jnp.sum(kl_terms(p, q), axis=-1), 0.0)
 
 
 def reverse_kl_divergence(
@@ -89,7 +97,7 @@ def reverse_kl_divergence(
       Gu et al. 2023, MiniLLM (arXiv:2306.08543).
     """
     p, q, mask = _log_probs(teacher_logits, student_logits, mask, temperature)
-    return jnp.where(mask, _kl(q, p), 0.0)
+    return jnp.where(mask, jnp.sum(kl_terms(q, p), axis=-1), 0.0)
 
 
 def js_divergence(
@@ -131,13 +139,15 @@ def js_divergence(
     Reference:
       Lin 1991; generalised for distillation: Agarwal et al. 2023 (arXiv:2306.13649).
     """
+    beta = float(np.float32(number(beta=beta)))
     check_fraction(beta=beta)
     if beta in (0.0, 1.0):
         limit = reverse_kl_divergence if beta else kl_divergence
         return limit(teacher_logits, student_logits, mask, temperature=temperature)
     p, q, mask = _log_probs(teacher_logits, student_logits, mask, temperature)
     m = _log_mixture(p, q, beta)
-    return jnp.where(mask, beta * _kl(p, m) + (1 - beta) * _kl(q, m), 0.0)
+    terms = beta * kl_terms(p, m) + (1 - beta) * kl_terms(q, m)
+    return jnp.where(mask, jnp.sum(terms, axis=-1), 0.0)
 
 
 def total_variation(
@@ -185,22 +195,25 @@ def _log_probs(
     for logits in (jax.lax.stop_gradient(teacher_logits), student_logits):
         # Masked logits are replaced before anything is computed: a NaN there must not reach the
         # gradient through a multiplication by zero.
-        logits = jnp.where(mask[..., None], logits.astype(jnp.float32) / temperature, 0.0)
+        scaled = (logits.astype(jnp.float32) / temperature).astype(jnp.float32)
+        logits = jnp.where(mask[..., None], scaled, 0.0)
         sides.append(jax.nn.log_softmax(logits, axis=-1))
     return sides[0], sides[1], mask
 
 
-def _kl(log_p: Array, log_q: Array) -> Array:
-    # 0 log 0 = 0. The inner `where` keeps -inf - -inf out of the gradient.
+def kl_terms(log_p: Array, log_q: Array) -> Array:
+    """p (log p - log q) of each token, where 0 log 0 = 0, from log-probabilities."""
+    # The inner `where` keeps -inf - -inf out of the gradient. A possible token has some probability,
+    # or one that underflows would make 0 · ∞ of a token that q bans.
     possible = log_p > -jnp.inf
     p = jnp.exp(log_p)
-    terms = p * (jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0))
-    return jnp.sum(terms, axis=-1)
+    p = jnp.where(possible, jnp.maximum(p, jnp.finfo(p.dtype).tiny), p)
+    return p * (jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0))
 
 
 def _log_mixture(log_p: Array, log_q: Array, beta: float) -> Array:
     # log(beta p + (1-beta) q), with a finite gradient where both are 0.
-    a, b = log_p + jnp.log(beta), log_q + jnp.log1p(-beta)
+    a, b = log_p + math.log(beta), log_q + math.log1p(-beta)
     either = jnp.maximum(a, b) > -jnp.inf
     return jnp.where(
         either, jnp.logaddexp(jnp.where(either, a, 0.0), jnp.where(either, b, 0.0)), -jnp.inf

@@ -3,8 +3,9 @@
 With a frozen head the loss of a position depends on that position's hidden state alone. So its
 gradient with respect to the hidden state is formed in the forward pass, while the chunk's logits are
 at hand, and the backward pass only scales it: nothing of shape ``[b, t, v]`` ever exists, and nothing is
-computed twice. Positions under a False mask are not computed at all. The idea of the gradient in the
-forward pass: Liger Kernel (Hsu et al. 2024, arXiv:2410.10989); Wijmans et al. 2024 (arXiv:2411.09009).
+computed twice. Live positions are taken first, and chunks that hold none are not computed. The gradient
+in the forward pass is the idea of Liger Kernel (Hsu et al. 2024, arXiv:2410.10989). A ``custom_vjp`` has
+no forward mode: use ``jax.grad`` or ``jax.vjp``.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from jaxsp.losses import vocabulary
 from jaxsp.losses.checks import (
     check_count,
     check_floating,
-    check_fraction,
     check_ids,
     check_mask,
     check_positive,
+    number,
 )
 from jaxsp.losses.objectives import OBJECTIVES, Objective, named
 from jaxsp.losses.vocabulary import RULES
@@ -61,7 +62,7 @@ def fused_kl_divergence(
       teacher_hidden: last hidden states ``[*b, t, d]``; no gradient flows to them.
       student_hidden: last hidden states ``[*b, t, d]``.
       unembedding: the frozen head ``[v, d]``; no gradient flows to it.
-      mask: ``[*b, t]``, True where a position counts; all if ``None``. The others are not computed.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``. Chunks of others are not computed.
       temperature: both sides' logits are divided by it.
       teacher_unembedding: the teacher's head ``[v, e]``, if it is another one.
       softcap: logits are :math:`c \tanh(x / c)`, on both sides (Gemma 2).
@@ -85,8 +86,8 @@ def fused_kl_divergence(
     Reference:
       Hinton et al. 2015 (arXiv:1503.02531); the fusion: Hsu et al. 2024 (arXiv:2410.10989).
     """
-    check_positive(temperature=temperature)
-    kl = dataclasses.replace(OBJECTIVES["kl"], options=(("temperature", float(temperature)),))
+    options = (("temperature", number(temperature=temperature)),)
+    kl = dataclasses.replace(OBJECTIVES["kl"], options=options)
     return fused_objective(
         kl,
         student_hidden,
@@ -120,7 +121,7 @@ def fused_negative_log_likelihood(
       student_hidden: last hidden states ``[*b, t, d]``.
       targets: ``[*b, t]`` token ids in ``[0, v)``; under a False mask any number will do.
       unembedding: the frozen head ``[v, d]``; no gradient flows to it.
-      mask: ``[*b, t]``, True where a position counts; all if ``None``. The others are not computed.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``. Chunks of others are not computed.
       label_smoothing: the share of the target spread evenly over the vocabulary.
       softcap: logits are :math:`c \tanh(x / c)` (Gemma 2).
       chunk_size: positions at a time; by default as many as fit a budget (256 MiB on a CPU, else 1 GiB).
@@ -142,12 +143,10 @@ def fused_negative_log_likelihood(
       True
 
     Reference:
-      Hsu et al. 2024, Liger Kernel (arXiv:2410.10989); Wijmans et al. 2024 (arXiv:2411.09009).
+      Hsu et al. 2024, Liger Kernel (arXiv:2410.10989).
     """
-    check_fraction(label_smoothing=label_smoothing)
-    nll = OBJECTIVES["nll"]
-    if label_smoothing:
-        nll = dataclasses.replace(nll, options=(("label_smoothing", float(label_smoothing)),))
+    options = (("label_smoothing", number(label_smoothing=label_smoothing)),)
+    nll = dataclasses.replace(OBJECTIVES["nll"], options=options)
     return fused_objective(
         nll,
         student_hidden,
@@ -182,7 +181,7 @@ def fused_objective(
       objective: a key of ``OBJECTIVES``, or an ``Objective``. Its gradient flows to ``student_hidden``.
       student_hidden: last hidden states ``[*b, t, d]``.
       unembedding: the frozen head ``[v, d]``; no gradient flows to it.
-      mask: ``[*b, t]``, True where a position counts; all if ``None``. The others are not computed.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``. Chunks of others are not computed.
       teacher_hidden: the teacher's last hidden states; no gradient flows to them.
       teacher_unembedding: the teacher's head ``[v, e]``, if it is another one.
       targets: ``[*b, t]`` gold tokens.
@@ -191,7 +190,7 @@ def fused_objective(
       metrics: names of further objectives to evaluate on the same logits, without a gradient.
       softcap: logits are c·tanh(x / c), on both sides (Gemma 2).
       chunk_size: positions at a time; by default as many as fit a budget (256 MiB on a CPU, else 1 GiB).
-      axis_name: of the mapped axis over which the rows of the heads are sharded, in order. The KL
+      axis_name: of the mapped axis over which the rows of the heads are sharded, in order and evenly. The KL
         divergence and the likelihood then reduce over it; for others each chunk's logits are gathered.
 
     Returns:
@@ -230,16 +229,31 @@ def fused_objective(
                 f"teacher_hidden must have shape {[*batch, 'd']}, not {list(teacher_hidden.shape)}."
             )
     if softcap is not None:
+        softcap = number(softcap=softcap)
         check_positive(softcap=softcap)
     if chunk_size is not None:
         check_count(chunk_size=chunk_size)
     live = check_mask(mask, batch)
     if targets is not None:
         check_ids(targets, batch, tokens * vocabulary.shards(axis_name), live)
+    if teacher_ids is not None and teacher_log_probs is not None:
+        for name, entries in (
+            ("teacher_log_probs", teacher_log_probs),
+            ("teacher_ids", teacher_ids),
+        ):
+            if entries.shape[:-1] != batch:
+                raise ValueError(
+                    f"{name} must have shape {[*batch, 'k']}, not {list(entries.shape)}."
+                )
+        there = live[..., None] & (teacher_log_probs != -jnp.inf)
+        everyone = tokens * vocabulary.shards(axis_name)
+        check_ids(teacher_ids, teacher_log_probs.shape, everyone, there, name="teacher_ids")
+    own = axis_name is None or (_rule(objective) is not None and not measures)
+    width = tokens if own else tokens * vocabulary.shards(axis_name)
     plan = _Plan(
         objective,
         measures,
-        chunk_size or _chunk_size(math.prod(batch), tokens, masked=mask is not None),
+        chunk_size or _chunk_size(math.prod(batch), width, masked=mask is not None),
         all_live=mask is None,
         softcap=softcap,
         axis_name=axis_name,
@@ -259,6 +273,7 @@ def fused_objective(
         if array is not None
     }
     flat = student_hidden.reshape(-1, student_hidden.shape[-1])
+    flat = vocabulary.like_varying(flat, *per_position.values())
     values, measured = _fused(plan, flat, per_position, (teacher_head, unembedding))
     return values.reshape(batch), {name: measured[name].reshape(batch) for name in metrics}
 
@@ -289,12 +304,15 @@ def _fused(
 
 
 def _forward(plan: _Plan, hidden: Array, per_position: dict[str, Array], heads: Any):
-    return _in_chunks(plan, hidden, per_position, heads, gradient=True)
+    results, gradient = _in_chunks(plan, hidden, per_position, heads, gradient=True)
+    return results, (gradient, per_position["live"])
 
 
-def _backward(_: _Plan, gradient: Array, cotangents: tuple[Array, dict[str, Array]]):
+def _backward(_: _Plan, saved: tuple[Array, Array], cotangents: tuple[Array, dict[str, Array]]):
+    gradient, live = saved
     scaled = cotangents[0][:, None] * gradient.astype(jnp.float32)
-    return scaled.astype(gradient.dtype), None, None
+    # A cotangent under the mask may be infinite (that of a square root at 0).
+    return jnp.where(live[:, None], scaled, 0.0).astype(gradient.dtype), None, None
 
 
 _fused.defvjp(_forward, _backward)
@@ -354,7 +372,8 @@ def _one_chunk(
     given = {name: array for name, array in chunk.items() if name != "live"}
     student = given["student_hidden"]
     axis = plan.axis_name
-    rule = RULES.get(plan.objective.function) if axis is None or not plan.metrics else None
+    # Metrics of a sharded head want whole logits: then the objective may as well take them, too.
+    rule = _rule(plan.objective) if axis is None or not plan.metrics else None
 
     def logits_of(hidden: Array, head: Array) -> Array:
         # A NaN under the mask must not reach the gradient. And on jax 0.10's CPU backend the product,
@@ -372,7 +391,7 @@ def _one_chunk(
 
     if rule:
         values, to_logits = rule(given, live, axis, **dict(plan.objective.options))
-        to_hidden = 0.0
+        to_hidden = jnp.zeros(student.shape, jnp.float32)
     else:
 
         def values_of(student_logits: Array, student_hidden: Array) -> Array:
@@ -387,7 +406,11 @@ def _one_chunk(
         (to_raw,) = uncap(to_logits)
         to_raw = to_raw if rule else vocabulary.own_part(to_raw, head.shape[0], axis)
         to_hidden += vocabulary.total(_project_back(to_raw, head, student), axis)
-    return (values, measured), jnp.asarray(to_hidden, student.dtype)
+    return (values, measured), to_hidden.astype(student.dtype)
+
+
+def _rule(objective: Objective) -> Any:
+    return RULES.get((objective.function, objective.inputs))
 
 
 def _chunk_size(positions: int, tokens: int, *, masked: bool) -> int:
@@ -395,19 +418,22 @@ def _chunk_size(positions: int, tokens: int, *, masked: bool) -> int:
     size = max(128, budget // (4 * _ARRAYS * tokens))  # each chunk reads the head: not too short
     if masked:  # the last chunk of live positions is computed whole: shorter ones waste less
         size = min(size, max(64, positions // 8))
-    chunks = max(1, -(-positions // size))
-    return -(-positions // chunks // 16) * 16 or 16  # even, and a shape that hardware likes
+    chunks = max(1, math.ceil(positions / size))
+    return 16 * max(1, math.ceil(positions / chunks / 16))  # even, and a shape that hardware likes
 
 
 def _project(hidden: Array, head: Array) -> Array:
-    return _product("nd,vd->nv", hidden, head, jnp.promote_types(hidden.dtype, head.dtype))
+    return _product("nd,vd->nv", hidden, head, hidden)
 
 
 def _project_back(gradient: Array, head: Array, hidden: Array) -> Array:
-    return _product("nv,vd->nd", gradient, head, jnp.promote_types(hidden.dtype, head.dtype))
+    return _product("nv,vd->nd", gradient, head, hidden)
 
 
-def _product(spec: str, left: Array, head: Array, dtype: Any) -> Array:
+def _product(spec: str, left: Array, head: Array, hidden: Array) -> Array:
+    dtype = jnp.promote_types(hidden.dtype, head.dtype)
+    if dtype != jnp.bfloat16:  # a gradient of probabilities underflows in float16
+        dtype = jnp.float32
     # Float32 at full precision, which accelerators don't give unasked; sums always in float32.
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     left, head = left.astype(dtype), head.astype(dtype)
@@ -416,17 +442,17 @@ def _product(spec: str, left: Array, head: Array, dtype: Any) -> Array:
 
 def _check_inputs(entry: Objective, given: dict[str, Array | None]) -> None:
     sources = {"teacher_logits": "teacher_hidden"}
-    if given["teacher_ids"] is None:
+    if given["teacher_ids"] is None and given["teacher_log_probs"] is None:
         sources |= {"teacher_ids": "teacher_hidden", "teacher_log_probs": "teacher_hidden"}
     for name in entry.inputs:
         source = sources.get(name, name)
-        if not name.startswith("student") and given[source] is None:
+        if not name.startswith("student") and given.get(source) is None:
             raise ValueError(f"This objective needs {source}; it was not given.")
 
 
 def _checked_head(name: str, hidden: Array, head_name: str, head: Array) -> int:
     check_floating("d", **{name: hidden})
-    if head.ndim != 2 or not jnp.issubdtype(head.dtype, jnp.floating):
+    if head.ndim != 2 or 0 in head.shape or not jnp.issubdtype(head.dtype, jnp.floating):
         raise ValueError(
             f"{head_name} must be floating [v, d], not {head.dtype} {list(head.shape)}."
         )

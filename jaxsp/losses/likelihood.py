@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_floating, check_fraction, check_ids, check_mask
+from jaxsp.losses.checks import check_floating, check_fraction, check_ids, check_mask, number
 
 if TYPE_CHECKING:
     from jaxsp.typing import Array, Bool, Float, Int
@@ -51,6 +51,7 @@ def negative_log_likelihood(
       context, arXiv:2501.09223); smoothing: Szegedy et al. 2015 (arXiv:1512.00567).
     """
     check_floating(student_logits=student_logits)
+    label_smoothing = number(label_smoothing=label_smoothing)
     check_fraction(label_smoothing=label_smoothing)
     *batch, vocabulary = student_logits.shape
     mask = check_mask(mask, tuple(batch))
@@ -59,14 +60,16 @@ def negative_log_likelihood(
     # Shifted first: beside a logit of 10,000 the rounding of float32 is a thousandth of a nat.
     logits -= jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     # Out of range, on either side, reads NaN: a negative id must not count from the end.
-    ids = jnp.where(mask, jnp.where(targets < 0, vocabulary, targets), 0)
+    ids = targets.astype(jnp.int32)
+    ids = jnp.where(mask, jnp.where(ids < 0, vocabulary, ids), 0)
     chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1, mode="fill")[..., 0]
     total = jax.nn.logsumexp(logits, axis=-1)
     nll = total - chosen
     if label_smoothing:
         allowed = logits > -jnp.inf
         mean = jnp.mean(logits, axis=-1, where=allowed)
-        nll = (1 - label_smoothing) * nll + label_smoothing * (total - mean)
+        smooth = label_smoothing * (total - mean)
+        nll = smooth if label_smoothing == 1 else (1 - label_smoothing) * nll + smooth
     return jnp.where(mask, nll, 0.0)
 
 
@@ -132,8 +135,13 @@ def candidate_scores(
     Reference:
       Scoring by length: Brown et al. 2020, GPT-3, section 2.4 (arXiv:2005.14165).
     """
+    check_floating(logits=logits)
+    if logits.ndim < 3:
+        raise ValueError(f"logits must have shape [*b, n, t, v], not {list(logits.shape)}.")
+    live = check_mask(mask, logits.shape[:-1])
+    check_ids(candidates, logits.shape[:-1], logits.shape[-1], live, name="candidates")
     scores = sequence_log_likelihood(logits, candidates, mask)
-    lengths = jnp.sum(check_mask(mask, candidates.shape), axis=-1)
+    lengths = jnp.sum(live, axis=-1)
     if per_token:
         scores = scores / jnp.maximum(lengths, 1)
     return jnp.where(lengths > 0, scores, -jnp.inf)
@@ -170,4 +178,5 @@ def predict(
       Xiao & Zhu 2025, Foundations of Large Language Models, ch. 3 (arXiv:2501.09223).
     """
     scores = candidate_scores(logits, candidates, mask, per_token=per_token)
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    # A NaN, of an id out of range, would come first.
+    return jnp.argmax(jnp.where(jnp.isnan(scores), -jnp.inf, scores), axis=-1).astype(jnp.int32)

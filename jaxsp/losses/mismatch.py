@@ -46,7 +46,7 @@ def zero_one(
     """
     teacher, student, mask = _prepared(teacher_logits, student_logits, mask)
     differ = jnp.argmax(teacher, axis=-1) != jnp.argmax(student, axis=-1)
-    return jnp.where(mask, differ.astype(jnp.float32), 0.0)
+    return _measured(differ, teacher, student, mask)
 
 
 def top_k_mismatch(
@@ -90,7 +90,7 @@ def top_k_mismatch(
     ids = jnp.arange(student.shape[-1])
     ahead = (student > its_logit) | ((student == its_logit) & (ids < first))
     missed = jnp.sum(ahead, axis=-1) >= k
-    return jnp.where(mask, missed.astype(jnp.float32), 0.0)
+    return _measured(missed, teacher, student, mask)
 
 
 def sequence_mismatch(
@@ -174,7 +174,8 @@ def rank_agreement(
     opposite = theirs[..., :, None] < theirs[..., None, :]
     pairs = jnp.sum(apart, axis=(-2, -1))
     score = jnp.sum(apart * (same.astype(jnp.float32) - opposite), axis=(-2, -1))
-    return jnp.where(mask, jnp.where(pairs > 0, score / jnp.maximum(pairs, 1), 1.0), 0.0)
+    agreement = jnp.where(pairs > 0, score / jnp.maximum(pairs, 1), 1.0)
+    return _measured(agreement, teacher, student, mask)
 
 
 def _prepared(
@@ -183,3 +184,10 @@ def _prepared(
     check_floating(teacher_logits=teacher_logits, student_logits=student_logits)
     mask = check_mask(mask, student_logits.shape[:-1])
     return jax.lax.stop_gradient(teacher_logits), jax.lax.stop_gradient(student_logits), mask
+
+
+def _measured(values: Array, teacher: Array, student: Array, mask: Array) -> Array:
+    """The values, but NaN where a side has a NaN: comparing it would pass for agreement."""
+    broken = jnp.any(jnp.isnan(teacher) | jnp.isnan(student), axis=-1)
+    values = jnp.where(broken, jnp.nan, values.astype(jnp.float32))
+    return jnp.where(mask, values, 0.0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
 
+from jaxsp.losses.checks import number
 from jaxsp.losses.divergence import (
     js_divergence,
     kl_divergence,
@@ -79,8 +80,9 @@ class Objective:
         Raises:
           ValueError: an input is missing or does not fit.
         """
-        logits, ids = available.get("teacher_logits"), available.get("teacher_ids")
-        if "teacher_ids" in self.inputs and ids is None and logits is not None:
+        logits = available.get("teacher_logits")
+        absent = all(available.get(name) is None for name in _TOP_K[:2])
+        if "teacher_ids" in self.inputs and absent and logits is not None:
             available = {**available, **dict(zip(_TOP_K, top_k(logits), strict=False))}
         for name in self.inputs:
             if available.get(name) is None:
@@ -111,7 +113,7 @@ OBJECTIVES: dict[str, Objective] = {
     "reverse_kl": Objective(reverse_kl_divergence, reference="arXiv:2306.08543"),
     "js": Objective(js_divergence, reference="arXiv:2306.13649"),
     "total_variation": Objective(total_variation, reference="arXiv:2307.15190"),
-    "topk_kl": Objective(topk_kl_divergence, _TOP_K, reference="arXiv:2503.16870"),
+    "topk_kl": Objective(topk_kl_divergence, _TOP_K, reference="Cover & Thomas 2006, ch. 2"),
     "truncated_kl": Objective(truncated_kl_divergence, _TOP_K, reference="arXiv:2506.06266"),
     "nll": Objective(
         negative_log_likelihood, ("student_logits", "targets"), reference="arXiv:2501.09223"
@@ -172,17 +174,21 @@ def mixture(*, temperature: float = 1.0, **weights: float) -> Objective:
     if not weights:
         raise UserError("A mixture needs at least one objective, such as kl=0.7.")
     parts = []
+    temperature = number(temperature=temperature)
+    if not 0 < temperature < math.inf:
+        raise UserError(f"The temperature must be positive, not {temperature}.")
     for name, weight in weights.items():
+        weight = number(**{name: weight})
         entry = _differentiable(name)
         if not (weight > 0 and math.isfinite(weight)):
             raise UserError(f"The weight of {name} must be positive, not {weight}.")
         if "temperature" in inspect.signature(entry.function).parameters:
             entry = dataclasses.replace(entry, options=(("temperature", temperature),))
         parts.append((weight, entry))
-    if not temperature > 0:
-        raise UserError(f"The temperature must be positive, not {temperature}.")
     if temperature != 1.0 and not any(entry.options for _, entry in parts):
         raise UserError(f"None of {', '.join(weights)} has a temperature.")
+    if len(parts) == 1 and parts[0][0] == 1 and parts[0][1].sense == "minimise":
+        return parts[0][1]  # which compiles to less
     inputs = dict.fromkeys(name for _, entry in parts for name in entry.inputs)
     return Objective(_Mixture(tuple(parts), tuple(inputs)), tuple(inputs))
 
@@ -208,6 +214,9 @@ def trainable(name: str) -> Objective:
       name: a key of ``OBJECTIVES``, or a mixture written ``kl=0.7,nll=0.3`` or
         ``kl=1,temperature=2``.
 
+    Returns:
+      The ``Objective``.
+
     Raises:
       UserError: there is none, or its gradient is zero almost everywhere.
 
@@ -222,6 +231,8 @@ def trainable(name: str) -> Objective:
     weights = {}
     for part in name.split(","):
         key, _, value = part.partition("=")
+        if key.strip() in weights:
+            raise UserError(f"Objective {name!r} has {key.strip()} twice.")
         try:
             weights[key.strip()] = float(value)
         except ValueError:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_mask
+from jaxsp.losses.checks import check_mask, check_not_negative
 
 if TYPE_CHECKING:
     from jaxsp.typing import Array, Bool, Float
@@ -42,7 +42,8 @@ def masked_sum(
       ``Total(total, count)``, float32 scalars.
 
     Raises:
-      ValueError: the mask or the weights have another shape, or the mask is not boolean.
+      ValueError: the mask or the weights have another shape, the mask is not boolean, or a weight is
+        negative.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,6 +61,7 @@ def masked_sum(
             f"weights must have shape {list(values.shape)} (of positions) or"
             f" {list(values.shape[:-1])} (of sequences), not {list(weights.shape)}."
         )
+    check_not_negative(weights=weights)
     weights = jax.lax.stop_gradient(jnp.where(mask, weights, 0.0)).astype(jnp.float32)
     # A position of weight 0 is masked too: 0 times infinity is not 0.
     total = jnp.sum(jnp.where(weights != 0, values, 0.0) * weights, dtype=jnp.float32)
@@ -68,6 +70,12 @@ def masked_sum(
 
 def merge(*totals: Total) -> Total:
     """Adds up the totals and the counts of several parts.
+
+    Args:
+      *totals: of disjoint positions.
+
+    Returns:
+      That of all of them.
 
     Example:
       >>> import jax.numpy as jnp

@@ -85,7 +85,7 @@ def distribution_cosine_similarity(
     mask = check_mask(mask, student_logits.shape[:-1])
     p, q = (
         jax.nn.softmax(
-            jnp.where(mask[..., None], logits.astype(jnp.float32), 0.0) / temperature, axis=-1
+            jnp.where(mask[..., None], logits.astype(jnp.float32) / temperature, 0.0), axis=-1
         )
         for logits in (teacher_logits, student_logits)
     )
@@ -134,7 +134,7 @@ def _units(x: Array, mask: Array) -> Array:
     x = jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
     # Divided by the largest entry first: squares of large or tiny entries would over- or underflow.
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1, keepdims=True)
-    some = largest > 0
+    some = largest != 0  # or NaN, which stays
     x = x / jnp.where(some, largest, 1.0)
     squares = jnp.sum(x * x, axis=-1, keepdims=True)
     return jnp.where(some, x / jnp.sqrt(jnp.where(some, squares, 1.0)), 0.0)

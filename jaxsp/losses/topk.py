@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsp.losses.checks import check_count, check_floating, check_ids, check_mask
+from jaxsp.losses.divergence import kl_terms
 
 if TYPE_CHECKING:
     from jaxsp.typing import Array, Bool, Float, Int
@@ -34,6 +35,9 @@ def top_k(logits: Float[Array, "*b t v"], k: int = TOP_K) -> TopK:
 
     Returns:
       ``TopK(log_probs, ids)``, float32 and int32 ``[*b, t, k]``, best first, ties by id.
+
+    Raises:
+      ValueError: the logits don't fit, or k < 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -84,17 +88,17 @@ def topk_kl_divergence(
       '0.2773'
 
     Reference:
-      The data-processing inequality: Cover & Thomas 2006, Elements of Information Theory, ch. 2. For
-      distilling language models with the tail kept: Anshumann et al. 2025 (arXiv:2503.16870).
+      The data-processing inequality: Cover & Thomas 2006, Elements of Information Theory, ch. 2.
     """
     log_p, ids, logits, mask = _prepared(teacher_log_probs, teacher_ids, student_logits, mask)
     log_q, log_q_tail = _listed_and_tail(logits, ids)
     p_tail = -jnp.expm1(jax.nn.logsumexp(log_p, axis=-1))
-    # A listed mass of 1 may be a little less or more by rounding: no tail, where q has none either.
-    tail = p_tail > jnp.where(log_q_tail > -jnp.inf, 0.0, _ROUNDING)
-    log_p_tail = jnp.log(jnp.where(tail, p_tail, 1.0))
-    rest = jnp.where(tail, p_tail * (log_p_tail - jnp.where(tail, log_q_tail, 0.0)), 0.0)
-    return jnp.where(mask, _listed_terms(log_p, log_q) + rest, 0.0)
+    some = p_tail > 0
+    rest = p_tail * (jnp.log(jnp.where(some, p_tail, 1.0)) - jnp.where(some, log_q_tail, 0.0))
+    # A listed mass of 1 may be a little less by rounding, and the rest far from 0 where q has hardly
+    # any: it must not lift the sum above the full divergence.
+    rest = jnp.where(p_tail > _ROUNDING, rest, jnp.where(some, jnp.minimum(rest, 0.0), 0.0))
+    return jnp.where(mask, jnp.sum(kl_terms(log_p, log_q), axis=-1) + rest, 0.0)
 
 
 def truncated_kl_divergence(
@@ -136,7 +140,7 @@ def truncated_kl_divergence(
     """
     log_p, ids, logits, mask = _prepared(teacher_log_probs, teacher_ids, student_logits, mask)
     log_q = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), ids, axis=-1, mode="fill")
-    return jnp.where(mask, _listed_terms(log_p, log_q), 0.0)
+    return jnp.where(mask, jnp.sum(kl_terms(log_p, log_q), axis=-1), 0.0)
 
 
 def _prepared(
@@ -151,13 +155,15 @@ def _prepared(
         raise ValueError(
             f"teacher_log_probs must have shape {[*batch, 'k']}, not {list(teacher_log_probs.shape)}."
         )
-    seen = jnp.broadcast_to(mask[..., None], teacher_log_probs.shape)
-    check_ids(teacher_ids, teacher_log_probs.shape, vocabulary, seen, name="teacher_ids")
     log_p = jax.lax.stop_gradient(teacher_log_probs).astype(jnp.float32)
-    ids = jnp.where(teacher_ids < 0, vocabulary, teacher_ids)  # out of range either way: NaN below
+    there = mask[..., None] & (log_p != -jnp.inf)
+    check_ids(teacher_ids, teacher_log_probs.shape, vocabulary, there, name="teacher_ids")
+    ids = teacher_ids.astype(jnp.int32)
+    # Out of range on either side reads NaN; an entry that is not there takes no token from the tail.
+    ids = jnp.where(there & (ids >= 0), ids, vocabulary)
     return (
-        jnp.where(seen, log_p, -jnp.inf),
-        jnp.where(seen, ids, 0),
+        jnp.where(mask[..., None], log_p, -jnp.inf),
+        ids,
         jnp.where(mask[..., None], student_logits.astype(jnp.float32), 0.0),
         mask,
     )
@@ -175,9 +181,3 @@ def _listed_and_tail(logits: Array, ids: Array) -> tuple[Array, Array]:
     some = jnp.any(others > -jnp.inf, axis=-1)
     tail = jax.nn.logsumexp(jnp.where(some[..., None], others, 0.0), axis=-1)
     return listed, jnp.where(some, tail, -jnp.inf)
-
-
-def _listed_terms(log_p: Array, log_q: Array) -> Array:
-    possible = log_p > -jnp.inf
-    terms = jnp.exp(log_p) * (jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0))
-    return jnp.sum(terms, axis=-1)

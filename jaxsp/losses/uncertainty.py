@@ -45,7 +45,7 @@ def entropy(
     """
     check_positive(temperature=temperature)
     mask, (logits,) = _prepared(mask, logits=logits)
-    log_p = jax.nn.log_softmax(logits / temperature, axis=-1)
+    log_p = jax.nn.log_softmax((logits / temperature).astype(jnp.float32), axis=-1)
     possible = log_p > -jnp.inf
     terms = jnp.exp(log_p) * jnp.where(possible, log_p, 0.0)
     return jnp.where(mask, -jnp.sum(terms, axis=-1), 0.0)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.divergence import kl_divergence
+from jaxsp.losses.checks import check_fraction, check_positive
+from jaxsp.losses.divergence import kl_divergence, kl_terms
 from jaxsp.losses.likelihood import negative_log_likelihood
 
 if TYPE_CHECKING:
@@ -74,15 +75,13 @@ def _kl(
     axis_name: str | None,
     temperature: float = 1.0,
 ) -> tuple[Array, Array]:
+    check_positive(temperature=temperature)
     log_p, log_q = (
         _log_softmax(given[side] / temperature, axis_name)
         for side in ("teacher_logits", "student_logits")
     )
-    possible = log_p > -jnp.inf
-    p = jnp.exp(log_p)
-    terms = jnp.where(possible, p * (log_p - log_q), 0.0)
-    values = total(jnp.sum(terms, axis=-1), axis_name)
-    gradient = (jnp.exp(log_q) - p) / temperature
+    values = total(jnp.sum(kl_terms(log_p, log_q), axis=-1), axis_name)
+    gradient = (jnp.exp(log_q) - jnp.exp(log_p)) / temperature
     return jnp.where(live, values, 0.0), jnp.where(live[:, None], gradient, 0.0)
 
 
@@ -92,6 +91,7 @@ def _nll(
     axis_name: str | None,
     label_smoothing: float = 0.0,
 ) -> tuple[Array, Array]:
+    check_fraction(label_smoothing=label_smoothing)
     logits = given["student_logits"]
     width = logits.shape[-1]
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * width
@@ -99,7 +99,7 @@ def _nll(
     log_q = _log_softmax(logits, axis_name)
     wanted = gold.astype(jnp.float32)
     if label_smoothing:
-        allowed = log_q > -jnp.inf
+        allowed = (log_q > -jnp.inf).astype(jnp.float32)
         share = allowed / total(jnp.sum(allowed, axis=-1, keepdims=True), axis_name)
         wanted = (1 - label_smoothing) * wanted + label_smoothing * share
     terms = jnp.where(wanted > 0, wanted * log_q, 0.0)
@@ -109,9 +109,9 @@ def _nll(
     return values, jnp.where(live[:, None], jnp.exp(log_q) - wanted, 0.0)
 
 
-RULES: dict[Callable[..., Array], Callable[..., tuple[Array, Array]]] = {
-    kl_divergence: _kl,
-    negative_log_likelihood: _nll,
+RULES: dict[tuple[Callable[..., Array], tuple[str, ...]], Callable[..., tuple[Array, Array]]] = {
+    (kl_divergence, ("teacher_logits", "student_logits")): _kl,
+    (negative_log_likelihood, ("student_logits", "targets")): _nll,
 }
-"""By function of an objective: its values and their gradient to this shard's student logits, written
-out. Other objectives are differentiated, on the gathered logits; that takes twice the memory."""
+"""By function and inputs of an objective: its values and their gradient to this shard's student
+logits, written out. Others are differentiated, on the gathered logits; that takes twice the memory."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxsp.evaluation.metrics import gap_closed, rouge_l, sequence_mismatch
+from jaxsp.evaluation.metrics import answer_mismatch, gap_closed, rouge_l
 from jaxsp.evaluation.report import _verdict
 
 
@@ -18,10 +18,10 @@ def test_rouge_l():
     assert rouge_l("", "!") == 1.0
 
 
-def test_sequence_mismatch():
-    assert sequence_mismatch([1, 2], [1, 2]) == 0.0
-    assert sequence_mismatch([1, 2], [1, 2, 3]) == 1.0
-    assert sequence_mismatch([1, 2], [1, 3]) == 1.0
+def test_answer_mismatch():
+    assert answer_mismatch([1, 2], [1, 2]) == 0.0
+    assert answer_mismatch([1, 2], [1, 2, 3]) == 1.0
+    assert answer_mismatch([1, 2], [1, 3]) == 1.0
 
 
 def test_gap_closed_weighs_tokens_not_queries():

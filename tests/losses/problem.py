@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import jax
 import numpy as np
 from scipy.special import log_softmax
 
 B, T, V, D, K = 3, 4, 7, 5, 3
+
+
+@contextlib.contextmanager
+def x64():
+    """jax with 64-bit types inside."""
+    jax.config.update("jax_enable_x64", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 def top_entries(teacher_logits: np.ndarray, k: int = K) -> dict[str, np.ndarray]:

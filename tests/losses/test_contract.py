@@ -15,7 +15,7 @@ from absl.testing import parameterized
 
 from jaxsp.losses import OBJECTIVES
 from tests.losses import oracle
-from tests.losses.problem import INPUTS, MASK, B, T, V, make_inputs, top_entries
+from tests.losses.problem import INPUTS, MASK, B, T, V, make_inputs, top_entries, x64
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "losses.npz"
 DIFFERENTIABLE = [name for name, entry in OBJECTIVES.items() if entry.differentiable]
@@ -109,6 +109,20 @@ def test_masked_positions_are_exactly_zero_even_over_nan(name, poison):
     nothing = np.zeros((B, T), bool)
     assert (np.asarray(value(name, inputs, nothing)) == 0).all()
     assert (gradient(name, inputs, nothing) == 0).all()
+
+
+@names
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_nan_where_it_counts_stays_nan(name, side):
+    """A broken model must not pass for a perfect one."""
+    inputs = {key: array.copy() for key, array in INPUTS.items()}
+    read = [key for key in OBJECTIVES[name].inputs if key.startswith(side) and key != "teacher_ids"]
+    for key in read:
+        inputs[key][1, 2] = np.nan
+    if read:
+        out = np.asarray(value(name, inputs))
+        assert np.isnan(out[1, 2])
+        assert np.isnan(out).sum() == 1
 
 
 @names
@@ -272,6 +286,22 @@ def test_temperature(name, temperature):
         bad = dataclasses.replace(entry, options=(("temperature", wrong),))
         with pytest.raises(ValueError, match=f"temperature must be positive, not {wrong}"):
             value(name, entry=bad)
+
+
+@names
+def test_values_are_float32_whatever_the_precision_of_jax(name):
+    """Under x64 too, with float64 inputs and options."""
+    options = {"temperature": np.float64(2)} if name in WITH_TEMPERATURE else {}
+    options |= {"label_smoothing": np.float64(0.1)} if name == "nll" else {}
+    options |= {"beta": np.float64(0.3)} if name == "js" else {}
+    entry = dataclasses.replace(OBJECTIVES[name], options=tuple(options.items()))
+    wide = {k: a if a.dtype == np.int32 else a.astype(np.float64) for k, a in INPUTS.items()}
+    with x64():
+        assert value(name, wide, MASK, entry).dtype == jnp.float32
+        assert gradient(name, wide, MASK, entry).dtype == np.float64
+    lists = {key: array.tolist() for key, array in INPUTS.items()}
+    with pytest.raises(ValueError, match="must be an array, not a list"):
+        entry(**lists)
 
 
 def test_the_list_of_entries_with_a_temperature_is_whole():

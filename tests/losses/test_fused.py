@@ -21,6 +21,7 @@ from jaxsp.losses import (
     mixture,
 )
 from jaxsp.losses.fused import _in_chunks
+from tests.losses.problem import x64
 
 B, T, D, V = 3, 7, 5, 24
 random = np.random.RandomState(0)
@@ -348,6 +349,99 @@ def test_given_top_k_entries_are_used():
     best = losses.top_k(jnp.asarray(TEACHER @ OTHER_HEAD.T), 3)
     ours = fused("topk_kl", teacher_log_probs=best.log_probs, teacher_ids=best.ids, chunk_size=4)
     same(ours, losses.topk_kl_divergence(*best, jnp.asarray(STUDENT @ HEAD.T)))
+
+
+def test_given_top_k_entries_are_checked():
+    best = losses.top_k(jnp.asarray(TEACHER @ OTHER_HEAD.T), 3)
+    for match, wrong in {
+        r"teacher_log_probs must have shape \[3, 7, 'k'\]": (best[0].swapaxes(0, 1), best[1]),
+        r"teacher_ids must have shape": (best[0], best[1][..., :2]),
+        r"teacher_ids must lie in \[0, 24\); got 24": (best[0], jnp.full_like(best[1], V)),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            fused("topk_kl", teacher_log_probs=wrong[0], teacher_ids=wrong[1], chunk_size=4)
+    with pytest.raises(ValueError, match="needs teacher_ids"):
+        fused("topk_kl", teacher_log_probs=best.log_probs)
+
+
+@names
+def test_nan_where_it_counts_stays_nan(name):
+    teacher, student = TEACHER.copy(), STUDENT.copy()
+    if any(i.startswith("teacher") for i in OBJECTIVES[name].inputs):
+        teacher[1, 2] = np.nan
+        assert np.isnan(np.asarray(fused(name, teacher_hidden=jnp.asarray(teacher)))[1, 2])
+    student[1, 2] = np.nan
+    out = np.asarray(fused(name, student, MASK | True, chunk_size=4))
+    assert np.isnan(out[1, 2])
+    assert np.isnan(out).sum() == 1
+
+
+def test_an_objective_of_ones_own():
+    """The same function on other inputs is another objective, whatever is written out for it."""
+    for mine in (
+        Objective(losses.kl_divergence, ("student_logits", "teacher_logits")),
+        Objective(losses.negative_log_likelihood, ("teacher_logits", "targets")),
+    ):
+        same(fused(mine, chunk_size=4), plain(mine))
+        ours, theirs = (functools.partial(f, mine) for f in (fused, plain))
+        same(gradient(lambda x, f=ours: f(x, chunk_size=4)), gradient(theirs))
+    with pytest.raises(ValueError, match="needs rewards"):
+        fused(Objective(losses.kl_divergence, ("rewards", "student_logits")))
+
+
+@pytest.mark.parametrize("objective", ["kl", "nll"])
+def test_options_are_checked(objective):
+    name, wrong = {"kl": ("temperature", 0.0), "nll": ("label_smoothing", 2.0)}[objective]
+    entry = dataclasses.replace(OBJECTIVES[objective], options=((name, wrong),))
+    with pytest.raises(ValueError, match=f"{name} must"):
+        fused(entry)
+    with pytest.raises(ValueError, match="temperature must be a number that is known"):
+        jax.jit(lambda t: fused_kl_divergence(TEACHER, STUDENT, HEAD, temperature=t))(2.0)
+
+
+def test_an_infinite_cotangent_under_the_mask():
+    """The root of the divergence is a metric; its slope at 0 is infinite."""
+
+    def root(student, loss):
+        return jnp.sum(jnp.where(MASK, jnp.sqrt(loss(student)), 0.0))
+
+    ours = jax.grad(root)(jnp.asarray(STUDENT), lambda x: fused("js", x, MASK, chunk_size=4))
+    assert (np.asarray(ours)[~MASK] == 0).all()
+    assert np.isfinite(ours).all()
+
+
+def test_under_x64():
+    with x64():
+        for loss in (
+            lambda x: fused_negative_log_likelihood(x, TARGETS, HEAD, label_smoothing=0.1),
+            lambda x: fused_kl_divergence(TEACHER, x, HEAD, temperature=np.float64(2)),
+            lambda x: fused("js", x, MASK, chunk_size=4),
+        ):
+            values, pull = jax.vjp(loss, jnp.asarray(STUDENT))
+            assert values.dtype == jnp.float32
+            assert np.isfinite(pull(jnp.ones_like(values))[0]).all()
+
+
+def test_a_replicated_student_beside_a_sharded_teacher():
+    mesh = jax.make_mesh((3,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(student, teacher, mask):
+        def total(x):
+            return jnp.sum(fused_kl_divergence(teacher, x, jnp.asarray(HEAD), mask, chunk_size=2))
+
+        value, slope = jax.value_and_grad(total)(student)  # shard_map sums a replicated one's slope
+        return jax.lax.psum(value, "data"), slope
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P())
+    value, slope = run(STUDENT[:1], TEACHER, MASK)
+
+    def expected(x):
+        return jnp.where(
+            MASK, losses.kl_divergence(TEACHER @ HEAD.T, jnp.tile(x, (3, 1, 1)) @ HEAD.T), 0
+        )
+
+    same(value, jnp.sum(expected(STUDENT[:1])), rtol=2e-6)
+    same(slope, jax.grad(lambda x: jnp.sum(expected(x)))(jnp.asarray(STUDENT[:1])), rtol=2e-6)
 
 
 def test_metrics_come_in_the_same_pass():

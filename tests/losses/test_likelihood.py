@@ -27,6 +27,8 @@ def test_label_smoothing():
     banned = LOGITS.at[..., 2].set(-jnp.inf)
     targets = jnp.where(TARGETS == 2, 3, TARGETS)
     value = losses.negative_log_likelihood(banned, targets, label_smoothing=0.2)
+    all_spread = losses.negative_log_likelihood(banned, TARGETS, label_smoothing=1.0)
+    assert np.isfinite(all_spread).all()
     assert np.isfinite(value).all()  # the share goes to the tokens that are not banned
     with pytest.raises(ValueError, match="label_smoothing must lie between 0 and 1, not 2"):
         losses.negative_log_likelihood(LOGITS, TARGETS, label_smoothing=2)
@@ -35,9 +37,18 @@ def test_label_smoothing():
 @pytest.mark.parametrize("wrong", [-1, -100, 7])
 def test_an_id_out_of_range_reads_nan_where_it_cannot_be_checked(wrong):
     """A negative one must not count from the end of the vocabulary."""
-    value = jax.jit(losses.negative_log_likelihood)(LOGITS, TARGETS.at[1, 2].set(wrong))
-    assert np.isnan(value[1, 2])
-    assert np.isnan(value).sum() == 1
+    for dtype in (jnp.int32, jnp.int8):
+        ids = TARGETS.at[1, 2].set(wrong).astype(dtype)
+        value = jax.jit(losses.negative_log_likelihood)(LOGITS, ids)
+        assert np.isnan(value[1, 2])
+        assert np.isnan(value).sum() == 1
+    candidates = jnp.array([[0], [wrong], [1]])
+    logits = jnp.broadcast_to(jnp.log(jnp.array([0.2, 0.8])), (3, 1, 2))
+    assert jax.jit(losses.predict)(logits, candidates) == 2
+    with pytest.raises(ValueError, match="candidates must lie in"):
+        losses.predict(logits, candidates)
+    with pytest.raises(ValueError, match=r"logits must have shape \[\*b, n, t, v\]"):
+        losses.predict(logits[0], candidates[0])
 
 
 def test_sequence_log_likelihood_is_the_product_of_its_tokens():

@@ -42,6 +42,8 @@ def test_trainable():
         ("kl=1,temperature=0", "The temperature must be positive, not 0"),
         ("nll=1,temperature=2", "None of nll has a temperature"),
         ("temperature=2", "needs at least one objective"),
+        ("kl=0.7,kl=0.3", "has kl twice"),
+        ("kl=1,temperature=inf", "The temperature must be positive, not inf"),
     ],
 )
 def test_mixtures_that_make_no_sense(text, message):
@@ -64,6 +66,18 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts_turned_one_way():
     expected = 0.7 * kl + 0.3 * others["nll"] - 2 * others["cosine_similarity"]
     expected += 0.5 * jnp.abs(others["confidence_shift"])
     np.testing.assert_allclose(mixed(mask=mask, **ARRAYS), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mixture_of_one_is_its_entry():
+    """So that it is as cheap."""
+    assert mixture(kl=1).function is losses.kl_divergence
+    assert dict(mixture(kl=1, temperature=2).options) == {"temperature": 2.0}
+    assert mixture(cosine_similarity=1).sense == "minimise"
+
+
+def test_half_a_top_k_is_refused():
+    with pytest.raises(ValueError, match="needs teacher_ids"):
+        OBJECTIVES["topk_kl"](**{k: a for k, a in ARRAYS.items() if k != "teacher_ids"})
 
 
 def test_needs_and_senses():

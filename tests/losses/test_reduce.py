@@ -58,5 +58,7 @@ def test_bad_arguments_are_named():
         losses.masked_sum(VALUES, MASK, weights=jnp.ones(3))
     with pytest.raises(ValueError, match="mask must have shape"):
         losses.masked_mean(VALUES, MASK[0])
+    with pytest.raises(ValueError, match=r"weights must not be negative; the least is -1"):
+        losses.masked_sum(VALUES, MASK, weights=jnp.array([1.0, -1.0]))
     with pytest.raises(ValueError, match="already reduced"):
         losses.masked_mean(losses.masked_sum(VALUES), MASK)

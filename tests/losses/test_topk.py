@@ -67,9 +67,33 @@ def test_missing_entries_are_minus_infinity():
     padded = jnp.pad(best.log_probs, ((0, 0), (0, 2)), constant_values=-jnp.inf)
     unused = jnp.argsort(TEACHER)[:, :2].astype(jnp.int32)
     ids = jnp.concatenate([best.ids, unused], axis=-1)
-    finer = topk_kl_divergence(padded, ids, STUDENT)
-    assert (np.asarray(finer) <= np.asarray(kl_divergence(TEACHER, STUDENT)) + 1e-6).all()
-    assert np.isfinite(finer).all()
+    nowhere = jnp.full((6, 2), -1, jnp.int32)
+    for filled in (ids, jnp.concatenate([best.ids, nowhere], axis=-1)):  # their ids mean nothing
+        for function in (topk_kl_divergence, truncated_kl_divergence):
+            expected = function(*best, STUDENT)
+            np.testing.assert_allclose(function(padded, filled, STUDENT), expected, rtol=1e-6)
+            np.testing.assert_allclose(
+                jax.jit(function)(padded, filled, STUDENT), expected, rtol=1e-6
+            )
+
+
+@pytest.mark.parametrize("depth", [-30.0, -200.0, -1e4])
+def test_rounding_in_the_tail_does_not_lift_it_above_the_full_divergence(depth):
+    logits = np.random.RandomState(1).standard_normal((200, 1000)).astype(np.float32)
+    logits[:, 64:] += depth
+    for student, full in ((logits, 0.0), (logits + (logits < depth / 2) * depth, None)):
+        full = full if full is not None else kl_divergence(logits, student)
+        value = topk_kl_divergence(*top_k(jnp.asarray(logits), 64), jnp.asarray(student))
+        assert (np.asarray(value) <= full + 2e-6).all()
+
+
+def test_narrow_ids():
+    wide = jnp.asarray(np.random.RandomState(1).standard_normal((2, 300)), jnp.float32)
+    best = top_k(wide, 3)
+    for function in (topk_kl_divergence, truncated_kl_divergence):
+        small = jnp.minimum(best.ids, 127)
+        out = function(best.log_probs, small.astype(jnp.int8), wide)
+        np.testing.assert_array_equal(out, function(best.log_probs, small, wide))
 
 
 def test_ids_out_of_range_read_nan_where_they_cannot_be_checked():
