@@ -274,7 +274,8 @@ def fused_objective(
     }
     flat = student_hidden.reshape(-1, student_hidden.shape[-1])
     flat = vocabulary.like_varying(flat, *per_position.values())
-    values, measured = _fused(plan, flat, per_position, (teacher_head, unembedding))
+    results: Any = _fused(plan, flat, per_position, (teacher_head, unembedding))
+    values, measured = results
     return values.reshape(batch), {name: measured[name].reshape(batch) for name in metrics}
 
 
