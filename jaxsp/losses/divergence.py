@@ -3,7 +3,7 @@
 All take logits ``[*b, t, v]`` in any float dtype and return unreduced float32 ``[*b, t]``: exactly 0,
 with zero gradient, where the mask is False (even over NaN). The teacher gets no gradient. ``-inf``
 logits (banned tokens) are legal; a token that one side bans and the other does not can make a
-divergence infinite, as the mathematics says, and then its gradient is not finite either.
+divergence infinite, as the mathematics says, and then its gradient means nothing.
 """
 
 from __future__ import annotations
@@ -203,12 +203,12 @@ def _log_probs(
 
 def kl_terms(log_p: Array, log_q: Array) -> Array:
     """p (log p - log q) of each token, where 0 log 0 = 0, from log-probabilities."""
-    # The inner `where` keeps -inf - -inf out of the gradient. A possible token has some probability,
-    # or one that underflows would make 0 · ∞ of a token that q bans.
-    possible = log_p > -jnp.inf
-    p = jnp.exp(log_p)
-    p = jnp.where(possible, jnp.maximum(p, jnp.finfo(p.dtype).tiny), p)
-    return p * (jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0))
+    # The inner `where` keeps -inf - -inf out of the gradient; the outer one is for a p that
+    # underflows, of which the product would make 0 · ∞.
+    possible, banned = log_p > -jnp.inf, log_q == -jnp.inf
+    known = possible & ~banned
+    terms = jnp.exp(log_p) * (jnp.where(known, log_p, 0.0) - jnp.where(known, log_q, 0.0))
+    return jnp.where(possible & banned, jnp.inf, terms)
 
 
 def _log_mixture(log_p: Array, log_q: Array, beta: float) -> Array:
