@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_fraction, check_positive
-from jaxsp.losses.divergence import kl_divergence, kl_terms
-from jaxsp.losses.likelihood import negative_log_likelihood
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from jaxsp.typing import Array
 
 
@@ -61,57 +55,11 @@ def like_varying(x: Array, *others: Array) -> Array:
     return x
 
 
-def _log_softmax(logits: Array, axis_name: str | None) -> Array:
-    largest = jnp.max(logits, axis=-1, keepdims=True)
-    if axis_name is not None:
-        largest = jax.lax.pmax(largest, axis_name)
-    sums = jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True)
-    return logits - largest - jnp.log(total(sums, axis_name))
+def largest(x: Array, axis_name: str | None) -> Array:
+    """The largest of all shards', with no gradient."""
+    return x if axis_name is None else jax.lax.pmax(x, axis_name)
 
 
-def _kl(
-    given: dict[str, Array],
-    live: Array,
-    axis_name: str | None,
-    temperature: float = 1.0,
-) -> tuple[Array, Array]:
-    check_positive(temperature=temperature)
-    log_p, log_q = (
-        _log_softmax(given[side] / temperature, axis_name)
-        for side in ("teacher_logits", "student_logits")
-    )
-    values = total(jnp.sum(kl_terms(log_p, log_q), axis=-1), axis_name)
-    gradient = (jnp.exp(log_q) - jnp.exp(log_p)) / temperature
-    return jnp.where(live, values, 0.0), jnp.where(live[:, None], gradient, 0.0)
-
-
-def _nll(
-    given: dict[str, Array],
-    live: Array,
-    axis_name: str | None,
-    label_smoothing: float = 0.0,
-) -> tuple[Array, Array]:
-    check_fraction(label_smoothing=label_smoothing)
-    logits = given["student_logits"]
-    width = logits.shape[-1]
-    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * width
-    gold = first + jnp.arange(width) == given["targets"][:, None]
-    log_q = _log_softmax(logits, axis_name)
-    wanted = gold.astype(jnp.float32)
-    if label_smoothing:
-        allowed = (log_q > -jnp.inf).astype(jnp.float32)
-        share = allowed / total(jnp.sum(allowed, axis=-1, keepdims=True), axis_name)
-        wanted = (1 - label_smoothing) * wanted + label_smoothing * share
-    terms = jnp.where(wanted > 0, wanted * log_q, 0.0)
-    values = -total(jnp.sum(terms, axis=-1), axis_name)
-    known = total(jnp.sum(gold, axis=-1), axis_name) > 0  # an id out of range reads NaN
-    values = jnp.where(live, jnp.where(known, values, jnp.nan), 0.0)
-    return values, jnp.where(live[:, None], jnp.exp(log_q) - wanted, 0.0)
-
-
-RULES: dict[tuple[Callable[..., Array], tuple[str, ...]], Callable[..., tuple[Array, Array]]] = {
-    (kl_divergence, ("teacher_logits", "student_logits")): _kl,
-    (negative_log_likelihood, ("student_logits", "targets")): _nll,
-}
-"""By function and inputs of an objective: its values and their gradient to this shard's student
-logits, written out. Others are differentiated, on the gathered logits; that takes twice the memory."""
+def first_token(width: int, axis_name: str | None) -> Array | int:
+    """The id of this shard's first token."""
+    return 0 if axis_name is None else jax.lax.axis_index(axis_name) * width

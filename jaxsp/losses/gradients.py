@@ -1,0 +1,78 @@
+"""Objectives with their gradient written out: half the memory of differentiating them, and all that a
+head sharded over the vocabulary needs.
+
+Each takes this shard's logits and returns the values ``[n]``, the same on all shards, and their gradient
+to this shard's student logits ``[n, v]``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+import jax.numpy as jnp
+
+from jaxsp.losses import vocabulary
+from jaxsp.losses.checks import check_fraction, check_positive
+from jaxsp.losses.divergence import kl_divergence, kl_terms
+from jaxsp.losses.likelihood import negative_log_likelihood
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxsp.typing import Array
+
+
+def _log_softmax(logits: Array, axis_name: str | None) -> Array:
+    top = vocabulary.largest(jnp.max(logits, axis=-1, keepdims=True), axis_name)
+    sums = jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True)
+    return logits - top - jnp.log(vocabulary.total(sums, axis_name))
+
+
+def _kl(
+    given: dict[str, Array],
+    live: Array,
+    axis_name: str | None,
+    temperature: float = 1.0,
+) -> tuple[Array, Array]:
+    check_positive(temperature=temperature)
+    log_p, log_q = (
+        _log_softmax(given[side] / temperature, axis_name)
+        for side in ("teacher_logits", "student_logits")
+    )
+    values = vocabulary.total(jnp.sum(kl_terms(log_p, log_q), axis=-1), axis_name)
+    gradient = (jnp.exp(log_q) - jnp.exp(log_p)) / temperature
+    return jnp.where(live, values, 0.0), jnp.where(live[:, None], gradient, 0.0)
+
+
+def _nll(
+    given: dict[str, Array],
+    live: Array,
+    axis_name: str | None,
+    label_smoothing: float = 0.0,
+) -> tuple[Array, Array]:
+    check_fraction(label_smoothing=label_smoothing)
+    logits = given["student_logits"]
+    width = logits.shape[-1]
+    first = vocabulary.first_token(width, axis_name)
+    gold = first + jnp.arange(width) == given["targets"][:, None]
+    log_q = _log_softmax(logits, axis_name)
+    wanted = gold.astype(jnp.float32)
+    if label_smoothing:
+        allowed = (log_q > -jnp.inf).astype(jnp.float32)
+        share = allowed / vocabulary.total(jnp.sum(allowed, axis=-1, keepdims=True), axis_name)
+        wanted = (1 - label_smoothing) * wanted + label_smoothing * share
+    terms = jnp.where(wanted > 0, wanted * log_q, 0.0)
+    values = -vocabulary.total(jnp.sum(terms, axis=-1), axis_name)
+    known = vocabulary.total(jnp.sum(gold, axis=-1), axis_name) > 0  # an id out of range reads NaN
+    values = jnp.where(live, jnp.where(known, values, jnp.nan), 0.0)
+    return values, jnp.where(live[:, None], jnp.exp(log_q) - wanted, 0.0)
+
+
+Rule: TypeAlias = "Callable[..., tuple[Array, Array]]"
+
+RULES: dict[tuple[Callable[..., Array], tuple[str, ...]], Rule] = {
+    (kl_divergence, ("teacher_logits", "student_logits")): _kl,
+    (negative_log_likelihood, ("student_logits", "targets")): _nll,
+}
+"""By function and inputs of an objective: its values and their gradient to this shard's student
+logits, written out. Others are differentiated, on the gathered logits; that takes twice the memory."""
