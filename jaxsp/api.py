@@ -16,7 +16,7 @@ from jaxsp.data.chat import ChatSlots
 from jaxsp.data.documents import Query, as_queries, split_queries
 from jaxsp.evaluation import report as reports
 from jaxsp.evaluation.conditions import read_context
-from jaxsp.models.generate import stream
+from jaxsp.models.generate import Sampling, stream
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.run_folder import check_folder, open_run
 from jaxsp.settings import make_settings
@@ -209,14 +209,8 @@ def stream_answer(
         )
     answer: list[int] = []
     shown = ""
-    for token in stream(
-        model.params,
-        model.config,
-        prefix,
-        ids,
-        stop_ids=model.stop_ids,
-        max_tokens=min(max_tokens, room),
-    ):
+    sampling = Sampling(stop_ids=model.stop_ids, max_tokens=min(max_tokens, room))
+    for token in stream(model.params, model.config, prefix, ids, sampling):
         answer.append(token)
         text = str(tokenizer.decode(answer, skip_special_tokens=True))
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest

@@ -63,7 +63,8 @@ def answer_hidden(
     start = prefix.next_position[:, None]
     positions = jnp.where(rows.offsets == EMPTY, EMPTY, start + rows.offsets)
     inputs = decoder.embed(params, config, jnp.asarray(rows.tokens))
-    states, _ = decoder.hidden(params, config, inputs, positions, (prefix,))
+    segment_ids = None if rows.segment_ids is None else jnp.asarray(rows.segment_ids)
+    states, _ = decoder.hidden(params, config, inputs, positions, (prefix,), segment_ids)
     return jnp.take_along_axis(states, jnp.asarray(rows.answer_index)[..., None], axis=1)
 
 

@@ -68,6 +68,8 @@ def encode_task(
         None if q.answer is None else [*encode(tokenizer, q.answer, control=False), *end]
         for q in queries
     ]
+    for ids in (before_ids, context_ids, *query_ids, *filter(None, given_ids)):
+        model.check_ids(ids)
     room = max(settings.max_answer_tokens, *(len(ids or ()) for ids in given_ids))
     longest = max(len(ids) for ids in query_ids)
     needed = len(before_ids) + len(context_ids) + longest + room

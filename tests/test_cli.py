@@ -209,7 +209,6 @@ def test_unusable_queries(compress, tmp_path, lines, words):
         (("--dtype", "float8"), ("Unknown dtype 'float8'",)),
         (("--model", "gpt-17"), ("Unknown model 'gpt-17'",)),
         (("--parallel", "tpu"), ("Unknown parallel 'tpu'", "jit, pmap")),
-        (("--parallel", "pmap", "--batch-size", 6), ("batch size 6", "8 devices")),
         (("--initial", "zeros"), ("Unknown initial 'zeros'", "first, spread")),
         (("--optimizer", "lion"), ("Unknown optimizer 'lion'",)),
         (("--learning-rate", -1), ("learning rate", "-1")),

@@ -1,4 +1,4 @@
-"""A tiny random model in the layout of Hugging Face, made in a second: what most tests run on."""
+"""Tiny random models in the layout of Hugging Face, made in a second: what most tests run on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
+
+from jaxsp.models.decoder import parameter_shapes
+from jaxsp.models.families import FAMILIES
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -16,12 +20,46 @@ CHAT_TEMPLATE = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB = 256 + len(SPECIAL)
 
+_GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_inner": 48,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+    "eos_token_id": 2,
+    "bos_token_id": 0,
+}
+_GEMMA = {
+    "num_hidden_layers": 3,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "query_pre_attn_scalar": 12,
+    "tie_word_embeddings": True,
+}
+# What each family has beyond the usual sizes, so that its peculiarities show.
+_FAMILY: dict[str, dict[str, Any]] = {
+    "gemma2": {**_GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0},
+    "gemma3_text": {
+        **_GEMMA,
+        "rope_parameters": {
+            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+            "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+        },
+    },
+    "mistral": {"sliding_window": 16},
+    "phi3": {"sliding_window": 16, "pad_token_id": 0, "original_max_position_embeddings": 512},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    "smollm3": {"no_rope_layers": [1, 0]},
+}
 
-def config(**changes: Any) -> dict[str, Any]:
-    """A ``config.json`` for a two-layer llama with grouped queries."""
+
+def config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
+    """A ``config.json`` of two layers with grouped queries, or what comes next to it in a family."""
+    if model_type == "gpt2":
+        return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **_GPT2, **changes}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "model_type": model_type,
         "vocab_size": VOCAB,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -34,43 +72,42 @@ def config(**changes: Any) -> dict[str, Any]:
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
         "tie_word_embeddings": False,
         "eos_token_id": 2,
+        "bos_token_id": 0,
+        "pad_token_id": None,
+        **_FAMILY.get(model_type, {}),
         **changes,
     }
 
 
 def tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random weights; RandomState, whose numbers never change, so that goldens can be stored."""
+    """Random weights; RandomState, whose numbers never change, so that goldens can be stored.
+
+    Larger than a trained model's, so that attention is sharp and no term too small to be seen.
+    """
+    from transformers import AutoConfig
+
     random = np.random.RandomState(seed)
-    width, mlp, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    q, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
-
-    def matrix(rows: int, columns: int) -> np.ndarray:
-        return (random.standard_normal((rows, columns)) / columns**0.5).astype(np.float32)
-
-    def vector(size: int, mean: float) -> np.ndarray:
-        return (mean + 0.1 * random.standard_normal(size)).astype(np.float32)
-
-    out = {"model.embed_tokens.weight": 3.0 * matrix(config["vocab_size"], width)}
-    for layer in range(config["num_hidden_layers"]):
-        at = f"model.layers.{layer}"
-        out[f"{at}.input_layernorm.weight"] = vector(width, 1.0)
-        out[f"{at}.post_attention_layernorm.weight"] = vector(width, 1.0)
-        for name, rows, columns in (
-            ("q", q, width),
-            ("k", kv, width),
-            ("v", kv, width),
-            ("o", width, q),
-        ):
-            out[f"{at}.self_attn.{name}_proj.weight"] = 2.0 * matrix(rows, columns)
-            if config.get("attention_bias"):
-                out[f"{at}.self_attn.{name}_proj.bias"] = vector(rows, 0.0)
-        for name, rows, columns in (("gate", mlp, width), ("up", mlp, width), ("down", width, mlp)):
-            out[f"{at}.mlp.{name}_proj.weight"] = matrix(rows, columns)
-            if config.get("mlp_bias"):
-                out[f"{at}.mlp.{name}_proj.bias"] = vector(rows, 0.0)
-    out["model.norm.weight"] = vector(width, 1.0)
-    if not config["tie_word_embeddings"]:
-        out["lm_head.weight"] = 3.0 * matrix(config["vocab_size"], width)
+    family = FAMILIES[config["model_type"]]
+    decoder = family.config(AutoConfig.for_model(**config), "float32")
+    places = family.tensors(decoder)
+    out: dict[str, np.ndarray] = {}
+    for path, leaf in sorted(flatten_dict(parameter_shapes(decoder), sep="/").items()):
+        place, shape = places[path], list(leaf.shape)
+        layers = shape.pop(0) if "{layer}" in place.name else 1
+        if place.rows:  # one stored tensor holds several matrices: made when its last one comes
+            if place.rows[1] != max(p.rows[1] for p in places.values() if p.name == place.name):
+                continue
+            shape[-1] = place.rows[1]
+        for name in dict.fromkeys(place.name.format(layer=i) for i in range(layers)):
+            if path.endswith("kernel"):
+                values = 2.0 * random.standard_normal(shape) / shape[0] ** 0.5
+                values = values.T if place.transposed else values
+            elif path.endswith("embedding"):
+                values = 3.0 * random.standard_normal(shape) / shape[1] ** 0.5
+            else:
+                mean = 1.0 - place.plus if path.endswith("norm/weight") else 0.0
+                values = mean + 0.1 * random.standard_normal(shape)
+            out[name] = np.ascontiguousarray(values, np.float32)
     return out
 
 

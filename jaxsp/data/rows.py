@@ -6,15 +6,18 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxsp.typing import EMPTY, Bool, Float, Int
+from jaxsp.typing import EMPTY, Array, Bool, Float, Int
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """(z, ŷ) sequences, right-padded: what stands after the prefix, and where it predicts ŷ.
+
+    A row is one sequence, or several of them packed (see ``packing.py``).
 
     Attributes:
       tokens: ``[B, T]`` token ids.
@@ -24,6 +27,8 @@ class Rows:
       mask: ``[B, A]`` True where there is one.
       teacher_hidden: ``[B, A, D]`` the teacher's last hidden states there; ``None`` before they are
         computed.
+      segment_ids: ``[B, T]`` which of its row's sequences a token belongs to, counted from 0, ``EMPTY`` for
+        padding; ``None`` if every row is one sequence.
     """
 
     tokens: Int[np.ndarray, "b t"]
@@ -32,9 +37,22 @@ class Rows:
     targets: Int[np.ndarray, "b a"]
     mask: Bool[np.ndarray, "b a"]
     teacher_hidden: Float[np.ndarray, "b a d"] | None = None
+    segment_ids: Int[np.ndarray, "b t"] | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " b"]:
+        """Tokens of each row."""
+        return (self.offsets != EMPTY).sum(axis=-1)
+
+    @property
+    def sequences(self) -> Int[Array, ""]:
+        """How many there are in all."""
+        if self.segment_ids is None:
+            return jnp.int32(len(self))
+        return jnp.sum(jnp.max(self.segment_ids, axis=-1) + 1)
 
     def take(self, index: Sequence[int] | np.ndarray) -> Rows:
         """The rows of these indices, in their order; one beyond the last gives an empty row."""

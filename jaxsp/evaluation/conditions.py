@@ -26,8 +26,7 @@ def read_context(
     model: LanguageModel, ids: np.ndarray, before: KeyValues | None = None
 ) -> KeyValues:
     """The prefix of context ids ``[C]`` after ``before``."""
-    read = functools.partial(jax.jit, static_argnums=1)(distributions.context_prefix)
-    return read(model.params, model.config, jnp.asarray(ids, jnp.int32)[None], before)
+    return decoder.read_long(model.params, model.config, ids[None], before)
 
 
 def read_prompt(model: LanguageModel, sigma: PyTree, before: KeyValues, kind: str) -> KeyValues:

@@ -39,6 +39,7 @@ def _at_positions(
         teacher_hidden=jnp.asarray(rows.teacher_hidden),
         targets=jnp.asarray(rows.targets),
         metrics=others,
+        softcap=config.logit_softcap,
     )
     return {first: values, **measured}
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+
+from jaxsp.models.rope import Rope
+from jaxsp.typing import UserError
+
+Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +19,7 @@ class DecoderConfig:
     """Hyper-parameters of one decoder; hashable, so that it can be a static argument of ``jax.jit``.
 
     Built by a family's ``config`` from the ``transformers`` configuration (see ``models/families``).
+    The defaults are those of Llama.
     """
 
     vocab_size: int
@@ -25,16 +31,61 @@ class DecoderConfig:
     mlp_width: int
     window: int
     """Longest sequence the model was made for, in tokens."""
-    rope_frequencies: tuple[float, ...]
-    """Radians per position of each rotary pair, ``head_width / 2`` of them (see ``rope.py``)."""
     norm_epsilon: float
     tied_head: bool
-    attention_bias: bool = False
+
+    ropes: tuple[Rope, ...] = ()
+    """Each layer's rotary positions; empty if positions are learned vectors added to the inputs."""
+    sliding_windows: tuple[int | None, ...] = ()
+    """How many positions back each layer sees, itself included; ``None`` or empty: all of them."""
+    qk_norm: Literal["head", "width"] | None = None
+    """Normalise queries and keys: each head by itself, or all heads as one vector."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    query_scale: float | None = None
+    """Attention scores are multiplied by it; ``None`` is ``head_width ** -0.5``."""
+    attention_softcap: float | None = None
+    """Attention scores are ``c · tanh(score / c)``."""
+
+    activation: Activation = "silu"
+    gated_mlp: bool = True
     mlp_bias: bool = False
+
+    layer_norm: bool = False
+    """LayerNorm with a bias in place of RMSNorm."""
+    pre_norm: bool = True
+    """Normalise what attention and MLP read."""
+    post_norm: bool = False
+    """Normalise what attention and MLP add to the residual."""
+
+    embedding_scale: float = 1.0
+    """Multiplies what ``embed`` returns; the head keeps the table as it is."""
+    logit_softcap: float | None = None
+
     dtype: str = "float32"
-    """Of weights and activations; norms, softmax and logits are float32 whatever it is."""
+    """Of matrices and activations; norms, softmax and logits are float32 whatever it is."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    attention: str = "auto"
+    """The attention backend, a key of ``jaxsp.models.attention.BACKENDS``, or ``auto``."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "width",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_width",
+            "mlp_width",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"A decoder can't have {name} {getattr(self, name)}.")
+        if self.heads % self.kv_heads:
+            raise UserError(
+                f"{self.heads} attention heads can't share {self.kv_heads} key/value heads: the"
+                " first must be a multiple of the second."
+            )
 
     @property
     def precision(self) -> jax.lax.Precision:

@@ -9,81 +9,143 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxsp.models.attention import Segment, attention
+from jaxsp.models.attention import Slots, attention
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.rope import rotate, rotation
 from jaxsp.typing import EMPTY, Array, Float, Int, KeyValues, Params
 
 
-def silu(x: Array) -> Array:
-    """x · sigmoid(x) to the last bit.
-
-    ``jax.nn.silu`` computes the sigmoid from a tanh on CPU, which loses the relative precision of its
-    negative tail: on SmolLM2 that alone moved logits by 1e-4. Below -40 the result is 0 in float32;
-    the bound keeps the derivative finite.
-    """
+def _silu(x: Array) -> Array:
+    # x · sigmoid(x) to the last bit. jax.nn.silu computes the sigmoid from a tanh on CPU, which loses the
+    # relative precision of its negative tail: on SmolLM2 that alone moved logits by 1e-4. Below -40 the
+    # result is 0 in float32; the bound keeps the derivative finite.
     return x / (1 + jnp.exp(-jnp.maximum(x, -40)))
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467), in float32."""
+ACTIVATIONS = {"silu": _silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
-    epsilon: float
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) or LayerNorm (Ba et al. 2016, arXiv:1607.06450).
+
+    Weights and arithmetic are float32 in every model.
+    """
+
+    config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Array) -> Array:
-        weight_D = self.param("weight", nn.initializers.ones, (x_BTD.shape[-1],), x_BTD.dtype)
-        x = x_BTD.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-        return weight_D * x.astype(x_BTD.dtype)
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        if self.config.layer_norm:
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(variance + self.config.norm_epsilon)
+        wide = wide * self.param("weight", nn.initializers.ones, x.shape[-1:])
+        if self.config.layer_norm:
+            wide = wide + self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return wide.astype(x.dtype)
+
+
+class LayerInputs(NamedTuple):
+    """What each layer has of its own: scanned over, where it differs from layer to layer."""
+
+    past_kv: tuple[tuple[Array, Array], ...]
+    rope: Array | None
+    """Which of the model's rotations turns this layer."""
+    window: Array | None
+
+
+class Reading(NamedTuple):
+    """What all layers share: where the tokens stand, and where those read before."""
+
+    positions_BT: Array
+    segment_ids_BT: Array | None
+    past_positions: tuple[Array, ...]
+    rotations: tuple[tuple[Array, Array], ...]
+    """Cosine and sine of every position, one pair a distinct rope."""
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and gated MLP, each with its residual."""
+    """Attention and MLP, each with its norms and its residual."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: Array,
-        past_kv: tuple[tuple[Array, Array], ...],
-        past_positions: tuple[Array, ...],
-        positions_BT: Array,
-        cos_sin: tuple[Array, Array],
+        self, x_BTD: Array, own: LayerInputs, reading: Reading
+    ) -> tuple[Array, tuple[Array, Array]]:
+        y, key_values = self._attention(self._norm("attention_pre_norm", x_BTD), own, reading)
+        x_BTD = x_BTD + self._norm("attention_post_norm", y)
+        y = self._mlp(self._norm("mlp_pre_norm", x_BTD))
+        return x_BTD + self._norm("mlp_post_norm", y), key_values
+
+    def _norm(self, name: str, x: Array) -> Array:
+        wanted = self.config.post_norm if "post" in name else self.config.pre_norm
+        return Norm(self.config, name=name)(x) if wanted else x
+
+    def _dense(self, name: str, size: int, x: Array, *, bias: bool) -> Array:
+        c = self.config
+        return nn.Dense(
+            size, bias, dtype=c.dtype, param_dtype=c.dtype, precision=c.precision, name=name
+        )(x)
+
+    def _attention(
+        self, x_BTD: Array, own: LayerInputs, reading: Reading
     ) -> tuple[Array, tuple[Array, Array]]:
         c = self.config
-        B, T, _ = x_BTD.shape
-        dense = functools.partial(
-            nn.Dense, dtype=c.dtype, param_dtype=c.dtype, precision=c.precision
+        q_BTHF = self._heads("q", c.heads, x_BTD)
+        k_BTGF = self._heads("k", c.kv_heads, x_BTD)
+        v_BTGF = self._heads("v", c.kv_heads, x_BTD)
+        if reading.rotations:
+            cos_sin = reading.rotations[0]
+            if own.rope is not None:
+                cos_sin = jax.tree.map(lambda *all: jnp.stack(all)[own.rope], *reading.rotations)
+            q_BTHF, k_BTGF = rotate(q_BTHF, cos_sin), rotate(k_BTGF, cos_sin)
+        past = zip(own.past_kv, reading.past_positions, strict=True)
+        slots = [Slots(*kv, positions) for kv, positions in past]
+        slots.append(Slots(k_BTGF, v_BTGF, reading.positions_BT, reading.segment_ids_BT))
+        out_BTHF = attention(
+            q_BTHF,
+            reading.positions_BT,
+            slots,
+            scale=c.head_width**-0.5 if c.query_scale is None else c.query_scale,
+            softcap=c.attention_softcap,
+            window=_everywhere(c.sliding_windows) if own.window is None else own.window,
+            segment_ids_BT=reading.segment_ids_BT,
+            precision=c.precision,
+            backend=c.attention,
         )
-        projection = functools.partial(dense, use_bias=c.attention_bias)
-        mlp = functools.partial(dense, use_bias=c.mlp_bias)
+        out_BTX = out_BTHF.reshape(*out_BTHF.shape[:2], -1)
+        out_BTD = self._dense("o_proj", c.width, out_BTX, bias=c.output_bias)
+        return out_BTD, (k_BTGF, v_BTGF)
 
-        y = RMSNorm(c.norm_epsilon, name="input_layernorm")(x_BTD)
-        q = projection(c.heads * c.head_width, name="q_proj")(y)
-        k = projection(c.kv_heads * c.head_width, name="k_proj")(y)
-        v = projection(c.kv_heads * c.head_width, name="v_proj")(y)
-        q_BTHF = rotate(q.reshape(B, T, c.heads, c.head_width), cos_sin)
-        k_BTGF = rotate(k.reshape(B, T, c.kv_heads, c.head_width), cos_sin)
-        v_BTGF = v.reshape(B, T, c.kv_heads, c.head_width)
-        segments = [
-            *(Segment(*kv, p) for kv, p in zip(past_kv, past_positions, strict=True)),
-            Segment(k_BTGF, v_BTGF, positions_BT),
-        ]
-        out_BTHF = attention(q_BTHF, positions_BT, segments, precision=c.precision)
-        x_BTD = x_BTD + projection(c.width, name="o_proj")(out_BTHF.reshape(B, T, -1))
+    def _heads(self, name: str, heads: int, x_BTD: Array) -> Array:
+        c = self.config
+        y_BTX = self._dense(f"{name}_proj", heads * c.head_width, x_BTD, bias=c.qkv_bias)
+        if c.qk_norm == "width" and name != "v":
+            y_BTX = Norm(c, name=f"{name}_norm")(y_BTX)
+        y_BTHF = y_BTX.reshape(*y_BTX.shape[:2], heads, c.head_width)
+        if c.qk_norm == "head" and name != "v":
+            y_BTHF = Norm(c, name=f"{name}_norm")(y_BTHF)
+        return y_BTHF
 
-        y = RMSNorm(c.norm_epsilon, name="post_attention_layernorm")(x_BTD)
-        gate = silu(mlp(c.mlp_width, name="gate_proj")(y))
-        x_BTD = x_BTD + mlp(c.width, name="down_proj")(gate * mlp(c.mlp_width, name="up_proj")(y))
-        return x_BTD, (k_BTGF, v_BTGF)
+    def _mlp(self, x_BTD: Array) -> Array:
+        c = self.config
+        dense = functools.partial(self._dense, bias=c.mlp_bias)
+        activation = ACTIVATIONS[c.activation]
+        if c.gated_mlp:
+            gate = activation(dense("gate_proj", c.mlp_width, x_BTD))
+            y = gate * dense("up_proj", c.mlp_width, x_BTD)
+        else:
+            y = activation(dense("up_proj", c.mlp_width, x_BTD))
+        return dense("down_proj", c.width, y)
 
 
 class Decoder(nn.Module):
@@ -93,47 +155,80 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embed_tokens = nn.Embed(c.vocab_size, c.width, dtype=c.dtype, param_dtype=c.dtype)
+        table = functools.partial(nn.Embed, features=c.width, dtype=c.dtype, param_dtype=c.dtype)
+        self.embed_tokens = table(c.vocab_size)
+        if not c.ropes:
+            self.embed_positions = table(c.window)
         layer = nn.remat(DecoderLayer, prevent_cse=False) if c.remat else DecoderLayer
         self.layers = nn.scan(
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=cast("int", (0, nn.broadcast, nn.broadcast, nn.broadcast)),  # one an argument
+            in_axes=cast("int", (0, nn.broadcast)),  # one an argument
             length=c.layers,
         )(c)
-        self.norm = RMSNorm(c.norm_epsilon)
+        self.norm = Norm(c)
         if not c.tied_head:
-            self.lm_head = nn.Embed(c.vocab_size, c.width, dtype=c.dtype, param_dtype=c.dtype)
+            self.lm_head = table(c.vocab_size)
 
     def embed(self, ids_BT: Array) -> Array:
-        return self.embed_tokens(ids_BT)
+        scale = jnp.asarray(self.config.embedding_scale, self.config.dtype)
+        return self.embed_tokens(ids_BT) * scale
 
     def hidden(
-        self, inputs_BTD: Array, positions_BT: Array, past: tuple[KeyValues, ...]
+        self,
+        inputs_BTD: Array,
+        positions_BT: Array,
+        past: tuple[KeyValues, ...],
+        segment_ids_BT: Array | None,
     ) -> tuple[Array, KeyValues]:
-        x_BTD, (keys, values) = self.layers(
-            inputs_BTD.astype(self.config.dtype),
-            tuple((kv.keys, kv.values) for kv in past),
-            tuple(kv.positions for kv in past),
-            positions_BT,
-            rotation(positions_BT, self.config.rope_frequencies),
+        c = self.config
+        x_BTD = inputs_BTD.astype(c.dtype)
+        if not c.ropes:
+            x_BTD += self.embed_positions(jnp.maximum(positions_BT, 0))
+        ropes = list(dict.fromkeys(c.ropes))
+        own = LayerInputs(
+            past_kv=tuple((kv.keys, kv.values) for kv in past),
+            rope=jnp.array([ropes.index(rope) for rope in c.ropes]) if len(ropes) > 1 else None,
+            window=_by_layer(c.sliding_windows),
         )
+        reading = Reading(
+            positions_BT,
+            segment_ids_BT,
+            past_positions=tuple(kv.positions for kv in past),
+            rotations=tuple(rotation(positions_BT, rope) for rope in ropes),
+        )
+        x_BTD, (keys, values) = self.layers(x_BTD, own, reading)
         return self.norm(x_BTD), KeyValues(keys, values, positions_BT)
 
     def unembed(self, hidden: Array) -> Array:
         table = self.embed_tokens if self.config.tied_head else self.lm_head
-        return jnp.einsum(
+        logits = jnp.einsum(
             "...d,vd->...v",
             hidden,
             table.embedding,
             precision=self.config.precision,
             preferred_element_type=jnp.float32,
         )
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def __call__(self, ids_BT: Array) -> Array:
         positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
-        return self.unembed(self.hidden(self.embed(ids_BT), positions_BT, ())[0])
+        return self.unembed(self.hidden(self.embed(ids_BT), positions_BT, (), None)[0])
+
+
+def _everywhere(windows: tuple[int | None, ...]) -> int | None:
+    """The sliding window that all layers have, if they have one."""
+    return windows[0] if len(set(windows)) == 1 else None
+
+
+def _by_layer(windows: tuple[int | None, ...]) -> Array | None:
+    """Each layer's sliding window, where they differ."""
+    if len(set(windows)) < 2:
+        return None
+    unlimited = jnp.iinfo(jnp.int32).max
+    return jnp.array([unlimited if size is None else size for size in windows], jnp.int32)
 
 
 def parameter_shapes(config: DecoderConfig) -> Params:
@@ -157,6 +252,7 @@ def hidden(
     inputs: Float[Array, "b t d"],
     positions: Int[Array, "b t"],
     past: Sequence[KeyValues] = (),
+    segment_ids: Int[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t d"], KeyValues]:
     """Last hidden states (after the final norm) of ``inputs`` read after ``past``.
 
@@ -166,12 +262,13 @@ def hidden(
       inputs: vectors as ``embed`` returns them, or a soft prompt's.
       positions: absolute positions, ``EMPTY`` for padding (anywhere in the row).
       past: what was read before; batch size 1 is shared by all rows.
+      segment_ids: for rows that hold several sequences: tokens see ``past`` and those of their own id.
 
     Returns:
       The hidden states, and the keys and values of ``inputs`` (for use as a later ``past``).
     """
     past = tuple(kv for kv in past if kv.positions.shape[1])  # an empty one would only cost
-    return _apply(params, config, "hidden", inputs, positions, past)
+    return _apply(params, config, "hidden", inputs, positions, past, segment_ids)
 
 
 def unembed(
@@ -209,6 +306,66 @@ def prefill(
         return prefix
     positions = prefix.next_position[:, None] + jnp.arange(inputs.shape[1])[None]
     return prefix.append(hidden(params, config, inputs, positions, (prefix,))[1])
+
+
+def read_long(
+    params: Params,
+    config: DecoderConfig,
+    ids: Int[np.ndarray, "1 c"],
+    prefix: KeyValues | None = None,
+    *,
+    longest: int = 2048,
+) -> KeyValues:
+    """``prefill`` of token ids a chunk at a time: memory beside the result does not grow with them.
+
+    One compiled function reads every chunk and writes its keys and values in place. Not for use inside
+    ``jit`` or ``grad``.
+
+    Args:
+      params: the parameter tree.
+      config: its hyper-parameters.
+      ids: of one sequence.
+      prefix: what stands before it, if anything.
+      longest: tokens read at once.
+
+    Returns:
+      ``prefix`` followed by the tokens; a few slots at its end may be ``EMPTY``.
+    """
+    if prefix is None:
+        prefix = empty_prefix(config)
+    count = ids.shape[1]
+    if count == 0:
+        return prefix
+    chunks = -(-count // longest)
+    size = -(-count // chunks)
+    first, slot = int(prefix.next_position[0]), prefix.positions.shape[1]
+    room = prefix.append(empty_prefix(config, chunks * size))
+    padded = np.pad(ids.astype(np.int32), ((0, 0), (0, chunks * size - count)))
+    offsets = np.arange(chunks * size)[None]
+    positions = np.where(offsets < count, first + offsets, EMPTY).astype(np.int32)
+    for i in range(0, chunks * size, size):
+        part = slice(i, i + size)
+        room = _read_chunk(params, config, room, padded[:, part], positions[:, part], slot + i)
+    return room
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=2)
+def _read_chunk(
+    params: Params,
+    config: DecoderConfig,
+    room: KeyValues,
+    ids_1T: np.ndarray,
+    positions_1T: np.ndarray,
+    slot: int,
+) -> KeyValues:
+    inputs = embed(params, config, jnp.asarray(ids_1T))
+    new = hidden(params, config, inputs, jnp.asarray(positions_1T), (room,))[1]
+    write = jax.lax.dynamic_update_slice_in_dim
+    return KeyValues(
+        write(room.keys, new.keys, slot, axis=2),
+        write(room.values, new.values, slot, axis=2),
+        write(room.positions, new.positions, slot, axis=1),
+    )
 
 
 def empty_prefix(config: DecoderConfig, slots: int = 0) -> KeyValues:

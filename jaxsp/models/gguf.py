@@ -1,42 +1,150 @@
 """A ``.gguf`` file, written out once as an ordinary model directory in the cache.
 
-Weights are dequantised to float32, rows of the query and key projections put back into the order of
-Hugging Face checkpoints (the converter of llama.cpp interleaves them), and the tokenizer rebuilt from
-the file's vocabulary and merges, without torch.
+Tensors get the names, the order of rows and the norm weights of Hugging Face checkpoints. Float
+tensors keep their precision; quantised ones become float32, as 16 bits would round them a second time.
+All is done in pieces, so that memory does not grow with the model.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import importlib.metadata
 import json
+import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import gguf
 import numpy as np
 
+from jaxsp.models import gguf_tokenizer
+from jaxsp.models.gguf_file import Metadata, StoredTensor, read
 from jaxsp.typing import UserError
 
-CONVERSION = 1  # raise when what is written changes: older conversions are then not reused
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
-_TENSORS = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+CONVERSION = 2  # raise when what is written changes: older conversions are then not reused
+
+_PIECE = 1 << 20  # elements written at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a family is called in ``config.json``, and how llama.cpp's converter stores it."""
+
+    model_type: str
+    class_name: str
+    layer: dict[str, tuple[str, str]]
+    """Tensors of a layer: name in GGUF to name in the checkpoint and shape, by letters (see ``_outputs``)."""
+    optional: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    """More of them, which only some models have."""
+    paired: bool = False
+    """Rows of queries and keys have the two coordinates of a rotary pair side by side."""
+    norm_offset: float = 0.0
+    """What was added to the weights of norms."""
+
+
+_MODEL = {
+    "token_embd.weight": ("model.embed_tokens.weight", "VD"),
+    "output_norm.weight": ("model.norm.weight", "D"),
 }
-_LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+_HEAD = {"output.weight": ("lm_head.weight", "VD")}  # absent when it is the embedding
+_LAYER = {
+    "attn_norm.weight": ("input_layernorm.weight", "D"),
+    "attn_q.weight": ("self_attn.q_proj.weight", "QD"),
+    "attn_k.weight": ("self_attn.k_proj.weight", "KD"),
+    "attn_v.weight": ("self_attn.v_proj.weight", "KD"),
+    "attn_output.weight": ("self_attn.o_proj.weight", "DQ"),
+    "ffn_gate.weight": ("mlp.gate_proj.weight", "MD"),
+    "ffn_up.weight": ("mlp.up_proj.weight", "MD"),
+    "ffn_down.weight": ("mlp.down_proj.weight", "DM"),
 }
+_QKV_BIAS = {
+    "attn_q.bias": ("self_attn.q_proj.bias", "Q"),
+    "attn_k.bias": ("self_attn.k_proj.bias", "K"),
+    "attn_v.bias": ("self_attn.v_proj.bias", "K"),
+}
+_OTHER_BIAS = {
+    "attn_output.bias": ("self_attn.o_proj.bias", "D"),
+    "ffn_gate.bias": ("mlp.gate_proj.bias", "M"),
+    "ffn_up.bias": ("mlp.up_proj.bias", "M"),
+    "ffn_down.bias": ("mlp.down_proj.bias", "D"),
+}
+_QK_NORM = {
+    "attn_q_norm.weight": ("self_attn.q_norm.weight", "F"),
+    "attn_k_norm.weight": ("self_attn.k_norm.weight", "F"),
+}
+_MLP_NORM = {"ffn_norm.weight": ("post_attention_layernorm.weight", "D")}
+_FOUR_NORMS = {
+    "post_attention_norm.weight": ("post_attention_layernorm.weight", "D"),
+    "ffn_norm.weight": ("pre_feedforward_layernorm.weight", "D"),
+    "post_ffw_norm.weight": ("post_feedforward_layernorm.weight", "D"),
+}
+
+ARCHITECTURES = {
+    "llama": Architecture(
+        "llama", "LlamaForCausalLM", _LAYER | _MLP_NORM, _QKV_BIAS | _OTHER_BIAS, paired=True
+    ),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _LAYER | _MLP_NORM | _QKV_BIAS),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _LAYER | _MLP_NORM | _QK_NORM),
+    "gemma3": Architecture(
+        "gemma3_text", "Gemma3ForCausalLM", _LAYER | _FOUR_NORMS | _QK_NORM, norm_offset=1.0
+    ),
+}
+
+_PAIRED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+_WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes an element of what is written
+
+# Llama 3.1 and later stretch the slow rotary pairs; the file holds only the resulting factors.
+_ROPE_FACTORS = "rope_freqs.weight"
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# Tokens that end a turn, in files whose metadata names only the one that ends a text.
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """A tensor of the checkpoint, made from one of the file."""
+
+    stored: StoredTensor
+    heads: int
+    """How many heads have their rows in pairs, to be put in halves; 0 for none."""
+    offset: float
+    """To be taken off every element."""
+
+    @property
+    def dtype(self) -> str:
+        kind = self.stored.kind.name
+        return kind if kind in _WIDTHS and not self.offset else "F32"
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """The bytes of the tensor, in order."""
+        rows, kind = self.stored.rows, self.stored.kind
+        order = np.arange(len(rows))
+        if self.heads:
+            order = order.reshape(self.heads, -1, 2).swapaxes(1, 2).ravel()
+        step = max(1, _PIECE * len(rows) // math.prod(self.stored.shape))
+        for start in range(0, len(rows), step):
+            piece = rows[order[start : start + step]]
+            if self.dtype != kind.name or self.offset:
+                try:
+                    # Types are decoded block by block: one long row is the fastest.
+                    with np.errstate(all="ignore"):
+                        piece = gguf.dequantize(piece.reshape(1, -1), kind)
+                except (NotImplementedError, ValueError) as error:
+                    raise UserError(f"its tensor {name} is of type {kind.name}") from error
+                piece = piece - np.float32(self.offset) if self.offset else piece
+            yield piece
 
 
 def cache_root() -> Path:
@@ -56,7 +164,8 @@ def converted(path: Path) -> Path:
       A folder with ``config.json``, ``model.safetensors`` and the tokenizer's files.
 
     Raises:
-      UserError: the file is damaged, or of an architecture, tokenizer or rope type not supported.
+      UserError: the file is damaged, of an architecture, tokenizer or rope type not supported, or the
+        disk is full.
     """
     stat = path.stat()
     identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {CONVERSION}"
@@ -68,8 +177,8 @@ def converted(path: Path) -> Path:
     try:
         try:
             _convert(path, scratch)
-        except KeyError as error:
-            raise UserError(f"{path} lacks the metadata field {error}.") from error
+        except (UserError, OSError) as error:
+            raise UserError(f"{path} can't be converted: {error}.") from error
         try:
             scratch.rename(target)
         except OSError:
@@ -81,118 +190,241 @@ def converted(path: Path) -> Path:
 
 
 def _convert(path: Path, directory: Path) -> None:
-    import gguf
-    from safetensors.numpy import save_file
-
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # the reader raises whatever a damaged header runs into
-        raise UserError(f"{path} is not a readable GGUF file ({error}).") from error
-    architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise UserError(f"{path} holds a {architecture!r} model; jaxsp reads 'llama' from GGUF.")
-
-    tensors = {}
-    for tensor in reader.tensors:
-        name = _hugging_face_name(tensor.name, path)
-        try:
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except (NotImplementedError, ValueError) as error:
-            kind = tensor.tensor_type.name
-            raise UserError(f"{path}: tensor {tensor.name} ({kind}) can't be read.") from error
-        values = values.reshape(tuple(int(n) for n in tensor.shape[::-1]))
-        if name.endswith("q_proj.weight"):
-            values = _deinterleave(values, fields["llama.attention.head_count"])
-        elif name.endswith("k_proj.weight"):
-            values = _deinterleave(values, fields["llama.attention.head_count_kv"])
-        tensors[name] = np.ascontiguousarray(values, np.float32)
-    save_file(tensors, directory / "model.safetensors")
-
-    config = _config(fields, tied="lm_head.weight" not in tensors, path=path)
+    metadata, tensors = read(path)
+    name = metadata.read("general.architecture", str)
+    if name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"it holds a {name!r} model, but from GGUF jaxsp reads {known}")
+    if (parts := metadata.read("split.count", int, 1)) != 1:
+        raise UserError(f"it is one of {parts} parts of a model; join them with llama-gguf-split")
+    config = _config(metadata, name, tensors)
+    outputs = _outputs(ARCHITECTURES[name], config, tensors)
+    _tokenizer(metadata, config).save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
-    _tokenizer(fields, path).save_pretrained(directory)
+    _write_safetensors(directory / "model.safetensors", outputs)
 
 
-def _hugging_face_name(name: str, path: Path) -> str:
-    if name in _TENSORS:
-        return _TENSORS[name]
-    match name.split("."):
-        case ["blk", layer, part, kind] if part in _LAYER_TENSORS:
-            return f"model.layers.{layer}.{_LAYER_TENSORS[part]}.{kind}"
-    raise UserError(f"{path} holds the tensor {name}, which a llama model has no place for.")
+def _config(metadata: Metadata, name: str, tensors: dict[str, StoredTensor]) -> dict[str, Any]:
+    """What ``config.json`` says; takes the factors of the rotary pairs out of ``tensors``."""
 
+    def size(field: str, default: int | None = None) -> int:
+        value = metadata.read(f"{name}.{field}", int, default)
+        if not 0 < value < 1 << 31:
+            raise UserError(f"the metadata field {name}.{field} is {value}")
+        return value
 
-def _deinterleave(rows: np.ndarray, heads: int) -> np.ndarray:
-    """``[H·F, D]`` with each head's pairs side by side, to halves as Hugging Face stores them."""
-    return rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def _config(fields: dict[str, Any], tied: bool, path: Path) -> dict[str, Any]:
-    if fields.get("llama.rope.scaling.type", "none") != "none":
-        kind = fields["llama.rope.scaling.type"]
-        raise UserError(f"{path} scales its rope by {kind!r}, which jaxsp does not read from GGUF.")
-    heads = int(fields["llama.attention.head_count"])
-    width = int(fields["llama.embedding_length"])
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+    if "token_embd.weight" not in tensors:
+        raise UserError("it lacks the tensor token_embd.weight")
+    words = metadata.read("tokenizer.ggml.tokens", list)
+    vocabulary = tensors["token_embd.weight"].shape[0]
+    layers, width, heads = (
+        size(field) for field in ("block_count", "embedding_length", "attention.head_count")
+    )
+    if layers > len(tensors):
+        raise UserError(f"it has {len(tensors)} tensors for {layers} layers")
+    if len(words) > vocabulary:
+        raise UserError(f"it has {len(words)} tokens, but embeddings of only {vocabulary}")
+    head = size("attention.key_length", width // heads)
+    if head % 2 or size("rope.dimension_count", head) != head:
+        raise UserError("its rotary embedding does not turn whole heads")
+    if not metadata.read(f"{name}.attention.causal", bool, True):
+        raise UserError("its attention is not causal, so it is no language model")
+    config = {
+        # Without a version some releases take the tokenizer for one of old, with a known mistake.
+        "transformers_version": importlib.metadata.version("transformers"),
+        "architectures": [ARCHITECTURES[name].class_name],
+        "model_type": ARCHITECTURES[name].model_type,
+        "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": int(fields["llama.feed_forward_length"]),
-        "num_hidden_layers": int(fields["llama.block_count"]),
+        "intermediate_size": size("feed_forward_length"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": int(fields.get("llama.attention.head_count_kv", heads)),
-        "head_dim": int(fields.get("llama.rope.dimension_count", width // heads)),
-        "max_position_embeddings": int(fields["llama.context_length"]),
-        "rms_norm_eps": float(fields["llama.attention.layer_norm_rms_epsilon"]),
-        "rope_theta": float(fields.get("llama.rope.freq_base", 10000.0)),
-        "tie_word_embeddings": tied,
-        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "num_key_value_heads": size("attention.head_count_kv", heads),
+        "head_dim": head,
+        "max_position_embeddings": size("context_length"),
+        "rms_norm_eps": _positive(metadata, f"{name}.attention.layer_norm_rms_epsilon"),
+        "rope_parameters": _rope(metadata, name, head, tensors.pop(_ROPE_FACTORS, None)),
+        "tie_word_embeddings": not _HEAD.keys() & tensors.keys(),
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": _stops(metadata, words),
+    }
+    match name:
+        case "llama":
+            config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+            config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+        case "gemma3":
+            config |= _gemma3(metadata, config)
+    return config
+
+
+def _gemma3(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    """Sliding windows, which turn by a base of their own, and the scale of attention."""
+    layers, head = config["num_hidden_layers"], config["head_dim"]
+    window = metadata.read("gemma3.attention.sliding_window", int, 0)
+    field = "gemma3.attention.sliding_window_pattern"
+    if isinstance(metadata.get(field), np.ndarray):
+        slides = metadata.read(field, np.ndarray).astype(bool).tolist()
+    else:
+        every = metadata.read(field, int, 6)
+        slides = [not every or layer % every != 0 for layer in range(1, layers + 1)]
+    if not 0 <= window < 1 << 31 or len(slides) != layers:
+        raise UserError(f"its sliding window is {window}, in {len(slides)} of {layers} layers")
+    base = _positive(metadata, "gemma3.rope.freq_base_swa", 10000.0)
+    cap = metadata.read("gemma3.final_logit_softcapping", float, 0.0)
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        # The model with 62 layers (27B) scales by the width of a head it would have without its own.
+        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
+        if layers == 62
+        else head,
+        "sliding_window": window or None,
+        "layer_types": [
+            "sliding_attention" if window and its else "full_attention" for its in slides
+        ],
+        "rope_parameters": {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": base},
+        },
+        "final_logit_softcapping": cap or None,
     }
 
 
-def _tokenizer(fields: dict[str, Any], path: Path):
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+def _rope(metadata: Metadata, name: str, head: int, factors: StoredTensor | None) -> dict[str, Any]:
+    """``rope_parameters`` of ``config.json``."""
+    scaling = f"{name}.rope.scaling."
+    fields = {
+        "factor": f"{scaling}factor",
+        "original_max_position_embeddings": f"{scaling}original_context_length",
+        "beta_fast": f"{scaling}yarn_beta_fast",
+        "beta_slow": f"{scaling}yarn_beta_slow",
+    }
+    known = {f"{scaling}type", f"{scaling}finetuned", *fields.values()}
+    unknown = [key for key in metadata if key.startswith(f"{name}.rope.scal") and key not in known]
+    kind = metadata.read(f"{scaling}type", str, "linear")
+    if unknown or kind not in ("none", "linear", "yarn"):
+        raise UserError(
+            f"it scales its rope by {kind!r} {' '.join(unknown)}, which jaxsp can't read"
+        )
+    plain = {"rope_theta": _positive(metadata, f"{name}.rope.freq_base", 10000.0)}
+    given = {
+        theirs: _positive(metadata, ours) for theirs, ours in fields.items() if ours in metadata
+    }
+    scaled = kind != "none" and given.get("factor", 1.0) != 1.0
+    if factors is not None:
+        if scaled:
+            raise UserError(f"it scales its rope by both {_ROPE_FACTORS} and {kind!r}")
+        return plain | _llama3(factors, plain["rope_theta"], head)
+    if not scaled:
+        return {"rope_type": "default"} | plain
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": given["factor"]} | plain
+    window = metadata.read(fields["original_max_position_embeddings"], int)
+    return {"rope_type": "yarn"} | plain | given | {"original_max_position_embeddings": window}
+
+
+def _llama3(factors: StoredTensor, theta: float, head: int) -> dict[str, Any]:
+    """The parameters that give these factors; Llama's models differ in the largest alone."""
+    if factors.shape != (head // 2,) or factors.kind != gguf.GGMLQuantizationType.F32:
+        raise UserError(f"its {_ROPE_FACTORS} is not one float32 for each rotary pair")
+    found = factors.rows.view(np.float32)[:, 0]
+    parameters = {"rope_type": "llama3", "factor": float(found.max()), **_LLAMA3}
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    frequencies = theta ** -(np.arange(0, head, 2) / head)
+    turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    with np.errstate(all="ignore"):
+        expected = 1 / ((1 - keep) / parameters["factor"] + keep)
+    if not np.allclose(found, expected, rtol=1e-4, atol=0.0):
+        raise UserError(f"its {_ROPE_FACTORS} scales the rope in a way that is not Llama 3's")
+    return parameters
+
+
+def _positive(metadata: Metadata, field: str, default: float | None = None) -> float:
+    value = metadata.read(field, float, default)
+    if not 1e-30 < value < 1e30:
+        raise UserError(f"the metadata field {field} is {value}")
+    return float(str(np.float32(value)))  # 1e-05 and not the float32 next to it
+
+
+def _stops(metadata: Metadata, words: list[str]) -> int | list[int] | None:
+    named = [gguf_tokenizer.special_token(metadata, words, role) for role in ("eos", "eot")]
+    found = {word: i for i, word in enumerate(words) if word in named or word in _TURN_ENDS}
+    stops = sorted(found.values())
+    return stops[0] if len(stops) == 1 else stops or None
+
+
+def _outputs(
+    architecture: Architecture, config: dict[str, Any], tensors: dict[str, StoredTensor]
+) -> dict[str, _Output]:
+    """The checkpoint's tensors by name, each of the shape that the configuration implies."""
+    head = config["head_dim"]
+    sizes = {
+        "V": config["vocab_size"],
+        "D": config["hidden_size"],
+        "M": config["intermediate_size"],
+        "Q": config["num_attention_heads"] * head,
+        "K": config["num_key_value_heads"] * head,
+        "F": head,
+    }
+
+    def in_layers(table: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+        return {
+            f"blk.{layer}.{ours}": (f"model.layers.{layer}.{theirs}", shape)
+            for layer in range(config["num_hidden_layers"])
+            for ours, (theirs, shape) in table.items()
+        }
+
+    needed = _MODEL | in_layers(architecture.layer)
+    known = needed | _HEAD | in_layers(architecture.optional)
+    if missing := needed.keys() - tensors.keys():
+        raise UserError(f"it lacks the tensor {min(missing)}")
+    if extra := tensors.keys() - known.keys():
+        raise UserError(f"it holds the tensor {min(extra)}, which jaxsp has no place for")
+    outputs = {}
+    for name, tensor in tensors.items():
+        theirs, letters = known[name]
+        shape = tuple(sizes[letter] for letter in letters)
+        if tensor.shape != shape:
+            raise UserError(f"its tensor {name} is {tensor.shape}, but by its metadata {shape}")
+        part = name.split(".")[-2]
+        heads = config[_PAIRED[part]] if architecture.paired and part in _PAIRED else 0
+        offset = architecture.norm_offset if theirs.endswith("norm.weight") else 0.0
+        outputs[theirs] = _Output(tensor, heads, offset)
+    return outputs
+
+
+def _write_safetensors(path: Path, tensors: dict[str, _Output]) -> None:
+    """The length of a JSON header, the header, and the tensors' bytes one after the other."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + math.prod(tensor.stored.shape) * _WIDTHS[tensor.dtype]
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.stored.shape,
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            for piece in tensor.pieces(name):
+                file.write(piece.data)
+
+
+def _tokenizer(metadata: Metadata, config: dict[str, Any]) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
-    # llama.cpp's `pre` names the splitting rules; these give its exact ids.
-    splitters = {
-        "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True)],
-        "gpt-2": list,
-    }
-    kind, pre = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or pre not in splitters:
-        raise UserError(
-            f"{path} has a {kind!r} tokenizer with splitting rules {pre!r}; from GGUF jaxsp reads"
-            f" 'gpt2' tokenizers with {sorted(splitters)}. Use the model's original directory."
-        )
-    words = fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("tokenizer.ggml.merges", [])]
-    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splitters[pre](), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    control, user_defined = 3, 4  # llama.cpp's token types
-    for word, word_type in zip(words, fields["tokenizer.ggml.token_type"], strict=True):
-        if word_type == control:
-            tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False)])
-        elif word_type == user_defined:
-            tokenizer.add_tokens([AddedToken(word, special=False, normalized=False)])
-
-    def token(role: str) -> str | None:
-        i = fields.get(f"tokenizer.ggml.{role}_token_id")
-        return None if i is None else words[i]
-
+    words = metadata.read("tokenizer.ggml.tokens", list)
+    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=fields.get("tokenizer.chat_template"),
-        model_max_length=int(fields["llama.context_length"]),
+        tokenizer_object=gguf_tokenizer.build(metadata),
+        chat_template=metadata.read("tokenizer.chat_template", str, "") or None,
+        model_max_length=config["max_position_embeddings"],
         clean_up_tokenization_spaces=False,
-        bos_token=token("bos"),
-        eos_token=token("eos"),
-        unk_token=token("unknown"),
-        pad_token=token("padding"),
+        **{
+            f"{theirs}_token": gguf_tokenizer.special_token(metadata, words, ours)
+            for theirs, ours in roles.items()
+        },
     )

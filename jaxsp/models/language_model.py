@@ -9,11 +9,13 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsp.models import decoder, gguf
 from jaxsp.models.config import DecoderConfig
@@ -72,6 +74,15 @@ class LanguageModel:
         logits = _logits(self.params, self.config, rows)
         return logits.reshape(*inputs.shape[:-1], -1)
 
+    def check_ids(self, ids: Sequence[int] | np.ndarray) -> None:
+        """Raises ``UserError`` if the model has no embedding for one of these token ids."""
+        if len(ids) and max(ids) >= self.config.vocab_size:
+            word = self.tokenizer.convert_ids_to_tokens(int(max(ids))) if self.tokenizer else None
+            raise UserError(
+                f"Token {word!r} has the id {max(ids)}, beyond the model's vocabulary of"
+                f" {self.config.vocab_size}; take it out of the text."
+            )
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Identifies the weights: two models with the same fingerprint give the same logits."""
@@ -119,18 +130,17 @@ def load_model(
     dtype = default_dtype() if dtype is None else dtype
     if dtype not in DTYPES:
         raise UserError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
-    if dtype != "float32" and _cpu_lacks_bfloat16():
-        raise UserError(
-            f"jax {jax.__version__} can't train in {dtype} on a CPU; choose dtype float32, or jax"
-            " 0.10 or newer."
-        )
+    if lack := _lacks(dtype):
+        raise UserError(f"{lack}; choose dtype {default_dtype()}.")
     directory = _directory(os.fspath(name_or_path))
     hf = _hugging_face_config(directory)
     family = FAMILIES[hf.model_type]
     config = family.config(hf, dtype)
-    params = load_params(weight_files(directory), config, family.WEIGHTS)
+    params = load_params(weight_files(directory), config, family.tensors(config))
     if isinstance(tokenizer, str):
         tokenizer = _load_tokenizer(directory)
+    stop_ids = _stop_ids(directory, tokenizer)
+    _check_ids(config, tokenizer, stop_ids)
     jax.block_until_ready(params)
     return LanguageModel(
         name=os.fspath(name_or_path),
@@ -138,17 +148,17 @@ def load_model(
         params=params,
         tokenizer=tokenizer,
         directory=directory,
-        stop_ids=_stop_ids(directory, tokenizer),
+        stop_ids=stop_ids,
         load_seconds=time.perf_counter() - started,
     )
 
 
 def default_dtype() -> str:
     """bfloat16 where the default device multiplies it natively, else float32."""
+    if _lacks("bfloat16"):
+        return "float32"
     if jax.default_backend() != "cpu":
         return "bfloat16"
-    if _cpu_lacks_bfloat16():
-        return "float32"
     try:
         flags = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:
@@ -156,9 +166,19 @@ def default_dtype() -> str:
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
-def _cpu_lacks_bfloat16() -> bool:
-    # jax 0.7.2 lacks some bf16 products with float32 sums in the backward pass; 0.10.2 has them.
-    return jax.default_backend() == "cpu" and jax.__version_info__ < (0, 10)
+def _lacks(dtype: str) -> str | None:
+    """Why the default device can't be used with this dtype, if it can't."""
+    backend, device = jax.default_backend(), jax.devices()[0]
+    if backend == "cpu" and dtype != "float32" and jax.__version_info__ < (0, 10):
+        # Some bf16 products with float32 sums are missing in the backward pass of 0.7.2; 0.10.2 has them.
+        return f"jax {jax.__version__} can't train in {dtype} on a CPU (0.10 or newer can)"
+    if backend == "tpu" and dtype == "float16":
+        return "A TPU has no float16"
+    if backend == "gpu" and dtype == "bfloat16":
+        capability = str(getattr(device, "compute_capability", "8.0"))
+        if float(capability) < 8:
+            return f"{device.device_kind} (compute capability {capability}) has no bfloat16"
+    return None
 
 
 def _directory(name: str) -> Path:
@@ -221,9 +241,31 @@ def _hugging_face_config(directory: Path):
         known = ", ".join(sorted(FAMILIES))
         raise UserError(f"{file}: model_type {model_type!r} is not supported; jaxsp runs {known}.")
     try:
-        return AutoConfig.from_pretrained(directory)
+        hf = AutoConfig.from_pretrained(directory)
     except Exception as error:  # validation errors of many kinds, all about this file
         raise UserError(f"{file} is not a valid configuration ({error}).") from error
+    if method := getattr(hf, "quantization_config", None):
+        raise UserError(
+            f"{file}: the weights are quantised ({method.get('quant_method', 'unknown method')});"
+            " use the original checkpoint, or a GGUF file."
+        )
+    return hf
+
+
+def _check_ids(
+    config: DecoderConfig, tokenizer: PreTrainedTokenizerBase | None, stop_ids: tuple[int, ...]
+) -> None:
+    """The model has an embedding for every id; added tokens are checked when a text has one."""
+    if beyond := [i for i in stop_ids if i >= config.vocab_size]:
+        raise UserError(
+            f"The end-of-text id {beyond[0]} is beyond the model's vocabulary of"
+            f" {config.vocab_size}; the configuration or the tokenizer is another model's."
+        )
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: it is"
+            " another model's."
+        )
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

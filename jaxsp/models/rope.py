@@ -1,13 +1,15 @@
-"""Rotary position embeddings: the frequencies of each rope type, and the rotation.
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864): each rope type, and the rotation.
 
-References: Su et al. 2021 (arXiv:2104.09864); the ``llama3`` scaling is that of Llama 3.1
-(arXiv:2407.21783) as configured by ``rope_parameters`` in ``config.json``.
+Types are those of ``rope_parameters`` in ``config.json``: ``linear`` (Chen et al. 2023,
+arXiv:2306.15595), ``yarn`` (Peng et al. 2023, arXiv:2309.00071) and ``llama3`` (Grattafiori et al.
+2024, arXiv:2407.21783).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,58 +18,127 @@ import numpy as np
 from jaxsp.typing import Array, Float, Int, UserError
 
 
-def _plain(theta: float, head_width: int) -> np.ndarray:
-    # float32 throughout, as the reference implementations do: at position 8,000 the rounding of a
-    # frequency is a visible angle.
-    exponent = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
-    return np.float32(1.0) / np.power(np.float32(theta), exponent)
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """How far each pair of a head's coordinates turns from one position to the next.
+
+    Attributes:
+      frequencies: radians per position, each exactly a float32 number; ``n`` of them turn the first
+        ``2n`` coordinates. All 0: no positions at all (NoPE).
+      magnitude: factor on the rotated queries and keys.
+    """
+
+    frequencies: tuple[float, ...]
+    magnitude: float = 1.0
+
+    def without_positions(self) -> Rope:
+        """The same width turned by nothing, for layers that ignore positions."""
+        return Rope((0.0,) * len(self.frequencies))
 
 
-def _llama3(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
+# Each takes the plain frequencies and the parameters, and returns frequencies and a magnitude. float32
+# throughout, as the reference implementations: at position 8,000 the rounding of a frequency is a
+# visible angle.
+_Scaled = tuple[np.ndarray, float]
+
+
+def _default(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> _Scaled:
+    return frequencies, 1.0
+
+
+def _linear(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> _Scaled:
+    return frequencies / np.float32(parameters["factor"]), 1.0
+
+
+def _llama3(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> _Scaled:
     factor = parameters["factor"]
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     window = parameters["original_max_position_embeddings"]
     turns = window * frequencies / (2 * math.pi)  # full turns within the original window
-    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 0: stretch, 1: leave alone
-    return ((1 - blend) * frequencies / factor + blend * frequencies).astype(np.float32)
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 0: stretch, 1: leave alone
+    return (1 - keep) * frequencies / factor + keep * frequencies, 1.0
 
 
-def rope_frequencies(parameters: Mapping[str, Any], head_width: int) -> tuple[float, ...]:
-    """Radians per position of each rotary pair.
+def _yarn(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> _Scaled:
+    window, theta = parameters["original_max_position_embeddings"], parameters["rope_theta"]
+    factor = parameters["factor"]
+    pairs = len(frequencies)
+
+    def pair_that_turns(times: float) -> float:
+        return pairs * math.log(window / (times * 2 * math.pi)) / math.log(theta)
+
+    first = pair_that_turns(parameters.get("beta_fast") or 32)
+    last = pair_that_turns(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    ramp = (np.arange(pairs, dtype=np.float32) - first) / max(last - first, 0.001)
+    stretch = np.clip(ramp, 0.0, 1.0).astype(np.float32)  # 1: slow pairs, interpolated
+    scaled = stretch * frequencies / np.float32(factor) + (1 - stretch) * frequencies
+
+    def temperature(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    magnitude = parameters.get("attention_factor")
+    if magnitude is None:
+        both = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        magnitude = (
+            temperature(both[0]) / temperature(both[1]) if both[0] and both[1] else temperature(1.0)
+        )
+    return scaled, float(magnitude)
+
+
+ROPE_TYPES: dict[str, Callable[[np.ndarray, Mapping[str, Any]], _Scaled]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+
+
+def make_rope(parameters: Mapping[str, Any], head_width: int) -> Rope:
+    """The rotation that a ``transformers`` config asks for.
 
     Args:
-      parameters: ``rope_parameters`` of a ``transformers`` config: ``rope_theta``, ``rope_type`` and
-        what that type needs.
+      parameters: ``rope_parameters`` of the config: ``rope_theta``, ``rope_type`` and what that type
+        needs; ``partial_rotary_factor`` is the part of a head that turns, 1 by default.
       head_width: width of one attention head.
 
-    Returns:
-      ``head_width / 2`` frequencies, each exactly a float32 number.
-
     Raises:
-      UserError: the rope type is not one of ``default``, ``llama3``.
+      UserError: the rope type is not a key of ``ROPE_TYPES``, or lacks a parameter.
     """
     kind = parameters.get("rope_type", "default")
-    frequencies = _plain(parameters["rope_theta"], head_width)
-    if kind == "llama3":
-        frequencies = _llama3(frequencies, parameters)
-    elif kind != "default":
-        raise UserError(f"Rope type {kind!r} is not supported; jaxsp knows 'default' and 'llama3'.")
-    return tuple(float(f) for f in frequencies)
+    if kind not in ROPE_TYPES:
+        known = ", ".join(ROPE_TYPES)
+        raise UserError(f"Rope type {kind!r} is not supported; jaxsp knows {known}.")
+    turned = int(head_width * parameters.get("partial_rotary_factor", 1.0))
+    exponents = np.arange(0, turned, 2, dtype=np.float32) / np.float32(turned)
+    try:
+        plain = np.float32(1.0) / np.power(np.float32(parameters["rope_theta"]), exponents)
+        frequencies, magnitude = ROPE_TYPES[kind](plain, parameters)
+    except KeyError as error:
+        raise UserError(f"rope_parameters of type {kind!r} lack {error}.") from error
+    return Rope(tuple(float(f) for f in frequencies.astype(np.float32)), magnitude)
 
 
 def rotation(
-    positions: Int[Array, "b t"], frequencies: tuple[float, ...]
-) -> tuple[Float[Array, "b t half"], Float[Array, "b t half"]]:
-    """Cosine and sine of every position's angles, float32."""
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
-    return jnp.cos(angles), jnp.sin(angles)
+    positions: Int[Array, "b t"], rope: Rope
+) -> tuple[Float[Array, "b t n"], Float[Array, "b t n"]]:
+    """Cosine and sine of every position's angles, times the magnitude, float32."""
+    frequencies = jnp.asarray(rope.frequencies, jnp.float32)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * rope.magnitude, jnp.sin(angles) * rope.magnitude
 
 
 def rotate(
     x: Float[Array, "b t heads f"],
-    cos_sin: tuple[Float[Array, "b t half"], Float[Array, "b t half"]],
+    cos_sin: tuple[Float[Array, "b t n"], Float[Array, "b t n"]],
 ) -> Float[Array, "b t heads f"]:
-    """Turns the pairs ``(x[i], x[i + F/2])`` by their angle (the layout of Hugging Face weights)."""
+    """Turns the pairs ``(x[i], x[i + n])`` by their angle (the layout of Hugging Face weights).
+
+    Coordinates from ``2n`` on stay as they are.
+    """
     cos, sin = (part[:, :, None, :].astype(x.dtype) for part in cos_sin)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    n = cos.shape[-1]
+    first, second, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.decoder import parameter_shapes
 from jaxsp.typing import Params, UserError
 
-# Buffers that old checkpoints carry and that follow from the config.
-_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+READ_BYTES = 8 * 2**20
+"""Longest piece of a tensor read at once: beside the parameters, loading holds two of it."""
+
+# Buffers that old checkpoints carry and that follow from the config: rotary frequencies, GPT-2's masks.
+_DERIVED = re.compile(
+    r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    r"|(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
+)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -49,66 +58,96 @@ def weight_files(directory: Path) -> list[Path]:
     return [file]
 
 
-class Checkpoint:
-    """Open safetensors files as one mapping from tensor name to array, each read when asked for."""
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a parameter of the decoder stands in a checkpoint.
 
-    def __init__(self, files: list[Path], stack: contextlib.ExitStack) -> None:
-        self._handles: dict[str, Any] = {}
+    Attributes:
+      name: of the tensor; ``{layer}`` where the layer's number stands.
+      rows: which outputs are meant, where several matrices are stored as one.
+      transposed: the file has matrices as ``[outputs, inputs]``, as torch's ``Linear`` does.
+      plus: added to what is stored; Gemma stores norm weights less one.
+    """
+
+    name: str
+    rows: tuple[int, int] | None = None
+    transposed: bool = True
+    plus: float = 0.0
+
+
+class Checkpoint:
+    """Safetensors files as one mapping from tensor name to array.
+
+    A file is opened for each read: what is mapped into memory is one tensor, however long the model.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files: dict[str, Path] = {}
         for file in files:
-            try:
-                handle = stack.enter_context(safe_open(file, framework="numpy"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{file} is not a complete safetensors file ({error}); download it again."
-                ) from error
-            self._handles.update(dict.fromkeys(handle.keys(), handle))
+            with self._open(file) as handle:
+                self._files.update(dict.fromkeys(handle.keys(), file))
+
+    @staticmethod
+    def _open(file: Path) -> Any:
+        try:
+            return safe_open(file, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{file} is not a complete safetensors file ({error}); download it again."
+            ) from error
 
     def names(self) -> set[str]:
-        return set(self._handles)
+        return set(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handles[name].get_slice(name).get_shape())
+        with self._open(self._files[name]) as handle:
+            return tuple(handle.get_slice(name).get_shape())
 
-    def read(self, name: str) -> np.ndarray:
-        return self._handles[name].get_tensor(name)
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A copy of the tensor, or of the part of it that ``index`` cuts out."""
+        with self._open(self._files[name]) as handle:
+            return handle.get_slice(name)[index] if index else handle.get_tensor(name)
 
 
-def load_params(files: list[Path], config: DecoderConfig, names: dict[str, str]) -> Params:
-    """Reads a checkpoint into the decoder's parameter tree, in ``config.dtype``.
+def load_params(
+    files: list[Path],
+    config: DecoderConfig,
+    tensors: Mapping[str, Tensor],
+    sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+) -> Params:
+    """Reads a checkpoint into the decoder's parameter tree, each tensor straight into its place.
+
+    Beside the parameters themselves the host holds ``READ_BYTES`` of a tensor, and one device's shard of
+    one parameter where the device has a memory of its own.
 
     Args:
       files: safetensors files, from ``weight_files``.
       config: the decoder that the weights are for.
-      names: the family's ``WEIGHTS``.
+      tensors: the family's ``tensors(config)``.
+      sharding: of the parameter with this path and shape; by default all is on the default device.
 
     Returns:
-      The parameter tree, on the default device; layers stacked along the first axis.
+      The parameter tree; layers stacked along the first axis.
 
     Raises:
-      UserError: a tensor is missing, left over or of another shape, or a file is truncated.
+      UserError: a tensor is missing, left over, of another shape or not of floats; or a file is damaged.
     """
-    expected: dict[str, Any] = {
+    leaves: dict[str, Any] = {
         "/".join(path): leaf for path, leaf in flatten_dict(parameter_shapes(config)).items()
     }
-    tensors = {path: list(_tensor_names(names[path], config.layers)) for path in expected}
-    with contextlib.ExitStack() as stack:
-        checkpoint = Checkpoint(files, stack)
-        present = {name for name in checkpoint.names() if not _DERIVED.fullmatch(name)}
-        wanted = {name for group in tensors.values() for name in group}
-        if config.tied_head:
-            present = _without_tied_copy(checkpoint, present, names)
-        if missing := sorted(wanted - present):
-            raise UserError(
-                f"The checkpoint lacks {_some(missing)}, which its config.json asks for."
-            )
-        if extra := sorted(present - wanted):
-            raise UserError(
-                f"The checkpoint holds {_some(extra)}, which its config.json has no place for."
-            )
-        params = {
-            tuple(path.split("/")): _read(checkpoint, tensors[path], leaf, path.endswith("/kernel"))
-            for path, leaf in expected.items()
-        }
+    checkpoint = Checkpoint(files)
+    tensors = _as_named(checkpoint, tensors)
+    places = _places(leaves, tensors)
+    _check_names(checkpoint, places, tensors, config)
+    for place in places.values():
+        place.check(checkpoint)
+    params = {}
+    for path, leaf in leaves.items():
+        params[tuple(path.split("/"))] = jax.make_array_from_callback(
+            leaf.shape,
+            sharding(path, leaf.shape) if sharding else SingleDeviceSharding(jax.devices()[0]),
+            functools.partial(places[path].read, checkpoint),
+        )
     return unflatten_dict(params)
 
 
@@ -118,58 +157,146 @@ def fingerprint(files: list[Path]) -> str:
     A full hash of a large model would take longer than using it; any training changes these blocks.
     """
     digest = hashlib.sha256()
-    with contextlib.ExitStack() as stack:
-        checkpoint = Checkpoint(files, stack)
-        for name in sorted(checkpoint.names()):
-            data = checkpoint.read(name)
-            digest.update(f"{name} {data.shape} {data.dtype}".encode())
-            flat = data.reshape(-1).view(np.uint8)
-            block = 4096
-            starts = np.linspace(0, max(0, flat.size - block), 16).astype(np.int64)
-            for start in starts:
-                digest.update(flat[start : start + block].tobytes())
+    checkpoint = Checkpoint(files)
+    for name in sorted(checkpoint.names()):
+        data = checkpoint.read(name)
+        digest.update(f"{name} {data.shape} {data.dtype}".encode())
+        flat = data.reshape(-1).view(np.uint8)
+        block = 4096
+        starts = np.linspace(0, max(0, flat.size - block), 16).astype(np.int64)
+        for start in starts:
+            digest.update(flat[start : start + block].tobytes())
     return digest.hexdigest()
 
 
-def _tensor_names(template: str, layers: int) -> Iterator[str]:
-    if "{layer}" in template:
-        yield from (template.format(layer=layer) for layer in range(layers))
-    else:
-        yield template
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A parameter and the tensors that it is read from: one a layer, or one."""
+
+    leaf: jax.ShapeDtypeStruct
+    tensor: Tensor
+    transposed: bool
+    outputs: int
+    """Of the whole stored tensor, which may hold other matrices, too."""
+
+    @property
+    def stacked(self) -> bool:
+        return "{layer}" in self.tensor.name
+
+    @property
+    def names(self) -> list[str]:
+        layers = self.leaf.shape[0] if self.stacked else 1
+        return [self.tensor.name.format(layer=layer) for layer in range(layers)]
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        shape = [*self.leaf.shape[self.stacked : -1], self.outputs]
+        expected = shape[::-1] if self.transposed else shape
+        for name in self.names:
+            if checkpoint.shape(name) != tuple(expected):
+                raise UserError(
+                    f"Tensor {name} has shape {list(checkpoint.shape(name))}, but config.json makes it"
+                    f" {expected}."
+                )
+
+    def read(self, checkpoint: Checkpoint, index: tuple[slice, ...] | None) -> np.ndarray:
+        """The part of the parameter that ``index`` cuts out."""
+        index = index or (slice(None),) * len(self.leaf.shape)
+        cut = [slice(*part.indices(n)[:2]) for part, n in zip(index, self.leaf.shape, strict=True)]
+        out = _aligned([part.stop - part.start for part in cut], self.leaf.dtype)
+        names = self.names[cut.pop(0)] if self.stacked else self.names
+        if self.tensor.rows:
+            first = self.tensor.rows[0]
+            cut[-1] = slice(cut[-1].start + first, cut[-1].stop + first)
+        stored = tuple(cut[::-1] if self.transposed else cut)
+        for place, name in zip(out if self.stacked else [out], names, strict=True):
+            target = place.T if self.transposed else place
+            for rows in _chunks(target):
+                first = slice(stored[0].start + rows.start, stored[0].start + rows.stop)
+                data = checkpoint.read(name, (first, *stored[1:]))
+                if not jnp.issubdtype(data.dtype, jnp.floating):
+                    raise UserError(
+                        f"Tensor {name} holds {data.dtype}, not floats: jaxsp reads no quantised"
+                        " safetensors. Use the original checkpoint, or a GGUF file."
+                    )
+                if self.tensor.plus:
+                    data = data.astype(np.float32) + self.tensor.plus
+                target[rows] = data
+        return out
 
 
-def _without_tied_copy(
-    checkpoint: Checkpoint, present: set[str], names: dict[str, str]
-) -> set[str]:
+def _chunks(array: np.ndarray) -> Iterator[slice]:
+    """Runs of rows that hold at most ``READ_BYTES``."""
+    rows = max(1, READ_BYTES * len(array) // max(array.nbytes, 1))
+    return (slice(i, min(i + rows, len(array))) for i in range(0, len(array), rows))
+
+
+def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
+    # On a CPU, jax takes an array that starts at a multiple of 64 bytes as its own, without a copy.
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _as_named(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    # Some checkpoints were saved from the model without its head, one level further down.
+    prefix = tensors["embed_tokens/embedding"].name.split(".")[0] + "."
+    if any(name.startswith(prefix) for name in checkpoint.names()):
+        return tensors
+    return {
+        path: dataclasses.replace(tensor, name=tensor.name.removeprefix(prefix))
+        for path, tensor in tensors.items()
+    }
+
+
+def _places(
+    leaves: dict[str, jax.ShapeDtypeStruct], tensors: Mapping[str, Tensor]
+) -> dict[str, _Place]:
+    outputs: dict[str, int] = {}
+    for path, leaf in leaves.items():
+        tensor = tensors[path]
+        last = tensor.rows[1] if tensor.rows else leaf.shape[-1]
+        outputs[tensor.name] = max(last, outputs.get(tensor.name, 0))
+    return {
+        path: _Place(
+            leaf,
+            tensors[path],
+            tensors[path].transposed and path.endswith("/kernel"),
+            outputs[tensors[path].name],
+        )
+        for path, leaf in leaves.items()
+    }
+
+
+def _check_names(
+    checkpoint: Checkpoint,
+    places: dict[str, _Place],
+    tensors: Mapping[str, Tensor],
+    config: DecoderConfig,
+) -> None:
+    present = {name for name in checkpoint.names() if not _DERIVED.fullmatch(name)}
+    wanted = {name for place in places.values() for name in place.names}
+    if config.tied_head:
+        names = (tensors[path].name for path in ("lm_head/embedding", "embed_tokens/embedding"))
+        present -= _tied_copy(checkpoint, *names)
+    if missing := sorted(wanted - present):
+        raise UserError(f"The checkpoint lacks {_some(missing)}, which its config.json asks for.")
+    if extra := sorted(present - wanted):
+        raise UserError(
+            f"The checkpoint holds {_some(extra)}, which its config.json has no place for."
+        )
+
+
+def _tied_copy(checkpoint: Checkpoint, head: str, table: str) -> set[str]:
     # Some writers store a tied head a second time: harmless when it is the same matrix.
-    head, table = names["lm_head/embedding"], names["embed_tokens/embedding"]
-    if head in present and table in present:
-        if not np.array_equal(checkpoint.read(head), checkpoint.read(table)):
-            raise UserError(
-                f"config.json says that the head is tied, but {head} differs from {table};"
-                " set tie_word_embeddings to false if the head is meant."
-            )
-        return present - {head}
-    return present
-
-
-def _read(
-    checkpoint: Checkpoint, group: list[str], leaf: jax.ShapeDtypeStruct, transpose: bool
-) -> jax.Array:
-    stacked = leaf.shape[0] == len(group) and len(leaf.shape) > 1 and "layers" in group[0]
-    shape = leaf.shape[1:] if stacked else leaf.shape
-    stored = shape[::-1] if transpose else shape
-    out = np.empty(leaf.shape, leaf.dtype)
-    places: Any = out if stacked else [out]
-    for place, name in zip(places, group, strict=True):
-        if checkpoint.shape(name) != stored:
-            raise UserError(
-                f"Tensor {name} has shape {list(checkpoint.shape(name))}, but config.json makes it"
-                f" {list(stored)}."
-            )
-        tensor = checkpoint.read(name)
-        place[...] = tensor.T if transpose else tensor
-    return jnp.asarray(out)
+    if not {head, table} <= checkpoint.names():
+        return set()
+    if not np.array_equal(checkpoint.read(head), checkpoint.read(table)):
+        raise UserError(
+            f"config.json says that the head is tied, but {head} differs from {table};"
+            " set tie_word_embeddings to false if the head is meant."
+        )
+    return {head}
 
 
 def _some(names: list[str]) -> str:

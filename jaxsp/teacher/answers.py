@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from jaxsp.data.rows import pad_ids
-from jaxsp.models.generate import greedy
+from jaxsp.models.generate import Sampling, generate
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.typing import KeyValues
-
-BATCH = 64
 
 
 def answer_ids(
@@ -34,22 +30,12 @@ def answer_ids(
     Returns:
       One list of ids per query.
     """
-    size = min(BATCH, len(queries))
-    longest = max(len(query) for query in queries)
-    answers: list[list[int]] = []
-    for start in range(0, len(queries), size):
-        some = list(queries[start : start + size])
-        ids, offsets = pad_ids([*some, *[[]] * (size - len(some))], longest)
-        tokens, lengths = greedy(
-            model.params,
-            model.config,
-            prefix,
-            ids,
-            offsets,
-            stop_ids=model.stop_ids,
-            max_tokens=max_tokens,
-        )
-        pairs = zip(np.asarray(tokens), np.asarray(lengths), strict=True)
-        answers += [row[:length].tolist() for row, length in pairs][: len(some)]
-        on_batch(len(answers))
-    return answers
+    done = itertools.count(1)
+    return generate(
+        model.params,
+        model.config,
+        prefix,
+        queries,
+        Sampling(stop_ids=model.stop_ids, max_tokens=max_tokens),
+        on_finished=lambda index, ids: on_batch(next(done)),
+    )

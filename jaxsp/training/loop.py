@@ -16,7 +16,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp.data.rows import Rows, batch_indices
+from jaxsp.data.packing import Packing
+from jaxsp.data.rows import Rows
 from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.parallel import Driver
 from jaxsp.training.state import TrainState
@@ -29,7 +30,7 @@ class LoopSettings:
 
     Attributes:
       steps: updates in all.
-      batch_size: rows an update.
+      batch_size: sequences an update, about: as many as fit in the tokens of so many of mean length.
       evaluate_every: steps between held-out evaluations (there is one before the first step and one
         after the last, too).
       checkpoint_every: steps between checkpoints.
@@ -97,6 +98,7 @@ def train(
       NonFiniteLoss: the loss or the gradient is no longer finite.
     """
     lines = _past_lines(watcher.metrics, int(state.step))
+    packing = Packing.of(rows.lengths, settings.batch_size)
     placed = driver.place(state)
     order = np.asarray(state.key)
 
@@ -123,9 +125,8 @@ def train(
                 watcher.on_step(lines[-1])
             for step in range(int(state.step), settings.steps):
                 started = time.perf_counter()
-                batch = rows.take(
-                    batch_indices(len(rows), int(state.cursor), settings.batch_size, order)
-                )
+                drawn = packing.draw(rows.lengths, int(state.cursor), order)
+                batch = packing.pack(rows, drawn, driver.devices)
                 placed, metrics = driver.step(placed, batch)
                 values = {name: float(value) for name, value in metrics.items()}
                 if not all(math.isfinite(value) for value in values.values()):

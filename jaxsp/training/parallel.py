@@ -20,6 +20,9 @@ _AXIS = "devices"
 class Driver(Protocol):
     """Holds the frozen weights where they are needed; turns (state, batch) into (state, metrics)."""
 
+    devices: int
+    """The rows of a batch are a multiple of it."""
+
     def place(self, state: TrainState) -> TrainState:
         """The state as ``step`` takes it, on this driver's devices."""
         ...
@@ -33,6 +36,8 @@ class Driver(Protocol):
 
 class JitDriver:
     """The whole batch on one device."""
+
+    devices = 1
 
     def __init__(self, frozen: Frozen, settings: UpdateSettings) -> None:
         self._frozen = frozen
@@ -54,7 +59,7 @@ class PmapDriver:
     """The batch's rows spread over all local devices; weights and state on each."""
 
     def __init__(self, frozen: Frozen, settings: UpdateSettings) -> None:
-        self._devices = jax.local_device_count()
+        self.devices = jax.local_device_count()
         self._frozen = self._replicate(frozen)
         self._update = jax.pmap(
             lambda frozen, state, batch: update(
@@ -67,7 +72,7 @@ class PmapDriver:
         return self._replicate(state)
 
     def step(self, state: TrainState, batch: Rows) -> tuple[TrainState, dict[str, Array]]:
-        n = self._devices
+        n = self.devices
         if len(batch) % n:
             raise UserError(
                 f"The batch size {len(batch)} can't be divided over {n} devices; choose a multiple"
@@ -84,7 +89,7 @@ class PmapDriver:
         # Once, by pmap itself: passed unmapped, the weights would travel to the devices every step.
         # The same axis name gives the copies the sharding that `step` returns: else it compiles twice.
         copy = jax.pmap(lambda _, tree: tree, axis_name=_AXIS, in_axes=(0, None))
-        return copy(np.arange(self._devices), tree)
+        return copy(np.arange(self.devices), tree)
 
 
 DRIVERS: dict[str, Callable[[Frozen, UpdateSettings], Driver]] = {

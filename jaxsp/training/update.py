@@ -53,6 +53,7 @@ def loss_total(sigma: PyTree, frozen: Frozen, batch: Rows, settings: UpdateSetti
         mask,
         teacher_hidden=jnp.asarray(batch.teacher_hidden),
         targets=jnp.asarray(batch.targets),
+        softcap=config.logit_softcap,
     )
     return masked_sum(settings.objective.cost(values), mask)
 
@@ -92,7 +93,7 @@ def update(
     change, optimizer_state = settings.optimizer.update(
         gradient, state.optimizer_state, state.sigma
     )
-    rows = jnp.int32(len(batch))
+    drawn = batch.sequences
     sigma = optax.apply_updates(state.sigma, change)
     chex.assert_trees_all_equal_shapes_and_dtypes(sigma, state.sigma)  # or the next step recompiles
     state = dataclasses.replace(
@@ -100,7 +101,7 @@ def update(
         sigma=sigma,
         optimizer_state=optimizer_state,
         step=state.step + 1,
-        cursor=state.cursor + (rows if axis_name is None else jax.lax.psum(rows, axis_name)),
+        cursor=state.cursor + (drawn if axis_name is None else jax.lax.psum(drawn, axis_name)),
     )
     metrics = {
         "loss": total / jnp.maximum(count, 1.0),

@@ -1,95 +1,431 @@
-"""Greedy decoding with a cache equals taking the best token of a full forward pass, again and again."""
+"""Generation equals taking tokens from full forward passes, whatever the slots; and what it costs."""
 
 from __future__ import annotations
 
+import dataclasses
+import heapq
+import logging
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxsp import distributions
-from jaxsp.data.rows import pad_ids
-from jaxsp.models import decoder
-from jaxsp.models.generate import greedy, stream
+from jaxsp.models import decoder, generate
+from jaxsp.models.generate import Sampling
 from jaxsp.teacher import answers
+from jaxsp.typing import UserError
+
+CONTEXT = [5, 100, 7, 9, 200, 31]
+QUERIES = [[4, 8, 15], [16], [23, 42, 108, 4, 9, 77, 12], [50, 60], list(range(20, 57))]
 
 
 @pytest.fixture(scope="module")
 def prefix(tiny_model):
-    ids = np.array([[5, 100, 7, 9, 200, 31]])
-    return distributions.context_prefix(tiny_model.params, tiny_model.config, ids)
+    return distributions.context_prefix(tiny_model.params, tiny_model.config, np.array([CONTEXT]))
 
 
-QUERIES = [[4, 8, 15], [16], [23, 42, 108, 4, 9, 77, 12], [50, 60]]
+@pytest.fixture(scope="module")
+def run(tiny_model, prefix):
+    def run(requests, sampling, **options):
+        return generate.generate(
+            tiny_model.params, tiny_model.config, prefix, requests, sampling, **options
+        )
+
+    return run
 
 
-def slowly(model, query, stop_ids, max_tokens):
+@pytest.fixture(scope="module")
+def streamed(tiny_model, prefix):
+    def streamed(request, sampling, **options):
+        tokens = generate.stream(
+            tiny_model.params, tiny_model.config, prefix, request, sampling, **options
+        )
+        return list(tokens)
+
+    return streamed
+
+
+@pytest.fixture(scope="module")
+def slowly(tiny_model):
     """By full forward passes over context, query and answer."""
-    ids = [5, 100, 7, 9, 200, 31, *query]
-    answer = []
-    while len(answer) < max_tokens:
-        answer.append(int(np.argmax(model.logits(ids + answer)[-1])))
-        if answer[-1] in stop_ids:
-            break
-    return answer
+
+    def slowly(query, max_tokens, stop_ids=(), min_tokens=0):
+        answer = []
+        while len(answer) < max_tokens:
+            ids = [*CONTEXT, *query, *answer]
+            padded = [*ids, *[0] * (96 - len(ids))]  # one shape, compiled once
+            logits = np.array(tiny_model.logits(padded)[len(ids) - 1])
+            if len(answer) < min_tokens:
+                logits[list(stop_ids)] = -np.inf
+            answer.append(int(np.argmax(logits)))
+            if answer[-1] in stop_ids:
+                break
+        return answer
+
+    return slowly
 
 
-def test_greedy_equals_full_forward_passes(tiny_model, prefix):
-    expected = [slowly(tiny_model, query, (), 9) for query in QUERIES]
-    ids, offsets = pad_ids([*QUERIES, []])
-    tokens, lengths = greedy(
-        tiny_model.params, tiny_model.config, prefix, ids, offsets, stop_ids=(), max_tokens=9
-    )
-    assert np.asarray(tokens)[:4].tolist() == expected
-    assert lengths[:4].tolist() == [9] * 4
-    streamed = [
-        list(stream(tiny_model.params, tiny_model.config, prefix, q, stop_ids=(), max_tokens=9))
-        for q in QUERIES
-    ]
-    assert streamed == expected
+@pytest.fixture
+def steps(monkeypatch):
+    """The decoding steps done after every call of the compiled loop."""
+    steps = []
+    advance = generate._advance
+
+    def recording(*arguments):
+        state = advance(*arguments)
+        steps.append(int(state.step))
+        return state
+
+    monkeypatch.setattr(generate, "_advance", recording)
+    return steps
 
 
-def test_rows_stop_each_at_their_own_stop_token(tiny_model, prefix):
-    free = [slowly(tiny_model, query, (), 9) for query in QUERIES]
+def uneven(count: int) -> tuple[list[list[int]], list[Sampling]]:
+    """Requests whose answers have 4 to 64 tokens, most of them few."""
+    random = np.random.RandomState(0)
+    lengths = np.clip(4 + random.exponential(12, count), 4, 64).astype(int)
+    requests = [random.randint(3, 259, random.randint(4, 24)).tolist() for _ in lengths]
+    return requests, [Sampling(max_tokens=int(length)) for length in lengths]
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16])
+def test_greedy_equals_full_forward_passes(run, slowly, slots):
+    expected = [slowly(query, 9) for query in QUERIES]
+    assert run(QUERIES, Sampling(max_tokens=9), slots=slots) == expected
+
+
+def test_a_query_longer_than_a_chunk_is_read_in_several(run, slowly, monkeypatch):
+    monkeypatch.setattr(generate, "CHUNK", 16)
+    expected = [slowly(query, 9) for query in QUERIES]
+    assert run(QUERIES, Sampling(max_tokens=9), slots=3) == expected
+
+
+def test_an_answer_may_go_around_the_ring(run, slowly):
+    """The second answer starts in the middle of the ring and ends before where it started."""
+    samplings = [Sampling(max_tokens=n) for n in (9, 16, 16)]
+    expected = [slowly(q, s.max_tokens) for q, s in zip(QUERIES, samplings, strict=False)]
+    assert run(QUERIES[:3], samplings, slots=1) == expected
+
+
+def test_without_a_prefix(tiny_model, run):
+    nothing = decoder.empty_prefix(tiny_model.config)
+    arguments = (tiny_model.params, tiny_model.config, nothing)
+    whole = [[*CONTEXT, *query] for query in QUERIES]
+    sampling = Sampling(max_tokens=6)
+    assert generate.generate(*arguments, whole, sampling) == run(QUERIES, sampling)
+
+
+def test_answers_stop_each_at_their_own_stop_token(run, streamed, slowly):
+    free = [slowly(query, 9) for query in QUERIES]
     stops = (free[0][2], free[2][5])  # these tokens now end a turn
-    expected = [slowly(tiny_model, query, stops, 9) for query in QUERIES]
+    expected = [slowly(query, 9, stops) for query in QUERIES]
     assert len({len(answer) for answer in expected}) > 1
-    ids, offsets = pad_ids(QUERIES)
-    tokens, lengths = greedy(
-        tiny_model.params, tiny_model.config, prefix, ids, offsets, stop_ids=stops, max_tokens=9
+    sampling = Sampling(stop_ids=stops, max_tokens=9)
+    assert run(QUERIES, sampling, slots=3) == expected
+    assert [streamed(query, sampling) for query in QUERIES] == expected
+
+
+def test_stop_tokens_are_banned_before_min_tokens(run, slowly):
+    stop = slowly(QUERIES[0], 9)[2]
+    limits = [(0, 9), (2, 9), (3, 9), (5, 9), (9, 9)]
+    samplings = [
+        Sampling(stop_ids=(stop,), min_tokens=low, max_tokens=high) for low, high in limits
+    ]
+    expected = [slowly(QUERIES[0], high, (stop,), low) for low, high in limits]
+    assert [len(answer) for answer in expected[:2]] == [3, 3]
+    assert stop not in expected[2][:3]
+    assert run([QUERIES[0]] * 5, samplings) == expected
+
+
+def test_the_loop_ends_when_every_answer_has(tiny_model, run, steps):
+    """With every token a stop token one is chosen."""
+    every = tuple(range(tiny_model.config.vocab_size))
+    lengths = [len(answer) for answer in run(QUERIES, Sampling(stop_ids=every, max_tokens=9))]
+    assert lengths == [1] * 5
+    assert steps == [1]
+
+
+def test_answers_come_in_the_order_of_the_requests(run, slowly):
+    """... and are reported as they end: the short ones first."""
+    lengths = [40, 2, 20, 1, 12]
+    samplings = [Sampling(max_tokens=length) for length in lengths]
+    finished = {}
+    found = run(QUERIES, samplings, on_finished=finished.__setitem__)
+    assert found == [slowly(q, n) for q, n in zip(QUERIES, lengths, strict=True)]
+    assert list(finished) == [1, 3, 4, 2, 0]
+    assert [finished[i] for i in range(5)] == found
+
+
+def test_one_slot_serves_first_come_first(run):
+    finished = []
+    requests, samplings = uneven(12)
+    run(requests, samplings, slots=1, on_finished=lambda index, ids: finished.append(index))
+    assert finished == list(range(12))
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16])
+def test_a_slot_is_refilled_as_soon_as_its_sequence_ends(run, steps, slots):
+    """In order of the queue: the steps are those of a simulation."""
+    requests, samplings = uneven(40)
+    run(requests, samplings, slots=slots)
+    free = [0] * slots  # when each slot is
+    for sampling in samplings:
+        heapq.heapreplace(free, free[0] + sampling.max_tokens)
+    assert steps[-1] == max(free)
+
+
+def test_uneven_answers_take_two_thirds_of_the_steps_of_static_batches(run, steps):
+    requests, samplings = uneven(128)
+    together = run(requests, samplings, slots=16)
+    continuous, static = steps[-1], 0
+    apart = []
+    for at in range(0, 128, 16):
+        apart += run(requests[at : at + 16], samplings[at : at + 16], slots=16)
+        static += steps[-1]
+    assert together == apart
+    lengths = [sampling.max_tokens for sampling in samplings]
+    assert static == sum(max(lengths[at : at + 16]) for at in range(0, 128, 16))
+    assert continuous * 1.5 <= static
+
+
+def test_nothing_is_compiled_anew(run, caplog):
+    """Neither for what arrives when, nor for other options, limits, seeds or numbers of requests."""
+    requests, samplings = uneven(40)
+    run(requests, samplings, slots=3, key=jax.random.key(0))
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for other in (
+            Sampling(temperature=0.7, top_k=5, top_p=0.9, max_tokens=60),
+            Sampling(temperature=1.3, min_tokens=2, stop_ids=(2, 9), max_tokens=61),
+            Sampling(stop_strings=("a",), max_tokens=62),
+        ):
+            run(requests[:33], other, slots=3, key=jax.random.key(1), decode=as_letters)
+        compiled = [m for m in caplog.messages if "Compiling" in m and "_advance" in m]
+        assert not compiled
+        run(requests, samplings, slots=5)
+        compiled = [m for m in caplog.messages if "Compiling" in m and "_advance" in m]
+        assert len(compiled) == 1  # the test can fail
+
+
+def test_decoding_does_not_copy_the_caches(tiny_model):
+    config = tiny_model.config.replace(layers=16)
+    params = decoder.parameter_shapes(config)
+    table, chunk = generate._table([[1, 2, 3]] * 4, [Sampling()] * 4, jax.random.key(0))
+    state = generate._start({}, config, table, 4, 4096)
+    before = decoder.empty_prefix(config, 6)
+    compiled = generate._advance.lower(
+        params, config, before, table, state, chunk, np.int32(4), np.zeros(4, bool), np.int32(9)
+    ).compile()
+    cache = state.answer_LBAGF[0].nbytes
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes > 2 * cache
+    assert memory.temp_size_in_bytes < cache / 4  # slices of a layer, its scores
+
+
+# Sampling.
+
+
+@pytest.mark.parametrize("sampling", [
+    Sampling(temperature=0.8, max_tokens=16),
+    Sampling(temperature=1.5, top_k=40, top_p=0.8, max_tokens=16),
+])  # fmt: skip
+def test_samples_do_not_depend_on_slots_or_neighbours(run, streamed, sampling):
+    key = jax.random.key(3)
+    requests = QUERIES
+    expected = run(requests, sampling, slots=1, key=key)
+    assert len({tuple(answer) for answer in expected}) == len(requests)
+    assert run(requests, sampling, slots=3, key=key) == expected
+    assert run(requests, sampling, key=key) == expected
+    assert run(requests, sampling, key=jax.random.key(4)) != expected
+    neighbours = [sampling if i % 2 else Sampling(max_tokens=7) for i in range(len(requests))]
+    assert run(requests, neighbours, key=key)[1::2] == expected[1::2]
+    assert streamed(requests[0], sampling, key=key) == expected[0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_samples_follow_the_softmax(temperature):
+    """Chi-square against softmax(logits / temperature), 7 degrees of freedom, at odds of 1 in 1000."""
+    logits = np.array([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, 0.2])
+    draws = choose(np.tile(logits, (20_000, 1)), Sampling(temperature=temperature))
+    expected = 20_000 * softmax(logits / temperature)
+    found = np.bincount(draws, minlength=8)
+    assert ((found - expected) ** 2 / expected).sum() < 24.32
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(1, 1.0), (3, 1.0), (0, 0.5), (0, 0.9), (4, 0.7), (99, 1e-9)]
+)
+def test_top_k_and_top_p_keep_the_tokens_they_should(top_k, top_p):
+    random = np.random.RandomState(5)
+    for logits in random.standard_normal((3, 12)) * 2:
+        sampling = Sampling(temperature=0.9, top_k=top_k, top_p=top_p)
+        draws = choose(np.tile(logits, (20_000, 1)), sampling)
+        inside = support(logits / 0.9, top_k, top_p)
+        p = np.where(inside, softmax(logits / 0.9), 0)
+        p /= p.sum()
+        found = np.bincount(draws, minlength=12) / 20_000
+        assert (found[~inside] == 0).all()
+        np.testing.assert_allclose(found, p, atol=5 * np.sqrt(0.25 / 20_000))
+        assert (found > 0)[p > 1e-3].all()
+
+
+def test_extreme_temperatures():
+    logits = np.array([[3.0, 4.0, 3.999, -5.0]] * 500)
+    assert (choose(logits, Sampling(temperature=1e-30)) == 1).all()
+    found = np.bincount(choose(logits, Sampling(temperature=1e30)), minlength=4)
+    assert (found > 80).all()
+
+
+def choose(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """A token for every row of logits, each row a request of its own."""
+    n = len(logits)
+    table, _ = generate._table([[1]] * n, [sampling] * n, jax.random.key(11))
+    table = jax.tree.map(lambda column: column[:n], table)
+    return np.asarray(
+        jax.jit(generate._choose)(jnp.asarray(logits, jnp.float32), table, jnp.zeros(n, jnp.int32))
     )
-    ragged = [row[:n].tolist() for row, n in zip(np.asarray(tokens), lengths, strict=True)]
-    assert ragged == expected
 
 
-def test_the_loop_ends_when_all_rows_have(tiny_model, prefix):
-    """With every token a stop token one is chosen; padding rows don't keep the loop running."""
-    ids, offsets = pad_ids([*QUERIES, []])
-    tokens, lengths = greedy(
-        tiny_model.params,
-        tiny_model.config,
-        prefix,
-        ids,
-        offsets,
-        stop_ids=tuple(range(tiny_model.config.vocab_size)),
-        max_tokens=9,
-    )
-    assert lengths.tolist() == [1] * 5
-    assert (np.asarray(tokens)[:, 1:] == 0).all()
+def softmax(x: np.ndarray) -> np.ndarray:
+    p = np.exp(x - x.max())
+    return p / p.sum()
 
 
-def test_batches_change_nothing(tiny_model, prefix, monkeypatch):
-    at_once = answers.answer_ids(tiny_model, prefix, QUERIES, max_tokens=6)
-    monkeypatch.setattr(answers, "BATCH", 3)
+def support(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """Which tokens may be chosen: one by one, from the most probable down."""
+    order = np.argsort(-logits)
+    order = order[:top_k] if top_k else order
+    p = softmax(logits[order])
+    kept, mass = [], 0.0
+    for token, probability in zip(order, p, strict=True):
+        kept.append(token)
+        mass += probability
+        if mass >= top_p:
+            break
+    return np.isin(np.arange(len(logits)), kept)
+
+
+# Stop strings.
+
+
+def as_letters(ids: list[int]) -> str:
+    """Two letters a token."""
+    return "".join(f"{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in ids)
+
+
+@pytest.mark.parametrize("place", [1, 6, 8, 12])
+def test_a_stop_string_across_tokens_cuts_before_it(run, streamed, slowly, place):
+    free = slowly(QUERIES[0], 16)
+    text = as_letters(free)
+    stop = text[2 * place + 1 : 2 * place + 5]  # from the middle of a token
+    cut = text.index(stop) // 2
+    sampling = Sampling(stop_strings=("no such text", stop), max_tokens=16)
+    assert run([QUERIES[0]], sampling, decode=as_letters) == [free[:cut]]
+    assert streamed(QUERIES[0], sampling, decode=as_letters) == free[:cut]
+
+
+def test_a_stop_string_frees_its_slot(run, slowly, steps):
+    free = [slowly(query, 16) for query in QUERIES]
+    stop = as_letters(free[0][3:5])
+    sampling = Sampling(stop_strings=(stop,), max_tokens=16)
+    found = run(QUERIES, sampling, slots=1, decode=as_letters)
+    assert found == [free[0][:3], *free[1:]]
+    assert steps[-1] == generate.STEPS + 4 * 16
+
+
+def test_the_stop_string_that_is_complete_first_counts():
+    """Whether the text is looked at after every token or at its end."""
+    decode = lambda ids: "".join(map(chr, ids))  # noqa: E731
+    ids = [ord(letter) for letter in "xabcdy"]
+    for n in (4, 5, 6):
+        assert generate._end(ids[:n], ("abcd", "bc"), decode) == 2
+    assert generate._end(ids[:3], ("abcd", "bc"), decode) is None
+
+
+def test_tokens_that_may_begin_a_stop_string_are_held_back():
+    decode = lambda ids: bytes(ids).decode("utf-8", "replace")  # noqa: E731
+    stops = ("stop", "é")
+    for text, certain in [("a", 1), ("as", 1), ("ast", 1), ("asto", 1), ("asts", 3), ("asta", 4)]:
+        assert generate._certain([*text.encode()], stops, decode) == certain
+    assert generate._certain([97, 0xC3], stops, decode) == 1  # half an é
+    assert generate._end([97, *"é".encode()], stops, decode) == 1
+    assert generate._certain([97, *"è".encode()], stops, decode) == 3
+
+
+# What can't be meant.
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"temperature": -1.0}, r"temperature must be 0 or more, and finite; got -1\.0\."),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"temperature": float("inf")}, "temperature"),
+    ({"top_k": -3}, r"top_k must be 0 \(all tokens\) or more; got -3"),
+    ({"top_p": 0.0}, r"top_p must be above 0 and at most 1; got 0\.0"),
+    ({"top_p": 1.5}, "top_p"),
+    ({"stop_ids": (4, -1)}, "stop_ids"),
+    ({"stop_strings": "end"}, "stop_strings must be a tuple of texts"),
+    ({"stop_strings": ("",)}, "stop_strings"),
+    ({"max_tokens": 0}, "max_tokens must be at least 1; got 0"),
+    ({"min_tokens": 5, "max_tokens": 4}, r"min_tokens must be between 0 and max_tokens \(4\)"),
+])  # fmt: skip
+def test_sampling_names_the_value_that_is_wrong(options, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**options)
+
+
+@pytest.mark.parametrize(("requests", "sampling", "options", "message"), [
+    ([[4], []], Sampling(), {}, "Request 1 is empty"),
+    ([[4] * 7], Sampling(max_tokens=500), {}, r"Request 0 has 7 tokens; .*\(6\).*\(500\).*513.*512"),
+    ([[4]], Sampling(temperature=0.5), {}, r"Temperature 0\.5 needs a key"),
+    ([[4]], Sampling(stop_strings=("a",)), {}, "need decode"),
+    ([[4]], Sampling(stop_ids=(259,)), {}, "Stop id 259 is not a token"),
+    ([[4]], [Sampling(), Sampling()], {}, "1 requests, but 2 samplings"),
+    ([[4]], Sampling(), {"slots": 0}, "slots must be at least 1; got 0"),
+])  # fmt: skip
+def test_mistakes_are_found_before_any_work(run, steps, requests, sampling, options, message):
+    with pytest.raises(UserError, match=message):
+        run(requests, sampling, **options)
+    assert not steps
+
+
+def test_a_mistake_in_a_stream_is_found_when_it_is_made(tiny_model, prefix):
+    with pytest.raises(UserError, match="Request 0 is empty"):
+        generate.stream(tiny_model.params, tiny_model.config, prefix, [], Sampling())
+
+
+def test_the_window_can_be_filled(run):
+    assert len(run([[4] * 7], Sampling(max_tokens=512 - 6 - 7))[0]) == 499
+
+
+def test_no_requests_no_answers(run):
+    assert run([], Sampling()) == []
+
+
+# The teacher's answers.
+
+
+def test_the_teachers_answers_are_greedy_and_reported(tiny_model, prefix, slowly):
     done: list[int] = []
-    in_batches = answers.answer_ids(tiny_model, prefix, QUERIES, max_tokens=6, on_batch=done.append)
-    assert in_batches == at_once
-    assert done[-1] == len(QUERIES)
+    found = answers.answer_ids(tiny_model, prefix, QUERIES, max_tokens=6, on_batch=done.append)
+    assert found == [slowly(query, 6, tiny_model.stop_ids) for query in QUERIES]
+    assert done == [1, 2, 3, 4, 5]
 
 
 def test_a_prompt_of_the_contexts_embeddings_answers_like_the_context(tiny_model, prefix):
-    ids = np.array([5, 100, 7, 9, 200, 31])
-    sigma = {"embeddings": tiny_model.embed(ids)}
+    sigma = {"embeddings": tiny_model.embed(np.array(CONTEXT))}
     before = decoder.empty_prefix(tiny_model.config)
     same = distributions.prompt_prefix(tiny_model.params, tiny_model.config, sigma, before)
     assert answers.answer_ids(tiny_model, same, QUERIES, max_tokens=6) == answers.answer_ids(
         tiny_model, prefix, QUERIES, max_tokens=6
     )
+
+
+def test_options_of_one_request_leave_the_others_alone(run, slowly):
+    base = Sampling(max_tokens=9)
+    samplings = [dataclasses.replace(base, max_tokens=n) for n in (9, 4, 1, 9, 9)]
+    samplings[3] = dataclasses.replace(base, temperature=5.0)
+    found = run(QUERIES, samplings, key=jax.random.key(0))
+    for i in (0, 1, 2, 4):
+        assert found[i] == slowly(QUERIES[i], samplings[i].max_tokens)
+    assert found[3] != slowly(QUERIES[3], 9)

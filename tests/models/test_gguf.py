@@ -1,78 +1,136 @@
-"""GGUF: the embedded model's tokenizer and weights, the cache, and what is refused."""
+"""GGUF: every architecture, tensor type and tokenizer, the cache, and files that are refused."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import struct
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import gguf
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Kind
+from hypothesis import given, settings
+from safetensors import safe_open
 
 import jaxsp
 from jaxsp.models import gguf as ours
+from jaxsp.models import gguf_file, gguf_tokenizer
 from jaxsp.typing import UserError
 from tests import tiny
 
-IDS = json.loads((Path(__file__).parents[1] / "goldens" / "token_ids.json").read_text("utf-8"))
+GOLDENS = Path(__file__).parents[1] / "goldens"
+IDS = json.loads((GOLDENS / "token_ids.json").read_text("utf-8"))
+KINDS = json.loads((GOLDENS / "token_ids_kinds.json").read_text("utf-8"))
 
-
-@pytest.mark.parametrize("row", IDS, ids=range(len(IDS)))
-def test_token_ids_are_those_of_llama_cpp(smollm2, row):
-    assert smollm2.tokenizer(row["text"]).input_ids == row["ids"]
-    assert smollm2.tokenizer.decode(row["ids"]) == row["text"]
+# What tiny's models have that GGUF can't hold: windows in Qwen 2, any scale of Gemma's attention.
+CONFIGS = {
+    "llama": {"model_type": "llama"},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": False},
+    "qwen3": {"model_type": "qwen3"},
+    "gemma3": {"model_type": "gemma3_text", "query_pre_attn_scalar": 8},
+}
 
 
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to query and key rows."""
-    return rows.reshape(heads, 2, -1, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+    """What llama.cpp's converter does to query and key rows of a llama."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def write_gguf(path: Path, **fields) -> dict:
-    """The tiny model as a GGUF file, quantised by the gguf package; gives its config."""
-    config = tiny.config(tie_word_embeddings=True)
-    writer = gguf.GGUFWriter(path, fields.get("architecture", "llama"))
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(512)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(8)
-    writer.add_rope_freq_base(10000.0)
-    if "rope" in fields:
-        writer.add_rope_scaling_type(fields["rope"])
+def metadata(architecture: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The fields that llama.cpp's converter writes for a configuration."""
     vocabulary = tiny.tokenizer().get_vocab()
-    words = sorted(vocabulary, key=lambda word: vocabulary[word])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(fields.get("pre", "smollm"))
-    writer.add_token_list(words)
-    writer.add_token_types([3 if word in tiny.SPECIAL else 1 for word in words])
-    writer.add_token_merges([])
-    writer.add_eos_token_id(2)
-    writer.add_chat_template(tiny.CHAT_TEMPLATE)
-    back = {theirs: name for name, theirs in ours._TENSORS.items()}
-    layer_back = {theirs: name for name, theirs in ours._LAYER_TENSORS.items()}
+    words = sorted(vocabulary, key=vocabulary.__getitem__)
+    rope = config["rope_parameters"]
+    fields: dict[str, Any] = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.key_length": config["head_dim"],
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+    }
+    if "full_attention" in rope:
+        fields["rope.freq_base_swa"] = rope["sliding_attention"]["rope_theta"]
+        fields["attention.sliding_window"] = config["sliding_window"]
+        fields["attention.sliding_window_pattern"] = [
+            kind == "sliding_attention" for kind in config["layer_types"]
+        ]
+        rope = rope["full_attention"]
+    fields["rope.freq_base"] = rope["rope_theta"]
+    if "factor" in rope:
+        fields |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
+    tokenizer = {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": words,
+        "token_type": [3 if word in tiny.SPECIAL else 1 for word in words],
+        "bos_token_id": config["bos_token_id"],
+        "eos_token_id": config["eos_token_id"],
+    }
+    return {
+        **{f"{architecture}.{name}": value for name, value in fields.items()},
+        **{f"tokenizer.ggml.{name}": value for name, value in tokenizer.items()},
+        "tokenizer.chat_template": tiny.CHAT_TEMPLATE,
+    }
+
+
+def write_gguf(
+    path: Path,
+    architecture: str = "llama",
+    fields: dict[str, Any] | None = None,
+    tensors: dict[str, tuple[np.ndarray, Kind]] | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """The tiny model as llama.cpp's converter would write it; gives its configuration.
+
+    Args:
+      fields: more metadata, or other; ``None`` for a field that is to be missing.
+      tensors: more tensors, or others, by their names in GGUF, as stored.
+      changes: to the configuration.
+    """
+    config = tiny.config(**{**CONFIGS.get(architecture, {}), **changes})
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, value in {**metadata(architecture, config), **(fields or {})}.items():
+        if value is not None:
+            add = {
+                bool: writer.add_bool,
+                int: writer.add_uint32,
+                float: writer.add_float32,
+                str: writer.add_string,
+                list: writer.add_array,
+            }[type(value)]
+            add(name, value)
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[architecture], config["num_hidden_layers"])
+    stored = {}
     for name, tensor in tiny.tensors(config).items():
-        if name in back:
-            gguf_name = back[name]
-        else:
-            _, _, layer, *part, kind = name.split(".")
-            gguf_name = f"blk.{layer}.{layer_back['.'.join(part)]}.{kind}"
-        if name.endswith("q_proj.weight"):
-            tensor = interleave(tensor, 4)
-        elif name.endswith("k_proj.weight"):
-            tensor = interleave(tensor, 2)
-        writer.add_tensor(gguf_name, tensor)
-    if "extra" in fields:
-        writer.add_tensor(fields["extra"], np.zeros((4, 4), np.float32))
+        its = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if architecture == "llama" and "q_proj" in name:
+            tensor = interleave(tensor, config["num_attention_heads"])
+        elif architecture == "llama" and "k_proj" in name:
+            tensor = interleave(tensor, config["num_key_value_heads"])
+        elif architecture == "gemma3" and name.endswith("norm.weight"):
+            tensor = tensor + 1
+        stored[its] = tensor, Kind.F32
+    for name, (tensor, kind) in {**stored, **(tensors or {})}.items():
+        writer.add_tensor(name, tensor, raw_dtype=None if kind == Kind.F32 else kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return config
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    return json.loads((ours.converted(path) / "config.json").read_text("utf-8"))
 
 
 @pytest.fixture
@@ -81,16 +139,290 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_gguf_gives_the_logits_of_the_original(tmp_path, cache):
-    write_gguf(tmp_path / "m.gguf")
-    tiny.write(tmp_path / "original", tie_word_embeddings=True)
+@pytest.fixture
+def frugal():
+    """The test may not need much memory, whatever its file says."""
+    tracemalloc.start()
+    yield
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 40 << 20
+
+
+# Architectures
+
+
+@pytest.mark.parametrize("architecture", ours.ARCHITECTURES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_gguf_gives_the_logits_of_the_original(tmp_path, cache, architecture, tied):
+    config = write_gguf(tmp_path / "m.gguf", architecture, tie_word_embeddings=tied)
+    tiny.write(tmp_path / "original", **config)
     a = jaxsp.load_model(tmp_path / "m.gguf", dtype="float32")
     b = jaxsp.load_model(tmp_path / "original", dtype="float32")
-    np.testing.assert_array_equal(a.logits([[1, 7, 30, 4]]), b.logits([[1, 7, 30, 4]]))
+    ids = [[1, 7, 30, 4, *range(100, 130)]]
+    np.testing.assert_array_equal(a.logits(ids), b.logits(ids))
     text = "<|im_start|>user\n12 words<|im_end|>"
     assert a.tokenizer(text).input_ids == b.tokenizer(text).input_ids
+    assert a.tokenizer.chat_template == b.tokenizer.chat_template
     assert a.stop_ids == b.stop_ids == (2,)
+    assert a.config == b.config
     assert [p.name for p in cache.iterdir()] == [a.directory.name]  # nothing half-written is left
+
+
+def test_a_llama_with_biases(tmp_path, cache):
+    config = write_gguf(tmp_path / "m.gguf", attention_bias=True, mlp_bias=True)
+    tiny.write(tmp_path / "original", **config)
+    a, b = (jaxsp.load_model(tmp_path / name, dtype="float32") for name in ("m.gguf", "original"))
+    np.testing.assert_array_equal(a.logits([[1, 7, 30, 4]]), b.logits([[1, 7, 30, 4]]))
+
+
+def test_sliding_windows_of_gemma3(tmp_path, cache):
+    pattern = "gemma3.attention.sliding_window_pattern"
+    kinds = {}
+    for every in (None, 3):
+        write_gguf(
+            tmp_path / f"{every}.gguf", "gemma3", {pattern: every},
+            num_hidden_layers=7, layer_types=["full_attention"] * 7,
+        )  # fmt: skip
+        kinds[every] = [kind[:4] for kind in config_of(tmp_path / f"{every}.gguf")["layer_types"]]
+    assert kinds == {
+        None: [*["slid"] * 5, "full", "slid"],
+        3: [*["slid", "slid", "full"] * 2, "slid"],
+    }
+    write_gguf(tmp_path / "full.gguf", "gemma3", {"gemma3.attention.sliding_window": None})
+    assert set(config_of(tmp_path / "full.gguf")["layer_types"]) == {"full_attention"}
+
+
+@pytest.mark.parametrize(("layers", "scale"), [(61, 16), (62, 8)])
+def test_scale_of_attention_of_gemma3_27b(tmp_path, cache, layers, scale):
+    write_gguf(
+        tmp_path / "m.gguf", "gemma3", num_hidden_layers=layers, head_dim=16,
+        layer_types=["full_attention"] * layers,
+    )  # fmt: skip
+    assert config_of(tmp_path / "m.gguf")["query_pre_attn_scalar"] == scale
+
+
+def llama3_factors(theta: float, head: int, factor: float, window: int = 8192) -> np.ndarray:
+    """Written out pair by pair from the paper's words."""
+    factors = []
+    for pair in range(head // 2):
+        wavelength = 2 * math.pi * theta ** (2 * pair / head)
+        if wavelength < window / 4:
+            factors.append(1.0)
+        elif wavelength > window:
+            factors.append(factor)
+        else:
+            smooth = (window / wavelength - 1) / 3
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(factors, np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_rope_of_llama3(tmp_path, cache, factor):
+    tensors = {"rope_freqs.weight": (llama3_factors(5e5, 64, factor), Kind.F32)}
+    fields = {"llama.rope.freq_base": 5e5}
+    write_gguf(tmp_path / "m.gguf", fields=fields, tensors=tensors, head_dim=64)
+    assert config_of(tmp_path / "m.gguf")["rope_parameters"] == {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def test_scaled_ropes(tmp_path, cache):
+    linear = {"qwen2.rope.scaling.type": "linear", "qwen2.rope.scaling.factor": 4.0}
+    write_gguf(tmp_path / "linear.gguf", "qwen2", linear)
+    assert config_of(tmp_path / "linear.gguf")["rope_parameters"] == {
+        "rope_type": "linear", "rope_theta": 1e4, "factor": 4.0,
+    }  # fmt: skip
+    yarn = linear | {
+        "qwen2.rope.scaling.type": "yarn",
+        "qwen2.rope.scaling.original_context_length": 128,
+    }
+    write_gguf(tmp_path / "yarn.gguf", "qwen2", yarn)
+    assert config_of(tmp_path / "yarn.gguf")["rope_parameters"] == {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }  # fmt: skip
+    jaxsp.load_model(tmp_path / "yarn.gguf", dtype="float32")
+    none = linear | {"qwen2.rope.scaling.type": "none"}
+    write_gguf(tmp_path / "none.gguf", "qwen2", none)
+    assert config_of(tmp_path / "none.gguf")["rope_parameters"]["rope_type"] == "default"
+
+
+def test_tokens_that_end_a_turn(tmp_path, cache):
+    write_gguf(tmp_path / "m.gguf", fields={"tokenizer.ggml.eos_token_id": 0})
+    assert config_of(tmp_path / "m.gguf")["eos_token_id"] == [0, 2]  # <|im_end|> by its name
+    write_gguf(tmp_path / "n.gguf", fields={"tokenizer.ggml.eot_token_id": 7})
+    assert config_of(tmp_path / "n.gguf")["eos_token_id"] == [2, 7]
+
+
+# Tensor types
+
+UP = "blk.0.ffn_up.weight"
+
+
+def read_up(path: Path) -> tuple[np.ndarray, str]:
+    """What became of the tensor ``UP``, as float32, and its type in the checkpoint."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    with safe_open(ours.converted(path) / "model.safetensors", "numpy") as file:
+        dtype = file.get_slice(name).get_dtype()
+        return np.asarray(file.get_tensor(name), np.float32), dtype
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored", "bound"),  # of the error, relative to the largest of 32 neighbours
+    [
+        (Kind.F32, "F32", 0.0),
+        (Kind.F16, "F16", 2**-11),
+        (Kind.BF16, "BF16", 2**-8),
+        (Kind.Q8_0, "F32", 0.5 / 127 + 2**-10),
+        (Kind.Q5_0, "F32", 1 / 16 + 2**-10),
+        (Kind.Q5_1, "F32", 1 / 31 + 2**-10),
+        (Kind.Q4_0, "F32", 1 / 8 + 2**-10),
+        (Kind.Q4_1, "F32", 1 / 15 + 2**-10),
+    ],
+)
+def test_tensor_types(tmp_path, cache, kind, stored, bound):
+    values = np.random.RandomState(0).standard_normal((48, 32)).astype(np.float32)
+    write_gguf(tmp_path / "m.gguf", tensors={UP: (gguf.quantize(values, kind), kind)})
+    read, dtype = read_up(tmp_path / "m.gguf")
+    assert dtype == stored
+    error = np.abs(read - values) / np.abs(values).max(axis=1, keepdims=True)
+    assert error.max() <= bound
+    jaxsp.load_model(tmp_path / "m.gguf", dtype="float32")
+
+
+def nibbles(block: bytes) -> list[int]:
+    return [b & 15 for b in block] + [b >> 4 for b in block]
+
+
+def half(block: bytes) -> float:
+    return struct.unpack("<e", block)[0]
+
+
+def q4_k(block: bytes) -> list[float]:
+    """256 weights: two float16, 12 bytes with 8 scales and 8 minima of 6 bits, 128 of nibbles."""
+    scale, minimum, packed, weights = half(block[:2]), half(block[2:4]), block[4:16], block[16:]
+    out = []
+    for i in range(8):
+        if i < 4:
+            its, least = packed[i] & 63, packed[i + 4] & 63
+        else:
+            its = packed[i + 4] & 15 | packed[i - 4] >> 6 << 4
+            least = packed[i + 4] >> 4 | packed[i] >> 6 << 4
+        quarter = weights[i // 2 * 32 : i // 2 * 32 + 32]
+        row = nibbles(quarter)[i % 2 * 32 :][:32]
+        out += [scale * its * w - minimum * least for w in row]
+    return out
+
+
+def q6_k(block: bytes) -> list[float]:
+    """256 weights: 128 bytes of low nibbles, 64 of high pairs of bits, 16 int8 scales, one float16."""
+    low, high, scales, scale = block[:128], block[128:192], block[192:208], half(block[208:])
+    out = []
+    for i in range(256):
+        part, place = divmod(i % 128, 32)  # which quarter of which half, and where in it
+        byte = low[i // 128 * 64 + part % 2 * 32 + place]
+        upper = high[i // 128 * 32 + place] >> 2 * part & 3
+        its = struct.unpack("b", scales[i // 16 : i // 16 + 1])[0]
+        out.append(scale * its * ((byte >> 4 * (part // 2) & 15 | upper << 4) - 32))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "decode", "size", "halves"),
+    [(Kind.Q4_K, q4_k, 144, (0, 2)), (Kind.Q6_K, q6_k, 210, (208,))],
+)
+def test_k_quants(tmp_path, cache, kind, decode, size, halves):
+    blocks = np.random.RandomState(0).randint(0, 256, (48, size)).astype(np.uint8)
+    for at in halves:  # scales of an ordinary size
+        blocks[:, at : at + 2] = np.frombuffer(struct.pack("<e", 0.01 * (1 + at)), np.uint8)
+    write_gguf(tmp_path / "m.gguf", tensors={UP: (blocks, kind)}, hidden_size=256)
+    read, dtype = read_up(tmp_path / "m.gguf")
+    assert dtype == "F32"
+    expected = np.array([decode(row.tobytes()) for row in blocks])
+    np.testing.assert_allclose(read, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path, cache, frugal):
+    wide = 1 << 17
+    up, down = np.zeros((wide, 34), np.uint8), np.zeros((32, wide // 32 * 34), np.uint8)
+    tensors = {
+        f"blk.{layer}.ffn_{part}.weight": (down if part == "down" else up, Kind.Q8_0)
+        for layer in (0, 1)
+        for part in ("up", "gate", "down")
+    }
+    width = "llama.feed_forward_length"
+    write_gguf(tmp_path / "m.gguf", fields={width: wide}, tensors=tensors)
+    tracemalloc.reset_peak()  # from here on it is the conversion's
+    directory = ours.converted(tmp_path / "m.gguf")
+    assert (directory / "model.safetensors").stat().st_size > 96 << 20
+
+
+# Tokenizers
+
+
+@pytest.mark.parametrize("row", IDS, ids=range(len(IDS)))
+def test_token_ids_are_those_of_llama_cpp(smollm2, row):
+    assert smollm2.tokenizer(row["text"]).input_ids == row["ids"]
+    assert smollm2.tokenizer.decode(row["ids"]) == row["text"]
+
+
+def tokenizer_fields(**fields: Any) -> gguf_file.Metadata:
+    """Metadata with one of the golden vocabularies."""
+    all_ = {
+        **KINDS["vocabularies"][fields["model"]],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **fields,
+    }
+    arrays = {name: np.array(all_[name]) for name in ("scores", "token_type") if name in all_}
+    return gguf_file.Metadata(
+        {f"tokenizer.ggml.{name}": value for name, value in (all_ | arrays).items()}
+    )
+
+
+@pytest.mark.parametrize(
+    "row", KINDS["rows"], ids=lambda row: "-".join(map(str, row["fields"].values()))
+)
+def test_every_kind_gives_the_ids_of_llama_cpp(row):
+    tokenizer = gguf_tokenizer.build(tokenizer_fields(**row["fields"]))
+    for its, ids in zip(IDS, row["ids"], strict=True):
+        assert tokenizer.encode(its["text"], add_special_tokens=False).ids == ids, its["text"]
+
+
+def test_sentence_piece_reads_back_what_it_wrote():
+    fields = {"model": "llama", "add_space_prefix": False}
+    tokenizer = gguf_tokenizer.build(tokenizer_fields(**fields))
+    for row in IDS:
+        ids = tokenizer.encode(row["text"], add_special_tokens=False).ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == row["text"]
+    prefixed = gguf_tokenizer.build(tokenizer_fields(model="llama"))
+    assert prefixed.decode(prefixed.encode("a b").ids) == "a b"
+
+
+@pytest.mark.parametrize(
+    ("fields", "first", "last"),
+    [
+        ({"model": "gpt2", "pre": "llama-bpe"}, [1], []),
+        ({"model": "gpt2", "pre": "llama-bpe", "add_bos_token": False}, [], []),
+        ({"model": "gpt2", "pre": "qwen2"}, [], []),
+        ({"model": "gpt2", "pre": "qwen2", "add_bos_token": True}, [1], []),
+        ({"model": "llama"}, [1], []),
+        ({"model": "llama", "add_eos_token": True}, [1], [2]),
+    ],
+)
+def test_first_and_last_token(fields, first, last):
+    tokenizer = gguf_tokenizer.build(tokenizer_fields(**fields))
+    plain = tokenizer.encode("some text", add_special_tokens=False).ids
+    assert tokenizer.encode("some text").ids == [*first, *plain, *last]
+
+
+# The cache
 
 
 def test_conversion_is_reused_until_the_file_changes(tmp_path, cache):
@@ -103,29 +435,16 @@ def test_conversion_is_reused_until_the_file_changes(tmp_path, cache):
     assert ours.converted(tmp_path / "m.gguf") != first
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"architecture": "mamba"}, "'mamba'"),
-        ({"pre": "llama-bpe"}, "'llama-bpe'"),
-        ({"rope": gguf.RopeScalingType.YARN}, "'yarn'"),
-        ({"extra": "blk.0.attn_sinks.weight"}, "blk.0.attn_sinks.weight"),
-    ],
-)
-def test_refusals_name_what_is_wrong(tmp_path, cache, fields, message):
-    write_gguf(tmp_path / "m.gguf", **fields)
-    with pytest.raises(UserError, match=message):
-        jaxsp.load_model(tmp_path / "m.gguf")
-    assert not any(cache.iterdir())
+def test_a_full_disk_leaves_nothing_behind(tmp_path, cache, monkeypatch):
+    def full(path, tensors):
+        path.write_bytes(b"begun")
+        raise OSError(28, "No space left on device")
 
-
-def test_truncated_file(tmp_path, cache):
     write_gguf(tmp_path / "m.gguf")
-    data = (tmp_path / "m.gguf").read_bytes()
-    for size in (0, 3, 100, len(data) // 2):
-        (tmp_path / "cut.gguf").write_bytes(data[:size])
-        with pytest.raises(UserError, match="not a readable GGUF file"):
-            jaxsp.load_model(tmp_path / "cut.gguf")
+    monkeypatch.setattr(ours, "_write_safetensors", full)
+    with pytest.raises(UserError, match="No space left"):
+        ours.converted(tmp_path / "m.gguf")
+    assert not any(cache.iterdir())
 
 
 def test_second_load_of_the_embedded_model_is_fast(smollm2, python):
@@ -139,3 +458,221 @@ def test_second_load_of_the_embedded_model_is_fast(smollm2, python):
     cached = {"PYTHONDONTWRITEBYTECODE": ""}
     times = [float(python("-c", code, env=cached).stdout.split()[-1]) for _ in range(3)]
     assert min(times) < 3.0  # the least, as other work on the machine only adds
+
+
+# What is refused
+
+ZEROS = np.zeros((4, 4), np.float32), Kind.F32
+BYTES = [f"<0x{i:02X}>" for i in range(256)]
+SPM = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *BYTES],
+    "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256],
+    "tokenizer.ggml.scores": [0.0] * 259,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "tensors", "message"),
+    [
+        (
+            "llama",
+            {"general.architecture": "mamba"},
+            {},
+            "'mamba' model, but from GGUF jaxsp reads llama, qwen2, qwen3, gemma3",
+        ),
+        ("llama", {"tokenizer.ggml.pre": "tekken"}, {}, "'tekken'.*original directory"),
+        ("llama", {"tokenizer.ggml.pre": None}, {}, "'tokenizer.ggml.pre' is missing"),
+        ("llama", {"tokenizer.ggml.model": "bert"}, {}, "'bert'.*original directory"),
+        ("llama", {"tokenizer.ggml.tokens": ["a", "b", "a"]}, {}, "vocabulary is damaged"),
+        ("llama", {"tokenizer.ggml.token_type": [1]}, {}, "vocabulary is damaged"),
+        ("llama", {"tokenizer.ggml.merges": ["no such"]}, {}, "tokenizer can't be built"),
+        ("llama", {"tokenizer.ggml.eos_token_id": 999}, {}, "eos token 999 is not in"),
+        ("llama", SPM | {"tokenizer.ggml.scores": [0.0]}, {}, "1 scores for 259 tokens"),
+        ("llama", SPM | {"tokenizer.ggml.token_type": [1] * 259}, {}, "token for each byte"),
+        ("llama", SPM | {"tokenizer.ggml.bos_token_id": None}, {}, "adds a bos token"),
+        ("llama", SPM | {"tokenizer.ggml.remove_extra_whitespaces": True}, {}, "removes spaces"),
+        ("llama", {"llama.rope.scaling.type": "longrope"}, {}, "'longrope'"),
+        ("llama", {"llama.rope.scaling.yarn_log_multiplier": 0.1}, {}, "yarn_log_multiplier"),
+        ("llama", {"llama.rope.dimension_count": 4}, {}, "whole heads"),
+        ("llama", {"llama.rope.freq_base": -1.0}, {}, "rope.freq_base is -1.0"),
+        (
+            "llama",
+            {},
+            {"rope_freqs.weight": (np.arange(1, 5, dtype=np.float32), Kind.F32)},
+            "Llama 3",
+        ),
+        ("llama", {}, {"blk.0.attn_sinks.weight": ZEROS}, "blk.0.attn_sinks.weight.* no place"),
+        ("llama", {}, {"blk.2.attn_q.weight": ZEROS}, "blk.2.attn_q.weight.* no place"),
+        ("qwen3", {}, {"blk.0.attn_q.bias": ZEROS}, "blk.0.attn_q.bias.* no place"),
+        ("llama", {}, {UP: ZEROS}, r"ffn_up.weight is \(4, 4\), but by its metadata \(48, 32\)"),
+        ("llama", {"llama.block_count": 3}, {}, "lacks the tensor blk.2.attn_k.weight"),
+        ("llama", {"llama.block_count": 1 << 30}, {}, "21 tensors for 1073741824 layers"),
+        ("llama", {"llama.context_length": 0}, {}, "llama.context_length is 0"),
+        (
+            "llama",
+            {"llama.context_length": "long"},
+            {},
+            "'llama.context_length' is not of type int",
+        ),
+        ("llama", {"llama.embedding_length": None}, {}, "'llama.embedding_length' is missing"),
+        ("llama", {"split.count": 3}, {}, "one of 3 parts"),
+        ("qwen2", {"qwen2.attention.causal": False}, {}, "not causal"),
+        ("llama", {"general.alignment": 48}, {}, "alignment 48"),
+    ],
+)
+def test_refusals_name_what_is_wrong(tmp_path, cache, architecture, fields, tensors, message):
+    write_gguf(tmp_path / "m.gguf", architecture, fields, tensors)
+    with pytest.raises(UserError, match=message):
+        jaxsp.load_model(tmp_path / "m.gguf")
+    assert not any(cache.iterdir())
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("valid") / "m.gguf"
+    write_gguf(path, fields={"tokenizer.ggml.merges": ["a b"]}, num_hidden_layers=1)
+    return path.read_bytes()
+
+
+def outcome(folder: Path, data: bytes) -> str:
+    """``"loaded"``, or the message of the ``UserError``; any other exception is a failure."""
+    (folder / "damaged.gguf").write_bytes(data)
+    try:
+        jaxsp.load_model(folder / "damaged.gguf", dtype="float32")
+    except UserError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_truncated_file(tmp_path, cache, valid):
+    sizes = [*range(48), *range(48, len(valid), 331), len(valid) - 1]
+    for size in sizes:
+        assert "download it again" in (told := outcome(tmp_path, valid[:size])) or size < 4, told
+    assert "is empty" in outcome(tmp_path, b"")
+    assert not any(cache.iterdir())
+
+
+HUGE = [1 << 31, 1 << 60, (1 << 63) - 1, (1 << 64) - 1]
+
+
+@pytest.mark.parametrize(
+    ("after", "skip", "code", "values", "message"),
+    [
+        (b"GGUF", -4, "I", [0, 0x67676D6C], "not a GGUF file"),
+        (b"GGUF", 0, "I", [0, 1, 4, 3 << 24], "GGUF version"),
+        (b"GGUF", 4, "Q", HUGE, "ends in the middle of its header"),  # how many tensors
+        (b"GGUF", 12, "Q", HUGE, "ends in the middle|unknown type|UTF-8|twice"),  # how many fields
+        (b"GGUF", 20, "Q", HUGE, "ends in the middle"),  # how long the first field's name is
+        (b"tokenizer.ggml.tokens", 0, "I", [13, 1 << 31], "unknown type"),
+        (b"tokenizer.ggml.tokens", 4, "I", [9, 13], "array of elements"),
+        (b"tokenizer.ggml.tokens", 8, "Q", HUGE, "ends in the middle|UTF-8"),  # how many tokens
+        (b"tokenizer.ggml.token_type", 8, "Q", HUGE, "ends in the middle"),
+        (b"token_embd.weight", 0, "I", [0, 5, 1 << 31], "impossible dimensions|ends in the middle"),
+        (b"token_embd.weight", 4, "Q", [0], "impossible dimensions"),
+        (b"token_embd.weight", 4, "Q", HUGE, "ends before the tensor"),
+        (b"token_embd.weight", 20, "I", [4, 1000], "unknown type"),
+        (b"token_embd.weight", 20, "I", [12], "not a multiple of 256"),
+        (b"token_embd.weight", 24, "Q", HUGE, "ends before the tensor"),  # where it is
+        (b"output_norm.weight", 16, "Q", [32], "overlap"),
+    ],
+)
+def test_lying_headers(tmp_path, cache, frugal, valid, after, skip, code, values, message):
+    at = valid.index(after) + len(after) + skip
+    for value in values:
+        field = struct.pack(f"<{code}", value)
+        told = outcome(tmp_path, valid[:at] + field + valid[at + len(field) :])
+        assert any(part in told for part in message.split("|")), told
+
+
+def test_names_that_appear_twice(tmp_path, cache, valid):
+    told = outcome(tmp_path, valid.replace(b"blk.0.attn_q.weight", b"blk.0.attn_k.weight"))
+    assert "'blk.0.attn_k.weight' appears twice" in told
+    told = outcome(tmp_path, valid.replace(b"llama.block_count", b"llama.block_block"))
+    assert "'llama.block_count' is missing" in told
+    told = outcome(tmp_path, valid.replace(b"eos_token_id", b"bos_token_id"))
+    assert "'tokenizer.ggml.bos_token_id' appears twice" in told
+
+
+@pytest.fixture(scope="module")
+def numbers(valid, tmp_path_factory) -> list[tuple[int, int]]:
+    """Offset and size of every number in the header: counts, lengths, types, values."""
+    found = []
+    path = tmp_path_factory.mktemp("numbers") / "m.gguf"
+    path.write_bytes(valid)
+    with pytest.MonkeyPatch.context() as patch:
+        number = gguf_file._Cursor.number
+
+        def noted(self, code: str):
+            found.append((self.at, struct.calcsize(f"<{code}")))
+            return number(self, code)
+
+        patch.setattr(gguf_file._Cursor, "number", noted)
+        gguf_file.read(path)
+    return found
+
+
+EDITS = st.tuples(
+    st.sampled_from(["number", "number", "number", "byte", "cut"]),
+    st.integers(0, 1 << 20),
+    st.sampled_from([0, 1, 2, 3, 7, 8, 9, 32, 255, 1 << 16, *HUGE]) | st.integers(0, 255),
+)
+
+
+def test_damaged_bytes(tmp_path, cache, frugal, valid, numbers):
+    @settings(max_examples=250, derandomize=True, deadline=None, database=None)
+    @given(st.lists(EDITS, min_size=1, max_size=3))
+    def run(edits):
+        data = bytearray(valid)
+        for what, where, value in edits:
+            if what == "number":
+                at, size = numbers[where % len(numbers)]
+                data[at : at + size] = (value % (1 << 8 * size)).to_bytes(size, "little")
+            elif what == "byte":
+                data[where % len(data)] = value % 256
+            else:
+                del data[max(1, where % len(data)) :]
+        outcome(tmp_path, bytes(data))
+
+    run()
+
+
+SMALL = st.sampled_from([0, 1, 2, 3, 7, 16, 255, (1 << 31) - 1, 1 << 31, 1 << 63, -1])
+VALUES = (
+    SMALL
+    | st.sampled_from([0.0, -1.0, 1e-30, 1e308, math.nan, math.inf])
+    | st.booleans()
+    | st.sampled_from(["", "none", "linear", "yarn", "gpt2", "llama", "qwen2", "{% for %}"])
+    | st.sampled_from([[], ["a"], ["a", ""], ["$0", "$A"], ["a b", "a"], ["x" * 2000]])
+    | st.sampled_from([np.zeros(0), np.arange(3), np.array([True]), np.full(257, 3)])
+)
+MORE = [
+    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
+    "rope.dimension_count", "attention.sliding_window", "attention.sliding_window_pattern",
+    "rope.freq_base_swa", "final_logit_softcapping", "attention.causal",
+]  # fmt: skip
+TOKENIZER = [
+    "merges", "scores", "add_bos_token", "add_eos_token", "add_space_prefix", "unknown_token_id",
+    "padding_token_id", "eot_token_id", "remove_extra_whitespaces",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_odd_metadata(tmp_path, cache, monkeypatch, architecture):
+    """A sound file whose fields say odd things, of every type."""
+    path = tmp_path / "m.gguf"
+    fields = SPM if architecture == "gemma3" else {}
+    write_gguf(path, architecture, fields, num_hidden_layers=1, layer_types=["full_attention"])
+    sound, tensors = gguf_file.read(path)
+    names = [*sound, *(f"{architecture}.{name}" for name in MORE)]
+    names += [f"tokenizer.ggml.{name}" for name in TOKENIZER]
+    data = path.read_bytes()
+
+    @settings(max_examples=150, derandomize=True, deadline=None, database=None)
+    @given(st.lists(st.tuples(st.sampled_from(names), VALUES), min_size=1, max_size=2))
+    def run(changes):
+        odd = gguf_file.Metadata({**sound, **dict(changes)})
+        monkeypatch.setattr(ours, "read", lambda path: (odd, dict(tensors)))
+        outcome(tmp_path, data)
+
+    run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +43,8 @@ def test_weights_alone(tmp_path):
 
 def test_dtypes(tiny_directory):
     model = jaxsp.load_model(tiny_directory, dtype="bfloat16")
-    assert model.params["norm"]["weight"].dtype == jnp.bfloat16
+    assert model.params["layers"]["q_proj"]["kernel"].dtype == jnp.bfloat16
+    assert model.params["norm"]["weight"].dtype == jnp.float32
     assert model.embed([[1]]).dtype == jnp.bfloat16
     assert model.logits([[1, 2]]).dtype == jnp.float32
     exact = jaxsp.load_model(tiny_directory, dtype="float32").logits([[1, 2]])
@@ -66,8 +68,38 @@ def test_default_dtype_follows_the_hardware(monkeypatch):
 def test_old_jax_on_a_cpu_means_float32(monkeypatch, tiny_directory):
     monkeypatch.setattr(language_model.jax, "__version_info__", (0, 7, 2))
     assert language_model.default_dtype() == "float32"
-    with pytest.raises(UserError, match="can't train in bfloat16 on a CPU; choose dtype float32"):
+    with pytest.raises(
+        UserError, match=r"can't train in bfloat16 on a CPU .*; choose dtype float32"
+    ):
         jaxsp.load_model(tiny_directory, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "dtype", "message"),
+    [
+        ("tpu", None, "float16", "A TPU has no float16; choose dtype bfloat16"),
+        ("gpu", "7.5", "bfloat16", r"capability 7\.5\) has no bfloat16; choose dtype float32"),
+    ],
+)
+def test_dtypes_that_the_hardware_lacks(
+    monkeypatch, tiny_directory, backend, capability, dtype, message
+):
+    device = types.SimpleNamespace(compute_capability=capability, device_kind="Tesla T4")
+    monkeypatch.setattr(language_model.jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(language_model.jax, "devices", lambda: [device])
+    with pytest.raises(UserError, match=message):
+        jaxsp.load_model(tiny_directory, dtype=dtype)
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    tiny.write(tmp_path, vocab_size=200)
+    with pytest.raises(UserError, match="tokenizer has 259 tokens, the model 200"):
+        jaxsp.load_model(tmp_path)
+
+
+def test_an_added_token_beyond_the_vocabulary(tiny_model):
+    with pytest.raises(UserError, match="id 300, beyond the model's vocabulary of 259"):
+        tiny_model.check_ids([4, 300])
 
 
 def test_stop_ids_from_every_place(tmp_path):
@@ -129,9 +161,21 @@ def test_truncated_safetensors(tmp_path):
     [
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
-            "Rope type 'yarn'",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "Rope type 'dynamic' is not supported; jaxsp knows default, linear, llama3, yarn",
         ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4}},
+            "Missing required keys in `rope_parameters` for 'rope_type'='llama3'",
+        ),
+        ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is not supported; jaxsp runs gemma2"),
+        ({"model_type": "olmoe"}, "model_type 'olmoe' is not supported"),
+        ({"num_key_value_heads": 3}, "4 attention heads can't share 3 key/value heads"),
+        ({"hidden_size": 0}, "can't have width 0"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
+        ({"eos_token_id": 259}, "end-of-text id 259 is beyond the model's vocabulary of 259"),
+        ({"model_type": "qwen3", "layer_types": ["odd", "odd"]}, "odd"),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse"),
         ({"hidden_act": "relu"}, "Activation 'relu'"),
         ({"hidden_size": "many"}, "not a valid configuration"),
     ],

@@ -1,50 +1,98 @@
-"""Logits against Hugging Face: live where torch is installed, against stored goldens elsewhere."""
+"""Every family against Hugging Face: live where torch is installed, against stored goldens elsewhere."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxsp
+from jaxsp.models import decoder
+from jaxsp.models.families import FAMILIES
+from jaxsp.typing import KeyValues
 from tests import tiny
-from tests.goldens.make_logits import CASES, IDS, SMOLLM2_TEXT, SMOLLM2_VOCABULARY, torch_logits
+from tests.goldens import make_logits
+from tests.goldens.make_logits import CASES, IDS, PREFIX, WEIGHTS
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "logits.npz"
-needs_torch = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None, reason="torch is in the optional group `torch`"
-)
+TOWN = Path(__file__).parents[2] / "experiments" / "untuned" / "town" / "context.md"
+HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
-def ours(directory: Path, ids: np.ndarray) -> np.ndarray:
-    return np.asarray(jaxsp.load_model(directory, dtype="float32", tokenizer=None).logits(ids))
+def our_prefix(config) -> tuple[np.ndarray, np.ndarray]:
+    return make_logits.random_prefix(config.layers, config.kv_heads, config.head_width)
+
+
+def our_answers(directory: Path) -> dict[str, np.ndarray]:
+    """The same quantities as ``make_logits.torch_answers``, in one compiled function."""
+    model = jaxsp.load_model(directory, dtype="float32", tokenizer=None)
+    params, config = model.params, model.config
+    where = jnp.arange(IDS.shape[1])[None]
+
+    def after(prefix):
+        inputs = decoder.embed(params, config, IDS[:, PREFIX:])
+        states, _ = decoder.hidden(params, config, inputs, where[:, PREFIX:], (prefix,))
+        return decoder.unembed(params, config, states)[0]
+
+    def total(first, keys, values):
+        by_vectors = after(decoder.prefill(params, config, first[None]))
+        by_keys = after(KeyValues(keys[:, None], values[:, None], where[:, :PREFIX]))
+        return ((by_vectors + by_keys) * WEIGHTS).sum(), (by_vectors, by_keys)
+
+    first = decoder.embed(params, config, IDS[:, :PREFIX])[0]
+    gradients, (by_vectors, by_keys) = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(
+        first, *our_prefix(config)
+    )
+    whole = np.array(model.logits(IDS)[0])
+    tolerance = 1e-5 * np.ptp(whole)
+    np.testing.assert_allclose(by_vectors, whole[PREFIX:], atol=tolerance, rtol=0)
+    names = ("embeddings_gradient", "keys_gradient", "values_gradient")
+    return {"logits": whole, "prefix_logits": by_keys, **dict(zip(names, gradients, strict=True))}
+
+
+def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], relative: float):
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        tolerance = relative * np.ptp(expected)
+        np.testing.assert_allclose(ours[name], expected, atol=tolerance, rtol=0, err_msg=name)
+
+
+def test_every_family_has_a_case():
+    assert {case.get("model_type", "llama") for case in CASES.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_stored_goldens(case, tmp_path):
+def test_as_hugging_face(case, tmp_path):
     tiny.write(tmp_path, with_tokenizer=False, **CASES[case])
-    np.testing.assert_allclose(ours(tmp_path, IDS), np.load(GOLDENS)[case], atol=1e-4, rtol=0)
+    ours, stored = our_answers(tmp_path), np.load(GOLDENS)
+    theirs = {name.split("/")[1]: stored[name] for name in stored if name.startswith(f"{case}/")}
+    assert_same(make_logits.sample(ours), theirs, 1e-5)
+    if HAS_TORCH:
+        config = jaxsp.load_model(tmp_path, tokenizer=None).config
+        live = make_logits.torch_answers(tmp_path, our_prefix(config))
+        assert_same(ours, live, 1e-5)
+        assert_same(make_logits.sample(live), theirs, 1e-6)  # the goldens are of this torch
 
 
 def test_embedded_model_stored_goldens(smollm2):
-    ids = smollm2.tokenizer(SMOLLM2_TEXT).input_ids
-    logits = np.asarray(smollm2.logits(ids))[:, SMOLLM2_VOCABULARY]
+    ids = smollm2.tokenizer(make_logits.SMOLLM2_TEXT).input_ids
+    logits = np.asarray(smollm2.logits(ids))[:, make_logits.SMOLLM2_VOCABULARY]
     np.testing.assert_allclose(logits, np.load(GOLDENS)["smollm2"], atol=1e-4, rtol=0)
 
 
-@needs_torch
-@pytest.mark.torch
-@pytest.mark.parametrize("case", CASES)
-def test_live(case, tmp_path):
-    tiny.write(tmp_path, with_tokenizer=False, **CASES[case])
-    np.testing.assert_allclose(ours(tmp_path, IDS), torch_logits(tmp_path, IDS), atol=1e-4, rtol=0)
-
-
-@needs_torch
+@pytest.mark.skipif(not HAS_TORCH, reason="torch is in the optional group `torch`")
 @pytest.mark.torch
 def test_embedded_model_live(smollm2):
-    ids = np.array([smollm2.tokenizer(SMOLLM2_TEXT).input_ids])
-    theirs = torch_logits(smollm2.directory, ids)
-    np.testing.assert_allclose(smollm2.logits(ids), theirs, atol=1e-4, rtol=0)
+    """A short text within 1e-4; 500 tokens, where more sums may differ, within 1e-5 of the range."""
+    for text, length, relative in (
+        (make_logits.SMOLLM2_TEXT, None, 0),
+        (TOWN.read_text(), 500, 1e-5),
+    ):
+        ids = np.array([smollm2.tokenizer(text).input_ids[:length]])
+        theirs = make_logits.torch_logits(smollm2.directory, ids)
+        tolerance = max(1e-4, relative * np.ptp(theirs))
+        np.testing.assert_allclose(smollm2.logits(ids), theirs, atol=tolerance, rtol=0)

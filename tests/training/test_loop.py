@@ -22,6 +22,8 @@ ROWS = make_rows([[3, 4]] * 5, [[5, 2]] * 5)
 class CountingDriver:
     """σ counts the steps; the loss is scripted."""
 
+    devices = 1
+
     def __init__(self, losses=None):
         self.losses = losses or {}
 
@@ -40,7 +42,7 @@ class CountingDriver:
             state,
             sigma={"x": state.sigma["x"] + 1},
             step=state.step + 1,
-            cursor=state.cursor + len(batch),
+            cursor=state.cursor + batch.sequences,
         )
         return state, {"loss": jnp.float32(loss)}
 

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from jaxsp import distributions
+from jaxsp.data.packing import Packing
 from jaxsp.data.rows import make_rows
 from jaxsp.losses import OBJECTIVES, cosine_similarity, masked_mean
 from jaxsp.models import decoder
@@ -149,6 +150,28 @@ def test_pmap_on_eight_devices_equals_jit_on_one(problem):
     assert one[1] == pytest.approx(eight[1], abs=1e-5)
     assert int(one[0].cursor) == int(eight[0].cursor) == 5 * 16
     assert int(one[0].step) == int(eight[0].step) == 5
+
+
+@pytest.mark.parametrize(("shape", "devices"), [((1, 100), 1), ((3, 40), 1), ((3, 40), 8)])
+def test_a_packed_batch_gives_the_update_of_its_sequences(problem, shape, devices):
+    frozen, config, rows, sigma, _ = problem
+    settings = settings_for(config, optimizer=optax.sgd(1.0))
+    packed = Packing(*shape).pack(rows, np.arange(15, -1, -1), devices)
+    states = []
+    for name, batch in (("jit", rows), ("pmap" if devices > 1 else "jit", packed)):
+        driver = DRIVERS[name](frozen, settings)
+        state, metrics = driver.step(driver.place(state_for(sigma, settings)), batch)
+        states.append((driver.fetch(state), metrics))
+    (one, metrics), (two, packed_metrics) = states
+    np.testing.assert_allclose(packed_metrics["loss"], metrics["loss"], rtol=1e-5)
+    gradient = one.sigma["embeddings"] - sigma["embeddings"]
+    np.testing.assert_allclose(
+        two.sigma["embeddings"] - sigma["embeddings"],
+        gradient,
+        atol=1e-5 * np.abs(gradient).max(),
+    )
+    assert int(one.cursor) == int(two.cursor) == 16
+    assert float(packed_metrics["answer_tokens"]) == float(metrics["answer_tokens"])
 
 
 def test_pmap_refuses_a_batch_it_cannot_divide(problem):

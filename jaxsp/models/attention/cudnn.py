@@ -1,0 +1,57 @@
+"""Attention on an NVIDIA GPU by cuDNN's fused kernels. Not run on a GPU yet: tested through XLA's path."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxsp.models.attention.call import Call, joined, padded, visible
+from jaxsp.typing import Array
+
+WIDEST = 128
+"""Head width that every GPU with the kernels takes."""
+
+AMPERE = 8  # the first compute capability (its major number) with them
+
+
+def refusal(call: Call) -> str | None:
+    """Why the kernels can't serve a call."""
+    F = call.q_BTHF.shape[-1]
+    if jax.default_backend() == "gpu" and _compute_capability() < AMPERE:
+        return "cuDNN's attention needs an NVIDIA GPU of the Ampere generation or later"
+    if call.q_BTHF.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN's attention takes bfloat16 or float16, not {call.q_BTHF.dtype}"
+    if F % 8 or F > WIDEST:
+        return f"cuDNN takes head widths that are multiples of 8 up to {WIDEST}, not {F}"
+    if call.softcap is not None:
+        return "cuDNN's attention has no softcap"
+    return None
+
+
+def _compute_capability() -> int:
+    # AMD's GPUs name theirs otherwise ("gfx942").
+    major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
+    return int(major) if major.isdigit() else 0
+
+
+def attend(call: Call) -> Array:
+    """Attention over all slots in one row, shared ones copied to each row, under an explicit mask.
+
+    The mask ``[B, 1, T, S]`` has no head axis. Where there is no GPU, XLA computes the same.
+    """
+    B, T, _, _ = call.q_BTHF.shape
+    keys_BSGF = joined([s.keys for s in call.slots], B)
+    values_BSGF = joined([s.values for s in call.slots], B)
+    seen = [visible(call.positions_BT, call.segment_ids_BT, s, call.window) for s in call.slots]
+    mask_BTS = jnp.concatenate(seen, axis=-1)
+    # The backward kernel takes even lengths only; what is added sees nothing and is seen by nobody.
+    mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, T % 2), (0, keys_BSGF.shape[1] % 2)))
+    out_BTHF = jax.nn.dot_product_attention(
+        padded(call.q_BTHF, 2),
+        padded(keys_BSGF, 2),
+        padded(values_BSGF, 2),
+        mask=mask_BTS[:, None],
+        scale=call.scale,
+        implementation="cudnn" if jax.default_backend() == "gpu" else "xla",
+    )
+    return out_BTHF[:, :T]

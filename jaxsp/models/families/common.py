@@ -1,0 +1,97 @@
+"""What the configurations and checkpoints of most families have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxsp.models.config import Activation, DecoderConfig
+from jaxsp.models.rope import make_rope
+from jaxsp.models.weights import Tensor
+from jaxsp.typing import UserError
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def read_config(hf: Any, dtype: str, **family: Any) -> DecoderConfig:
+    """A decoder like Llama with this configuration's sizes, except for what ``family`` says.
+
+    Raises:
+      UserError: the activation, a layer's kind or the rope type is not supported.
+    """
+    head_width = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    usual = {
+        "vocab_size": hf.vocab_size,
+        "width": hf.hidden_size,
+        "layers": hf.num_hidden_layers,
+        "heads": hf.num_attention_heads,
+        "kv_heads": hf.num_key_value_heads,
+        "head_width": head_width,
+        "mlp_width": hf.intermediate_size,
+        "window": hf.max_position_embeddings,
+        "norm_epsilon": hf.rms_norm_eps,
+        "tied_head": hf.tie_word_embeddings,
+        "qkv_bias": getattr(hf, "attention_bias", False),
+        "output_bias": getattr(hf, "attention_bias", False),
+        "mlp_bias": getattr(hf, "mlp_bias", False),
+        "sliding_windows": tuple(
+            hf.sliding_window if kind == "sliding_attention" else None for kind in layer_kinds(hf)
+        ),
+        "dtype": dtype,
+    }
+    if "activation" not in family:
+        usual["activation"] = activation(hf.hidden_act)
+    if "ropes" not in family:
+        usual["ropes"] = (make_rope(hf.rope_parameters, head_width),) * hf.num_hidden_layers
+    return DecoderConfig(**{**usual, **family})
+
+
+def activation(name: str) -> Activation:
+    """Ours for a name in a configuration; raises ``UserError`` if there is none."""
+    if name not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise UserError(f"Activation {name!r} is not supported; jaxsp knows {known}.")
+    return _ACTIVATIONS[name]
+
+
+def layer_kinds(hf: Any) -> list[str]:
+    """Of each layer, ``full_attention`` or ``sliding_attention``."""
+    kinds = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
+    if odd := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"Layers of the kind {min(odd)!r} are not supported.")
+    return kinds
+
+
+def usual_tensors(**norms: str) -> dict[str, Tensor]:
+    """The tensors of Llama's checkpoints and those that follow its names.
+
+    Args:
+      norms: our name of each norm in a layer, and the checkpoint's.
+    """
+    layer = "model.layers.{layer}"
+    out = {
+        "embed_tokens/embedding": Tensor("model.embed_tokens.weight"),
+        "norm/weight": Tensor("model.norm.weight"),
+        "lm_head/embedding": Tensor("lm_head.weight"),
+    }
+    for ours, theirs in norms.items():
+        out[f"layers/{ours}/weight"] = Tensor(f"{layer}.{theirs}.weight")
+    for part, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
+        for name in names:
+            at = f"{layer}.{part}.{name}_proj"
+            out[f"layers/{name}_proj/kernel"] = Tensor(f"{at}.weight")
+            out[f"layers/{name}_proj/bias"] = Tensor(f"{at}.bias")
+    return out
+
+
+PRE_NORMS = {
+    "attention_pre_norm": "input_layernorm",
+    "mlp_pre_norm": "post_attention_layernorm",
+}
+"""Llama's norms: one before attention, one before the MLP."""
+
+QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}

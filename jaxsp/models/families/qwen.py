@@ -1,0 +1,22 @@
+"""Qwen 2 and 2.5 (biases on queries, keys and values) and Qwen 3 (normalised queries and keys).
+
+Reference: Qwen Team 2024 (arXiv:2412.15115), 2025 (arXiv:2505.09388).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxsp.models.config import DecoderConfig
+from jaxsp.models.families.common import PRE_NORMS, QK_NORMS, read_config, usual_tensors
+from jaxsp.models.weights import Tensor
+
+
+def config(hf: Any, dtype: str) -> DecoderConfig:
+    if hf.model_type == "qwen2":
+        return read_config(hf, dtype, qkv_bias=True)
+    return read_config(hf, dtype, qk_norm="head")
+
+
+def tensors(config: DecoderConfig) -> dict[str, Tensor]:
+    return usual_tensors(**PRE_NORMS, **QK_NORMS)

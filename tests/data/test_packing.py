@@ -1,0 +1,79 @@
+"""Packing: everything fits, nothing is lost, little is wasted."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxsp.data.packing import Packing
+from jaxsp.data.rows import batch_indices, make_rows
+from jaxsp.typing import EMPTY
+
+LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=60).map(np.array)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(lengths=LENGTHS, batch_size=st.integers(1, 20), cursor=st.integers(0, 300))
+def test_a_batch_fits_and_is_the_streams_next_part(lengths, batch_size, cursor):
+    packing = Packing.of(lengths, batch_size)
+    drawn = packing.draw(lengths, cursor, [7])
+    assert len(drawn) >= 1
+    places = packing.places(lengths[drawn].tolist())
+    assert places is not None
+    for row in range(packing.rows):
+        assert lengths[drawn][np.array(places) == row].sum() <= packing.length
+    stream = batch_indices(len(lengths), cursor, len(drawn) + 1, [7])
+    np.testing.assert_array_equal(drawn, stream[: len(drawn)])
+    assert packing.rows * packing.length - lengths[drawn].sum() < packing.rows * lengths.max()
+
+
+def test_what_does_not_fit_is_refused():
+    assert Packing(2, 10).places([10, 5, 5]) is not None
+    assert Packing(2, 10).places([6, 6, 6]) is None
+    rows = make_rows([[3] * 6] * 3, [[2]] * 3)
+    with pytest.raises(ValueError, match="3 sequences of 18 tokens don't fit"):
+        Packing(2, 10).pack(rows, np.arange(3))
+
+
+def test_packed_rows_hold_the_sequences():
+    rows = make_rows([[5, 6], [7], [20, 21, 22]], [[8, 2], [9, 10, 11, 2], [4]])
+    hidden = np.arange(3 * 4 * 2, dtype=np.float32).reshape(3, 4, 2)
+    rows = dataclasses.replace(rows, teacher_hidden=hidden)
+    packed = Packing(1, 11).pack(rows, np.array([0, 1, 2]), multiple=2)
+    assert packed.tokens[0].tolist() == [5, 6, 8, 7, 9, 10, 11, 20, 21, 22, 0]
+    assert packed.offsets[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, EMPTY]
+    assert packed.segment_ids[0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, EMPTY]
+    assert packed.answer_index[0, :7].tolist() == [1, 2, 3, 4, 5, 6, 9]
+    assert packed.targets[0, :7].tolist() == [8, 2, 9, 10, 11, 2, 4]
+    assert packed.mask[0].tolist() == [True] * 7 + [False] * 4
+    np.testing.assert_array_equal(packed.teacher_hidden[0, :7], hidden[rows.mask])
+    assert (len(packed), packed.sequences) == (2, 3)
+    assert (packed.offsets[1] == EMPTY).all()
+    assert not packed.mask[1].any()
+    assert rows.sequences == 3
+
+
+# Tokens of query and answer of the questions of experiments/untuned/museum, with SmolLM2's answers.
+MUSEUM = [
+    48, 50, 61, 55, 60, 61, 61, 63, 64, 61, 63, 63, 61, 61, 56, 63, 60, 62, 65, 62,
+    64, 60, 63, 51, 62, 63, 52, 61, 55, 61, 61, 62, 56, 62, 60, 62, 67, 64, 61, 58,
+    61, 63, 65, 43, 62, 62, 63, 34, 64, 63, 32, 69, 66, 65, 64, 63, 65, 48, 66, 61,
+    62, 62, 61, 62, 63, 65, 65, 64, 60, 61, 57, 61, 63, 66, 24, 62, 66, 66, 64, 62,
+    61, 61, 64, 63, 61, 42,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_size", [4, 8, 16, 32, 64])
+def test_little_is_wasted(batch_size):
+    lengths = np.array(MUSEUM)
+    packing, cursor, used = Packing.of(lengths, batch_size), 0, []
+    for _ in range(200):
+        drawn = packing.draw(lengths, cursor, [0])
+        cursor += len(drawn)
+        used.append(lengths[drawn].sum() / (packing.rows * packing.length))
+    assert 1 - np.mean(used) <= 0.10
+    assert cursor / 200 == pytest.approx(batch_size, rel=0.1)

@@ -1,0 +1,161 @@
+"""Checkpoints into place: sharded, in bounded memory, and whatever a damaged file may hold."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+
+import jaxsp
+from jaxsp.models.families import FAMILIES
+from jaxsp.models.language_model import LanguageModel
+from jaxsp.models.weights import load_params, weight_files
+from jaxsp.typing import UserError
+from tests import tiny
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_every_device_reads_its_shard(tmp_path, family):
+    """Fused matrices, stored either way round, cut for eight devices: each gets what is its own."""
+    assert jax.device_count() == 8
+    tiny.write(tmp_path, with_tokenizer=False, model_type=family)
+    whole = jaxsp.load_model(tmp_path, dtype="float32", tokenizer=None)
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
+
+    def sharding(path, shape):
+        split = shape[-1] % 4 == 0 and path.endswith(("kernel", "bias"))
+        return NamedSharding(
+            mesh, PartitionSpec(*[None] * (len(shape) - 1), "model" if split else None)
+        )
+
+    tensors = FAMILIES[family].tensors(whole.config)
+    params = load_params(weight_files(tmp_path), whole.config, tensors, sharding)
+    jax.tree.map(np.testing.assert_array_equal, params, whole.params)
+    kernel = params["layers"]["q_proj"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape)[-1] == kernel.shape[-1] // 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_key_sets(tmp_path, family):
+    """In every family each tensor is needed, has one shape, and no other is let in."""
+    file = tiny.write(tmp_path, with_tokenizer=False, model_type=family) / "model.safetensors"
+    tensors = load_file(file)
+    for name in list(tensors)[::5]:
+        save_file({k: v for k, v in tensors.items() if k != name}, file)
+        with pytest.raises(UserError, match=f"lacks tensor {name}"):
+            jaxsp.load_model(tmp_path, tokenizer=None)
+        save_file({**tensors, name: np.zeros((3, *tensors[name].shape), np.float32)}, file)
+        with pytest.raises(UserError, match=rf"Tensor {name} has shape \[3, "):
+            jaxsp.load_model(tmp_path, tokenizer=None)
+    save_file({**tensors, "model.extra": np.zeros(3, np.float32)}, file)
+    with pytest.raises(UserError, match=r"holds tensor model\.extra"):
+        jaxsp.load_model(tmp_path, tokenizer=None)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_checkpoints_of_the_model_without_its_head(tmp_path, family):
+    changes = {"model_type": family, "tie_word_embeddings": True}
+    file = tiny.write(tmp_path, with_tokenizer=False, **changes) / "model.safetensors"
+    before = jaxsp.load_model(tmp_path, dtype="float32", tokenizer=None).logits([[5, 6]])
+    bare = {name.split(".", 1)[1]: tensor for name, tensor in load_file(file).items()}
+    if family == "gpt2":
+        bare["h.0.attn.bias"] = np.tril(np.ones((1, 1, 8, 8), np.float32))  # as OpenAI's files have
+    save_file(bare, file)
+    after = jaxsp.load_model(tmp_path, dtype="float32", tokenizer=None).logits([[5, 6]])
+    np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_stored_dtypes(tmp_path, stored):
+    file = tiny.write(tmp_path, with_tokenizer=False) / "model.safetensors"
+    narrow = {k: v.astype(jax.numpy.dtype(stored)) for k, v in load_file(file).items()}
+    save_file(narrow, file)
+    params = jaxsp.load_model(tmp_path, dtype="float32", tokenizer=None).params
+    expected = narrow["model.layers.1.self_attn.q_proj.weight"].astype(np.float32).T
+    np.testing.assert_array_equal(params["layers"]["q_proj"]["kernel"][1], expected)
+
+
+def test_integers_are_no_weights(tmp_path):
+    file = tiny.write(tmp_path, with_tokenizer=False) / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "model.norm.weight": np.zeros(32, np.int8)}, file)
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds int8, not floats"):
+        jaxsp.load_model(tmp_path, tokenizer=None)
+
+
+def test_loading_holds_the_model_once(tmp_path, python):
+    """Peak memory beyond what was there before: at most 1.3 times a checkpoint of 260 MB."""
+    tiny.write(
+        tmp_path,
+        with_tokenizer=False,
+        vocab_size=16_000,
+        hidden_size=512,
+        intermediate_size=2048,
+        head_dim=128,
+        num_hidden_layers=12,
+    )
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size > 200e6
+    code = (
+        "import sys, re, pathlib, jax, jaxsp\n"
+        "def memory(kind):\n"
+        "    text = pathlib.Path('/proc/self/status').read_text()\n"
+        "    return int(re.search(kind + r':\\s+(\\d+)', text)[1]) * 1024\n"
+        "import transformers.models.llama, jaxsp.models.language_model; jax.devices()\n"
+        "before = memory('VmRSS')\n"
+        "model = jaxsp.load_model(sys.argv[1], dtype='float32', tokenizer=None)\n"
+        "print(memory('VmHWM') - before)"
+    )
+    peak = int(python("-c", code, str(tmp_path)).stdout.split()[-1])
+    assert peak < 1.3 * size, f"{peak / size:.2f} times the checkpoint"
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory) -> tuple[LanguageModel, bytes]:
+    directory = tiny.write(tmp_path_factory.mktemp("small"), with_tokenizer=False)
+    model = jaxsp.load_model(directory, dtype="float32", tokenizer=None)
+    return model, (directory / "model.safetensors").read_bytes()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_damaged_headers(small_file, data):
+    """Whatever stands in the header: a model, or one clear error; lengths that lie allocate nothing."""
+    model, good = small_file
+    (length,) = struct.unpack("<Q", good[:8])
+    header = bytearray(good[8 : 8 + length])
+    match data.draw(st.sampled_from(["length", "bytes", "cut", "offsets", "field"])):
+        case "length":
+            lie = data.draw(st.integers(0, 2**64 - 1))
+            broken = struct.pack("<Q", lie) + good[8:]
+        case "bytes":
+            for _ in range(data.draw(st.integers(1, 4))):
+                header[data.draw(st.integers(0, length - 1))] = data.draw(st.integers(0, 255))
+            broken = good[:8] + bytes(header) + good[8 + length :]
+        case "cut":
+            broken = good[: data.draw(st.integers(0, len(good) - 1))]
+        case kind:
+            tensors = json.loads(header)
+            entry = tensors[data.draw(st.sampled_from(sorted(tensors)))]
+            number = st.integers(-1, 2**64)
+            if kind == "offsets":
+                entry["data_offsets"] = data.draw(st.lists(number, max_size=3))
+            else:
+                entry["shape"] = data.draw(st.lists(number, max_size=4))
+                entry["dtype"] = data.draw(
+                    st.sampled_from(["F32", "F16", "BF16", "F4", "I64", "?"])
+                )
+            text = json.dumps(tensors).encode()
+            broken = struct.pack("<Q", len(text)) + text + good[8 + length :]
+    file = model.directory / "model.safetensors"
+    file.write_bytes(broken)
+    with contextlib.suppress(UserError):
+        jaxsp.load_model(model.directory, dtype="float32", tokenizer=None)
