@@ -28,10 +28,8 @@ class TeacherData:
 
 def save(data: TeacherData, file: Path) -> None:
     """Writes the data, whole or not at all."""
-    arrays = {
-        field.name: np.ascontiguousarray(getattr(data.rows, field.name))
-        for field in dataclasses.fields(Rows)
-    }
+    fields = {field.name: getattr(data.rows, field.name) for field in dataclasses.fields(Rows)}
+    arrays = {name: np.ascontiguousarray(a) for name, a in fields.items() if a is not None}
     arrays["answer_lengths"] = np.array([len(answer) for answer in data.answers], np.int32)
     arrays["answer_ids"] = np.array([i for answer in data.answers for i in answer], np.int32)
     scratch = file.with_suffix(".part")
