@@ -72,7 +72,7 @@ def compress(
       overwrite: replace an earlier run in ``out``.
       progress: whether to show what is going on, on standard error.
       **settings: fields of ``Settings``, such as ``length=16``, ``objective="kl"``, ``steps=100``,
-        ``batch_size=8``, ``learning_rate=0.02``, ``seed=0``.
+        ``batch_size=8``, ``learning_rate=0.5``, ``seed=0``.
 
     Returns:
       The prompt and the report.

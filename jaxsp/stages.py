@@ -35,7 +35,7 @@ from jaxsp.teacher.signals import hidden_states
 from jaxsp.teacher.store import TeacherData
 from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.loop import LoopSettings, Watcher, train
-from jaxsp.training.optimizer import make_optimizer
+from jaxsp.training.optimizer import make_optimizer, root_mean_square
 from jaxsp.training.parallel import DRIVERS
 from jaxsp.training.state import TrainState, initial_state
 from jaxsp.training.update import Frozen, UpdateSettings
@@ -139,7 +139,7 @@ def train_prompt(
     display: Display,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """The trained state and a dict of metrics a step; goes on from the newest checkpoint, if any."""
-    optimizer, schedule = make_optimizer(settings, settings.steps)
+    optimizer, schedule = make_optimizer(settings, settings.steps, root_mean_square(initial))
     kind = "embedding"
     driver = DRIVERS[settings.parallel](
         Frozen(model.params, before),

@@ -293,9 +293,9 @@ def test_a_mistake_loses_nothing(compress, tmp_path):
 def test_resume_with_other_settings_shows_the_difference(compress, tmp_path, job):
     assert compress()[0] == 0
     refused(
-        compress("--resume", "--steps", 5, "--learning-rate", 0.5),
+        compress("--resume", "--steps", 5, "--learning-rate", 0.2),
         "steps was 2 and is now 5",
-        "learning_rate was 0.06 and is now 0.5",
+        "learning_rate was 0.5 and is now 0.2",
     )
     job["context"].write_text("Something else altogether, about as long as the context before it.")
     refused(compress("--resume"), "context was")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsp.typing import Array, Float, UserError
+from jaxsp.typing import Array, Float, PyTree, UserError
 
 # Decays of the moments. A prompt is trained for hundreds of steps: a second moment of 0.999 would
 # average over all of them.
@@ -22,8 +22,9 @@ class OptimizerSettings:
 
     optimizer: str = "muon"
     """muon, adam or adamw."""
-    learning_rate: float = 6e-2
-    """Peak, in the unit of σ's entries: with muon the root mean square of one update."""
+    learning_rate: float = 0.5
+    """Peak, times the root mean square of the prompt's entries at its start (families' embeddings differ a
+    hundredfold); with muon that is the root mean square of one update."""
     warmup: float = 0.05
     """Fraction of the steps in which the learning rate rises from 0."""
     weight_decay: float = 0.01
@@ -65,10 +66,27 @@ def muon(schedule: optax.Schedule) -> optax.GradientTransformation:
     )
 
 
+def root_mean_square(sigma: PyTree) -> float:
+    """Of all entries of a prompt; 1 if they are all 0.
+
+    Example:
+      >>> root_mean_square({"embeddings": jnp.array([[3.0, 4.0]])})
+      3.535533905029297
+    """
+    leaves = jax.tree.leaves(sigma)
+    square = sum(jnp.sum(jnp.square(leaf)) for leaf in leaves) / sum(leaf.size for leaf in leaves)
+    return float(jnp.sqrt(square)) or 1.0
+
+
 def make_optimizer(
-    settings: OptimizerSettings, steps: int
+    settings: OptimizerSettings, steps: int, scale: float = 1.0
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The gradient transformation and its learning-rate schedule over ``steps`` steps.
+
+    Args:
+      settings: which, and how fast.
+      steps: length of the schedule.
+      scale: what the learning rate is a multiple of (see ``root_mean_square``).
 
     Raises:
       UserError: an unknown optimizer, or a number out of its range.
@@ -79,9 +97,10 @@ def make_optimizer(
         raise UserError(f"The warm-up must be a fraction from 0 to below 1, not {settings.warmup}.")
     if settings.weight_decay < 0 or settings.clip < 0:
         raise UserError("The weight decay and the clipping norm must not be negative.")
+    peak = scale * settings.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if settings.warmup else settings.learning_rate,
-        peak_value=settings.learning_rate,
+        init_value=0.0 if settings.warmup else peak,
+        peak_value=peak,
         warmup_steps=round(settings.warmup * steps),
         decay_steps=max(steps, 1),
     )

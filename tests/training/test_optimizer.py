@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxsp.training.optimizer import OptimizerSettings, make_optimizer, orthogonalise
+from jaxsp.training.optimizer import (
+    OptimizerSettings,
+    make_optimizer,
+    orthogonalise,
+    root_mean_square,
+)
 from jaxsp.typing import UserError
 
 
@@ -21,6 +27,29 @@ def test_schedule_rises_and_falls():
     assert values[100] == pytest.approx(0.0, abs=1e-6)
     assert all(a < b for a, b in itertools.pairwise(values[:21]))
     assert all(a > b for a, b in itertools.pairwise(values[20:]))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adam"])
+def test_embeddings_of_any_size_train_alike(optimizer):
+    """A model whose embeddings are 50 times as large: the same prompts, 50 times as large."""
+    random = np.random.RandomState(0)
+    start, target = (jnp.asarray(random.standard_normal((3, 8)), jnp.float32) for _ in range(2))
+
+    def trained(unit):
+        sigma = unit * start
+        settings = OptimizerSettings(optimizer=optimizer, clip=0.0)
+        transform, _ = make_optimizer(settings, 20, root_mean_square(sigma))
+        state = transform.init(sigma)
+        for _ in range(20):
+            gradient = jax.grad(lambda x: jnp.sum((x / unit - target) ** 2))(sigma)
+            change, state = transform.update(gradient, state, sigma)
+            sigma = optax.apply_updates(sigma, change)
+        return sigma / unit
+
+    np.testing.assert_allclose(trained(50.0), trained(1.0), rtol=1e-3, atol=1e-4)
+    assert float(jnp.abs(trained(1.0) - target).mean()) < 0.6 * float(
+        jnp.abs(start - target).mean()
+    )
 
 
 def first_change(gradient, **settings):
