@@ -9,13 +9,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from jaxsp.models import decoder, gguf
 from jaxsp.models.config import DecoderConfig
@@ -101,6 +102,7 @@ def load_model(
     *,
     dtype: str | None = None,
     tokenizer: PreTrainedTokenizerBase | Literal["auto"] | None = "auto",
+    sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
 ) -> LanguageModel:
     """Loads a frozen language model.
 
@@ -112,9 +114,11 @@ def load_model(
         bfloat16 where the hardware multiplies it natively, else float32.
       tokenizer: ``"auto"`` reads it from beside the weights; ``None`` loads the weights alone; or one
         of your own.
+      sharding: where the parameter with this path and shape goes, such as a ``NamedSharding`` of a mesh: each
+        device's part is read on its own. By default all is on the default device.
 
     Returns:
-      The model, its weights on the default device.
+      The model, its weights in place.
 
     Raises:
       UserError: no such model, an unsupported one, or damaged files.
@@ -136,7 +140,7 @@ def load_model(
     hf = _hugging_face_config(directory)
     family = FAMILIES[hf.model_type]
     config = family.config(hf, dtype)
-    params = load_params(weight_files(directory), config, family.tensors(config))
+    params = load_params(weight_files(directory), config, family.tensors(config), sharding)
     if isinstance(tokenizer, str):
         tokenizer = _load_tokenizer(directory)
     stop_ids = _stop_ids(directory, tokenizer)

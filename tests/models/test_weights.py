@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 import jaxsp
 from jaxsp.models.families import FAMILIES
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.models.weights import load_params, weight_files
 from jaxsp.typing import UserError
 from tests import tiny
 
@@ -36,11 +35,13 @@ def test_every_device_reads_its_shard(tmp_path, family):
             mesh, PartitionSpec(*[None] * (len(shape) - 1), "model" if split else None)
         )
 
-    tensors = FAMILIES[family].tensors(whole.config)
-    params = load_params(weight_files(tmp_path), whole.config, tensors, sharding)
+    sharded = jaxsp.load_model(tmp_path, dtype="float32", tokenizer=None, sharding=sharding)
+    params = sharded.params
     jax.tree.map(np.testing.assert_array_equal, params, whole.params)
     kernel = params["layers"]["q_proj"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape)[-1] == kernel.shape[-1] // 4
+    ids = [[4, 8, 15, 16, 23, 42]]
+    np.testing.assert_allclose(sharded.logits(ids), whole.logits(ids), atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
