@@ -24,7 +24,7 @@ class Settings(OptimizerSettings):
     steps: int = 500
     """Updates of the prompt."""
     batch_size: int = 8
-    """Queries an update."""
+    """Queries an update, about: as many as fit in the tokens of so many of mean length."""
     initial: str = "first"
     """Where the prompt starts: first, spread (tokens of the context), vocabulary or noise."""
     seed: int = 0

@@ -101,7 +101,7 @@ def tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
         for name in dict.fromkeys(place.name.format(layer=i) for i in range(layers)):
             if path.endswith("kernel"):
                 values = 2.0 * random.standard_normal(shape) / shape[0] ** 0.5
-                values = values.T if place.transposed else values
+                values = values.T if place.outputs_first else values
             elif path.endswith("embedding"):
                 values = 3.0 * random.standard_normal(shape) / shape[1] ** 0.5
             else:

@@ -9,6 +9,7 @@ Reference: Krell et al. 2021, Efficient Sequence Packing without Cross-contamina
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,32 +49,37 @@ class Packing:
         most, fewest = (max(1, round(tokens / (size * longest))) for size in ROW)
         shapes = [
             cls(rows, max(longest, -4 * int(-tokens // (4 * rows))))
-            for rows in range(fewest, most + 1)
+            for rows in np.unique(np.linspace(fewest, most, 8).round().astype(int)).tolist()
         ]
         return min(shapes, key=lambda shape: shape._padding(lengths))
+
+    def over(self, devices: int, longest: int) -> Packing:
+        """The shape, divisible over so many devices, that holds whatever this one holds.
+
+        What a batch consists of does not depend on the devices, so that any number of them trains alike.
+        """
+        rows = -(-self.rows // devices) * devices
+        # A sequence goes to the emptiest row, which is no fuller than the mean.
+        enough = -4 * (-self.rows * self.length // (4 * rows)) + longest
+        return Packing(rows, min(self.length, enough))
 
     def _padding(self, lengths: np.ndarray) -> float:
         """The part of a batch that is padding, the mean of a few."""
         used, cursor = 0, 0
-        for _ in range(10):
+        for _ in range(5):
             drawn = self.draw(lengths, cursor, [0])
             used, cursor = used + lengths[drawn].sum(), cursor + len(drawn)
-        return 1 - used / (10 * self.rows * self.length)
+        return 1 - used / (5 * self.rows * self.length)
 
     def places(self, lengths: Sequence[int]) -> list[int] | None:
-        """A row for each sequence; None if they don't all fit.
-
-        Longest first, each to the emptiest row, or else to the fullest that has room.
-        """
-        used = [0] * self.rows
+        """A row for each sequence, longest first, each to the emptiest row; None if they don't all fit."""
+        rows = [(0, row) for row in range(self.rows)]  # a heap of (tokens, row)
         places = [0] * len(lengths)
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            room = [row for row in range(self.rows) if used[row] + lengths[i] <= self.length]
-            if not room:
+            used, row = rows[0]
+            if used + lengths[i] > self.length:
                 return None
-            even = min(range(self.rows), key=lambda row: used[row])
-            row = even if even in room else max(room, key=lambda row: used[row])
-            used[row] += lengths[i]
+            heapq.heapreplace(rows, (used + lengths[i], row))
             places[i] = row
         return places
 
@@ -101,13 +107,12 @@ class Packing:
                 fits = middle
         return stream[:fits]
 
-    def pack(self, rows: Rows, index: Int[np.ndarray, " n"], multiple: int = 1) -> Rows:
+    def pack(self, rows: Rows, index: Int[np.ndarray, " n"]) -> Rows:
         """The sequences of these indices as one batch.
 
         Args:
           rows: one sequence each, with the teacher's hidden states or without.
           index: from ``draw``.
-          multiple: the batch gets empty rows until their number is one of it.
 
         Returns:
           Rows of ``length`` tokens and as many answer positions, the live ones first.
@@ -116,7 +121,7 @@ class Packing:
         places = self.places(lengths)
         if places is None:
             raise ValueError(f"{len(index)} sequences of {sum(lengths)} tokens don't fit {self}.")
-        shape = (-(-self.rows // multiple) * multiple, self.length)
+        shape = (self.rows, self.length)
         offsets, segment_ids = (np.full(shape, EMPTY, np.int32) for _ in range(2))
         tokens, answer_index, targets = (np.zeros(shape, np.int32) for _ in range(3))
         mask, hidden = np.zeros(shape, bool), None

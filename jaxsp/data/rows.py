@@ -51,8 +51,8 @@ class Rows:
     def sequences(self) -> Int[Array, ""]:
         """How many there are in all."""
         if self.segment_ids is None:
-            return jnp.int32(len(self))
-        return jnp.sum(jnp.max(self.segment_ids, axis=-1) + 1)
+            return jnp.sum(jnp.max(self.offsets, axis=-1) != EMPTY, dtype=jnp.int32)
+        return jnp.sum(jnp.max(self.segment_ids, axis=-1) + 1, dtype=jnp.int32)
 
     def take(self, index: Sequence[int] | np.ndarray) -> Rows:
         """The rows of these indices, in their order; one beyond the last gives an empty row."""
@@ -60,10 +60,12 @@ class Rows:
         inside = index < len(self)
         rows = jax.tree.map(lambda leaf: leaf[np.where(inside, index, 0)], self)
         blank = ~inside[:, None]
+        ids = rows.segment_ids
         return dataclasses.replace(
             rows,
             offsets=np.where(blank, EMPTY, rows.offsets),
             mask=np.where(blank, False, rows.mask),
+            segment_ids=None if ids is None else np.where(blank, EMPTY, ids),
         )
 
 
@@ -96,19 +98,6 @@ def make_rows(queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
         targets[i, : len(answer)] = answer
         mask[i, : len(answer)] = True
     return Rows(tokens, offsets, answer_index, targets, mask)
-
-
-def pad_ids(
-    rows: Sequence[Sequence[int]], length: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids ``[B, T]`` right-padded to ``length`` (or the longest), and their offsets (``EMPTY``: padding)."""
-    length = length or max(len(row) for row in rows)
-    ids = np.zeros((len(rows), length), np.int32)
-    offsets = np.full((len(rows), length), EMPTY, np.int32)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-        offsets[i, : len(row)] = np.arange(len(row))
-    return ids, offsets
 
 
 def batch_indices(

@@ -70,7 +70,7 @@ class DecoderConfig:
     """The attention backend, a key of ``jaxsp.models.attention.BACKENDS``, or ``auto``."""
 
     def __post_init__(self) -> None:
-        for name in (
+        for name in [
             "vocab_size",
             "width",
             "layers",
@@ -78,13 +78,20 @@ class DecoderConfig:
             "kv_heads",
             "head_width",
             "mlp_width",
-        ):
+        ]:
             if getattr(self, name) < 1:
                 raise UserError(f"A decoder can't have {name} {getattr(self, name)}.")
         if self.heads % self.kv_heads:
             raise UserError(
                 f"{self.heads} attention heads can't share {self.kv_heads} key/value heads: the"
                 " first must be a multiple of the second."
+            )
+
+    def check_length(self, tokens: int) -> None:
+        """Raises ``UserError`` if a sequence of so many tokens is longer than the window."""
+        if tokens > self.window:
+            raise UserError(
+                f"{tokens} tokens are more than the model's window of {self.window}; shorten the text."
             )
 
     @property

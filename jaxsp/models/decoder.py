@@ -81,13 +81,14 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x_BTD: Array, own: LayerInputs, reading: Reading
     ) -> tuple[Array, tuple[Array, Array]]:
-        y, key_values = self._attention(self._norm("attention_pre_norm", x_BTD), own, reading)
-        x_BTD = x_BTD + self._norm("attention_post_norm", y)
-        y = self._mlp(self._norm("mlp_pre_norm", x_BTD))
-        return x_BTD + self._norm("mlp_post_norm", y), key_values
+        pre, post = self.config.pre_norm, self.config.post_norm
+        y = self._norm("attention_pre_norm", x_BTD, wanted=pre)
+        y, key_values = self._attention(y, own, reading)
+        x_BTD = x_BTD + self._norm("attention_post_norm", y, wanted=post)
+        y = self._mlp(self._norm("mlp_pre_norm", x_BTD, wanted=pre))
+        return x_BTD + self._norm("mlp_post_norm", y, wanted=post), key_values
 
-    def _norm(self, name: str, x: Array) -> Array:
-        wanted = self.config.post_norm if "post" in name else self.config.pre_norm
+    def _norm(self, name: str, x: Array, *, wanted: bool) -> Array:
         return Norm(self.config, name=name)(x) if wanted else x
 
     def _dense(self, name: str, size: int, x: Array, *, bias: bool) -> Array:
@@ -330,6 +331,9 @@ def read_long(
 
     Returns:
       ``prefix`` followed by the tokens; a few slots at its end may be ``EMPTY``.
+
+    Raises:
+      UserError: they are longer than the model's window.
     """
     if prefix is None:
         prefix = empty_prefix(config)
@@ -339,6 +343,7 @@ def read_long(
     chunks = -(-count // longest)
     size = -(-count // chunks)
     first, slot = int(prefix.next_position[0]), prefix.positions.shape[1]
+    config.check_length(first + count)
     room = prefix.append(empty_prefix(config, chunks * size))
     padded = np.pad(ids.astype(np.int32), ((0, 0), (0, chunks * size - count)))
     offsets = np.arange(chunks * size)[None]

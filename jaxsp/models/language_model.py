@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,8 +57,13 @@ class LanguageModel:
     """How long loading took."""
 
     def embed(self, ids: Any) -> Float[Array, "*b t d"]:
-        """Input vectors of token ids ``[*b, t]``: the space of a soft prompt."""
-        return decoder.embed(self.params, self.config, jnp.asarray(ids))
+        """Input vectors of token ids ``[*b, t]``: the space of a soft prompt.
+
+        Raises:
+          UserError: an id is none of the model's.
+        """
+        self.check_ids(ids)
+        return decoder.embed(self.params, self.config, jnp.asarray(ids, jnp.int32))
 
     def logits(
         self, ids: Any = None, *, embeddings: Float[Array, "*b t d"] | None = None
@@ -66,21 +71,29 @@ class LanguageModel:
         """Next-token logits, float32, of token ids ``[*b, t]`` or of input vectors ``[*b, t, d]``.
 
         Raises:
-          UserError: both or neither are given.
+          UserError: both or neither are given; there is no token, or more than the model's window; an id
+            is none of the model's.
         """
         if (ids is None) == (embeddings is None):
             raise UserError("LanguageModel.logits takes either ids or embeddings=..., not both.")
         inputs = self.embed(ids) if embeddings is None else jnp.asarray(embeddings)
+        if inputs.ndim < 2 or not inputs.size:
+            raise UserError(f"Logits of no tokens: the inputs have the shape {inputs.shape}.")
+        self.config.check_length(inputs.shape[-2])
         rows = inputs.reshape(-1, *inputs.shape[-2:])
         logits = _logits(self.params, self.config, rows)
         return logits.reshape(*inputs.shape[:-1], -1)
 
-    def check_ids(self, ids: Sequence[int] | np.ndarray) -> None:
+    def check_ids(self, ids: Any) -> None:
         """Raises ``UserError`` if the model has no embedding for one of these token ids."""
-        if len(ids) and max(ids) >= self.config.vocab_size:
-            word = self.tokenizer.convert_ids_to_tokens(int(max(ids))) if self.tokenizer else None
+        ids = np.asarray(ids)
+        odd = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        if odd.size:
+            word = "?"
+            if self.tokenizer is not None and odd[0] >= 0:
+                word = self.tokenizer.convert_ids_to_tokens(int(odd[0]))
             raise UserError(
-                f"Token {word!r} has the id {max(ids)}, beyond the model's vocabulary of"
+                f"Token {word!r} has the id {odd[0]}, outside the model's vocabulary of"
                 f" {self.config.vocab_size}; take it out of the text."
             )
 
@@ -144,7 +157,7 @@ def load_model(
     if isinstance(tokenizer, str):
         tokenizer = _load_tokenizer(directory)
     stop_ids = _stop_ids(directory, tokenizer)
-    _check_ids(config, tokenizer, stop_ids)
+    _check_vocabulary(config, tokenizer, stop_ids)
     jax.block_until_ready(params)
     return LanguageModel(
         name=os.fspath(name_or_path),
@@ -218,7 +231,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    patterns = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except RepositoryNotFoundError as error:
@@ -238,16 +251,12 @@ def _hugging_face_config(directory: Path):
     if not file.is_file():
         raise UserError(f"{directory} is not a model directory: it has no config.json.")
     try:
-        model_type = json.loads(file.read_text("utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} is not valid JSON; download it again.") from error
-    if model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise UserError(f"{file}: model_type {model_type!r} is not supported; jaxsp runs {known}.")
-    try:
         hf = AutoConfig.from_pretrained(directory)
-    except Exception as error:  # validation errors of many kinds, all about this file
+    except Exception as error:  # of many kinds, all about this file
+        _check_family(file, _json(file).get("model_type"))
         raise UserError(f"{file} is not a valid configuration ({error}).") from error
+    # transformers may take a file for another type than it says: Mistral with layer_types is its Ministral.
+    _check_family(file, hf.model_type)
     if method := getattr(hf, "quantization_config", None):
         raise UserError(
             f"{file}: the weights are quantised ({method.get('quant_method', 'unknown method')});"
@@ -256,13 +265,19 @@ def _hugging_face_config(directory: Path):
     return hf
 
 
-def _check_ids(
+def _check_family(file: Path, model_type: Any) -> None:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"{file}: model_type {model_type!r} is not supported; jaxsp runs {known}.")
+
+
+def _check_vocabulary(
     config: DecoderConfig, tokenizer: PreTrainedTokenizerBase | None, stop_ids: tuple[int, ...]
 ) -> None:
     """The model has an embedding for every id; added tokens are checked when a text has one."""
-    if beyond := [i for i in stop_ids if i >= config.vocab_size]:
+    if odd := [i for i in stop_ids if not 0 <= i < config.vocab_size]:
         raise UserError(
-            f"The end-of-text id {beyond[0]} is beyond the model's vocabulary of"
+            f"The end-of-text id {odd[0]} is outside the model's vocabulary of"
             f" {config.vocab_size}; the configuration or the tokenizer is another model's."
         )
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -286,10 +301,24 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 def _stop_ids(directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
     stops: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
-        if (file := directory / name).is_file():
-            ids = json.loads(file.read_text("utf-8")).get("eos_token_id")
-            stops.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    for file in (directory / "config.json", directory / "generation_config.json"):
+        ids = _json(file).get("eos_token_id") if file.is_file() else None
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if odd := [i for i in ids if not isinstance(i, int)]:
+            raise UserError(
+                f"{file}: eos_token_id must be a token id or a list of them, not {odd[0]!r}."
+            )
+        stops.update(ids)
     if tokenizer is not None and isinstance(tokenizer.eos_token_id, int):
         stops.add(tokenizer.eos_token_id)
     return tuple(sorted(stops))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON; download it again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object; download it again.")
+    return content

@@ -96,23 +96,32 @@ ROPE_TYPES: dict[str, Callable[[np.ndarray, Mapping[str, Any]], _Scaled]] = {
 }
 
 
-def make_rope(parameters: Mapping[str, Any], head_width: int) -> Rope:
+_POSITIVE = {"rope_theta", "factor", "original_max_position_embeddings"}
+
+
+def make_rope(parameters: Mapping[str, Any], head_width: int, turned: float = 1.0) -> Rope:
     """The rotation that a ``transformers`` config asks for.
 
     Args:
       parameters: ``rope_parameters`` of the config: ``rope_theta``, ``rope_type`` and what that type
-        needs; ``partial_rotary_factor`` is the part of a head that turns, 1 by default.
+        needs.
       head_width: width of one attention head.
+      turned: the part of it that turns.
 
     Raises:
-      UserError: the rope type is not a key of ``ROPE_TYPES``, or lacks a parameter.
+      UserError: the rope type is not a key of ``ROPE_TYPES``, or a parameter is missing or no number.
     """
     kind = parameters.get("rope_type", "default")
     if kind not in ROPE_TYPES:
         known = ", ".join(ROPE_TYPES)
         raise UserError(f"Rope type {kind!r} is not supported; jaxsp knows {known}.")
-    turned = int(head_width * parameters.get("partial_rotary_factor", 1.0))
-    exponents = np.arange(0, turned, 2, dtype=np.float32) / np.float32(turned)
+    for name in _POSITIVE & set(parameters):
+        if not isinstance(parameters[name], int | float) or not 0 < parameters[name] < math.inf:
+            raise UserError(
+                f"{name} in rope_parameters must be a positive number; got {parameters[name]!r}."
+            )
+    size = int(head_width * turned)
+    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
     try:
         plain = np.float32(1.0) / np.power(np.float32(parameters["rope_theta"]), exponents)
         frequencies, magnitude = ROPE_TYPES[kind](plain, parameters)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
 from jaxsp.models.config import DecoderConfig
@@ -43,9 +43,9 @@ def weight_files(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            files = [directory / name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index} is not a valid weight index; download it again.") from error
-        files = [directory / name for name in names]
         if absent := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{directory} lacks the weight file {absent[0]} that its index names.")
         return files
@@ -65,13 +65,13 @@ class Tensor:
     Attributes:
       name: of the tensor; ``{layer}`` where the layer's number stands.
       rows: which outputs are meant, where several matrices are stored as one.
-      transposed: the file has matrices as ``[outputs, inputs]``, as torch's ``Linear`` does.
+      outputs_first: a matrix stands there as ``[outputs, inputs]``, as torch's ``Linear`` has it.
       plus: added to what is stored; Gemma stores norm weights less one.
     """
 
     name: str
     rows: tuple[int, int] | None = None
-    transposed: bool = True
+    outputs_first: bool = True
     plus: float = 0.0
 
 
@@ -143,10 +143,12 @@ def load_params(
         place.check(checkpoint)
     params = {}
     for path, leaf in leaves.items():
-        params[tuple(path.split("/"))] = jax.make_array_from_callback(
-            leaf.shape,
-            sharding(path, leaf.shape) if sharding else SingleDeviceSharding(jax.devices()[0]),
-            functools.partial(places[path].read, checkpoint),
+        read = functools.partial(places[path].read, checkpoint)
+        # Without a wish the arrays stay uncommitted: they follow what they are used with.
+        params[tuple(path.split("/"))] = (
+            jax.make_array_from_callback(leaf.shape, sharding(path, leaf.shape), read)
+            if sharding
+            else jnp.asarray(read(None))
         )
     return unflatten_dict(params)
 
@@ -261,7 +263,7 @@ def _places(
         path: _Place(
             leaf,
             tensors[path],
-            tensors[path].transposed and path.endswith("/kernel"),
+            tensors[path].outputs_first and path.endswith("/kernel"),
             outputs[tensors[path].name],
         )
         for path, leaf in leaves.items()

@@ -99,6 +99,7 @@ def train(
     """
     lines = _past_lines(watcher.metrics, int(state.step))
     packing = Packing.of(rows.lengths, settings.batch_size)
+    spread = packing.over(driver.devices, int(rows.lengths.max()))
     placed = driver.place(state)
     order = np.asarray(state.key)
 
@@ -126,7 +127,7 @@ def train(
             for step in range(int(state.step), settings.steps):
                 started = time.perf_counter()
                 drawn = packing.draw(rows.lengths, int(state.cursor), order)
-                batch = packing.pack(rows, drawn, driver.devices)
+                batch = spread.pack(rows, drawn)
                 placed, metrics = driver.step(placed, batch)
                 values = {name: float(value) for name, value in metrics.items()}
                 if not all(math.isfinite(value) for value in values.values()):

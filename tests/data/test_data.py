@@ -7,7 +7,7 @@ import pytest
 
 from jaxsp.data.chat import ChatSlots, encode
 from jaxsp.data.documents import Query, as_queries, read_context, read_queries, split_queries
-from jaxsp.data.rows import batch_indices, make_rows, pad_ids
+from jaxsp.data.rows import batch_indices, make_rows
 from jaxsp.typing import EMPTY, UserError
 from tests import tiny
 
@@ -78,12 +78,6 @@ def test_rows_read_the_query_and_all_but_the_last_answer_token():
     assert blank.tokens[0].tolist() == [7, 9, 10, 11]
     assert (blank.offsets[1] == EMPTY).all()
     assert not blank.mask[1].any()
-
-
-def test_pad_ids():
-    ids, offsets = pad_ids([[4], [], [5, 6]], 3)
-    assert ids.tolist() == [[4, 0, 0], [0, 0, 0], [5, 6, 0]]
-    assert offsets.tolist() == [[0, EMPTY, EMPTY], [EMPTY] * 3, [0, 1, EMPTY]]
 
 
 def test_the_stream_visits_every_row_once_an_epoch_and_can_be_entered_anywhere():

@@ -17,6 +17,26 @@ LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=60).map(np.array)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(lengths=LENGTHS, batch_size=st.integers(1, 20), devices=st.integers(1, 9))
+def test_any_number_of_devices_holds_the_same_batch(lengths, batch_size, devices):
+    packing = Packing.of(lengths, batch_size)
+    spread = packing.over(devices, int(lengths.max()))
+    assert spread.rows % devices == 0
+    for cursor in (0, 17, 100):
+        drawn = packing.draw(lengths, cursor, [3])
+        assert spread.places(lengths[drawn].tolist()) is not None
+
+
+def test_every_device_has_work():
+    lengths = np.array(MUSEUM)
+    packing = Packing.of(lengths, 8)
+    spread = packing.over(8, int(lengths.max()))
+    drawn = packing.draw(lengths, 0, [0])
+    assert len(set(spread.places(lengths[drawn].tolist()))) == min(8, len(drawn))
+    assert spread.length < packing.length
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(lengths=LENGTHS, batch_size=st.integers(1, 20), cursor=st.integers(0, 300))
 def test_a_batch_fits_and_is_the_streams_next_part(lengths, batch_size, cursor):
     packing = Packing.of(lengths, batch_size)
@@ -43,7 +63,7 @@ def test_packed_rows_hold_the_sequences():
     rows = make_rows([[5, 6], [7], [20, 21, 22]], [[8, 2], [9, 10, 11, 2], [4]])
     hidden = np.arange(3 * 4 * 2, dtype=np.float32).reshape(3, 4, 2)
     rows = dataclasses.replace(rows, teacher_hidden=hidden)
-    packed = Packing(1, 11).pack(rows, np.array([0, 1, 2]), multiple=2)
+    packed = Packing(1, 11).pack(rows, np.array([0, 1, 2]))
     assert packed.tokens[0].tolist() == [5, 6, 8, 7, 9, 10, 11, 20, 21, 22, 0]
     assert packed.offsets[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, EMPTY]
     assert packed.segment_ids[0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, EMPTY]
@@ -51,10 +71,11 @@ def test_packed_rows_hold_the_sequences():
     assert packed.targets[0, :7].tolist() == [8, 2, 9, 10, 11, 2, 4]
     assert packed.mask[0].tolist() == [True] * 7 + [False] * 4
     np.testing.assert_array_equal(packed.teacher_hidden[0, :7], hidden[rows.mask])
-    assert (len(packed), packed.sequences) == (2, 3)
-    assert (packed.offsets[1] == EMPTY).all()
-    assert not packed.mask[1].any()
+    assert (len(packed), packed.sequences) == (1, 3)
     assert rows.sequences == 3
+    blank = packed.take([0, 1])
+    assert blank.sequences == rows.take([0, 1, 2, 3]).sequences == 3
+    assert (blank.segment_ids[1] == EMPTY).all()
 
 
 # Tokens of query and answer of the questions of experiments/untuned/museum, with SmolLM2's answers.

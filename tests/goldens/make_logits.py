@@ -32,6 +32,18 @@ CASES: dict[str, dict[str, Any]] = {
     "llama_old_theta": _OLD,
     "llama3_rope": {"rope_parameters": {**_LLAMA3, "rope_theta": 5e5}},
     "llama3_rope_old_layout": {**_OLD, "rope_scaling": _LLAMA3},
+    # Fields that other families have and this one does not heed.
+    "llama_other_fields": {
+        "partial_rotary_factor": 0.5,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "mistral_other_fields": {
+        "model_type": "mistral",
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
+    },
+    "gemma3_other_fields": {"model_type": "gemma3_text", "attn_logit_softcapping": 2.0},
     "linear_rope": {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}},
     "linear_rope_old_layout": {**_OLD, "rope_scaling": {"type": "linear", "factor": 8.0}},
     "mistral": {"model_type": "mistral"},

@@ -42,7 +42,6 @@ def test_a_shared_prefix_equals_one_copy_per_row(model):
     params, config = model
     rows = jnp.concatenate([decoder.embed(params, config, IDS)] * 3) + jnp.arange(3)[:, None, None]
     prefix = decoder.prefill(params, config, rows[:1, :4] * 0.5)
-    copied = jax.tree.map(lambda a: jnp.repeat(a, 3, axis=a.ndim - 4 if a.ndim == 5 else 0), prefix)
     copied = type(prefix)(
         jnp.repeat(prefix.keys, 3, axis=1),
         jnp.repeat(prefix.values, 3, axis=1),

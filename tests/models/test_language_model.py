@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxsp
-from jaxsp.models import language_model
+from jaxsp.models import decoder, language_model
 from jaxsp.typing import UserError
 from tests import tiny
 
@@ -98,8 +98,21 @@ def test_a_tokenizer_of_another_model(tmp_path):
 
 
 def test_an_added_token_beyond_the_vocabulary(tiny_model):
-    with pytest.raises(UserError, match="id 300, beyond the model's vocabulary of 259"):
-        tiny_model.check_ids([4, 300])
+    for ids in ([4, 300], [[5, 6], [7, 300]]):
+        with pytest.raises(UserError, match="id 300, outside the model's vocabulary of 259"):
+            tiny_model.logits(ids)
+    with pytest.raises(UserError, match="id -5, outside"):
+        tiny_model.check_ids([4, -5])
+
+
+def test_sequences_that_the_model_cannot_read(tiny_model):
+    with pytest.raises(UserError, match="513 tokens are more than the model's window of 512"):
+        tiny_model.logits([[3] * 513])
+    with pytest.raises(UserError, match="513 tokens are more"):
+        decoder.read_long(tiny_model.params, tiny_model.config, np.full((1, 513), 3))
+    for nothing in ([], [[]], np.zeros((2, 0), int)):
+        with pytest.raises(UserError, match="no tokens"):
+            tiny_model.logits(nothing)
 
 
 def test_stop_ids_from_every_place(tmp_path):
@@ -173,7 +186,17 @@ def test_truncated_safetensors(tmp_path):
         ({"num_key_value_heads": 3}, "4 attention heads can't share 3 key/value heads"),
         ({"hidden_size": 0}, "can't have width 0"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
-        ({"eos_token_id": 259}, "end-of-text id 259 is beyond the model's vocabulary of 259"),
+        ({"eos_token_id": 259}, "end-of-text id 259 is outside the model's vocabulary of 259"),
+        ({"eos_token_id": -1}, "end-of-text id -1 is outside"),
+        ({"eos_token_id": "2"}, "not a valid configuration|eos_token_id must be a token id"),
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention"] * 2},
+            "'ministral' is not supp",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+            "rope_theta .* positive number; got 0",
+        ),
         ({"model_type": "qwen3", "layer_types": ["odd", "odd"]}, "odd"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse"),
         ({"hidden_act": "relu"}, "Activation 'relu'"),
@@ -187,8 +210,28 @@ def test_unsupported_configurations(tmp_path, changes, message):
         jaxsp.load_model(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "2"}', '{"eos_token_id": [[2]]}'])
+def test_damaged_generation_config(tmp_path, text):
+    (tiny.write(tmp_path) / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"generation_config\.json"):
+        jaxsp.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "{", "{}", '{"weight_map": 5}', '{"weight_map": {"a": 5}}', '{"weight_map": {"a": []}}'],
+)
+def test_damaged_weight_index(tmp_path, text):
+    (tiny.write(tmp_path) / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match="not a valid weight index"):
+        jaxsp.load_model(tmp_path)
+
+
 def test_damaged_or_missing_files(tmp_path):
     tiny.write(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**tiny.config(), "model_type": ["llama"]}))
+    with pytest.raises(UserError, match=r"model_type \['llama'\] is not supported"):
+        jaxsp.load_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         jaxsp.load_model(tmp_path)

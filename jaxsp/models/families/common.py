@@ -18,10 +18,13 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def read_config(hf: Any, dtype: str, **family: Any) -> DecoderConfig:
-    """A decoder like Llama with this configuration's sizes, except for what ``family`` says.
+    """A decoder of this configuration's sizes that is otherwise like Llama, except for what ``family`` says.
+
+    Families differ in which fields of a configuration they heed (Llama has no ``layer_types``, Mistral no
+    ``attention_bias``), so whatever not all have is for the family to read.
 
     Raises:
-      UserError: the activation, a layer's kind or the rope type is not supported.
+      UserError: the activation or the rope type is not supported.
     """
     head_width = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     usual = {
@@ -35,12 +38,6 @@ def read_config(hf: Any, dtype: str, **family: Any) -> DecoderConfig:
         "window": hf.max_position_embeddings,
         "norm_epsilon": hf.rms_norm_eps,
         "tied_head": hf.tie_word_embeddings,
-        "qkv_bias": getattr(hf, "attention_bias", False),
-        "output_bias": getattr(hf, "attention_bias", False),
-        "mlp_bias": getattr(hf, "mlp_bias", False),
-        "sliding_windows": tuple(
-            hf.sliding_window if kind == "sliding_attention" else None for kind in layer_kinds(hf)
-        ),
         "dtype": dtype,
     }
     if "activation" not in family:
@@ -48,6 +45,18 @@ def read_config(hf: Any, dtype: str, **family: Any) -> DecoderConfig:
     if "ropes" not in family:
         usual["ropes"] = (make_rope(hf.rope_parameters, head_width),) * hf.num_hidden_layers
     return DecoderConfig(**{**usual, **family})
+
+
+def attention_biases(hf: Any) -> dict[str, bool]:
+    """Biases of all four projections, where a configuration has ``attention_bias``."""
+    return {"qkv_bias": hf.attention_bias, "output_bias": hf.attention_bias}
+
+
+def sliding_windows(hf: Any) -> tuple[int | None, ...]:
+    """Each layer's sliding window, by its kind."""
+    return tuple(
+        hf.sliding_window if kind == "sliding_attention" else None for kind in layer_kinds(hf)
+    )
 
 
 def activation(name: str) -> Activation:
@@ -60,7 +69,7 @@ def activation(name: str) -> Activation:
 
 def layer_kinds(hf: Any) -> list[str]:
     """Of each layer, ``full_attention`` or ``sliding_attention``."""
-    kinds = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
+    kinds = hf.layer_types
     if odd := set(kinds) - {"full_attention", "sliding_attention"}:
         raise UserError(f"Layers of the kind {min(odd)!r} are not supported.")
     return kinds

@@ -9,7 +9,14 @@ import dataclasses
 from typing import Any
 
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.families.common import QK_NORMS, activation, read_config, usual_tensors
+from jaxsp.models.families.common import (
+    QK_NORMS,
+    activation,
+    attention_biases,
+    read_config,
+    sliding_windows,
+    usual_tensors,
+)
 from jaxsp.models.weights import Tensor
 from jaxsp.typing import UserError
 
@@ -22,13 +29,17 @@ def config(hf: Any, dtype: str, **family: Any) -> DecoderConfig:
     return read_config(
         hf,
         dtype,
-        activation=activation(hf.hidden_activation),
-        post_norm=True,
-        embedding_scale=hf.hidden_size**0.5,
-        query_scale=hf.query_pre_attn_scalar**-0.5,
-        attention_softcap=hf.attn_logit_softcapping,
-        logit_softcap=hf.final_logit_softcapping,
-        **family,
+        **{
+            "activation": activation(hf.hidden_activation),
+            "post_norm": True,
+            "embedding_scale": hf.hidden_size**0.5,
+            "query_scale": hf.query_pre_attn_scalar**-0.5,
+            "attention_softcap": hf.attn_logit_softcapping,
+            "logit_softcap": hf.final_logit_softcapping,
+            "sliding_windows": sliding_windows(hf),
+            **attention_biases(hf),
+            **family,
+        },
     )
 
 

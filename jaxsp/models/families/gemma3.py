@@ -17,7 +17,13 @@ from jaxsp.models.weights import Tensor
 def config(hf: Any, dtype: str) -> DecoderConfig:
     kinds = layer_kinds(hf)
     ropes = {kind: make_rope(hf.rope_parameters[kind], hf.head_dim) for kind in set(kinds)}
-    return gemma2.config(hf, dtype, qk_norm="head", ropes=tuple(ropes[kind] for kind in kinds))
+    return gemma2.config(
+        hf,
+        dtype,
+        qk_norm="head",
+        attention_softcap=None,  # configurations may have one, which the model ignores
+        ropes=tuple(ropes[kind] for kind in kinds),
+    )
 
 
 def tensors(config: DecoderConfig) -> dict[str, Tensor]:

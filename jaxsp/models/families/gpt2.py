@@ -54,8 +54,10 @@ def tensors(config: DecoderConfig) -> dict[str, Tensor]:
     for ours, theirs in (("kernel", "weight"), ("bias", "bias")):
         for i, name in enumerate("qkv"):
             out[f"layers/{name}_proj/{ours}"] = Tensor(
-                f"{at}.attn.c_attn.{theirs}", (i * width, (i + 1) * width), transposed=False
+                f"{at}.attn.c_attn.{theirs}", (i * width, (i + 1) * width), outputs_first=False
             )
         for name, place in (("o", "attn.c_proj"), ("up", "mlp.c_fc"), ("down", "mlp.c_proj")):
-            out[f"layers/{name}_proj/{ours}"] = Tensor(f"{at}.{place}.{theirs}", transposed=False)
+            out[f"layers/{name}_proj/{ours}"] = Tensor(
+                f"{at}.{place}.{theirs}", outputs_first=False
+            )
     return out

@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.families.common import PRE_NORMS, read_config, usual_tensors
+from jaxsp.models.families.common import PRE_NORMS, attention_biases, read_config, usual_tensors
 from jaxsp.models.weights import Tensor
 
 
 def config(hf: Any, dtype: str) -> DecoderConfig:
-    return read_config(hf, dtype)
+    return read_config(hf, dtype, mlp_bias=hf.mlp_bias, **attention_biases(hf))
 
 
 def tensors(config: DecoderConfig) -> dict[str, Tensor]:

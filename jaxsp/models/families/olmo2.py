@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.families.common import QK_NORMS, read_config, usual_tensors
+from jaxsp.models.families.common import QK_NORMS, attention_biases, read_config, usual_tensors
 from jaxsp.models.weights import Tensor
 
 
 def config(hf: Any, dtype: str) -> DecoderConfig:
-    return read_config(hf, dtype, pre_norm=False, post_norm=True, qk_norm="width")
+    return read_config(
+        hf, dtype, pre_norm=False, post_norm=True, qk_norm="width", **attention_biases(hf)
+    )
 
 
 def tensors(config: DecoderConfig) -> dict[str, Tensor]:

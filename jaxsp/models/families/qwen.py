@@ -8,14 +8,22 @@ from __future__ import annotations
 from typing import Any
 
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.families.common import PRE_NORMS, QK_NORMS, read_config, usual_tensors
+from jaxsp.models.families.common import (
+    PRE_NORMS,
+    QK_NORMS,
+    attention_biases,
+    read_config,
+    sliding_windows,
+    usual_tensors,
+)
 from jaxsp.models.weights import Tensor
 
 
 def config(hf: Any, dtype: str) -> DecoderConfig:
-    if hf.model_type == "qwen2":
-        return read_config(hf, dtype, qkv_bias=True)
-    return read_config(hf, dtype, qk_norm="head")
+    own = {"qkv_bias": True}
+    if hf.model_type == "qwen3":
+        own = {"qk_norm": "head", **attention_biases(hf)}
+    return read_config(hf, dtype, sliding_windows=sliding_windows(hf), **own)
 
 
 def tensors(config: DecoderConfig) -> dict[str, Tensor]:
