@@ -148,7 +148,7 @@ def load_params(
         params[tuple(path.split("/"))] = (
             jax.make_array_from_callback(leaf.shape, sharding(path, leaf.shape), read)
             if sharding
-            else jnp.asarray(read(None))
+            else jax.device_put(read(None), may_alias=True)
         )
     return unflatten_dict(params)
 
