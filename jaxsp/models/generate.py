@@ -10,9 +10,7 @@ of a ring, and which columns are its own follows from how many tokens it has rea
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -22,68 +20,18 @@ import numpy as np
 
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
+from jaxsp.models.sampling import Choices, Sampling, choose, column, round_up, tabulate
+from jaxsp.models.stop_strings import Decode, certain, stop_at
 from jaxsp.typing import EMPTY, Array, Bool, Float, Int, KeyValues, Params, UserError
 
 CHUNK = 128
 """Longest run of query tokens read at once; a longer query takes several."""
 
+GROUP = 8
+"""Most requests read at once; fewer slots than half of them are filled one by one."""
+
 STEPS = 8
 """Decoding steps between two looks of the host: for stop strings, for progress."""
-
-Decode = Callable[[list[int]], str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the tokens of an answer are chosen, and when it ends.
-
-    The distribution is the softmax of logits / temperature, cut to the ``top_k`` most probable tokens, then
-    to the fewest of these that together reach ``top_p`` (Holtzman et al. 2020, arXiv:1904.09751).
-
-    Attributes:
-      temperature: 0 takes the most probable token.
-      top_k: how many tokens to choose from; 0 for all.
-      top_p: the probability that the tokens to choose from reach together, in (0, 1].
-      stop_ids: tokens that end the answer, which includes them.
-      stop_strings: texts that end the answer, which is cut to the tokens before them.
-      min_tokens: stop ids are not chosen before there are so many.
-      max_tokens: longest answer.
-
-    Raises:
-      UserError: a value that can't be meant.
-
-    Example:
-      >>> Sampling(temperature=0.8, top_p=0.9, max_tokens=64).top_k
-      0
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    stop_ids: tuple[int, ...] = ()
-    stop_strings: tuple[str, ...] = ()
-    min_tokens: int = 0
-    max_tokens: int = 128
-
-    def __post_init__(self) -> None:
-        wishes = {
-            "temperature": (0 <= self.temperature < math.inf, "0 or more, and finite"),
-            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "stop_ids": (all(i >= 0 for i in self.stop_ids), "token ids, 0 or more"),
-            "stop_strings": (
-                not isinstance(self.stop_strings, str) and all(self.stop_strings),
-                "a tuple of texts, none of them empty",
-            ),
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "min_tokens": (
-                0 <= self.min_tokens <= self.max_tokens,
-                f"between 0 and max_tokens ({self.max_tokens})",
-            ),
-        }
-        for name, (good, wish) in wishes.items():
-            if not good:
-                raise UserError(f"{name} must be {wish}; got {getattr(self, name)!r}.")
 
 
 class _Requests(NamedTuple):
@@ -91,13 +39,8 @@ class _Requests(NamedTuple):
 
     ids_BZ: Int[Array, "b z"]
     length_B: Int[Array, " b"]
-    key_B: Array
-    temperature_B: Float[Array, " b"]
-    top_k_B: Int[Array, " b"]
-    top_p_B: Float[Array, " b"]
-    min_B: Int[Array, " b"]
     max_B: Int[Array, " b"]
-    stops_BE: Int[Array, "b e"]  # ``EMPTY`` where there are fewer
+    choices: Choices
 
 
 class _State(NamedTuple):
@@ -129,13 +72,13 @@ def generate(
     """Continues every request; requests wait in order for one of the slots.
 
     An answer depends on its request, its place in ``requests`` and the key, not on the slots or on the
-    other requests.
+    other requests; in bfloat16 up to rounding, by which a token that is nearly as probable can win.
 
     Args:
       params: the frozen weights.
       config: of the model.
       prefix: read before every request; batch size 1, never copied per slot.
-      requests: token ids to read after the prefix, none empty.
+      requests: token ids to read after the prefix, none empty; lists or arrays.
       sampling: for all requests, or one for each.
       slots: how many sequences decode together.
       key: of the random draws; needed if any temperature is above 0.
@@ -146,7 +89,8 @@ def generate(
       The tokens of each answer, in the order of the requests; a stop id that ended it is its last.
 
     Raises:
-      UserError: a request that is empty or too long for the model's window, or a missing argument.
+      UserError: a request that is empty, too long for the model's window or no token ids; a prefix of
+        several rows; a missing argument.
 
     Example:
       >>> import jaxsp
@@ -194,7 +138,7 @@ def stream(
       decode: the text of token ids; needed if there are stop strings.
 
     Raises:
-      UserError: a request that is empty or too long for the model's window, or a missing argument.
+      UserError: as ``generate``.
     """
     _check(config, prefix, [request], [sampling], 1, key, decode)
     events = _run(
@@ -204,9 +148,9 @@ def stream(
     def tokens() -> Iterator[int]:
         shown = 0
         for _, ids, ended in events:
-            certain = len(ids) if ended else _certain(ids, sampling.stop_strings, decode)
-            yield from ids[shown:certain]
-            shown = max(shown, certain)
+            sure = len(ids) if ended else certain(ids, sampling.stop_strings, decode)
+            yield from ids[shown:sure]
+            shown = max(shown, sure)
 
     return tokens()
 
@@ -224,10 +168,15 @@ def _check(
         raise UserError(f"slots must be at least 1; got {slots}.")
     if len(samplings) != len(requests):
         raise UserError(f"There are {len(requests)} requests, but {len(samplings)} samplings.")
+    if len(prefix.positions) != 1:
+        raise UserError(
+            f"The prefix must have one row (batch size 1); got {len(prefix.positions)}."
+        )
+    if key is not None and not _is_key(key):
+        raise UserError(f"key must be one random key, as jax.random.key(0); got {key!r}.")
     before = int(prefix.next_position[0])
     for index, (request, sampling) in enumerate(zip(requests, samplings, strict=True)):
-        if not len(request):
-            raise UserError(f"Request {index} is empty; give at least one token to read.")
+        _check_ids(f"Request {index}", request, config.vocab_size)
         needed = before + len(request) + sampling.max_tokens
         if needed > config.window:
             raise UserError(
@@ -250,6 +199,29 @@ def _check(
             )
 
 
+def _check_ids(name: str, request: Sequence[int], vocab: int) -> None:
+    ids = np.asarray(request)
+    if ids.ndim == 1 and not len(ids):
+        raise UserError(f"{name} is empty; give at least one token to read.")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise UserError(f"{name} must be a list of token ids; got {request!r:.60}.")
+    outside = np.flatnonzero((ids < 0) | (ids >= vocab))
+    if len(outside):
+        at = outside[0]
+        raise UserError(
+            f"{name} has the token id {ids[at]} at place {at}; the vocabulary has {vocab}: give ids from"
+            f" 0 to {vocab - 1}."
+        )
+
+
+def _is_key(key: Array) -> bool:
+    try:
+        jax.random.fold_in(key, 0)  # jax's own check
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _run(
     params: Params,
     config: DecoderConfig,
@@ -263,12 +235,12 @@ def _run(
     steps: int = STEPS,
 ) -> Iterator[tuple[int, list[int], bool]]:
     """The host's loop: (request, its tokens so far, whether it has ended), after every ``steps``."""
-    if not requests:
+    if not len(requests):
         return
     key = jax.random.key(0) if key is None else key
     table, chunk = _table(requests, samplings, key)
     # Rounded, as the table's sizes are: calls with other limits can share the compiled loop.
-    A = _round_up(max(sampling.max_tokens for sampling in samplings), 16)
+    A = round_up(max(sampling.max_tokens for sampling in samplings), 16)
     B = min(slots, len(requests))
     state = _start(params, config, table, B, A)
     total = np.int32(len(requests))
@@ -286,7 +258,7 @@ def _run(
         cut_B = np.zeros(B, bool)
         for index in tuple(pending):
             ids = tokens_RA[index, : count_R[index]].tolist()
-            end = _end(ids, samplings[index].stop_strings, decode)
+            end = stop_at(ids, samplings[index].stop_strings, decode)
             if end is not None and index in slot_of:
                 cut_B[slot_of.pop(index)] = True
             if index not in slot_of:
@@ -298,31 +270,17 @@ def _table(
     requests: Sequence[Sequence[int]], samplings: Sequence[Sampling], key: Array
 ) -> tuple[_Requests, int]:
     """The requests as arrays, and the size of the chunks that they are read in."""
-    R = _round_up(len(requests), 64)
+    R = round_up(len(requests), 64)
     longest = max(len(request) for request in requests)
-    chunk = min(CHUNK, _round_up(longest, 16))
-    ids_RZ = np.zeros((R, _round_up(longest, chunk)), np.int32)
-    stops_RE = np.full(
-        (R, _round_up(max(1, *(len(s.stop_ids) for s in samplings)), 8)), EMPTY, np.int32
-    )
-    for i, (request, sampling) in enumerate(zip(requests, samplings, strict=True)):
-        ids_RZ[i, : len(request)] = request
-        stops_RE[i, : len(sampling.stop_ids)] = sampling.stop_ids
-
-    def column(values: list[int] | list[float]) -> Array:
-        dtype = np.float32 if isinstance(values[0], float) else np.int32
-        return jnp.asarray(np.pad(np.asarray(values, dtype), (0, R - len(values))))
-
+    chunk = min(CHUNK, round_up(longest, 16))
+    ids_RZ = np.zeros((R, round_up(longest, chunk)), np.int32)
+    for ids_Z, request in zip(ids_RZ, requests, strict=False):
+        ids_Z[: len(request)] = request
     table = _Requests(
         ids_BZ=jnp.asarray(ids_RZ),
-        length_B=column([len(request) for request in requests]),
-        key_B=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(R)),
-        temperature_B=column([float(s.temperature) for s in samplings]),
-        top_k_B=column([s.top_k for s in samplings]),
-        top_p_B=column([float(s.top_p) for s in samplings]),
-        min_B=column([s.min_tokens for s in samplings]),
-        max_B=column([s.max_tokens for s in samplings]),
-        stops_BE=jnp.asarray(stops_RE),
+        length_B=column([len(request) for request in requests], R),
+        max_B=column([sampling.max_tokens for sampling in samplings], R),
+        choices=tabulate(samplings, R, key),
     )
     return table, chunk
 
@@ -333,11 +291,6 @@ def _start(params: Params, config: DecoderConfig, table: _Requests, B: int, A: i
     # follow: with another placement jax would compile it a second time.
     del params
     R, Z = table.ids_BZ.shape
-
-    def room(size: int) -> tuple[Array, Array]:
-        shape = (config.layers, B, size, config.kv_heads, config.head_width)
-        return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
-
     return _State(
         step=jnp.int32(0),
         started=jnp.int32(0),
@@ -346,9 +299,14 @@ def _start(params: Params, config: DecoderConfig, table: _Requests, B: int, A: i
         last_BD=jnp.zeros((B, config.width), config.dtype),
         tokens_RA=jnp.zeros((R, A), jnp.int32),
         count_R=jnp.zeros(R, jnp.int32),
-        query_LBZGF=room(Z),
-        answer_LBAGF=room(A),
+        query_LBZGF=_room(config, B, Z),
+        answer_LBAGF=_room(config, B, A),
     )
+
+
+def _room(config: DecoderConfig, rows: int, size: int) -> tuple[Array, Array]:
+    shape = (config.layers, rows, size, config.kv_heads, config.head_width)
+    return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames="state")
@@ -365,18 +323,27 @@ def _advance(
 ) -> _State:
     """Ends the slots to ``cut``, then decodes so many ``steps``, or until every request has ended."""
     last = state.step + steps
-    read = functools.partial(_read, params, config, prefix, table, chunk)
+    group = min(GROUP, len(cut_B))
     step = functools.partial(_step, params, config, prefix, table)
 
-    def vacant(state: _State) -> Array:
-        return (state.started < total) & ~jnp.all(state.running_B)
+    def read(rows: int, least: int, state: _State) -> _State:
+        """Reads so many requests at a time, while there are at least so few to read."""
+        return jax.lax.while_loop(
+            lambda state: jnp.minimum(total - state.started, jnp.sum(~state.running_B)) >= least,
+            functools.partial(_read, params, config, prefix, table, chunk, total, rows),
+            state,
+        )
+
+    def refill(state: _State) -> _State:
+        state = read(group, (group + 1) // 2, state) if group > 1 else state
+        return read(1, 1, state)
 
     def unfinished(state: _State) -> Array:
         return (state.step < last) & ((state.started < total) | jnp.any(state.running_B))
 
     return jax.lax.while_loop(
         unfinished,
-        lambda state: step(jax.lax.while_loop(vacant, read, state)),
+        lambda state: step(refill(state)),
         state._replace(running_B=state.running_B & ~cut_B),
     )
 
@@ -387,36 +354,50 @@ def _read(
     prefix: KeyValues,
     table: _Requests,
     chunk: int,
+    total: Array,
+    rows: int,
     state: _State,
 ) -> _State:
-    """Reads the next request in the queue, chunk by chunk, into a slot that is free."""
-    slot = jnp.argmin(state.running_B)
-    index = state.started
-    length = table.length_B[index]
+    """Reads the next ``rows`` requests of the queue, if so many wait, each into a slot that is free."""
+    (B,), Z = state.running_B.shape, table.ids_BZ.shape[1]
+    slot_N = jnp.argsort(state.running_B)[:rows]  # the free ones first
+    index_N = state.started + jnp.arange(rows, dtype=jnp.int32)
+    served_N = ~state.running_B[slot_N] & (index_N < total)
+    slot_N = jnp.where(served_N, slot_N, B)  # B: nowhere
+    length_N = jnp.where(served_N, table.length_B[index_N], 0)
 
     def read_chunk(n: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        _, *caches = carry
+        last_ND, *caches = carry
         start = n * chunk
-        row = (jax.lax.dynamic_slice_in_dim(cache, slot, 1, axis=1) for cache in caches)
-        earlier = _queries(prefix, start[None], *row)
         offsets_W = start + jnp.arange(chunk)
-        inside_W = offsets_W < length
-        positions_1W = jnp.where(inside_W, prefix.next_position + offsets_W, EMPTY)[None]
-        ids_1W = jax.lax.dynamic_slice(table.ids_BZ, (index, start), (1, chunk))
-        inputs = decoder.embed(params, config, ids_1W)
-        states_1WD, new = decoder.hidden(params, config, inputs, positions_1W, (prefix, earlier))
-        at = (0, slot, start, 0, 0)
-        caches = map(jax.lax.dynamic_update_slice, caches, (new.keys, new.values), (at, at))
-        return states_1WD[0, jnp.sum(inside_W) - 1], *caches
+        positions_NW = jnp.where(
+            offsets_W < length_N[:, None], prefix.next_position + offsets_W, EMPTY
+        )
+        earlier = _queries(prefix, jnp.minimum(start, length_N), *caches)
+        ids_NW = jax.lax.dynamic_slice_in_dim(table.ids_BZ[index_N], start, chunk, axis=1)
+        inputs = decoder.embed(params, config, ids_NW)
+        states_NWD, new = decoder.hidden(params, config, inputs, positions_NW, (prefix, earlier))
+        end_N1 = (length_N - 1 - start)[:, None]
+        last_ND = jnp.where(
+            (end_N1 >= 0) & (end_N1 < chunk),
+            jnp.take_along_axis(states_NWD, end_N1[..., None], axis=1, mode="clip")[:, 0],
+            last_ND,
+        )
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
+        return last_ND, *map(write, caches, (new.keys, new.values))
 
-    chunks = (length + chunk - 1) // chunk
-    carry = (state.last_BD[slot], *state.query_LBZGF)
-    last_D, keys, values = jax.lax.fori_loop(0, chunks, read_chunk, carry)
+    chunks = jnp.max(length_N + chunk - 1) // chunk
+    carry = (jnp.zeros((rows, config.width), config.dtype), *_room(config, rows, Z))
+    last_ND, *queries = jax.lax.fori_loop(0, chunks, read_chunk, carry)
+    keys, values = (
+        cache.at[:, slot_N].set(rows, mode="drop")
+        for cache, rows in zip(state.query_LBZGF, queries, strict=True)
+    )
     return state._replace(
-        started=index + 1,
-        index_B=state.index_B.at[slot].set(index),
-        running_B=state.running_B.at[slot].set(True),
-        last_BD=state.last_BD.at[slot].set(last_D),
+        started=state.started + jnp.sum(served_N, dtype=jnp.int32),
+        index_B=state.index_B.at[slot_N].set(index_N, mode="drop"),
+        running_B=state.running_B.at[slot_N].set(True, mode="drop"),
+        last_BD=state.last_BD.at[slot_N].set(last_ND, mode="drop"),
         query_LBZGF=(keys, values),
     )
 
@@ -428,8 +409,9 @@ def _step(
     R, A = state.tokens_RA.shape
     requests: _Requests = jax.tree.map(lambda all_R: all_R[state.index_B], table)
     count_B = state.count_R[state.index_B]
-    token_B = _choose(decoder.unembed(params, config, state.last_BD), requests, count_B)
-    stopped_B = jnp.any(token_B[:, None] == requests.stops_BE, axis=1)
+    logits_BV = decoder.unembed(params, config, state.last_BD)
+    token_B = choose(logits_BV, requests.choices, count_B)
+    stopped_B = jnp.any(token_B[:, None] == requests.choices.stops_BE, axis=1)
     index_B = jnp.where(state.running_B, state.index_B, R)  # R: nowhere
 
     column = state.step % A
@@ -444,7 +426,7 @@ def _step(
     )
     inputs = decoder.embed(params, config, token_B[:, None])
     states_B1D, new = decoder.hidden(params, config, inputs, here_B[:, None], past)
-    at = (0, 0, column, 0, 0)
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=column, axis=2)
     return state._replace(
         step=state.step + 1,
         running_B=state.running_B & ~stopped_B & (count_B + 1 < requests.max_B),
@@ -452,8 +434,8 @@ def _step(
         tokens_RA=state.tokens_RA.at[index_B, count_B].set(token_B, mode="drop"),
         count_R=state.count_R.at[index_B].add(1, mode="drop"),
         answer_LBAGF=(
-            jax.lax.dynamic_update_slice(keys, new.keys, at),
-            jax.lax.dynamic_update_slice(values, new.values, at),
+            write(keys, new.keys),
+            write(values, new.values),
         ),
     )
 
@@ -463,80 +445,3 @@ def _queries(prefix: KeyValues, read_B: Array, keys: Array, values: Array) -> Ke
     at_Z = jnp.arange(keys.shape[2])
     positions_BZ = jnp.where(at_Z < read_B[:, None], prefix.next_position + at_Z, EMPTY)
     return KeyValues(keys, values, positions_BZ)
-
-
-def _choose(logits_BV: Array, requests: _Requests, count_B: Array) -> Array:
-    """The next token of each request; what none of them asks for costs nothing."""
-    early_B = count_B < requests.min_B
-    random_B = requests.temperature_B > 0
-    logits_BV = jax.lax.cond(
-        jnp.any(early_B), lambda: _without(requests.stops_BE, early_B, logits_BV), lambda: logits_BV
-    )
-    best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    return jax.lax.cond(
-        jnp.any(random_B),
-        lambda: jnp.where(random_B, _sample(logits_BV, requests, count_B), best_B),
-        lambda: best_B,
-    )
-
-
-def _without(stops_BE: Array, early_B: Array, logits_BV: Array) -> Array:
-    V = logits_BV.shape[1]
-    banned_BE = jnp.where(early_B[:, None] & (stops_BE != EMPTY), stops_BE, V)  # V: none
-    rows_B1 = jnp.arange(len(logits_BV))[:, None]
-    return logits_BV.at[rows_B1, banned_BE].set(-jnp.inf, mode="drop")
-
-
-def _sample(logits_BV: Array, requests: _Requests, count_B: Array) -> Array:
-    random_B = requests.temperature_B > 0
-    temperature_B1 = jnp.where(random_B, requests.temperature_B, 1)[:, None]
-    # From the largest down, so that no temperature makes the largest infinite.
-    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature_B1
-    logits_BV = jax.lax.cond(
-        jnp.any(random_B & ((requests.top_k_B > 0) | (requests.top_p_B < 1))),
-        lambda: _most_probable(logits_BV, requests.top_k_B[:, None], requests.top_p_B[:, None]),
-        lambda: logits_BV,
-    )
-    keys = jax.vmap(jax.random.fold_in)(requests.key_B, count_B)
-    return jax.vmap(jax.random.categorical)(keys, logits_BV).astype(jnp.int32)
-
-
-def _most_probable(logits_BV: Array, top_k_B1: Array, top_p_B1: Array) -> Array:
-    """-inf outside the top k, and outside the fewest of these that reach the probability top p."""
-    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-    inside_BV = (jnp.arange(logits_BV.shape[1]) < top_k_B1) | (top_k_B1 == 0)
-    p_BV = jax.nn.softmax(sorted_BV, axis=-1, where=inside_BV)
-    before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
-    # The sum may round to 1 before the last token: at top_p 1 it must not cut.
-    inside_BV &= (before_BV < top_p_B1) | (top_p_B1 >= 1)
-    least_B1 = jnp.min(sorted_BV, axis=-1, keepdims=True, where=inside_BV, initial=jnp.inf)
-    return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
-
-
-def _end(ids: list[int], stop_strings: Sequence[str], decode: Decode | None) -> int | None:
-    """How many tokens stand before the stop string that is complete first, if there is one."""
-    if not stop_strings or decode is None:
-        return None
-    text = decode(ids)
-    starts = [(text.find(stop), len(stop)) for stop in stop_strings]
-    found = [(start + length, start) for start, length in starts if start >= 0]
-    return _tokens_before(min(found)[1], ids, decode) if found else None
-
-
-def _certain(ids: list[int], stop_strings: Sequence[str], decode: Decode | None) -> int:
-    """How many tokens stand before anything that more tokens could make a stop string."""
-    if not stop_strings or decode is None:
-        return len(ids)
-    text = decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")  # the bytes of half a character
-    starts = range(max(0, len(text) - max(map(len, stop_strings))), len(text))
-    begun = [at for at in starts if any(stop.startswith(text[at:]) for stop in stop_strings)]
-    return _tokens_before(min(begun, default=len(text)), ids, decode)
-
-
-def _tokens_before(end: int, ids: list[int], decode: Decode) -> int:
-    """How many tokens decode to at most ``end`` characters."""
-    return next(n for n in range(len(ids), -1, -1) if len(decode(ids[:n])) <= end)
-
-
-def _round_up(number: int, to: int) -> int:
-    return -(-number // to) * to

@@ -9,6 +9,9 @@ from jaxsp.models.generate import Sampling, generate
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.typing import KeyValues
 
+SLOTS = 64
+"""Answers to questions about one text are nearly equally long: the more at once, the fewer steps."""
+
 
 def answer_ids(
     model: LanguageModel,
@@ -37,5 +40,6 @@ def answer_ids(
         prefix,
         queries,
         Sampling(stop_ids=model.stop_ids, max_tokens=max_tokens),
+        slots=SLOTS,
         on_finished=lambda index, ids: on_batch(next(done)),
     )

@@ -133,14 +133,14 @@ def test_reading_in_chunks_equals_reading_at_once(model, length):
 
 def test_memory_of_reading_a_long_document():
     """Beside its keys and values, a document of 32k tokens needs what its chunks need."""
-    config = smollm2_shape("bfloat16")
+    config = smollm2_shape("float32")
     shapes = parameter_shapes(config)
     room = jax.eval_shape(lambda: decoder.empty_prefix(config, 32_768))
     chunk = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
     program = decoder._read_chunk.lower(shapes, config, room, chunk, chunk, 0).compile()
     memory = program.memory_analysis()
-    assert memory.alias_size_in_bytes >= room.keys.size * 2 * 2  # written in place
-    assert memory.temp_size_in_bytes < 0.8 * 2**30
+    assert memory.alias_size_in_bytes >= room.keys.size * 4 * 2  # written in place
+    assert memory.temp_size_in_bytes < 0.4 * 2**30
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="older jax widens bfloat16 on a CPU")

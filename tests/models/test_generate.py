@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxsp
 from jaxsp import distributions
 from jaxsp.models import decoder, generate
+from jaxsp.models.families import FAMILIES
 from jaxsp.models.generate import Sampling
 from jaxsp.teacher import answers
-from jaxsp.typing import UserError
+from jaxsp.typing import EMPTY, UserError
+from tests import tiny
 
 CONTEXT = [5, 100, 7, 9, 200, 31]
 QUERIES = [[4, 8, 15], [16], [23, 42, 108, 4, 9, 77, 12], [50, 60], list(range(20, 57))]
@@ -82,6 +85,12 @@ def steps(monkeypatch):
     return steps
 
 
+@pytest.fixture
+def x64():
+    yield lambda on: jax.config.update("jax_enable_x64", on)
+    jax.config.update("jax_enable_x64", False)
+
+
 def uneven(count: int) -> tuple[list[list[int]], list[Sampling]]:
     """Requests whose answers have 4 to 64 tokens, most of them few."""
     random = np.random.RandomState(0)
@@ -115,6 +124,63 @@ def test_without_a_prefix(tiny_model, run):
     whole = [[*CONTEXT, *query] for query in QUERIES]
     sampling = Sampling(max_tokens=6)
     assert generate.generate(*arguments, whole, sampling) == run(QUERIES, sampling)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_after_a_prefix_with_empty_slots(tmp_path, family):
+    """In every family; the prefix is longer than the sliding windows."""
+    tiny.write(tmp_path, with_tokenizer=False, model_type=family)
+    model = jaxsp.load_model(tmp_path, dtype="float32", tokenizer=None)
+    context = np.random.RandomState(1).randint(3, 259, 19)
+    prefix = decoder.read_long(model.params, model.config, context[None], longest=8)
+    assert (prefix.positions == EMPTY).sum() == 2
+    found = generate.generate(
+        model.params, model.config, prefix, QUERIES[:3], Sampling(max_tokens=3), slots=1
+    )
+    for query, answer in zip(QUERIES, found, strict=False):
+        start = len(context) + len(query) - 1
+        logits = model.logits(np.pad([*context, *query, *answer], (0, 9 - len(query))))
+        assert np.argmax(logits, axis=-1)[start : start + 3].tolist() == answer
+
+
+def test_with_64_bit_types(tiny_model, run, x64):
+    sampling = Sampling(temperature=0.8, top_k=40, top_p=0.9, max_tokens=4)
+    expected = run(QUERIES, sampling, slots=3, key=jax.random.key(0))
+    x64(True)
+    prefix = distributions.context_prefix(tiny_model.params, tiny_model.config, np.array([CONTEXT]))
+    found = generate.generate(
+        tiny_model.params,
+        tiny_model.config,
+        prefix,
+        QUERIES,
+        sampling,
+        slots=3,
+        key=jax.random.key(0),
+    )
+    assert found == expected
+
+
+def test_requests_may_be_any_sequences(run):
+    expected = run([QUERIES[0]] * 2, Sampling(max_tokens=4))
+    array = np.array([QUERIES[0]] * 2)
+    sampling = Sampling(max_tokens=np.int64(4))
+    for requests in (array, jnp.asarray(array), tuple(map(tuple, array)), list(array)):
+        assert run(requests, sampling) == expected
+
+
+@pytest.mark.parametrize("group", [3, 8])
+def test_requests_read_together_are_those_read_one_by_one(run, steps, monkeypatch, group):
+    """Whatever the length of each, in chunks; and in the order of the queue."""
+    monkeypatch.setattr(generate, "CHUNK", 16)
+    jax.clear_caches()  # the sizes are no arguments
+    random = np.random.RandomState(2)
+    requests = [random.randint(3, 259, n).tolist() for n in (1, 40, 16, 17, 33, 2, 32, 5, 48, 9, 3)]
+    samplings = [Sampling(max_tokens=n) for n in (3, 3, 3, 3, 9, 3, 3, 3, 9, 3, 3)]
+    expected = run(requests, samplings, slots=1)
+    monkeypatch.setattr(generate, "GROUP", group)
+    steps.clear()
+    assert run(requests, samplings, slots=6) == expected
+    assert steps[-1] == 12
 
 
 def test_answers_stop_each_at_their_own_stop_token(run, streamed, slowly):
@@ -243,69 +309,6 @@ def test_samples_do_not_depend_on_slots_or_neighbours(run, streamed, sampling):
     assert streamed(requests[0], sampling, key=key) == expected[0]
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_samples_follow_the_softmax(temperature):
-    """Chi-square against softmax(logits / temperature), 7 degrees of freedom, at odds of 1 in 1000."""
-    logits = np.array([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, 0.2])
-    draws = choose(np.tile(logits, (20_000, 1)), Sampling(temperature=temperature))
-    expected = 20_000 * softmax(logits / temperature)
-    found = np.bincount(draws, minlength=8)
-    assert ((found - expected) ** 2 / expected).sum() < 24.32
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p"), [(1, 1.0), (3, 1.0), (0, 0.5), (0, 0.9), (4, 0.7), (99, 1e-9)]
-)
-def test_top_k_and_top_p_keep_the_tokens_they_should(top_k, top_p):
-    random = np.random.RandomState(5)
-    for logits in random.standard_normal((3, 12)) * 2:
-        sampling = Sampling(temperature=0.9, top_k=top_k, top_p=top_p)
-        draws = choose(np.tile(logits, (20_000, 1)), sampling)
-        inside = support(logits / 0.9, top_k, top_p)
-        p = np.where(inside, softmax(logits / 0.9), 0)
-        p /= p.sum()
-        found = np.bincount(draws, minlength=12) / 20_000
-        assert (found[~inside] == 0).all()
-        np.testing.assert_allclose(found, p, atol=5 * np.sqrt(0.25 / 20_000))
-        assert (found > 0)[p > 1e-3].all()
-
-
-def test_extreme_temperatures():
-    logits = np.array([[3.0, 4.0, 3.999, -5.0]] * 500)
-    assert (choose(logits, Sampling(temperature=1e-30)) == 1).all()
-    found = np.bincount(choose(logits, Sampling(temperature=1e30)), minlength=4)
-    assert (found > 80).all()
-
-
-def choose(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """A token for every row of logits, each row a request of its own."""
-    n = len(logits)
-    table, _ = generate._table([[1]] * n, [sampling] * n, jax.random.key(11))
-    table = jax.tree.map(lambda column: column[:n], table)
-    return np.asarray(
-        jax.jit(generate._choose)(jnp.asarray(logits, jnp.float32), table, jnp.zeros(n, jnp.int32))
-    )
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    p = np.exp(x - x.max())
-    return p / p.sum()
-
-
-def support(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
-    """Which tokens may be chosen: one by one, from the most probable down."""
-    order = np.argsort(-logits)
-    order = order[:top_k] if top_k else order
-    p = softmax(logits[order])
-    kept, mass = [], 0.0
-    for token, probability in zip(order, p, strict=True):
-        kept.append(token)
-        mass += probability
-        if mass >= top_p:
-            break
-    return np.isin(np.arange(len(logits)), kept)
-
-
 # Stop strings.
 
 
@@ -334,44 +337,7 @@ def test_a_stop_string_frees_its_slot(run, slowly, steps):
     assert steps[-1] == generate.STEPS + 4 * 16
 
 
-def test_the_stop_string_that_is_complete_first_counts():
-    """Whether the text is looked at after every token or at its end."""
-    decode = lambda ids: "".join(map(chr, ids))  # noqa: E731
-    ids = [ord(letter) for letter in "xabcdy"]
-    for n in (4, 5, 6):
-        assert generate._end(ids[:n], ("abcd", "bc"), decode) == 2
-    assert generate._end(ids[:3], ("abcd", "bc"), decode) is None
-
-
-def test_tokens_that_may_begin_a_stop_string_are_held_back():
-    decode = lambda ids: bytes(ids).decode("utf-8", "replace")  # noqa: E731
-    stops = ("stop", "é")
-    for text, certain in [("a", 1), ("as", 1), ("ast", 1), ("asto", 1), ("asts", 3), ("asta", 4)]:
-        assert generate._certain([*text.encode()], stops, decode) == certain
-    assert generate._certain([97, 0xC3], stops, decode) == 1  # half an é
-    assert generate._end([97, *"é".encode()], stops, decode) == 1
-    assert generate._certain([97, *"è".encode()], stops, decode) == 3
-
-
 # What can't be meant.
-
-
-@pytest.mark.parametrize(("options", "message"), [
-    ({"temperature": -1.0}, r"temperature must be 0 or more, and finite; got -1\.0\."),
-    ({"temperature": float("nan")}, "temperature"),
-    ({"temperature": float("inf")}, "temperature"),
-    ({"top_k": -3}, r"top_k must be 0 \(all tokens\) or more; got -3"),
-    ({"top_p": 0.0}, r"top_p must be above 0 and at most 1; got 0\.0"),
-    ({"top_p": 1.5}, "top_p"),
-    ({"stop_ids": (4, -1)}, "stop_ids"),
-    ({"stop_strings": "end"}, "stop_strings must be a tuple of texts"),
-    ({"stop_strings": ("",)}, "stop_strings"),
-    ({"max_tokens": 0}, "max_tokens must be at least 1; got 0"),
-    ({"min_tokens": 5, "max_tokens": 4}, r"min_tokens must be between 0 and max_tokens \(4\)"),
-])  # fmt: skip
-def test_sampling_names_the_value_that_is_wrong(options, message):
-    with pytest.raises(UserError, match=message):
-        Sampling(**options)
 
 
 @pytest.mark.parametrize(("requests", "sampling", "options", "message"), [
@@ -382,11 +348,22 @@ def test_sampling_names_the_value_that_is_wrong(options, message):
     ([[4]], Sampling(stop_ids=(259,)), {}, "Stop id 259 is not a token"),
     ([[4]], [Sampling(), Sampling()], {}, "1 requests, but 2 samplings"),
     ([[4]], Sampling(), {"slots": 0}, "slots must be at least 1; got 0"),
+    ([[4], [5, 259]], Sampling(), {}, "Request 1 has the token id 259 at place 1; .*has 259: .*258"),
+    ([[4, -1]], Sampling(), {}, "Request 0 has the token id -1 at place 1"),
+    ([4, 5], Sampling(), {}, "Request 0 must be a list of token ids; got 4"),
+    ([[4.5]], Sampling(), {}, r"Request 0 must be a list of token ids; got \[4\.5\]"),
+    ([[4]], Sampling(), {"key": 0}, r"key must be one random key, as jax\.random\.key\(0\); got 0"),
 ])  # fmt: skip
 def test_mistakes_are_found_before_any_work(run, steps, requests, sampling, options, message):
     with pytest.raises(UserError, match=message):
         run(requests, sampling, **options)
     assert not steps
+
+
+def test_a_prefix_of_several_rows_is_a_mistake(tiny_model, prefix):
+    several = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0 if x.ndim == 2 else 1), prefix)
+    with pytest.raises(UserError, match=r"one row \(batch size 1\); got 3"):
+        generate.generate(tiny_model.params, tiny_model.config, several, QUERIES, Sampling())
 
 
 def test_a_mistake_in_a_stream_is_found_when_it_is_made(tiny_model, prefix):

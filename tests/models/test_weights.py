@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+import tracemalloc
 
 import jax
 import numpy as np
@@ -158,5 +159,9 @@ def test_damaged_headers(small_file, data):
             broken = struct.pack("<Q", len(text)) + text + good[8 + length :]
     file = model.directory / "model.safetensors"
     file.write_bytes(broken)
+    tracemalloc.start()
     with contextlib.suppress(UserError):
         jaxsp.load_model(model.directory, dtype="float32", tokenizer=None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * 2**20

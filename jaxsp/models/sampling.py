@@ -1,0 +1,161 @@
+"""How the tokens of an answer are chosen, for each row of a batch in its own way."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsp.typing import EMPTY, Array, Float, Int, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the tokens of an answer are chosen, and when it ends.
+
+    The distribution is the softmax of logits / temperature, cut to the ``top_k`` most probable tokens, then
+    to the fewest of these that together reach ``top_p`` (Holtzman et al. 2020, arXiv:1904.09751).
+
+    Attributes:
+      temperature: 0 takes the most probable token.
+      top_k: how many tokens to choose from; 0 for all.
+      top_p: the probability that the tokens to choose from reach together, in (0, 1].
+      stop_ids: tokens that end the answer, which includes them.
+      stop_strings: texts that end the answer, which is cut to the tokens before them.
+      min_tokens: stop ids are not chosen before there are so many.
+      max_tokens: longest answer.
+
+    Raises:
+      UserError: a value that can't be meant.
+
+    Example:
+      >>> Sampling(temperature=0.8, top_p=0.9, max_tokens=64).top_k
+      0
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    min_tokens: int = 0
+    max_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "min_tokens", "max_tokens"):
+            if not isinstance(getattr(self, name), Integral):
+                raise UserError(f"{name} must be a whole number; got {getattr(self, name)!r}.")
+        wishes = {
+            "temperature": (0 <= self.temperature < math.inf, "0 or more, and finite"),
+            "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "stop_ids": (
+                all(isinstance(i, Integral) and i >= 0 for i in self.stop_ids),
+                "token ids, 0 or more",
+            ),
+            "stop_strings": (
+                not isinstance(self.stop_strings, str) and all(self.stop_strings),
+                "a tuple of texts, none of them empty",
+            ),
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "min_tokens": (
+                0 <= self.min_tokens <= self.max_tokens,
+                f"between 0 and max_tokens ({self.max_tokens})",
+            ),
+        }
+        for name, (good, wish) in wishes.items():
+            if not good:
+                raise UserError(f"{name} must be {wish}; got {getattr(self, name)!r}.")
+
+
+class Choices(NamedTuple):
+    """What ``choose`` needs of every row's sampling, as arrays."""
+
+    key_B: Array
+    temperature_B: Float[Array, " b"]
+    top_k_B: Int[Array, " b"]
+    top_p_B: Float[Array, " b"]
+    min_B: Int[Array, " b"]
+    stops_BE: Int[Array, "b e"]  # ``EMPTY`` where there are fewer
+
+
+def tabulate(samplings: Sequence[Sampling], rows: int, key: Array) -> Choices:
+    """The samplings as arrays, with empty rows up to ``rows``; each row draws from a key of its own."""
+    most_stops = max(1, *(len(s.stop_ids) for s in samplings))
+    stops_BE = np.full((rows, round_up(most_stops, 8)), EMPTY, np.int32)
+    for stops_E, sampling in zip(stops_BE, samplings, strict=False):
+        stops_E[: len(sampling.stop_ids)] = sampling.stop_ids
+    return Choices(
+        key_B=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows)),
+        temperature_B=column([s.temperature for s in samplings], rows, np.float32),
+        top_k_B=column([s.top_k for s in samplings], rows),
+        top_p_B=column([s.top_p for s in samplings], rows, np.float32),
+        min_B=column([s.min_tokens for s in samplings], rows),
+        stops_BE=jnp.asarray(stops_BE),
+    )
+
+
+def column(values: Sequence[float], rows: int, dtype: type = np.int32) -> Array:
+    """The values, then zeros up to ``rows``."""
+    return jnp.asarray(np.pad(np.asarray(values, dtype), (0, rows - len(values))))
+
+
+def round_up(number: int, to: int) -> int:
+    """The least multiple of ``to`` that isn't below the number."""
+    return -(-number // to) * to
+
+
+def choose(
+    logits_BV: Float[Array, "b v"], choices: Choices, count_B: Int[Array, " b"]
+) -> Int[Array, " b"]:
+    """The next token of each row, which has ``count_B``; what no row asks for costs nothing."""
+    early_B = count_B < choices.min_B
+    random_B = choices.temperature_B > 0
+    logits_BV = jax.lax.cond(
+        jnp.any(early_B), lambda: _without(choices.stops_BE, early_B, logits_BV), lambda: logits_BV
+    )
+    best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    return jax.lax.cond(
+        jnp.any(random_B),
+        lambda: jnp.where(random_B, _sample(logits_BV, choices, count_B), best_B),
+        lambda: best_B,
+    )
+
+
+def _without(stops_BE: Array, early_B: Array, logits_BV: Array) -> Array:
+    V = logits_BV.shape[1]
+    banned_BE = jnp.where(early_B[:, None] & (stops_BE != EMPTY), stops_BE, V)  # V: none
+    rows_B1 = jnp.arange(len(logits_BV))[:, None]
+    return logits_BV.at[rows_B1, banned_BE].set(-jnp.inf, mode="drop")
+
+
+def _sample(logits_BV: Array, choices: Choices, count_B: Array) -> Array:
+    random_B = choices.temperature_B > 0
+    temperature_B1 = jnp.where(random_B, choices.temperature_B, 1)[:, None]
+    # From the largest down, so that no temperature makes the largest infinite.
+    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature_B1
+    logits_BV = jax.lax.cond(
+        jnp.any(random_B & ((choices.top_k_B > 0) | (choices.top_p_B < 1))),
+        lambda: _most_probable(logits_BV, choices.top_k_B[:, None], choices.top_p_B[:, None]),
+        lambda: logits_BV,
+    )
+    keys = jax.vmap(jax.random.fold_in)(choices.key_B, count_B)
+    return jax.vmap(jax.random.categorical)(keys, logits_BV).astype(jnp.int32)
+
+
+def _most_probable(logits_BV: Array, top_k_B1: Array, top_p_B1: Array) -> Array:
+    """-inf outside the top k, and outside the fewest of these that reach the probability top p."""
+    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+    inside_BV = (jnp.arange(logits_BV.shape[1]) < top_k_B1) | (top_k_B1 == 0)
+    p_BV = jax.nn.softmax(sorted_BV, axis=-1, where=inside_BV)
+    before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
+    # The sum may round to 1 before the last token: at top_p 1 it must not cut.
+    inside_BV &= (before_BV < top_p_B1) | (top_p_B1 >= 1)
+    least_B1 = jnp.min(sorted_BV, axis=-1, keepdims=True, where=inside_BV, initial=jnp.inf)
+    return jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)

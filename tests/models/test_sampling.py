@@ -1,0 +1,96 @@
+"""Tokens are drawn from the distribution that was asked for."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsp.models.sampling import Sampling, tabulate
+from jaxsp.models.sampling import choose as choose_tokens
+from jaxsp.typing import UserError
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_samples_follow_the_softmax(temperature):
+    """Chi-square against softmax(logits / temperature), 7 degrees of freedom, at odds of 1 in 1000."""
+    logits = np.array([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, 0.2])
+    draws = choose(np.tile(logits, (20_000, 1)), Sampling(temperature=temperature))
+    expected = 20_000 * softmax(logits / temperature)
+    found = np.bincount(draws, minlength=8)
+    assert ((found - expected) ** 2 / expected).sum() < 24.32
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(1, 1.0), (3, 1.0), (0, 0.5), (0, 0.9), (4, 0.7), (99, 1e-9)]
+)
+def test_top_k_and_top_p_keep_the_tokens_they_should(top_k, top_p):
+    random = np.random.RandomState(5)
+    for logits in random.standard_normal((3, 12)) * 2:
+        sampling = Sampling(temperature=0.9, top_k=top_k, top_p=top_p)
+        draws = choose(np.tile(logits, (20_000, 1)), sampling)
+        inside = support(logits / 0.9, top_k, top_p)
+        p = np.where(inside, softmax(logits / 0.9), 0)
+        p /= p.sum()
+        found = np.bincount(draws, minlength=12) / 20_000
+        assert (found[~inside] == 0).all()
+        np.testing.assert_allclose(found, p, atol=5 * np.sqrt(0.25 / 20_000))
+        assert (found > 0)[p > 1e-3].all()
+
+
+def test_extreme_temperatures():
+    logits = np.array([[3.0, 4.0, 3.999, -5.0]] * 500)
+    assert (choose(logits, Sampling(temperature=1e-30)) == 1).all()
+    found = np.bincount(choose(logits, Sampling(temperature=1e30)), minlength=4)
+    assert (found > 80).all()
+
+
+def choose(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """A token for every row of logits, each row a request of its own."""
+    n = len(logits)
+    choices = tabulate([sampling] * n, n, jax.random.key(11))
+    count = jnp.zeros(n, jnp.int32)
+    return np.asarray(jax.jit(choose_tokens)(jnp.asarray(logits, jnp.float32), choices, count))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    p = np.exp(x - x.max())
+    return p / p.sum()
+
+
+def support(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """Which tokens may be chosen: one by one, from the most probable down."""
+    order = np.argsort(-logits)
+    order = order[:top_k] if top_k else order
+    p = softmax(logits[order])
+    kept, mass = [], 0.0
+    for token, probability in zip(order, p, strict=True):
+        kept.append(token)
+        mass += probability
+        if mass >= top_p:
+            break
+    return np.isin(np.arange(len(logits)), kept)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"temperature": -1.0}, r"temperature must be 0 or more, and finite; got -1\.0\."),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"temperature": float("inf")}, "temperature"),
+    ({"top_k": -3}, r"top_k must be 0 \(all tokens\) or more; got -3"),
+    ({"top_p": 0.0}, r"top_p must be above 0 and at most 1; got 0\.0"),
+    ({"top_p": 1.5}, "top_p"),
+    ({"stop_ids": (4, -1)}, "stop_ids"),
+    ({"stop_strings": "end"}, "stop_strings must be a tuple of texts"),
+    ({"stop_strings": ("",)}, "stop_strings"),
+    ({"stop_ids": (4.0,)}, "stop_ids must be token ids"),
+    ({"max_tokens": 4.5}, r"max_tokens must be a whole number; got 4\.5"),
+    ({"max_tokens": None}, "max_tokens must be a whole number; got None"),
+    ({"min_tokens": 1.0}, "min_tokens must be a whole number"),
+    ({"top_k": "3"}, "top_k must be a whole number; got '3'"),
+    ({"max_tokens": 0}, "max_tokens must be at least 1; got 0"),
+    ({"min_tokens": 5, "max_tokens": 4}, r"min_tokens must be between 0 and max_tokens \(4\)"),
+])  # fmt: skip
+def test_sampling_names_the_value_that_is_wrong(options, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**options)
