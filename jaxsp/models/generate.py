@@ -323,27 +323,19 @@ def _advance(
 ) -> _State:
     """Ends the slots to ``cut``, then decodes so many ``steps``, or until every request has ended."""
     last = state.step + steps
-    group = min(GROUP, len(cut_B))
+    rows = min(GROUP, len(cut_B))
+    read = functools.partial(_read, params, config, prefix, table, chunk, total, rows)
     step = functools.partial(_step, params, config, prefix, table)
 
-    def read(rows: int, least: int, state: _State) -> _State:
-        """Reads so many requests at a time, while there are at least so few to read."""
-        return jax.lax.while_loop(
-            lambda state: jnp.minimum(total - state.started, jnp.sum(~state.running_B)) >= least,
-            functools.partial(_read, params, config, prefix, table, chunk, total, rows),
-            state,
-        )
-
-    def refill(state: _State) -> _State:
-        state = read(group, (group + 1) // 2, state) if group > 1 else state
-        return read(1, 1, state)
+    def vacant(state: _State) -> Array:
+        return (state.started < total) & ~jnp.all(state.running_B)
 
     def unfinished(state: _State) -> Array:
         return (state.step < last) & ((state.started < total) | jnp.any(state.running_B))
 
     return jax.lax.while_loop(
         unfinished,
-        lambda state: step(refill(state)),
+        lambda state: step(jax.lax.while_loop(vacant, read, state)),
         state._replace(running_B=state.running_B & ~cut_B),
     )
 
@@ -358,7 +350,7 @@ def _read(
     rows: int,
     state: _State,
 ) -> _State:
-    """Reads the next ``rows`` requests of the queue, if so many wait, each into a slot that is free."""
+    """Reads up to ``rows`` requests, the next of the queue, each into a slot that is free."""
     (B,), Z = state.running_B.shape, table.ids_BZ.shape[1]
     slot_N = jnp.argsort(state.running_B)[:rows]  # the free ones first
     index_N = state.started + jnp.arange(rows, dtype=jnp.int32)
