@@ -15,6 +15,7 @@ from safetensors.numpy import load, save
 
 from jaxsp import distributions
 from jaxsp.data.chat import ChatSlots
+from jaxsp.models.config import Weights
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.typing import KeyValues, UserError
@@ -57,6 +58,11 @@ class SoftPrompt:
         return self.manifest["length"]
 
     @property
+    def weights(self) -> Weights:
+        """Those of the model that it was trained for: see ``load_model``."""
+        return self.manifest["model"].get("weights", "full")
+
+    @property
     def slots(self) -> ChatSlots:
         """The texts around the prompt and the query."""
         return ChatSlots(**{k: self.manifest["slots"][k] for k in ("before", "between", "after")})
@@ -79,6 +85,11 @@ class SoftPrompt:
 
     def check(self, model: LanguageModel) -> None:
         """Raises ``UserError`` with the difference if the prompt belongs to another model or tokenizer."""
+        if self.weights != model.config.weights:
+            raise UserError(
+                f"This prompt was trained for {self.weights} weights, the loaded model has"
+                f" {model.config.weights} ones; load it with weights={self.weights!r}."
+            )
         expected = {
             "model weights": self.manifest["model"]["fingerprint"],
             "tokenizer": self.manifest["tokenizer"]["fingerprint"],

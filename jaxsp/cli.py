@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from jaxsp.models.config import Weights
 from jaxsp.settings import Settings
 from jaxsp.typing import Interrupted, UserError
 
@@ -43,6 +44,8 @@ class Compress(Settings):
     """A directory, a .gguf file, a hub id, or the name of the embedded model."""
     dtype: str | None = None
     """Of weights and activations; by default bfloat16 where the hardware computes it, else float32."""
+    weights: Weights = "full"
+    """Of the layers' matrices; int8 halves bfloat16's memory and rounds them."""
     out: str = "jaxsp-out"
     """Folder for the prompt, the report and the checkpoints."""
     resume: bool = False
@@ -61,7 +64,7 @@ class Compress(Settings):
         held_out = _fraction(self.held_out)
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)}
         result = api.compress(
-            _load(self.model, self.dtype),
+            _load(self.model, self.dtype, self.weights),
             context,
             queries,
             held_out=read_queries(self.held_out) if held_out is None else held_out,
@@ -95,7 +98,7 @@ class Ask:
         prompt = SoftPrompt.load(self.directory)
         if self.question is not None and not self.question.strip():
             raise UserError("The question is empty; leave it away for a chat loop.")
-        model = _load(self.model or prompt.manifest["model"]["name"], self.dtype)
+        model = _load(self.model or prompt.manifest["model"]["name"], self.dtype, prompt.weights)
         prefix = prompt.prefix(model)
 
         def answer(question: str) -> None:
@@ -136,7 +139,7 @@ class Evaluate:
 
         prompt = SoftPrompt.load(self.directory)
         queries = read_queries(self.queries)
-        model = _load(self.model or prompt.manifest["model"]["name"], self.dtype)
+        model = _load(self.model or prompt.manifest["model"]["name"], self.dtype, prompt.weights)
         report = api.evaluate(model, prompt, queries)
         if self.json:
             print(json.dumps(report, indent=2, ensure_ascii=False))
@@ -190,6 +193,8 @@ class Demo:
     """The model to use."""
     dtype: str | None = None
     """Of weights and activations; by default the fastest here."""
+    weights: Weights = "full"
+    """Of the layers' matrices; int8 halves bfloat16's memory and rounds them."""
     steps: int = 60
     """Updates of the prompt."""
     resume: bool = False
@@ -207,7 +212,7 @@ class Demo:
         if dtype is None and _slow_bfloat16():
             dtype = "float32"
         result = api.compress(
-            _load(self.model, dtype),
+            _load(self.model, dtype, self.weights),
             context,
             queries,
             held_out=held_out,
@@ -281,10 +286,10 @@ def _parsed() -> Compress | Ask | Evaluate | Inspect | Demo:
         raise UserError(f"{message}; see --help.") from None
 
 
-def _load(name: str, dtype: str | None) -> LanguageModel:
+def _load(name: str, dtype: str | None, weights: Weights) -> LanguageModel:
     from jaxsp.models.language_model import load_model
 
-    return load_model(name, dtype=dtype)
+    return load_model(name, dtype=dtype, weights=weights)
 
 
 def _slow_bfloat16() -> bool:

@@ -212,6 +212,7 @@ def header(model: LanguageModel, task: Task, prompt: SoftPrompt, steps: int) -> 
     return {
         "model": model.name,
         "dtype": model.config.dtype,
+        "weights": model.config.weights,
         "context_tokens": len(task.context_ids),
         "prompt_length": prompt.length,
         "compression": len(task.context_ids) / prompt.length,
@@ -226,7 +227,11 @@ def manifest(model: LanguageModel, task: Task, settings: Settings, steps: int) -
         "format": FORMAT,
         "kind": "embedding",
         "length": settings.length,
-        "model": {"name": model.name, "fingerprint": model.fingerprint},
+        "model": {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "weights": model.config.weights,
+        },
         "tokenizer": {"fingerprint": tokenizer_fingerprint(model.tokenizer)},
         "slots": {
             **dataclasses.asdict(task.slots),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import jaxsp
 from tests import tiny
 
 FAST = ("--length", 4, "--steps", 2, "--batch-size", 4, "--max-answer-tokens", 6)
@@ -42,7 +43,6 @@ def compress(jaxsp_command, job, tiny_directory, tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_directory):
     """A finished run, made through the Python interface."""
-    import jaxsp
     from tests.conftest import CONTEXT, QUERIES
 
     out = tmp_path_factory.mktemp("finished") / "out"
@@ -207,6 +207,7 @@ def test_unusable_queries(compress, tmp_path, lines, words):
         (("--objective", "zero_one"), ("piecewise constant",)),
         (("--objective", "kl=0.7,nll"), ("'nll' should read like kl=0.7",)),
         (("--dtype", "float8"), ("Unknown dtype 'float8'",)),
+        (("--weights", "int3"), ("--weights", "int3", "int8")),
         (("--model", "gpt-17"), ("Unknown model 'gpt-17'",)),
         (("--parallel", "tpu"), ("Unknown parallel 'tpu'", "jit, pmap")),
         (("--initial", "zeros"), ("Unknown initial 'zeros'", "first, spread")),
@@ -339,6 +340,26 @@ def test_ask_inspect_evaluate(jaxsp_command, finished, job, tiny_directory, monk
     code, out, err = jaxsp_command("ask", finished, "--max-tokens", 5)
     assert code == 0, err
     assert next(lines, "all asked") == "all asked"
+
+
+def test_int8_weights_stay_with_the_prompt(compress, jaxsp_command, job, tmp_path, tiny_model):
+    """The later commands load what the prompt was trained for; another model is refused by name."""
+    out = tmp_path / "out"
+    code, _, err = compress("--weights", "int8")
+    assert code == 0, err
+    assert json.loads((out / "manifest.json").read_text())["model"]["weights"] == "int8"
+    assert "(float32, int8 weights)" in (out / "report.md").read_text()
+    refused(compress("--resume"), "weights was 'int8:", "is now")
+    assert jaxsp_command("ask", out, "What now?", "--max-tokens", 5)[0] == 0
+    assert jaxsp_command("evaluate", out, "--queries", job["queries"], "--json")[0] == 0
+    prompt = jaxsp.SoftPrompt.load(out)
+    with pytest.raises(
+        jaxsp.UserError, match=r"trained for int8 weights.* has full ones; .*'int8'"
+    ):
+        prompt.check(tiny_model)
+    del prompt.manifest["model"]["weights"]  # as it was before there was a choice
+    with pytest.raises(jaxsp.UserError, match="belongs to another model"):
+        prompt.check(tiny_model)
 
 
 def test_evaluate_repeats_the_reports_numbers(jaxsp_command, finished, tmp_path):

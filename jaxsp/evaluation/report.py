@@ -161,7 +161,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         report["verdict"]["text"],
         "",
-        f"- model: {report['model']} ({report['dtype']})",
+        f"- model: {report['model']} ({report['dtype']}, {report['weights']} weights)",
         f"- compression: {report['compression']:.1f}×, objective: {report['objective']},"
         f" {report['steps']} steps",
         f"- gap closed on held-out queries: {_interval(gap)} (0: no context, 1: full context)",

@@ -12,6 +12,7 @@ from jaxsp.models.rope import Rope
 from jaxsp.typing import UserError
 
 Activation = Literal["silu", "gelu_tanh"]
+Weights = Literal["full", "int8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,8 @@ class DecoderConfig:
 
     dtype: str = "float32"
     """Of matrices and activations; norms, softmax and logits are float32 whatever it is."""
+    weights: Weights = "full"
+    """Of the layers' matrices: in ``dtype``, or int8 with a float32 scale for each output."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     attention: str = "auto"

@@ -53,6 +53,53 @@ class Norm(nn.Module):
         return wide.astype(x.dtype)
 
 
+class Int8Dense(nn.Module):
+    """``nn.Dense`` with an int8 kernel and a float32 scale for each output.
+
+    Reference: absmax quantisation in Dettmers et al. 2022, arXiv:2208.07339; here of weights alone.
+    """
+
+    config: DecoderConfig
+    size: int
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c, zeros = self.config, nn.initializers.zeros
+        kernel = self.param("kernel", zeros, (x.shape[-1], self.size), jnp.int8)
+        scale = self.param("scale", nn.initializers.ones, (self.size,), jnp.float32)
+        y = _int8_product(x, kernel, scale, c.precision)
+        return y + self.param("bias", zeros, (self.size,), c.dtype) if self.use_bias else y
+
+
+# Autodiff would keep every layer's kernel in floats until the backward pass, and multiply in float32
+# there. The kernel is frozen: the gradient goes to x alone.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _int8_product(x: Array, kernel: Array, scale: Array, precision: jax.lax.Precision) -> Array:
+    whole = kernel.astype(x.dtype)
+    y = jnp.dot(x, whole, precision=precision, preferred_element_type=jnp.float32)
+    return (y * scale).astype(x.dtype)
+
+
+def _int8_forward(
+    x: Array, kernel: Array, scale: Array, precision: jax.lax.Precision
+) -> tuple[Array, tuple[Array, Array]]:
+    return _int8_product(x, kernel, scale, precision), (kernel, scale)
+
+
+def _int8_backward(
+    precision: jax.lax.Precision, kept: tuple[Array, Array], gradient: Array
+) -> tuple[Array, None, None]:
+    kernel, scale = kept
+    # 128 is exact in any dtype; without it the scaled gradient could vanish in float16.
+    scaled = (gradient * (128 * scale)).astype(gradient.dtype)
+    kernel = kernel.astype(gradient.dtype) / 128
+    return jnp.einsum("...o,io->...i", scaled, kernel, precision=precision), None, None
+
+
+_int8_product.defvjp(_int8_forward, _int8_backward)
+
+
 class LayerInputs(NamedTuple):
     """What each layer has of its own: scanned over, where it differs from layer to layer."""
 
@@ -93,6 +140,8 @@ class DecoderLayer(nn.Module):
 
     def _dense(self, name: str, size: int, x: Array, *, bias: bool) -> Array:
         c = self.config
+        if c.weights == "int8":
+            return Int8Dense(c, size, bias, name=name)(x)
         return nn.Dense(
             size, bias, dtype=c.dtype, param_dtype=c.dtype, precision=c.precision, name=name
         )(x)

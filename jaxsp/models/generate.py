@@ -28,7 +28,7 @@ CHUNK = 128
 """Longest run of query tokens read at once; a longer query takes several."""
 
 GROUP = 8
-"""Most requests read at once; fewer slots than half of them are filled one by one."""
+"""Requests read at once, where so many slots are free. On two cores eight cost little more than one."""
 
 STEPS = 8
 """Decoding steps between two looks of the host: for stop strings, for progress."""

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxsp.models import decoder, gguf
-from jaxsp.models.config import DecoderConfig
+from jaxsp.models.config import DecoderConfig, Weights
 from jaxsp.models.families import FAMILIES
 from jaxsp.models.weights import fingerprint, load_params, weight_files
 from jaxsp.typing import Array, Float, Params, UserError
@@ -100,7 +100,8 @@ class LanguageModel:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Identifies the weights: two models with the same fingerprint give the same logits."""
-        return fingerprint(weight_files(self.directory))
+        kind = "" if self.config.weights == "full" else f"{self.config.weights}:"
+        return kind + fingerprint(weight_files(self.directory))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -114,6 +115,7 @@ def load_model(
     name_or_path: str | os.PathLike[str] = EMBEDDED,
     *,
     dtype: str | None = None,
+    weights: Weights = "full",
     tokenizer: PreTrainedTokenizerBase | Literal["auto"] | None = "auto",
     sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
 ) -> LanguageModel:
@@ -125,6 +127,9 @@ def load_model(
         hub id such as ``"HuggingFaceTB/SmolLM2-360M-Instruct"``.
       dtype: of weights and activations: ``"bfloat16"``, ``"float32"`` or ``"float16"``. By default
         bfloat16 where the hardware multiplies it natively, else float32.
+      weights: ``"full"``, in ``dtype``; or ``"int8"``: the layers' matrices as int8 with a scale for each
+        output, at half the memory of bfloat16. Embeddings, head, norms and biases stay as they are;
+        activations are in ``dtype``.
       tokenizer: ``"auto"`` reads it from beside the weights; ``None`` loads the weights alone; or one
         of your own.
       sharding: where the parameter with this path and shape goes, such as a ``NamedSharding`` of a mesh: each
@@ -149,10 +154,12 @@ def load_model(
         raise UserError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
     if lack := _lacks(dtype):
         raise UserError(f"{lack}; choose dtype {default_dtype()}.")
+    if weights not in (known := get_args(Weights)):
+        raise UserError(f"Unknown weights {weights!r}; choose one of {', '.join(known)}.")
     directory = _directory(os.fspath(name_or_path))
     hf = _hugging_face_config(directory)
     family = FAMILIES[hf.model_type]
-    config = family.config(hf, dtype)
+    config = family.config(hf, dtype).replace(weights=weights)
     params = load_params(weight_files(directory), config, family.tensors(config), sharding)
     if isinstance(tokenizer, str):
         tokenizer = _load_tokenizer(directory)

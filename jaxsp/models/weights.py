@@ -132,18 +132,19 @@ def load_params(
     Raises:
       UserError: a tensor is missing, left over, of another shape or not of floats; or a file is damaged.
     """
-    leaves: dict[str, Any] = {
-        "/".join(path): leaf for path, leaf in flatten_dict(parameter_shapes(config)).items()
-    }
     checkpoint = Checkpoint(files)
     tensors = _as_named(checkpoint, tensors)
-    places = _places(leaves, tensors)
+    places = _places(_leaves(config.replace(weights="full")), tensors)
     _check_names(checkpoint, places, tensors, config)
     for place in places.values():
         place.check(checkpoint)
     params = {}
-    for path, leaf in leaves.items():
-        read = functools.partial(places[path].read, checkpoint)
+    for path, leaf in _leaves(config).items():
+        place = places[path.replace("/scale", "/kernel")]
+        if config.weights == "int8" and path.endswith(("/kernel", "/scale")):
+            read = functools.partial(_read_int8, place, leaf, checkpoint)
+        else:
+            read = functools.partial(place.read, checkpoint)
         # Without a wish the arrays stay uncommitted: they follow what they are used with.
         params[tuple(path.split("/"))] = (
             jax.make_array_from_callback(leaf.shape, sharding(path, leaf.shape), read)
@@ -202,8 +203,7 @@ class _Place:
 
     def read(self, checkpoint: Checkpoint, index: tuple[slice, ...] | None) -> np.ndarray:
         """The part of the parameter that ``index`` cuts out."""
-        index = index or (slice(None),) * len(self.leaf.shape)
-        cut = [slice(*part.indices(n)[:2]) for part, n in zip(index, self.leaf.shape, strict=True)]
+        cut = _cut(index, self.leaf.shape)
         out = _aligned([part.stop - part.start for part in cut], self.leaf.dtype)
         names = self.names[cut.pop(0)] if self.stacked else self.names
         if self.tensor.rows:
@@ -224,6 +224,45 @@ class _Place:
                     data = data.astype(np.float32) + self.tensor.plus
                 target[rows] = data
         return out
+
+
+def _read_int8(
+    place: _Place,
+    leaf: jax.ShapeDtypeStruct,
+    checkpoint: Checkpoint,
+    index: tuple[slice, ...] | None,
+) -> np.ndarray:
+    """The part of a quantised kernel, or of its scales, that ``index`` cuts out.
+
+    An output's scale needs all its inputs, so whole columns are read, a few at a time.
+    """
+    exact = dataclasses.replace(place, leaf=jax.ShapeDtypeStruct(place.leaf.shape, jnp.float32))
+    layers, *inputs, outputs = _cut(index, leaf.shape)
+    out = _aligned([part.stop - part.start for part in (layers, *inputs, outputs)], leaf.dtype)
+    step = max(1, READ_BYTES // (4 * place.leaf.shape[1]))
+    for i, layer in enumerate(range(layers.start, layers.stop)):
+        for first in range(outputs.start, outputs.stop, step):
+            columns = slice(first, min(first + step, outputs.stop))
+            kernel = exact.read(checkpoint, (slice(layer, layer + 1), slice(None), columns))[0]
+            largest = np.abs(kernel).max(axis=0)
+            if not np.isfinite(largest).all():
+                name = place.names[layer]
+                raise UserError(
+                    f"Tensor {name} holds NaN or infinity, which int8 can't; load it full."
+                )
+            scale = np.maximum(largest, np.finfo(np.float32).tiny) / 127  # an output may be all 0
+            target = out[i, ..., first - outputs.start : columns.stop - outputs.start]
+            target[:] = np.rint(kernel[inputs[0]] / scale) if inputs else scale
+    return out
+
+
+def _leaves(config: DecoderConfig) -> dict[str, Any]:
+    return flatten_dict(parameter_shapes(config), sep="/")
+
+
+def _cut(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> list[slice]:
+    index = index or (slice(None),) * len(shape)
+    return [slice(*part.indices(n)[:2]) for part, n in zip(index, shape, strict=True)]
 
 
 def _chunks(array: np.ndarray) -> Iterator[slice]:
