@@ -281,16 +281,23 @@ def _check_family(file: Path, model_type: Any) -> None:
 def _check_vocabulary(
     config: DecoderConfig, tokenizer: PreTrainedTokenizerBase | None, stop_ids: tuple[int, ...]
 ) -> None:
-    """The model has an embedding for every id; added tokens are checked when a text has one."""
+    """Model and tokenizer know each other's ids; added tokens are checked when a text has one."""
     if odd := [i for i in stop_ids if not 0 <= i < config.vocab_size]:
         raise UserError(
             f"The end-of-text id {odd[0]} is outside the model's vocabulary of"
             f" {config.vocab_size}; the configuration or the tokenizer is another model's."
         )
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+    if tokenizer is None:
+        return
+    if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"The tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: it is"
             " another model's."
+        )
+    if unknown := [i for i in stop_ids if tokenizer.convert_ids_to_tokens(i) is None]:
+        raise UserError(
+            f"The model ends a text with the id {unknown[0]}, which the tokenizer does not have: it is"
+            " another model's, or incomplete."
         )
 
 

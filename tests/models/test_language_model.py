@@ -95,6 +95,12 @@ def test_a_tokenizer_of_another_model(tmp_path):
     tiny.write(tmp_path, vocab_size=200)
     with pytest.raises(UserError, match="tokenizer has 259 tokens, the model 200"):
         jaxsp.load_model(tmp_path)
+    tiny.write(tmp_path, vocab_size=300, eos_token_id=[2, 280])
+    with pytest.raises(
+        UserError, match="ends a text with the id 280, which the tokenizer does not"
+    ):
+        jaxsp.load_model(tmp_path)
+    assert jaxsp.load_model(tmp_path, tokenizer=None).stop_ids == (2, 280)
 
 
 def test_an_added_token_beyond_the_vocabulary(tiny_model):
