@@ -68,7 +68,7 @@ class Int8Dense(nn.Module):
         c, zeros = self.config, nn.initializers.zeros
         kernel = self.param("kernel", zeros, (x.shape[-1], self.size), jnp.int8)
         scale = self.param("scale", nn.initializers.ones, (self.size,), jnp.float32)
-        y = _int8_product(x, kernel, scale, c.precision)
+        y: Any = _int8_product(x, kernel, scale, c.precision)  # older jax types it as object
         return y + self.param("bias", zeros, (self.size,), c.dtype) if self.use_bias else y
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,8 @@ def attend(call: Call) -> Array:
     )
     slots = tuple(_without_batch(s, B) for s in call.slots)
     rule = _Rule(call.scale, call.softcap, call.precision)
-    out_NBGRCF = _attend(rule, queries_N, slots, call.window).reshape(N, B, G, R, C, F)
+    out_NBGXF: Any = _attend(rule, queries_N, slots, call.window)  # older jax types it as object
+    out_NBGRCF = out_NBGXF.reshape(N, B, G, R, C, F)
     return out_NBGRCF.transpose(1, 0, 4, 2, 3, 5).reshape(B, N * C, H, F)[:, :T]
 
 
