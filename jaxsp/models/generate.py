@@ -28,7 +28,7 @@ CHUNK = 128
 """Longest run of query tokens read at once; a longer query takes several."""
 
 GROUP = 8
-"""Requests read at once, where so many slots are free. On two cores eight cost little more than one."""
+"""Requests read at once where at least half as many slots are free; the others are read one by one."""
 
 STEPS = 8
 """Decoding steps between two looks of the host: for stop strings, for progress."""
@@ -323,19 +323,27 @@ def _advance(
 ) -> _State:
     """Ends the slots to ``cut``, then decodes so many ``steps``, or until every request has ended."""
     last = state.step + steps
-    rows = min(GROUP, len(cut_B))
-    read = functools.partial(_read, params, config, prefix, table, chunk, total, rows)
+    group = min(GROUP, len(cut_B))
     step = functools.partial(_step, params, config, prefix, table)
 
-    def vacant(state: _State) -> Array:
-        return (state.started < total) & ~jnp.all(state.running_B)
+    def read(rows: int, least: int, state: _State) -> _State:
+        """Reads so many requests at a time, while there are at least so few to read."""
+        return jax.lax.while_loop(
+            lambda state: jnp.minimum(total - state.started, jnp.sum(~state.running_B)) >= least,
+            functools.partial(_read, params, config, prefix, table, chunk, total, rows),
+            state,
+        )
+
+    def refill(state: _State) -> _State:
+        state = read(group, (group + 1) // 2, state) if group > 1 else state
+        return read(1, 1, state)
 
     def unfinished(state: _State) -> Array:
         return (state.step < last) & ((state.started < total) | jnp.any(state.running_B))
 
     return jax.lax.while_loop(
         unfinished,
-        lambda state: step(jax.lax.while_loop(vacant, read, state)),
+        lambda state: step(refill(state)),
         state._replace(running_B=state.running_B & ~cut_B),
     )
 
