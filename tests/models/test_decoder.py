@@ -143,7 +143,6 @@ def test_memory_of_reading_a_long_document():
     assert memory.temp_size_in_bytes < 0.4 * 2**30
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="older jax widens bfloat16 on a CPU")
 def test_memory_of_a_gradient_through_32k_tokens():
     """To every vector of a prompt of 32k tokens, SmolLM2's shape: full attention would need 131 GiB."""
     config = smollm2_shape("bfloat16").replace(remat=True)
@@ -159,7 +158,10 @@ def test_memory_of_a_gradient_through_32k_tokens():
     sigma = jax.ShapeDtypeStruct((1, K, config.width), jnp.bfloat16)
     ids = jax.ShapeDtypeStruct((8, 48), jnp.int32)
     program = jax.jit(jax.grad(loss)).lower(sigma, parameter_shapes(config), ids).compile()
-    assert program.memory_analysis().temp_size_in_bytes < 3.5 * 2**30
+    widens = (
+        2 if jax.__version_info__ < (0, 11) else 1
+    )  # older jax holds bfloat16 as float32 on a CPU
+    assert program.memory_analysis().temp_size_in_bytes < widens * 3.5 * 2**30
 
 
 def smollm2_shape(dtype):

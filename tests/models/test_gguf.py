@@ -1,153 +1,24 @@
-"""GGUF: every architecture, tensor type and tokenizer, the cache, and files that are refused."""
+"""GGUF: every architecture and tensor type, the cache, and what is refused."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
 import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import gguf
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from hypothesis import given, settings
 from safetensors import safe_open
 
 import jaxsp
 from jaxsp.models import gguf as ours
-from jaxsp.models import gguf_file, gguf_tokenizer
 from jaxsp.typing import UserError
 from tests import tiny
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
-IDS = json.loads((GOLDENS / "token_ids.json").read_text("utf-8"))
-KINDS = json.loads((GOLDENS / "token_ids_kinds.json").read_text("utf-8"))
-
-# What tiny's models have that GGUF can't hold: windows in Qwen 2, any scale of Gemma's attention.
-CONFIGS = {
-    "llama": {"model_type": "llama"},
-    "qwen2": {"model_type": "qwen2", "use_sliding_window": False},
-    "qwen3": {"model_type": "qwen3"},
-    "gemma3": {"model_type": "gemma3_text", "query_pre_attn_scalar": 8},
-}
-
-
-def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to query and key rows of a llama."""
-    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def metadata(architecture: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The fields that llama.cpp's converter writes for a configuration."""
-    vocabulary = tiny.tokenizer().get_vocab()
-    words = sorted(vocabulary, key=vocabulary.__getitem__)
-    rope = config["rope_parameters"]
-    fields: dict[str, Any] = {
-        "block_count": config["num_hidden_layers"],
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.key_length": config["head_dim"],
-        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-    }
-    if "full_attention" in rope:
-        fields["rope.freq_base_swa"] = rope["sliding_attention"]["rope_theta"]
-        fields["attention.sliding_window"] = config["sliding_window"]
-        fields["attention.sliding_window_pattern"] = [
-            kind == "sliding_attention" for kind in config["layer_types"]
-        ]
-        rope = rope["full_attention"]
-    fields["rope.freq_base"] = rope["rope_theta"]
-    if "factor" in rope:
-        fields |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": rope["factor"]}
-    tokenizer = {
-        "model": "gpt2",
-        "pre": "smollm",
-        "tokens": words,
-        "token_type": [3 if word in tiny.SPECIAL else 1 for word in words],
-        "bos_token_id": config["bos_token_id"],
-        "eos_token_id": config["eos_token_id"],
-    }
-    return {
-        **{f"{architecture}.{name}": value for name, value in fields.items()},
-        **{f"tokenizer.ggml.{name}": value for name, value in tokenizer.items()},
-        "tokenizer.chat_template": tiny.CHAT_TEMPLATE,
-    }
-
-
-def write_gguf(
-    path: Path,
-    architecture: str = "llama",
-    fields: dict[str, Any] | None = None,
-    tensors: dict[str, tuple[np.ndarray, Kind]] | None = None,
-    **changes: Any,
-) -> dict[str, Any]:
-    """The tiny model as llama.cpp's converter would write it; gives its configuration.
-
-    Args:
-      fields: more metadata, or other; ``None`` for a field that is to be missing.
-      tensors: more tensors, or others, by their names in GGUF, as stored.
-      changes: to the configuration.
-    """
-    config = tiny.config(**{**CONFIGS.get(architecture, {}), **changes})
-    writer = gguf.GGUFWriter(path, architecture)
-    for name, value in {**metadata(architecture, config), **(fields or {})}.items():
-        if value is not None:
-            add = {
-                bool: writer.add_bool,
-                int: writer.add_uint32,
-                float: writer.add_float32,
-                str: writer.add_string,
-                list: writer.add_array,
-            }[type(value)]
-            add(name, value)
-    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(known[architecture], config["num_hidden_layers"])
-    stored = {}
-    for name, tensor in tiny.tensors(config).items():
-        its = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if architecture == "llama" and "q_proj" in name:
-            tensor = interleave(tensor, config["num_attention_heads"])
-        elif architecture == "llama" and "k_proj" in name:
-            tensor = interleave(tensor, config["num_key_value_heads"])
-        elif architecture == "gemma3" and name.endswith("norm.weight"):
-            tensor = tensor + 1
-        stored[its] = tensor, Kind.F32
-    for name, (tensor, kind) in {**stored, **(tensors or {})}.items():
-        writer.add_tensor(name, tensor, raw_dtype=None if kind == Kind.F32 else kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return config
-
-
-def config_of(path: Path) -> dict[str, Any]:
-    return json.loads((ours.converted(path) / "config.json").read_text("utf-8"))
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXSP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def frugal():
-    """The test may not need much memory, whatever its file says."""
-    tracemalloc.start()
-    yield
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 40 << 20
-
+from tests.gguf_files import SPM, config_of, write_gguf
 
 # Architectures
 
@@ -363,65 +234,6 @@ def test_memory_does_not_grow_with_the_model(tmp_path, cache, frugal):
     assert (directory / "model.safetensors").stat().st_size > 96 << 20
 
 
-# Tokenizers
-
-
-@pytest.mark.parametrize("row", IDS, ids=range(len(IDS)))
-def test_token_ids_are_those_of_llama_cpp(smollm2, row):
-    assert smollm2.tokenizer(row["text"]).input_ids == row["ids"]
-    assert smollm2.tokenizer.decode(row["ids"]) == row["text"]
-
-
-def tokenizer_fields(**fields: Any) -> gguf_file.Metadata:
-    """Metadata with one of the golden vocabularies."""
-    all_ = {
-        **KINDS["vocabularies"][fields["model"]],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        **fields,
-    }
-    arrays = {name: np.array(all_[name]) for name in ("scores", "token_type") if name in all_}
-    return gguf_file.Metadata(
-        {f"tokenizer.ggml.{name}": value for name, value in (all_ | arrays).items()}
-    )
-
-
-@pytest.mark.parametrize(
-    "row", KINDS["rows"], ids=lambda row: "-".join(map(str, row["fields"].values()))
-)
-def test_every_kind_gives_the_ids_of_llama_cpp(row):
-    tokenizer = gguf_tokenizer.build(tokenizer_fields(**row["fields"]))
-    for its, ids in zip(IDS, row["ids"], strict=True):
-        assert tokenizer.encode(its["text"], add_special_tokens=False).ids == ids, its["text"]
-
-
-def test_sentence_piece_reads_back_what_it_wrote():
-    fields = {"model": "llama", "add_space_prefix": False}
-    tokenizer = gguf_tokenizer.build(tokenizer_fields(**fields))
-    for row in IDS:
-        ids = tokenizer.encode(row["text"], add_special_tokens=False).ids
-        assert tokenizer.decode(ids, skip_special_tokens=False) == row["text"]
-    prefixed = gguf_tokenizer.build(tokenizer_fields(model="llama"))
-    assert prefixed.decode(prefixed.encode("a b").ids) == "a b"
-
-
-@pytest.mark.parametrize(
-    ("fields", "first", "last"),
-    [
-        ({"model": "gpt2", "pre": "llama-bpe"}, [1], []),
-        ({"model": "gpt2", "pre": "llama-bpe", "add_bos_token": False}, [], []),
-        ({"model": "gpt2", "pre": "qwen2"}, [], []),
-        ({"model": "gpt2", "pre": "qwen2", "add_bos_token": True}, [1], []),
-        ({"model": "llama"}, [1], []),
-        ({"model": "llama", "add_eos_token": True}, [1], [2]),
-    ],
-)
-def test_first_and_last_token(fields, first, last):
-    tokenizer = gguf_tokenizer.build(tokenizer_fields(**fields))
-    plain = tokenizer.encode("some text", add_special_tokens=False).ids
-    assert tokenizer.encode("some text").ids == [*first, *plain, *last]
-
-
 # The cache
 
 
@@ -463,13 +275,6 @@ def test_second_load_of_the_embedded_model_is_fast(smollm2, python):
 # What is refused
 
 ZEROS = np.zeros((4, 4), np.float32), Kind.F32
-BYTES = [f"<0x{i:02X}>" for i in range(256)]
-SPM = {
-    "tokenizer.ggml.model": "llama",
-    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *BYTES],
-    "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256],
-    "tokenizer.ggml.scores": [0.0] * 259,
-}
 
 
 @pytest.mark.parametrize(
@@ -526,153 +331,3 @@ def test_refusals_name_what_is_wrong(tmp_path, cache, architecture, fields, tens
     with pytest.raises(UserError, match=message):
         jaxsp.load_model(tmp_path / "m.gguf")
     assert not any(cache.iterdir())
-
-
-@pytest.fixture(scope="module")
-def valid(tmp_path_factory) -> bytes:
-    path = tmp_path_factory.mktemp("valid") / "m.gguf"
-    write_gguf(path, fields={"tokenizer.ggml.merges": ["a b"]}, num_hidden_layers=1)
-    return path.read_bytes()
-
-
-def outcome(folder: Path, data: bytes) -> str:
-    """``"loaded"``, or the message of the ``UserError``; any other exception is a failure."""
-    (folder / "damaged.gguf").write_bytes(data)
-    try:
-        jaxsp.load_model(folder / "damaged.gguf", dtype="float32")
-    except UserError as error:
-        return str(error)
-    return "loaded"
-
-
-def test_truncated_file(tmp_path, cache, valid):
-    sizes = [*range(48), *range(48, len(valid), 331), len(valid) - 1]
-    for size in sizes:
-        assert "download it again" in (told := outcome(tmp_path, valid[:size])) or size < 4, told
-    assert "is empty" in outcome(tmp_path, b"")
-    assert not any(cache.iterdir())
-
-
-HUGE = [1 << 31, 1 << 60, (1 << 63) - 1, (1 << 64) - 1]
-
-
-@pytest.mark.parametrize(
-    ("after", "skip", "code", "values", "message"),
-    [
-        (b"GGUF", -4, "I", [0, 0x67676D6C], "not a GGUF file"),
-        (b"GGUF", 0, "I", [0, 1, 4, 3 << 24], "GGUF version"),
-        (b"GGUF", 4, "Q", HUGE, "ends in the middle of its header"),  # how many tensors
-        (b"GGUF", 12, "Q", HUGE, "ends in the middle|unknown type|UTF-8|twice"),  # how many fields
-        (b"GGUF", 20, "Q", HUGE, "ends in the middle"),  # how long the first field's name is
-        (b"tokenizer.ggml.tokens", 0, "I", [13, 1 << 31], "unknown type"),
-        (b"tokenizer.ggml.tokens", 4, "I", [9, 13], "array of elements"),
-        (b"tokenizer.ggml.tokens", 8, "Q", HUGE, "ends in the middle|UTF-8"),  # how many tokens
-        (b"tokenizer.ggml.token_type", 8, "Q", HUGE, "ends in the middle"),
-        (b"token_embd.weight", 0, "I", [0, 5, 1 << 31], "impossible dimensions|ends in the middle"),
-        (b"token_embd.weight", 4, "Q", [0], "impossible dimensions"),
-        (b"token_embd.weight", 4, "Q", HUGE, "ends before the tensor"),
-        (b"token_embd.weight", 20, "I", [4, 1000], "unknown type"),
-        (b"token_embd.weight", 20, "I", [12], "not a multiple of 256"),
-        (b"token_embd.weight", 24, "Q", HUGE, "ends before the tensor"),  # where it is
-        (b"output_norm.weight", 16, "Q", [32], "overlap"),
-    ],
-)
-def test_lying_headers(tmp_path, cache, frugal, valid, after, skip, code, values, message):
-    at = valid.index(after) + len(after) + skip
-    for value in values:
-        field = struct.pack(f"<{code}", value)
-        told = outcome(tmp_path, valid[:at] + field + valid[at + len(field) :])
-        assert any(part in told for part in message.split("|")), told
-
-
-def test_names_that_appear_twice(tmp_path, cache, valid):
-    told = outcome(tmp_path, valid.replace(b"blk.0.attn_q.weight", b"blk.0.attn_k.weight"))
-    assert "'blk.0.attn_k.weight' appears twice" in told
-    told = outcome(tmp_path, valid.replace(b"llama.block_count", b"llama.block_block"))
-    assert "'llama.block_count' is missing" in told
-    told = outcome(tmp_path, valid.replace(b"eos_token_id", b"bos_token_id"))
-    assert "'tokenizer.ggml.bos_token_id' appears twice" in told
-
-
-@pytest.fixture(scope="module")
-def numbers(valid, tmp_path_factory) -> list[tuple[int, int]]:
-    """Offset and size of every number in the header: counts, lengths, types, values."""
-    found = []
-    path = tmp_path_factory.mktemp("numbers") / "m.gguf"
-    path.write_bytes(valid)
-    with pytest.MonkeyPatch.context() as patch:
-        number = gguf_file._Cursor.number
-
-        def noted(self, code: str):
-            found.append((self.at, struct.calcsize(f"<{code}")))
-            return number(self, code)
-
-        patch.setattr(gguf_file._Cursor, "number", noted)
-        gguf_file.read(path)
-    return found
-
-
-EDITS = st.tuples(
-    st.sampled_from(["number", "number", "number", "byte", "cut"]),
-    st.integers(0, 1 << 20),
-    st.sampled_from([0, 1, 2, 3, 7, 8, 9, 32, 255, 1 << 16, *HUGE]) | st.integers(0, 255),
-)
-
-
-def test_damaged_bytes(tmp_path, cache, frugal, valid, numbers):
-    @settings(max_examples=250, derandomize=True, deadline=None, database=None)
-    @given(st.lists(EDITS, min_size=1, max_size=3))
-    def run(edits):
-        data = bytearray(valid)
-        for what, where, value in edits:
-            if what == "number":
-                at, size = numbers[where % len(numbers)]
-                data[at : at + size] = (value % (1 << 8 * size)).to_bytes(size, "little")
-            elif what == "byte":
-                data[where % len(data)] = value % 256
-            else:
-                del data[max(1, where % len(data)) :]
-        outcome(tmp_path, bytes(data))
-
-    run()
-
-
-SMALL = st.sampled_from([0, 1, 2, 3, 7, 16, 255, (1 << 31) - 1, 1 << 31, 1 << 63, -1])
-VALUES = (
-    SMALL
-    | st.sampled_from([0.0, -1.0, 1e-30, 1e308, math.nan, math.inf])
-    | st.booleans()
-    | st.sampled_from(["", "none", "linear", "yarn", "gpt2", "llama", "qwen2", "{% for %}"])
-    | st.sampled_from([[], ["a"], ["a", ""], ["$0", "$A"], ["a b", "a"], ["x" * 2000]])
-    | st.sampled_from([np.zeros(0), np.arange(3), np.array([True]), np.full(257, 3)])
-)
-MORE = [
-    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
-    "rope.dimension_count", "attention.sliding_window", "attention.sliding_window_pattern",
-    "rope.freq_base_swa", "final_logit_softcapping", "attention.causal",
-]  # fmt: skip
-TOKENIZER = [
-    "merges", "scores", "add_bos_token", "add_eos_token", "add_space_prefix", "unknown_token_id",
-    "padding_token_id", "eot_token_id", "remove_extra_whitespaces",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_odd_metadata(tmp_path, cache, monkeypatch, architecture):
-    """A sound file whose fields say odd things, of every type."""
-    path = tmp_path / "m.gguf"
-    fields = SPM if architecture == "gemma3" else {}
-    write_gguf(path, architecture, fields, num_hidden_layers=1, layer_types=["full_attention"])
-    sound, tensors = gguf_file.read(path)
-    names = [*sound, *(f"{architecture}.{name}" for name in MORE)]
-    names += [f"tokenizer.ggml.{name}" for name in TOKENIZER]
-    data = path.read_bytes()
-
-    @settings(max_examples=150, derandomize=True, deadline=None, database=None)
-    @given(st.lists(st.tuples(st.sampled_from(names), VALUES), min_size=1, max_size=2))
-    def run(changes):
-        odd = gguf_file.Metadata({**sound, **dict(changes)})
-        monkeypatch.setattr(ours, "read", lambda path: (odd, dict(tensors)))
-        outcome(tmp_path, data)
-
-    run()
