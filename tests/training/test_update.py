@@ -21,7 +21,7 @@ from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.training.optimizer import OptimizerSettings, make_optimizer
 from jaxsp.training.parallel import DRIVERS
 from jaxsp.training.state import initial_state
-from jaxsp.training.update import Frozen, UpdateSettings, loss_total, update
+from jaxsp.training.update import Frozen, UpdateSettings, loss_total
 from jaxsp.typing import UserError
 from tests import tiny
 
@@ -96,7 +96,7 @@ def test_gradient_is_that_of_the_mean_over_all_positions(problem, objective):
     """Against the loss written out with whole logits; and that, where smooth, against its slope."""
     frozen, config, rows, sigma, _ = problem
     plain = settings_for(config, objective, optax.sgd(1.0))
-    new, metrics = update(state_for(sigma, plain), rows, frozen=frozen, settings=plain)
+    new, metrics = DRIVERS["jit"](frozen, plain).step(state_for(sigma, plain), rows)
     gradient = sigma["embeddings"] - new.sigma["embeddings"]
 
     @jax.jit
