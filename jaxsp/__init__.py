@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxsp import distributions, losses
     from jaxsp.api import Result, ask, compress, evaluate
     from jaxsp.artifact import SoftPrompt
+    from jaxsp.many import compress_many
     from jaxsp.models.language_model import LanguageModel, load_model
     from jaxsp.typing import UserError
 
@@ -29,6 +30,7 @@ __all__ = [
     "UserError",
     "ask",
     "compress",
+    "compress_many",
     "distributions",
     "evaluate",
     "load_model",
@@ -42,6 +44,7 @@ _HOME = {
     "UserError": "jaxsp.typing",
     "ask": "jaxsp.api",
     "compress": "jaxsp.api",
+    "compress_many": "jaxsp.many",
     "evaluate": "jaxsp.api",
     "load_model": "jaxsp.models.language_model",
 }

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxsp import stages
 from jaxsp.artifact import SoftPrompt
 from jaxsp.console import Display
@@ -21,7 +19,6 @@ from jaxsp.models.language_model import LanguageModel
 from jaxsp.run_folder import check_folder, open_run
 from jaxsp.settings import make_settings
 from jaxsp.training.loop import NonFiniteLoss
-from jaxsp.training.state import TrainState
 from jaxsp.typing import Interrupted, KeyValues, UserError
 
 Queries = Sequence[str | Query | Mapping[str, str]]
@@ -40,6 +37,11 @@ class Result:
     prompt: SoftPrompt
     report: dict[str, Any]
     lines: list[dict[str, Any]]
+
+    @property
+    def error(self) -> str | None:
+        """Why training failed (``compress_many``): the prompt is the best until then, nothing is measured."""
+        return self.report.get("error")
 
     def save(self, directory: str | Path) -> None:
         """Writes prompt, manifest, report and plots into ``directory``."""
@@ -106,35 +108,21 @@ def compress(
         float(held_out) if isinstance(held_out, float | int) else as_queries(held_out),
         chosen.seed,
     )
-    task = stages.encode_task(model, context, [*train_queries, *held_out_queries], chosen)
-    if not chosen.length < len(task.context_ids):
-        raise UserError(
-            f"The prompt must be shorter than the context: --length is {chosen.length}, the context"
-            f" has {len(task.context_ids)} tokens."
-        )
+    task = stages.encode_task(model, context, train_queries, held_out_queries, chosen)
     folder = None
     if out is not None:
-        identity = stages.identity(model, task, chosen, len(train_queries))
+        identity = stages.identity(model, task, chosen)
         folder = open_run(out, identity, resume=resume, overwrite=overwrite)
 
     before = read_context(model, task.before_ids)
-    teacher, full_context = stages.teach(model, task, chosen, before, folder, display)
-    train_rows = teacher.rows.take(range(len(train_queries)))
-    held_out_rows = teacher.rows.take(range(len(train_queries), len(teacher.rows)))
-    initial = stages.initial_sigma(model, task.context_ids, chosen)
-
-    def finished(state: TrainState) -> SoftPrompt:
-        sigma = {name: np.asarray(array) for name, array in state.best_sigma.items()}
-        return SoftPrompt(sigma, stages.manifest(model, task, chosen, int(state.step)), context)
-
+    lesson, full_context = stages.teach(model, task, chosen, before, folder, display)
+    start = stages.initial_state_of(model, lesson)
     try:
-        state, lines = stages.train_prompt(
-            model, chosen, before, initial, train_rows, held_out_rows, folder, display
-        )
+        state, lines = stages.train_prompt(model, lesson, start, folder, display)
     except NonFiniteLoss as error:
         if folder is None:
             raise
-        finished(error.state).save(folder.directory)
+        stages.finished_prompt(model, lesson, error.state, context).save(folder.directory)
         message = f"{error} The best prompt until then is saved in {folder.directory}."
         raise NonFiniteLoss(message, error.state) from None
     except Interrupted as error:
@@ -144,26 +132,14 @@ def compress(
             f"{error} It is saved; go on with the same command and --resume."
         ) from None
 
-    prompt = finished(state)
-    measured = stages.measure(
-        model,
-        task,
-        teacher,
-        full_context,
-        before,
-        prompt,
-        initial,
-        len(train_queries),
-        chosen,
-        display,
-    )
-    prompt.manifest["held_out"] = {
-        "gap_closed": measured["gap_closed"],
-        **measured["held_out"]["conditions"]["prompt"],
+    prompt = stages.finished_prompt(model, lesson, state, context)
+    brackets = {
+        "full_context": stages.measure_full_context(model, lesson, full_context, display),
+        **stages.measure_brackets(model, lesson, start.sigma, display),
     }
+    measured = stages.measure(model, lesson, prompt.sigma, brackets, display)
     report = {
-        **stages.header(model, task, prompt, chosen.steps),
-        **measured,
+        **stages.described(model, task, prompt, measured),
         "seconds": stages.seconds_by_phase(model, display, lines),
         "environment": stages.environment(),
     }
@@ -251,11 +227,13 @@ def evaluate(
     display = Display(visible=progress)
     trained = prompt.manifest["training"]
     settings = make_settings(trained)
-    task = stages.encode_task(model, context, asked, settings)
+    task = stages.encode_task(model, context, [], asked, settings)
     before = read_context(model, task.before_ids)
-    teacher, full_context = stages.teach(model, task, settings, before, None, display)
-    initial = stages.initial_sigma(model, task.context_ids, settings)
-    measured = stages.measure(
-        model, task, teacher, full_context, before, prompt, initial, 0, settings, display
-    )
-    return {**stages.header(model, task, prompt, settings.steps), **measured}
+    lesson, full_context = stages.teach(model, task, settings, before, None, display)
+    initial = stages.initial_state_of(model, lesson).sigma
+    brackets = {
+        "full_context": stages.measure_full_context(model, lesson, full_context, display),
+        **stages.measure_brackets(model, lesson, initial, display),
+    }
+    measured = stages.measure(model, lesson, prompt.sigma, brackets, display)
+    return {**stages.header(model, task, prompt), **measured}

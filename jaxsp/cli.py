@@ -1,4 +1,4 @@
-"""The command line: compress · ask · evaluate · inspect · demo (tyro)."""
+"""The command line: compress · compress-many · ask · evaluate · inspect · demo (tyro)."""
 
 from __future__ import annotations
 
@@ -74,6 +74,55 @@ class Compress(Settings):
             **settings,
         )
         _summary(result, self.out)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressMany(Settings):
+    """Learn a soft prompt for each of many contexts, many in one step; any run over many settings."""
+
+    contexts: tyro.conf.Positional[str] = tyro.MISSING
+    """JSONL {"id", "context", "queries", "held_out"}, and any setting below that is to differ in a row."""
+    model: str = EMBEDDED
+    """A directory, a .gguf file, a hub id, or the name of the embedded model."""
+    dtype: str | None = None
+    """Of weights and activations; by default bfloat16 where the hardware computes it, else float32."""
+    weights: Weights = "full"
+    """Of the layers' matrices; int8 halves bfloat16's memory and rounds them."""
+    out: str = "jaxsp-many"
+    """Folder for one folder a context, and the table results.parquet."""
+    at_once: int | None = None
+    """Prompts in one step; by default as many as suit the device."""
+    keep_going: bool = False
+    """Report rows that can't be meant, and do the others."""
+    resume: bool = False
+    """Go on with the interrupted run in --out."""
+    overwrite: bool = False
+    """Replace an earlier run in --out."""
+
+    def run(self) -> None:
+        from jaxsp.console import Display
+        from jaxsp.jobs import read_rows
+        from jaxsp.many import run_many
+        from jaxsp.run_folder import check_folder
+
+        self.check()
+        check_folder(self.out, resume=self.resume, overwrite=self.overwrite)
+        rows = read_rows(self.contexts)
+        results = run_many(
+            _load(self.model, self.dtype, self.weights),
+            rows,
+            {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)},
+            out=self.out,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            keep_going=self.keep_going,
+            at_once=self.at_once,
+            display=Display(),
+        )
+        table = Table("id", "objective", "K", "tokens", "gap closed", "σ: KL", "none: KL", box=None)
+        for result in results:
+            table.add_row(*_many_row(result))
+        Console(highlight=False).print(table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +287,7 @@ class Demo:
 
 Command = (
     Annotated[Compress, tyro.conf.subcommand("compress")]
+    | Annotated[CompressMany, tyro.conf.subcommand("compress-many")]
     | Annotated[Ask, tyro.conf.subcommand("ask")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
@@ -261,7 +311,7 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
-def _parsed() -> Compress | Ask | Evaluate | Inspect | Demo:
+def _parsed() -> Compress | CompressMany | Ask | Evaluate | Inspect | Demo:
     """The command that the arguments ask for.
 
     Raises:
@@ -324,6 +374,17 @@ def _summary(result: Result, out: str) -> None:
         f" ({result.report['compression']:.1f}×), {time.perf_counter() - _STARTED:.0f} s in all."
     )
     console.print(f"Report: {Path(out) / 'report.md'}   Prompt: {Path(out) / 'prompt.safetensors'}")
+
+
+def _many_row(result: Result) -> list[str]:
+    report = result.report
+    row = [report["id"], report["objective"], str(report["prompt_length"])]
+    row.append(str(report["context_tokens"]))
+    if result.error:
+        return [*row, result.error]
+    held_out = report["held_out"]["conditions"]
+    kl = [f"{held_out[name]['kl']:.3f}" for name in ("prompt", "no_context")]
+    return [*row, f"{report['gap_closed']['value']:.1%}", *kl]
 
 
 def _conditions(report: dict[str, Any]) -> Table:

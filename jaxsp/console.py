@@ -24,7 +24,7 @@ class Display:
         self.seconds: dict[str, float] = {}
 
     def say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def phase(self, name: str, title: str) -> Iterator[Callable[[str], None]]:
@@ -66,6 +66,20 @@ class Display:
 
             yield on_step
         self._add("train", started)
+
+    @contextlib.contextmanager
+    def jobs(self, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+        """The bar of many jobs; the function it gives takes how many more are done, and what goes on."""
+        with Progress(
+            TextColumn("{task.completed}/{task.total} prompts"),
+            BarColumn(),
+            TextColumn("{task.description} ·"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self._console,
+        ) as progress:
+            task = progress.add_task("", total=total, completed=done)
+            yield lambda more, text: progress.update(task, advance=more, description=text)
 
     def _add(self, name: str, started: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started

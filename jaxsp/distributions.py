@@ -68,6 +68,19 @@ def answer_hidden(
     return jnp.take_along_axis(states, jnp.asarray(rows.answer_index)[..., None], axis=1)
 
 
+def prompt_hidden(
+    params: Params,
+    config: DecoderConfig,
+    sigma: PyTree,
+    before: KeyValues,
+    rows: Rows,
+    kind: str = "embedding",
+) -> Float[Array, "b a d"]:
+    """The student's last hidden states: ``answer_hidden`` after ``prompt_prefix``."""
+    prefix = prompt_prefix(params, config, sigma, before, kind)
+    return answer_hidden(params, config, prefix, rows)
+
+
 def log_probs(
     params: Params, config: DecoderConfig, prefix: KeyValues, rows: Rows
 ) -> Float[Array, "b a v"]:

@@ -93,6 +93,7 @@ def _check_same(file: Path, settings: dict[str, Any]) -> None:
         before = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}); start anew with --overwrite.") from error
+    settings = json.loads(json.dumps(settings))  # as they were written: tuples are lists
     changed = [
         f"{name} was {before.get(name)!r} and is now {settings.get(name)!r}"
         for name in sorted({*before, *settings})

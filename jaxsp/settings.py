@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from jaxsp.losses import trainable
 from jaxsp.prompts.initial import INITIALIZERS
-from jaxsp.training.optimizer import OptimizerSettings, make_optimizer
+from jaxsp.training.optimizer import OptimizerSettings, make_optimizer, make_pace
 from jaxsp.training.parallel import DRIVERS
 from jaxsp.typing import UserError
 
@@ -25,6 +26,8 @@ class Settings(OptimizerSettings):
     """Updates of the prompt."""
     batch_size: int = 8
     """Queries an update, about: as many as fit in the tokens of so many of mean length."""
+    batch_shape: tuple[int, int] | None = None
+    """Rows of a batch and tokens of a row; by default those that suit batch_size."""
     initial: str = "first"
     """Where the prompt starts: first, spread (tokens of the context), vocabulary or noise."""
     seed: int = 0
@@ -37,11 +40,14 @@ class Settings(OptimizerSettings):
     """Steps between held-out evaluations."""
     checkpoint_every: int = 10
     """Steps between checkpoints."""
+    patience: int = 0
+    """Stop after so many evaluations without a better one; 0: never."""
 
     def check(self) -> None:
         """Raises ``UserError`` on a value that can't be meant."""
         trainable(self.objective)
-        make_optimizer(self, self.steps)
+        make_optimizer(self)
+        make_pace(self, self.steps)
         for name, table in (("initial", INITIALIZERS), ("parallel", DRIVERS)):
             if getattr(self, name) not in table:
                 choices = ", ".join(table)
@@ -56,13 +62,32 @@ class Settings(OptimizerSettings):
             if getattr(self, name) < 1:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(f"{option} must be at least 1, not {getattr(self, name)}.")
-        if self.steps < 0:
-            raise UserError(f"--steps must not be negative; got {self.steps}.")
+        for name in ("steps", "patience"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must not be negative; got {getattr(self, name)}.")
+        if self.batch_shape is not None and min(self.batch_shape) < 1:
+            raise UserError(f"--batch-shape must be two numbers from 1; got {self.batch_shape}.")
 
 
-def make_settings(values: dict[str, Any]) -> Settings:
-    """``Settings`` from keywords; raises ``UserError`` on one that there is not."""
-    names = [field.name for field in dataclasses.fields(Settings)]
-    if unknown := sorted(set(values) - set(names)):
-        raise UserError(f"Unknown setting {unknown[0]!r}; the settings are {', '.join(names)}.")
+def make_settings(values: Mapping[str, Any]) -> Settings:
+    """``Settings`` from keywords; raises ``UserError`` on one that there is not, or of another type."""
+    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    values = dict(values)
+    if unknown := sorted(set(values) - set(fields)):
+        raise UserError(f"Unknown setting {unknown[0]!r}; the settings are {', '.join(fields)}.")
+    shape = values.get("batch_shape")
+    if shape is not None:
+        if not (isinstance(shape, list | tuple) and [type(n) for n in shape] == [int, int]):
+            raise UserError(f"--batch-shape must be two whole numbers, not {shape!r}.")
+        values["batch_shape"] = tuple(shape)  # of JSON: a list
+    for name, value in values.items():
+        expected = type(fields[name].default)
+        if expected is float and type(value) is int:
+            values[name] = float(value)
+        elif name != "batch_shape" and not isinstance(value, expected):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} must be {_NAMES[expected]}, not {value!r}.")
     return Settings(**values)
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text"}

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import platform
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,10 +20,12 @@ from jaxsp.artifact import FORMAT, SoftPrompt, tokenizer_fingerprint
 from jaxsp.console import Display
 from jaxsp.data.chat import ChatSlots, encode
 from jaxsp.data.documents import Query
+from jaxsp.data.packing import Packing
 from jaxsp.data.rows import Rows, make_rows
 from jaxsp.evaluation import report as reports
-from jaxsp.evaluation.conditions import condition_prefixes, read_context
-from jaxsp.evaluation.metrics import prompt_kl_function
+from jaxsp.evaluation.conditions import CONDITIONS, bracket_prefixes, read_context, read_prompt
+from jaxsp.evaluation.metrics import mean_kl_function
+from jaxsp.evaluation.report import Measured
 from jaxsp.losses import trainable
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS
@@ -35,30 +38,66 @@ from jaxsp.teacher.signals import hidden_states
 from jaxsp.teacher.store import TeacherData
 from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.loop import LoopSettings, Watcher, train
-from jaxsp.training.optimizer import make_optimizer, root_mean_square
+from jaxsp.training.optimizer import make_optimizer, make_pace, root_mean_square
 from jaxsp.training.parallel import DRIVERS
 from jaxsp.training.state import TrainState, initial_state
 from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import KeyValues, PyTree, UserError
 
+KIND = "embedding"
+"""Of prompt: a key of ``jaxsp.prompts.PROMPT_KINDS``."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """The texts of a job as token ids."""
+    """The texts of a job as token ids; the queries to train on first, then those held out."""
 
     slots: ChatSlots
     before_ids: np.ndarray
     context_ids: np.ndarray
     queries: list[Query]
+    train_count: int
     query_ids: list[list[int]]
     given_ids: list[list[int] | None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """What the teacher said, and all else that training and evaluation need beside σ.
+
+    Attributes:
+      task: what was asked.
+      settings: of the job.
+      before: the prefix before the context, and before σ.
+      teacher: its answers and its hidden states.
+      packing: the shape of every batch.
+    """
+
+    task: Task
+    settings: Settings
+    before: KeyValues
+    teacher: TeacherData
+    packing: Packing
+
+    @property
+    def train_rows(self) -> Rows:
+        return self.teacher.rows.take(range(self.task.train_count))
+
+    @property
+    def held_out_rows(self) -> Rows:
+        return self.teacher.rows.take(range(self.task.train_count, len(self.teacher.rows)))
+
+
 def encode_task(
-    model: LanguageModel, context: str, queries: list[Query], settings: Settings
+    model: LanguageModel,
+    context: str,
+    train: list[Query],
+    held_out: list[Query],
+    settings: Settings,
 ) -> Task:
-    """The job as token ids; raises ``UserError`` if it does not fit the model's window."""
+    """The job as token ids; raises ``UserError`` if it fits neither the model's window nor the prompt."""
     tokenizer = tokenizer_of(model)
+    queries = [*train, *held_out]
     slots = ChatSlots.of(tokenizer)
     before_ids = np.array(slots.before_ids(tokenizer), np.int32)
     context_ids = np.array(encode(tokenizer, context, control=False), np.int32)
@@ -79,7 +118,12 @@ def encode_task(
             f" the longest query ({longest}) and the answer ({room}) that is {needed}, more than the"
             f" model's window of {model.config.window}. Shorten the context."
         )
-    return Task(slots, before_ids, context_ids, queries, query_ids, given_ids)
+    if not settings.length < len(context_ids):
+        raise UserError(
+            f"The prompt must be shorter than the context: --length is {settings.length}, the context"
+            f" has {len(context_ids)} tokens."
+        )
+    return Task(slots, before_ids, context_ids, queries, len(train), query_ids, given_ids)
 
 
 def tokenizer_of(model: LanguageModel):
@@ -96,12 +140,18 @@ def teach(
     before: KeyValues,
     folder: RunFolder | None,
     display: Display,
-) -> tuple[TeacherData, KeyValues]:
-    """The teacher's answers and hidden states, and the context's prefix that they were read from."""
+    packing: Callable[[Rows, Settings], Packing] | None = None,
+) -> tuple[Lesson, KeyValues]:
+    """The lesson, and the context's prefix that it was read from.
+
+    ``packing`` chooses the shape of the batches; ``packing_of`` if ``None``.
+    """
+    packing = packing or packing_of
     with display.phase("answers", f"Answers to {len(task.queries)} queries") as note:
         full_context = read_context(model, task.context_ids, before)
         if folder is not None and folder.teacher.is_file():
-            return store.load(folder.teacher), full_context
+            data = store.load(folder.teacher)
+            return Lesson(task, settings, before, data, packing(data.rows, settings)), full_context
         answers = answer_ids(
             model,
             full_context,
@@ -112,102 +162,177 @@ def teach(
     with display.phase("signals", "Teacher's distributions"):
         targets = [given or own for given, own in zip(task.given_ids, answers, strict=True)]
         rows = make_rows(task.query_ids, targets)
-        rows = dataclasses.replace(rows, teacher_hidden=hidden_states(model, full_context, rows))
-        data = TeacherData(rows, answers)
+        shape = packing(rows, settings)
+        hidden = hidden_states(model, full_context, rows, shape)
+        data = TeacherData(dataclasses.replace(rows, teacher_hidden=hidden), answers)
         if folder is not None:
             store.save(data, folder.teacher)
-    return data, full_context
+    return Lesson(task, settings, before, data, shape), full_context
 
 
-def initial_sigma(model: LanguageModel, context_ids: np.ndarray, settings: Settings) -> PyTree:
-    """σ before training, by ``settings.initial``."""
+def packing_of(rows: Rows, settings: Settings, longest: int = 0) -> Packing:
+    """The shape of all batches, in training and in evaluation.
+
+    Raises:
+      UserError: ``settings.batch_shape`` has no room for the longest of these rows.
+    """
+    if settings.batch_shape is None:
+        return Packing.of(rows.lengths, settings.batch_size, longest)
+    packing = Packing(*settings.batch_shape)
+    if rows.lengths.max() > packing.length:
+        raise UserError(
+            f"--batch-shape has rows of {packing.length} tokens, and a query with its answer has"
+            f" {rows.lengths.max()}; give it rows of at least so many."
+        )
+    return packing
+
+
+def initial_state_of(model: LanguageModel, lesson: Lesson) -> TrainState:
+    """The state before the first step: σ by ``settings.initial``."""
+    settings = lesson.settings
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
     vectors = INITIALIZERS[settings.initial](
-        key, context_ids, settings.length, model.embed, model.config.vocab_size
+        key, lesson.task.context_ids, settings.length, model.embed, model.config.vocab_size
     )
-    return PROMPT_KINDS["embedding"].initial(vectors)
+    sigma = PROMPT_KINDS[KIND].initial(vectors)
+    return initial_state(
+        sigma,
+        make_optimizer(settings),
+        key=jax.random.key(settings.seed),
+        pace=make_pace(settings, settings.steps, root_mean_square(sigma)),
+    )
+
+
+def update_settings(model: LanguageModel, settings: Settings) -> UpdateSettings:
+    """What of the settings is compiled into the update."""
+    return UpdateSettings(
+        model.config, KIND, trainable(settings.objective), make_optimizer(settings)
+    )
 
 
 def train_prompt(
     model: LanguageModel,
-    settings: Settings,
-    before: KeyValues,
-    initial: PyTree,
-    train_rows: Rows,
-    held_out_rows: Rows,
+    lesson: Lesson,
+    state: TrainState,
     folder: RunFolder | None,
     display: Display,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """The trained state and a dict of metrics a step; goes on from the newest checkpoint, if any."""
-    optimizer, schedule = make_optimizer(settings, settings.steps, root_mean_square(initial))
-    kind = "embedding"
-    driver = DRIVERS[settings.parallel](
-        Frozen(model.params, before),
-        UpdateSettings(model.config, kind, trainable(settings.objective), optimizer),
-    )
-    state = initial_state(initial, optimizer, key=jax.random.key(settings.seed))
+    settings, before, packing = lesson.settings, lesson.before, lesson.packing
+    frozen = Frozen(model.params, before)
+    driver = DRIVERS[settings.parallel](frozen, update_settings(model, settings))
     checkpoints = None
     if folder is not None:
         checkpoints = Checkpoints(folder.checkpoints)
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(state)
             display.say(f"Resuming after step {int(state.step)}.")
+    mean_kl = mean_kl_function(model, before, KIND)
+    held_out = lesson.held_out_rows
+    batches = [one(packing.pack(held_out, index)) for index in packing.in_order(held_out)]
     with display.training(settings.steps) as on_step:
         return train(
             driver,
             state,
-            train_rows,
+            lesson.train_rows,
             LoopSettings(
                 settings.steps,
-                settings.batch_size,
+                packing,
                 settings.evaluate_every,
                 settings.checkpoint_every,
+                settings.patience,
             ),
-            evaluate=prompt_kl_function(model, held_out_rows, before, kind),
-            schedule=schedule,
+            evaluate=lambda sigma: float(mean_kl(one(sigma), batches)[0]),
             watcher=Watcher(folder.metrics if folder else None, checkpoints, on_step),
         )
 
 
+def one(tree: PyTree) -> PyTree:
+    """What stands for a single prompt where several are expected: with a leading axis of size 1."""
+    return jax.tree.map(lambda leaf: leaf[None], tree)
+
+
+def measure_full_context(
+    model: LanguageModel, lesson: Lesson, full_context: KeyValues, display: Display
+) -> Measured:
+    """The condition that σ is to equal."""
+    with display.phase("evaluate", "Evaluation of the full context"):
+        return _measure(model, lesson, full_context, lesson.teacher.answers)
+
+
+def measure_brackets(
+    model: LanguageModel, lesson: Lesson, initial: PyTree, display: Display
+) -> dict[str, Measured]:
+    """The conditions that depend on neither the whole context nor the trained prompt."""
+    with display.phase("evaluate", "Evaluation of the brackets") as note:
+        prefixes = bracket_prefixes(model, lesson.before, lesson.task.context_ids, initial, KIND)
+        done: dict[int, Measured] = {}
+        for name, prefix in prefixes.items():
+            if id(prefix) not in done:
+                note(name.replace("_", " "))
+                done[id(prefix)] = _measure(model, lesson, prefix)
+        return {name: done[id(prefix)] for name, prefix in prefixes.items()}
+
+
 def measure(
     model: LanguageModel,
-    task: Task,
-    teacher: TeacherData,
-    full_context: KeyValues,
-    before: KeyValues,
-    prompt: SoftPrompt,
-    initial: PyTree,
-    train_count: int,
-    settings: Settings,
+    lesson: Lesson,
+    sigma: PyTree,
+    brackets: dict[str, Measured],
     display: Display,
 ) -> dict[str, Any]:
     """What the report says of the queries: all conditions, the gap closed, the verdict."""
-    with display.phase("evaluate", "Evaluation") as note:
-        prefixes = condition_prefixes(
+    with display.phase("evaluate", "Evaluation"):
+        prefix = read_prompt(model, sigma, lesson.before, KIND)
+        found = {**brackets, "prompt": _measure(model, lesson, prefix)}
+        return reports.summarise(
             model,
-            before=before,
-            full_context=full_context,
-            context=task.context_ids,
-            sigma=prompt.sigma,
-            initial=initial,
-            kind=prompt.kind,
-            length=prompt.length,
-        )
-        return reports.measure(
-            model,
-            prefixes,
-            teacher.rows,
-            [query.text for query in task.queries],
-            task.query_ids,
-            teacher.answers,
-            train_count,
-            max_tokens=settings.max_answer_tokens,
-            seed=settings.seed,
-            on_condition=lambda name: note(name.replace("_", " ")),
+            {name: found[name] for name in CONDITIONS},
+            lesson.teacher.rows,
+            [query.text for query in lesson.task.queries],
+            lesson.task.train_count,
+            lesson.settings.seed,
         )
 
 
-def header(model: LanguageModel, task: Task, prompt: SoftPrompt, steps: int) -> dict[str, Any]:
+def _measure(
+    model: LanguageModel,
+    lesson: Lesson,
+    prefix: KeyValues,
+    answers: list[list[int]] | None = None,
+) -> Measured:
+    return reports.measure(
+        model,
+        prefix,
+        lesson.teacher,
+        lesson.task.query_ids,
+        lesson.packing,
+        max_tokens=lesson.settings.max_answer_tokens,
+        answers=answers,
+    )
+
+
+def finished_prompt(
+    model: LanguageModel, lesson: Lesson, state: TrainState, context: str
+) -> SoftPrompt:
+    """The best prompt of a run."""
+    sigma = {name: np.asarray(array) for name, array in state.best_sigma.items()}
+    told = manifest(model, lesson.task, lesson.settings, int(state.step))
+    return SoftPrompt(sigma, told, context)
+
+
+def described(
+    model: LanguageModel, task: Task, prompt: SoftPrompt, measured: dict[str, Any]
+) -> dict[str, Any]:
+    """The report but for seconds and environment; the prompt's manifest gets its held-out figures."""
+    prompt.manifest["held_out"] = {
+        "gap_closed": measured["gap_closed"],
+        **measured["held_out"]["conditions"]["prompt"],
+    }
+    return {**header(model, task, prompt), **measured}
+
+
+def header(model: LanguageModel, task: Task, prompt: SoftPrompt) -> dict[str, Any]:
     """The report's first fields: what stands for what."""
     return {
         "model": model.name,
@@ -217,7 +342,7 @@ def header(model: LanguageModel, task: Task, prompt: SoftPrompt, steps: int) -> 
         "prompt_length": prompt.length,
         "compression": len(task.context_ids) / prompt.length,
         "objective": prompt.manifest["training"]["objective"],
-        "steps": steps,
+        "steps": prompt.manifest["training"]["steps"],
     }
 
 
@@ -225,7 +350,7 @@ def manifest(model: LanguageModel, task: Task, settings: Settings, steps: int) -
     """What ``manifest.json`` says of the prompt, but for its held-out figures."""
     return {
         "format": FORMAT,
-        "kind": "embedding",
+        "kind": KIND,
         "length": settings.length,
         "model": {
             "name": model.name,
@@ -246,10 +371,9 @@ def manifest(model: LanguageModel, task: Task, settings: Settings, steps: int) -
     }
 
 
-def identity(
-    model: LanguageModel, task: Task, settings: Settings, train_count: int
-) -> dict[str, Any]:
+def identity(model: LanguageModel, task: Task, settings: Settings) -> dict[str, Any]:
     """Everything that decides the result of a run: a resumed one must have the same."""
+    count = task.train_count
     texts = [[query.text, query.answer] for query in task.queries]
     return {
         **dataclasses.asdict(settings),
@@ -257,8 +381,8 @@ def identity(
         "weights": model.fingerprint,
         "dtype": model.config.dtype,
         "context": hashlib.sha256(task.context_ids.tobytes()).hexdigest()[:16],
-        "queries": hashlib.sha256(repr(texts[:train_count]).encode()).hexdigest()[:16],
-        "held_out": hashlib.sha256(repr(texts[train_count:]).encode()).hexdigest()[:16],
+        "queries": hashlib.sha256(repr(texts[:count]).encode()).hexdigest()[:16],
+        "held_out": hashlib.sha256(repr(texts[count:]).encode()).hexdigest()[:16],
     }
 
 

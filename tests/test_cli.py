@@ -94,10 +94,13 @@ def test_compress_writes_everything(compress, tmp_path):
         "kl",
         "reverse_kl",
         "js",
+        "topk_kl",
         "nll",
         "zero_one",
         "rank_agreement",
+        "entropy",
         "confidence_shift",
+        "cosine_similarity",
         "sequence_mismatch",
         "rouge_l",
     }

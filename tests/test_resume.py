@@ -118,6 +118,7 @@ def test_pmap_compresses_like_jit(tiny_model):
             length=4,
             steps=5,
             batch_size=8,
+            learning_rate=0.1,
             max_answer_tokens=6,
             parallel=parallel,
             progress=False,

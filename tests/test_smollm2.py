@@ -11,6 +11,7 @@ import pytest
 
 import jaxsp
 from jaxsp import distributions
+from jaxsp.data.packing import Packing
 from jaxsp.data.rows import make_rows
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.models import decoder
@@ -27,15 +28,16 @@ def test_the_contexts_own_embeddings_give_kl_zero(kind, dtype):
     before = decoder.empty_prefix(model.config)
     context = distributions.context_prefix(model.params, model.config, ids[None], before)
     rows = make_rows([[504, 3575], [282]], [[4649, 314, 2], [504, 2]])
-    rows = dataclasses.replace(rows, teacher_hidden=hidden_states(model, context, rows))
+    packing = Packing(2, 8)
+    rows = dataclasses.replace(rows, teacher_hidden=hidden_states(model, context, rows, packing))
     sigma = PROMPT_KINDS[kind].initial(model.embed(ids))
     prompt = distributions.prompt_prefix(model.params, model.config, sigma, before, kind)
-    values = at_positions(model, prompt, rows)
+    values = at_positions(model, prompt, rows, packing)
     assert np.abs(values["kl"]).max() < 1e-5
     assert (values["zero_one"] == 0).all()
     other = {name: array + 0.05 for name, array in sigma.items()}
     other = distributions.prompt_prefix(model.params, model.config, other, before, kind)
-    assert at_positions(model, other, rows)["kl"].max() > 1e-2  # the test can fail
+    assert at_positions(model, other, rows, packing)["kl"].max() > 1e-2  # the test can fail
 
 
 def test_a_compression_leaves_the_weights_bit_identical(smollm2):

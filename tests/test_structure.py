@@ -21,7 +21,8 @@ FLOORS = [
     ["teacher", "artifact"],
     ["training", "evaluation", "run_folder", "console", "settings"],
     ["stages"],
-    ["api", "demo"],
+    ["api", "demo", "jobs"],
+    ["many"],
     ["cli"],
     ["__main__", "__init__"],
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -38,14 +38,19 @@ class Packing:
     length: int
 
     @classmethod
-    def of(cls, lengths: Int[np.ndarray, " n"], batch_size: int) -> Packing:
+    def of(cls, lengths: Int[np.ndarray, " n"], batch_size: int, longest: int = 0) -> Packing:
         """The shape that holds about ``batch_size`` of these sequences.
+
+        Args:
+          lengths: of the sequences.
+          batch_size: how many of them, about.
+          longest: of others that must fit as well.
 
         Example:
           >>> Packing.of(np.array([30, 42, 60, 48]), 8)
           Packing(rows=2, length=188)
         """
-        longest, tokens = int(lengths.max()), SLACK * batch_size * lengths.mean()
+        longest, tokens = max(longest, int(lengths.max())), SLACK * batch_size * lengths.mean()
         most, fewest = (max(1, round(tokens / (size * longest))) for size in ROW)
         shapes = [
             cls(rows, max(longest, -4 * int(-tokens // (4 * rows))))
@@ -108,7 +113,7 @@ class Packing:
         return stream[:fits]
 
     def pack(self, rows: Rows, index: Int[np.ndarray, " n"]) -> Rows:
-        """The sequences of these indices as one batch.
+        """The sequences of these indices as one batch; of none, an empty one.
 
         Args:
           rows: one sequence each, with the teacher's hidden states or without.
@@ -117,10 +122,6 @@ class Packing:
         Returns:
           Rows of ``length`` tokens and as many answer positions, the live ones first.
         """
-        lengths = rows.lengths[index].tolist()
-        places = self.places(lengths)
-        if places is None:
-            raise ValueError(f"{len(index)} sequences of {sum(lengths)} tokens don't fit {self}.")
         shape = (self.rows, self.length)
         offsets, segment_ids = (np.full(shape, EMPTY, np.int32) for _ in range(2))
         tokens, answer_index, targets = (np.zeros(shape, np.int32) for _ in range(3))
@@ -128,17 +129,59 @@ class Packing:
         if rows.teacher_hidden is not None:
             width, dtype = rows.teacher_hidden.shape[-1], rows.teacher_hidden.dtype
             hidden = np.zeros((*shape, width), dtype)
-        for i, row, length in zip(index, places, lengths, strict=True):
-            start, answered = int((offsets[row] != EMPTY).sum()), int(mask[row].sum())
+        for i, row, here, answer in self._layout(rows, index):
             live = rows.mask[i]
-            here = slice(start, start + length)
-            answer = slice(answered, answered + int(live.sum()))
             segment_ids[row, here] = segment_ids[row].max() + 1
-            tokens[row, here] = rows.tokens[i, :length]
-            offsets[row, here] = rows.offsets[i, :length]
-            answer_index[row, answer] = start + rows.answer_index[i, live]
+            tokens[row, here] = rows.tokens[i, : here.stop - here.start]
+            offsets[row, here] = rows.offsets[i, : here.stop - here.start]
+            answer_index[row, answer] = here.start + rows.answer_index[i, live]
             targets[row, answer] = rows.targets[i, live]
             mask[row, answer] = True
             if hidden is not None and rows.teacher_hidden is not None:
                 hidden[row, answer] = rows.teacher_hidden[i, live]
         return Rows(tokens, offsets, answer_index, targets, mask, hidden, segment_ids)
+
+    def in_order(self, rows: Rows) -> list[Int[np.ndarray, " n"]]:
+        """All sequences once, in their order: the indices of as few batches as hold them."""
+        batches, lengths = [], rows.lengths
+        start = 0
+        while start < len(rows):
+            stop = start + 1
+            while stop < len(rows) and self.places(lengths[start : stop + 1].tolist()) is not None:
+                stop += 1
+            batches.append(np.arange(start, stop))
+            start = stop
+        return batches
+
+    def unpack(
+        self, values: Sequence[np.ndarray], rows: Rows, batches: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """What stands at the packed answer positions, at those of ``rows``; 0 elsewhere.
+
+        Args:
+          values: ``[rows, length, ...]`` of each batch.
+          rows: what was packed.
+          batches: the indices that each batch was packed from.
+        """
+        first = np.asarray(values[0])
+        out = np.zeros((*rows.mask.shape, *first.shape[2:]), first.dtype)
+        for batch, index in zip(values, batches, strict=True):
+            packed = np.asarray(batch)
+            for i, row, _, answer in self._layout(rows, index):
+                out[i, rows.mask[i]] = packed[row, answer]
+        return out
+
+    def _layout(
+        self, rows: Rows, index: Int[np.ndarray, " n"]
+    ) -> Iterator[tuple[int, int, slice, slice]]:
+        """Each sequence's index, its row, and where its tokens and its answer stand there."""
+        lengths, answers = rows.lengths[index].tolist(), rows.mask[index].sum(axis=1).tolist()
+        places = self.places(lengths)
+        if places is None:
+            raise ValueError(f"{len(index)} sequences of {sum(lengths)} tokens don't fit {self}.")
+        read, answered = [0] * self.rows, [0] * self.rows
+        for i, row, length, answer in zip(index, places, lengths, answers, strict=True):
+            here = slice(read[row], read[row] + length)
+            there = slice(answered[row], answered[row] + answer)
+            read[row], answered[row] = here.stop, there.stop
+            yield int(i), row, here, there

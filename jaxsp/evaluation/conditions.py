@@ -11,6 +11,7 @@ import numpy as np
 from jaxsp import distributions
 from jaxsp.models import decoder
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.typing import KeyValues, PyTree
 
 CONDITIONS = {
@@ -35,36 +36,27 @@ def read_prompt(model: LanguageModel, sigma: PyTree, before: KeyValues, kind: st
     return read(model.params, model.config, sigma, before, kind)
 
 
-def condition_prefixes(
-    model: LanguageModel,
-    *,
-    before: KeyValues,
-    full_context: KeyValues,
-    context: np.ndarray,
-    sigma: PyTree,
-    initial: PyTree,
-    kind: str,
-    length: int,
+def bracket_prefixes(
+    model: LanguageModel, before: KeyValues, context: np.ndarray, initial: PyTree, kind: str
 ) -> dict[str, KeyValues]:
-    """The prefix of every condition, in the order of ``CONDITIONS``.
+    """The prefixes of the conditions that need neither the whole context nor the trained prompt.
 
     Args:
       model: the frozen model.
       before: the prefix that stands before the context in all of them.
-      full_context: the context's prefix, already read.
       context: token ids ``[C]``.
-      sigma: the trained prompt.
       initial: the prompt before training.
       kind: of the prompt.
-      length: K.
+
+    Returns:
+      By name; two of them are one object where they are the same.
     """
-    truncated = context[:length]
+    length = PROMPT_KINDS[kind].length(initial)
     untrained = read_prompt(model, initial, before, kind)
+    truncated = context[:length]
     # By default σ starts as the truncated context: then the two are one, and measured once.
     same = np.array_equal(initial.get("embeddings"), model.embed(truncated).astype(jnp.float32))
     return {
-        "full_context": full_context,
-        "prompt": read_prompt(model, sigma, before, kind),
         "initial": untrained,
         "truncated_context": untrained if same else read_context(model, truncated, before),
         # Padded to the others' size, to share their compiled programs.

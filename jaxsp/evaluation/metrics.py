@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsp import distributions
+from jaxsp.data.packing import Packing
 from jaxsp.data.rows import Rows
 from jaxsp.losses import Total, fused_objective, masked_sum
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.typing import Array, Float, KeyValues, Params
+from jaxsp.typing import Array, Float, KeyValues, Params, PyTree
 
-REPORTED = ("kl", "reverse_kl", "js", "nll", "zero_one", "rank_agreement", "confidence_shift")
+REPORTED = (
+    "kl",
+    "reverse_kl",
+    "js",
+    "topk_kl",
+    "nll",
+    "cosine_similarity",
+    "zero_one",
+    "rank_agreement",
+    "entropy",
+    "confidence_shift",
+)
 """Of ``jaxsp.losses.OBJECTIVES``, those that every report has."""
 
-BATCH = 16
 _RESAMPLES = 4000
 
 
@@ -29,7 +40,14 @@ _RESAMPLES = 4000
 def _at_positions(
     params: Params, config: DecoderConfig, prefix: KeyValues, rows: Rows, names: tuple[str, ...]
 ) -> dict[str, Array]:
-    states = distributions.answer_hidden(params, config, prefix, rows)
+    return _compare(
+        params, config, distributions.answer_hidden(params, config, prefix, rows), rows, names
+    )
+
+
+def _compare(
+    params: Params, config: DecoderConfig, states: Array, rows: Rows, names: tuple[str, ...]
+) -> dict[str, Array]:
     first, *others = names
     values, measured = fused_objective(
         first,
@@ -45,7 +63,11 @@ def _at_positions(
 
 
 def at_positions(
-    model: LanguageModel, prefix: KeyValues, rows: Rows, names: Sequence[str] = REPORTED
+    model: LanguageModel,
+    prefix: KeyValues,
+    rows: Rows,
+    packing: Packing,
+    names: Sequence[str] = REPORTED,
 ) -> dict[str, Float[np.ndarray, "n a"]]:
     """Each named objective between the teacher and the model after ``prefix``, at every position.
 
@@ -53,42 +75,47 @@ def at_positions(
       model: the frozen model.
       prefix: of the condition measured.
       rows: with the teacher's hidden states.
+      packing: of the batches they are read in.
       names: keys of ``jaxsp.losses.OBJECTIVES``.
 
     Returns:
       By name, ``[N, A]`` float32; 0 under a False mask.
     """
-    size = min(BATCH, len(rows))
+    batches = packing.in_order(rows)
     parts = [
-        _at_positions(
-            model.params, model.config, prefix, rows.take(range(i, i + size)), tuple(names)
-        )
-        for i in range(0, len(rows), size)
+        _at_positions(model.params, model.config, prefix, packing.pack(rows, index), tuple(names))
+        for index in batches
     ]
-    return {
-        name: np.concatenate([np.asarray(p[name]) for p in parts])[: len(rows)] for name in names
-    }
+    return {name: packing.unpack([p[name] for p in parts], rows, batches) for name in names}
 
 
-def prompt_kl_function(model: LanguageModel, rows: Rows, before: KeyValues, kind: str):
-    """A function from σ to its mean KL over ``rows``, compiled once: what training watches."""
+def mean_kl_function(
+    model: LanguageModel, before: KeyValues, kind: str
+) -> Callable[[PyTree, Sequence[Rows]], Float[np.ndarray, " m"]]:
+    """What training watches: a function from M prompts and their packed batches to their mean KL.
 
-    @jax.jit
-    def total(params: Params, before: KeyValues, sigma, rows: Rows) -> Total:
-        config = model.config
-        prefix = distributions.prompt_prefix(params, config, sigma, before, kind)
-        values = _at_positions(params, config, prefix, rows, ("kl",))["kl"]
-        return masked_sum(values, jnp.asarray(rows.mask))
+    σ's arrays and those of every batch have a leading axis M; a prompt without positions has KL NaN.
+    """
 
-    def mean_kl(sigma) -> float:
-        size = min(BATCH, len(rows))
+    def mean_kl(sigmas: PyTree, batches: Sequence[Rows]) -> np.ndarray:
         parts = [
-            total(model.params, before, sigma, rows.take(range(i, i + size)))
-            for i in range(0, len(rows), size)
+            _total_kl(model.params, model.config, before, sigmas, rows, kind) for rows in batches
         ]
-        return float(sum(float(p.total) for p in parts) / sum(float(p.count) for p in parts))
+        total, count = np.sum([(np.asarray(p.total), np.asarray(p.count)) for p in parts], axis=0)
+        with np.errstate(invalid="ignore"):
+            return total / count
 
     return mean_kl
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kind"))
+def _total_kl(
+    params: Params, config: DecoderConfig, before: KeyValues, sigmas: PyTree, rows: Rows, kind: str
+) -> Total:
+    read = functools.partial(distributions.prompt_hidden, params, config, kind=kind)
+    states = jax.vmap(lambda sigma, rows: read(sigma, before, rows))(sigmas, rows)
+    values = _compare(params, config, states, rows, ("kl",))["kl"]
+    return jax.vmap(masked_sum)(values, jnp.asarray(rows.mask))
 
 
 def answer_mismatch(reference: Sequence[int], answer: Sequence[int]) -> float:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxsp.data.packing import Packing
 from jaxsp.data.rows import Rows
 from jaxsp.evaluation.conditions import CONDITIONS
-from jaxsp.evaluation.metrics import (
-    REPORTED,
-    answer_mismatch,
-    at_positions,
-    gap_closed,
-    rouge_l,
-)
+from jaxsp.evaluation.metrics import answer_mismatch, at_positions, gap_closed, rouge_l
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.teacher.answers import answer_ids
+from jaxsp.teacher.store import TeacherData
 from jaxsp.typing import KeyValues
 
 NEGLIGIBLE = 0.05
@@ -35,53 +31,77 @@ answer, however well the words around it fit."""
 GOOD = 0.8
 """Overall: the fraction of the gap from which σ is called a good stand-in."""
 
-_METRICS = (*REPORTED, "sequence_mismatch", "rouge_l")
+_COLUMNS = (
+    "kl",
+    "reverse_kl",
+    "js",
+    "nll",
+    "zero_one",
+    "rank_agreement",
+    "confidence_shift",
+    "sequence_mismatch",
+    "rouge_l",
+)
+"""Of what is measured, what the report for people shows; ``report.json`` has it all."""
+
+
+class Measured(NamedTuple):
+    """A condition on every query."""
+
+    positions: dict[str, np.ndarray]  # by objective, [N, A]
+    answers: list[list[int]]  # free-running, as token ids
 
 
 def measure(
     model: LanguageModel,
-    prefixes: dict[str, KeyValues],
-    rows: Rows,
-    queries: list[str],
+    prefix: KeyValues,
+    teacher: TeacherData,
     query_ids: list[list[int]],
-    teacher_answers: list[list[int]],
-    train_count: int,
+    packing: Packing,
     *,
     max_tokens: int,
-    seed: int,
-    on_condition: Callable[[str], None] = lambda name: None,
-) -> dict[str, Any]:
-    """Measures every condition on every query.
+    answers: list[list[int]] | None = None,
+) -> Measured:
+    """Measures a condition on every query.
 
     Args:
       model: the frozen model.
-      prefixes: of the conditions, by name; ``full_context``, ``prompt`` and ``no_context`` at least.
-      rows: training rows first, then held-out rows, with the teacher's hidden states.
-      queries: their texts.
-      query_ids: their ids, up to where the answer starts.
-      teacher_answers: the full context's free-running answers.
-      train_count: how many of them are training rows; may be 0.
+      prefix: of the condition.
+      teacher: what is compared with.
+      query_ids: the queries, up to where the answer starts.
+      packing: of the batches.
       max_tokens: longest free-running answer.
+      answers: the free-running answers, if they are known.
+    """
+    if answers is None:
+        answers = answer_ids(model, prefix, query_ids, max_tokens=max_tokens)
+    return Measured(at_positions(model, prefix, teacher.rows, packing), answers)
+
+
+def summarise(
+    model: LanguageModel,
+    measured: dict[str, Measured],
+    rows: Rows,
+    queries: list[str],
+    train_count: int,
+    seed: int,
+) -> dict[str, Any]:
+    """What the report says of the measurements.
+
+    Args:
+      model: whose tokenizer reads the answers.
+      measured: by condition; ``full_context``, ``prompt`` and ``no_context`` at least.
+      rows: training rows first, then held-out rows.
+      queries: their texts.
+      train_count: how many of them are training rows; may be 0.
       seed: of the bootstrap.
-      on_condition: told which condition comes next.
 
     Returns:
       The report's ``gap_closed``, ``gap_closed_vs_truncated`` (if measured), ``held_out``, ``train``,
       ``queries`` and ``verdict``; ``by_position`` for the plot.
     """
-    positions, answers, done = {}, {}, {}
-    for name, prefix in prefixes.items():
-        if id(prefix) in done:  # two conditions may be one
-            positions[name], answers[name] = done[id(prefix)]
-            continue
-        on_condition(name)
-        positions[name] = at_positions(model, prefix, rows)
-        answers[name] = (
-            teacher_answers
-            if name == "full_context"
-            else answer_ids(model, prefix, query_ids, max_tokens=max_tokens)
-        )
-        done[id(prefix)] = positions[name], answers[name]
+    positions = {name: m.positions for name, m in measured.items()}
+    answers = {name: m.answers for name, m in measured.items()}
     texts = {name: [_text(model, ids) for ids in some] for name, some in answers.items()}
     counts = rows.mask.sum(axis=1)
 
@@ -90,7 +110,7 @@ def measure(
             name: {
                 **{m: float(v[split].sum() / counts[split].sum()) for m, v in at.items()},
                 "sequence_mismatch": _mean(
-                    answer_mismatch, teacher_answers[split], answers[name][split]
+                    answer_mismatch, answers["full_context"][split], answers[name][split]
                 ),
                 "rouge_l": _mean(rouge_l, texts["full_context"][split], texts[name][split]),
             }
@@ -105,7 +125,7 @@ def measure(
         return gap_closed(ours, theirs, seed)
 
     report: dict[str, Any] = {"gap_closed": gap("no_context")}
-    if "truncated_context" in prefixes:
+    if "truncated_context" in measured:
         report["gap_closed_vs_truncated"] = gap("truncated_context")
     report["held_out"] = {"queries": len(rows) - train_count, "conditions": conditions(held_out)}
     if train_count:
@@ -180,10 +200,10 @@ def markdown(report: dict[str, Any]) -> str:
             " surer of its first token, 0 at best. The last two compare free-running answers with"
             " the full context's.",
             "",
-            "| condition | " + " | ".join(_METRICS) + " |",
-            "|---|" + "---:|" * len(_METRICS),
+            "| condition | " + " | ".join(_COLUMNS) + " |",
+            "|---|" + "---:|" * len(_COLUMNS),
             *(
-                f"| {CONDITIONS[name]} | " + " | ".join(f"{row[m]:.3f}" for m in _METRICS) + " |"
+                f"| {CONDITIONS[name]} | " + " | ".join(f"{row[m]:.3f}" for m in _COLUMNS) + " |"
                 for name, row in part["conditions"].items()
             ),
             "",

@@ -379,7 +379,8 @@ def read_long(
       longest: tokens read at once.
 
     Returns:
-      ``prefix`` followed by the tokens; a few slots at its end may be ``EMPTY``.
+      ``prefix`` followed by the tokens; slots at its end may be ``EMPTY``, so that contexts of other
+      lengths share the compiled programs that read and attend to it.
 
     Raises:
       UserError: they are longer than the model's window.
@@ -390,7 +391,7 @@ def read_long(
     if count == 0:
         return prefix
     chunks = -(-count // longest)
-    size = -(-count // chunks)
+    size = min(longest, round_size(-(-count // chunks)))
     first, slot = int(prefix.next_position[0]), prefix.positions.shape[1]
     config.check_length(first + count)
     room = prefix.append(empty_prefix(config, chunks * size))
@@ -401,6 +402,17 @@ def read_long(
         part = slice(i, i + size)
         room = _read_chunk(params, config, room, padded[:, part], positions[:, part], slot + i)
     return room
+
+
+def round_size(count: int) -> int:
+    """The next of the sizes in quarters of an octave: ..., 16, 20, 24, 28, 32, 40, ...
+
+    Example:
+      >>> [round_size(count) for count in (1, 16, 17, 65, 354)]
+      [1, 16, 20, 80, 384]
+    """
+    step = 1 << max(0, (count - 1).bit_length() - 3)
+    return -(-count // step) * step
 
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=2)

@@ -241,7 +241,7 @@ def _run(
     table, chunk = _table(requests, samplings, key)
     # Rounded, as the table's sizes are: calls with other limits can share the compiled loop.
     A = round_up(max(sampling.max_tokens for sampling in samplings), 16)
-    B = min(slots, len(requests))
+    B = min(slots, round_up(len(requests), GROUP)) if len(requests) > 1 else 1
     state = _start(params, config, table, B, A)
     total = np.int32(len(requests))
     cut_B = np.zeros(B, bool)

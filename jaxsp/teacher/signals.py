@@ -11,12 +11,11 @@ import jax
 import numpy as np
 
 from jaxsp import distributions
+from jaxsp.data.packing import Packing
 from jaxsp.data.rows import Rows
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.typing import Array, Float, KeyValues, Params
-
-BATCH = 16
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -25,12 +24,11 @@ def _hidden(params: Params, config: DecoderConfig, prefix: KeyValues, rows: Rows
 
 
 def hidden_states(
-    model: LanguageModel, prefix: KeyValues, rows: Rows
+    model: LanguageModel, prefix: KeyValues, rows: Rows, packing: Packing
 ) -> Float[np.ndarray, "n a d"]:
     """Last hidden states ``[N, A, D]`` at every answer position, in the model's dtype, on the host."""
-    size = min(BATCH, len(rows))
+    batches = packing.in_order(rows)
     parts = [
-        np.asarray(_hidden(model.params, model.config, prefix, rows.take(range(i, i + size))))
-        for i in range(0, len(rows), size)
+        _hidden(model.params, model.config, prefix, packing.pack(rows, index)) for index in batches
     ]
-    return np.concatenate(parts)[: len(rows)]
+    return packing.unpack(parts, rows, batches)

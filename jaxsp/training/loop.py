@@ -30,16 +30,18 @@ class LoopSettings:
 
     Attributes:
       steps: updates in all.
-      batch_size: sequences an update, about: as many as fit in the tokens of so many of mean length.
+      packing: the shape of every batch.
       evaluate_every: steps between held-out evaluations (there is one before the first step and one
         after the last, too).
       checkpoint_every: steps between checkpoints.
+      patience: evaluations without a better one after which it stops; 0: it goes on to the end.
     """
 
     steps: int
-    batch_size: int
+    packing: Packing
     evaluate_every: int
     checkpoint_every: int
+    patience: int = 0
 
 
 class NonFiniteLoss(UserError):
@@ -76,10 +78,9 @@ def train(
     settings: LoopSettings,
     *,
     evaluate: Callable[[PyTree], float],
-    schedule: Callable[[int], Any],
     watcher: Watcher,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Updates σ until ``settings.steps``, keeping the one with the lowest held-out KL.
+    """Updates σ for ``settings.steps`` steps, keeping the one with the lowest held-out KL.
 
     Args:
       driver: runs the update.
@@ -87,7 +88,6 @@ def train(
       rows: training rows with the teacher's hidden states.
       settings: how long and how often.
       evaluate: held-out KL of a σ, in nats.
-      schedule: learning rate of a step.
       watcher: hears of every step.
 
     Returns:
@@ -98,7 +98,7 @@ def train(
       NonFiniteLoss: the loss or the gradient is no longer finite.
     """
     lines = _past_lines(watcher.metrics, int(state.step))
-    packing = Packing.of(rows.lengths, settings.batch_size)
+    packing = settings.packing
     spread = packing.over(driver.devices, int(rows.lengths.max()))
     placed = driver.place(state)
     order = np.asarray(state.key)
@@ -125,19 +125,21 @@ def train(
                 _write(watcher.metrics, lines)
                 watcher.on_step(lines[-1])
             for step in range(int(state.step), settings.steps):
+                if out_of_patience(lines, settings.patience):
+                    save(state)
+                    break
                 started = time.perf_counter()
                 drawn = packing.draw(rows.lengths, int(state.cursor), order)
                 batch = spread.pack(rows, drawn)
                 placed, metrics = driver.step(placed, batch)
                 values = {name: float(value) for name, value in metrics.items()}
                 if not all(math.isfinite(value) for value in values.values()):
-                    raise _non_finite(step + 1, values, good, float(schedule(step)))
+                    raise NonFiniteLoss(non_finite(step + 1, values), good)
                 good, state = state, driver.fetch(placed)
                 lines.append(
                     {
                         "step": step + 1,
                         **values,
-                        "learning_rate": float(schedule(step)),
                         "tokens": int(np.sum(batch.offsets != EMPTY)),
                         "seconds": time.perf_counter() - started,
                     }
@@ -185,16 +187,18 @@ def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _non_finite(
-    step: int, values: dict[str, float], good: TrainState, learning_rate: float
-) -> NonFiniteLoss:
-    told = ", ".join(f"{name} {value:g}" for name, value in values.items())
-    return NonFiniteLoss(
-        f"Training stopped: step {step} is not finite ({told}) at learning rate"
-        f" {learning_rate:.3g}; the last good state is that of step {int(good.step)}. Lower"
-        " --learning-rate.",
-        good,
-    )
+def out_of_patience(lines: list[dict[str, Any]], patience: int) -> bool:
+    """Whether the last ``patience`` held-out evaluations were no better than one before them."""
+    held_out = [line["held_out_kl"] for line in lines if "held_out_kl" in line]
+    if not patience or len(held_out) <= patience:
+        return False
+    return min(held_out[-patience:]) >= min(held_out[:-patience])
+
+
+def non_finite(step: int, values: dict[str, float]) -> str:
+    """What to say of a step whose metrics are not finite."""
+    told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    return f"Training stopped: step {step} is not finite ({told}). Lower --learning-rate."
 
 
 def _past_lines(file: Path | None, step: int) -> list[dict[str, Any]]:

@@ -34,22 +34,22 @@ class Driver(Protocol):
         ...
 
 
+_jitted_update = jax.jit(update, static_argnames="settings")
+
+
 class JitDriver:
     """The whole batch on one device."""
 
     devices = 1
 
     def __init__(self, frozen: Frozen, settings: UpdateSettings) -> None:
-        self._frozen = frozen
-        self._update = jax.jit(
-            lambda frozen, state, batch: update(state, batch, frozen=frozen, settings=settings)
-        )
+        self._frozen, self._settings = frozen, settings
 
     def place(self, state: TrainState) -> TrainState:
         return jax.tree.map(jnp.asarray, state)
 
     def step(self, state: TrainState, batch: Rows) -> tuple[TrainState, dict[str, Array]]:
-        return self._update(self._frozen, state, batch)
+        return _jitted_update(state, batch, frozen=self._frozen, settings=self._settings)
 
     def fetch(self, state: TrainState) -> TrainState:
         return state

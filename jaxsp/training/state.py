@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsp.training.optimizer import Pace
 from jaxsp.typing import Array, Float, Int, PyTree
 
 
@@ -24,6 +25,7 @@ class TrainState:
       cursor: training rows drawn so far; it fixes which come next.
       best_sigma: the σ with the lowest held-out KL so far.
       best_kl: that KL, in nats; infinite before the first evaluation.
+      pace: the learning rate over the run; 1 at every step if ``None``.
     """
 
     sigma: PyTree
@@ -33,10 +35,15 @@ class TrainState:
     cursor: Int[Array, ""]
     best_sigma: PyTree
     best_kl: Float[Array, ""]
+    pace: Pace | None = None
 
 
 def initial_state(
-    sigma: PyTree, optimizer: optax.GradientTransformation, *, key: Array
+    sigma: PyTree,
+    optimizer: optax.GradientTransformation,
+    *,
+    key: Array,
+    pace: Pace | None = None,
 ) -> TrainState:
     """The state before the first step."""
     return TrainState(
@@ -47,4 +54,5 @@ def initial_state(
         cursor=jnp.int32(0),
         best_sigma=sigma,
         best_kl=jnp.float32(jnp.inf),
+        pace=pace,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -16,6 +17,8 @@ from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.training.state import TrainState
 from jaxsp.typing import Array, Float, KeyValues, Params, PyTree
+
+Metrics = dict[str, Float[Array, ""]]
 
 
 @jax.tree_util.register_dataclass
@@ -42,20 +45,27 @@ class UpdateSettings:
 
 def loss_total(sigma: PyTree, frozen: Frozen, batch: Rows, settings: UpdateSettings) -> Total:
     """The objective's cost summed over a batch's answer positions, and how many there are."""
-    params, config = frozen.params, settings.config
-    prefix = distributions.prompt_prefix(params, config, sigma, frozen.before, settings.kind)
-    states = distributions.answer_hidden(params, config, prefix, batch)
-    mask = jnp.asarray(batch.mask)
+    costs = _costs(_student(sigma, frozen, batch, settings), frozen, batch, settings)
+    return masked_sum(costs, jnp.asarray(batch.mask))
+
+
+def _student(sigma: PyTree, frozen: Frozen, batch: Rows, settings: UpdateSettings) -> Array:
+    return distributions.prompt_hidden(
+        frozen.params, settings.config, sigma, frozen.before, batch, settings.kind
+    )
+
+
+def _costs(states: Array, frozen: Frozen, batch: Rows, settings: UpdateSettings) -> Array:
     values, _ = fused_objective(
         settings.objective,
         states,
-        decoder.unembedding(params, config),
-        mask,
+        decoder.unembedding(frozen.params, settings.config),
+        jnp.asarray(batch.mask),
         teacher_hidden=jnp.asarray(batch.teacher_hidden),
         targets=jnp.asarray(batch.targets),
-        softcap=config.logit_softcap,
+        softcap=settings.config.logit_softcap,
     )
-    return masked_sum(settings.objective.cost(values), mask)
+    return settings.objective.cost(values)
 
 
 def update(
@@ -65,7 +75,7 @@ def update(
     frozen: Frozen,
     settings: UpdateSettings,
     axis_name: str | None = None,
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+) -> tuple[TrainState, Metrics]:
     """One step of gradient descent on σ.
 
     Totals, counts and gradients are summed over ``axis_name`` and divided once: the result is that
@@ -79,33 +89,80 @@ def update(
       axis_name: of the mapped device axis, if there is one.
 
     Returns:
-      The state after the step, and ``loss`` (the objective's cost per answer token), ``gradient_norm`` and
-      ``answer_tokens`` as float32 scalars.
+      The state after the step, and ``loss`` (the objective's cost per answer token), ``gradient_norm``,
+      ``answer_tokens`` and ``learning_rate`` as float32 scalars.
     """
 
     def total_and_count(sigma: PyTree) -> tuple[Array, Array]:
         return loss_total(sigma, frozen, batch, settings)
 
     (total, count), gradient = jax.value_and_grad(total_and_count, has_aux=True)(state.sigma)
+    loss, drawn = Total(total, count), batch.sequences
     if axis_name is not None:
-        total, count, gradient = jax.lax.psum((total, count, gradient), axis_name)
-    gradient = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), gradient)
+        loss, gradient, drawn = jax.lax.psum((loss, gradient, drawn), axis_name)
+    return _descend(settings, state, loss, gradient, drawn)
+
+
+def update_many(
+    states: TrainState, batches: Rows, *, frozen: Frozen, settings: UpdateSettings
+) -> tuple[TrainState, Metrics]:
+    """``update`` of M prompts at once, each on its own batch; those at their last step stay as they are.
+
+    The model reads all of them side by side, and the head's loss sees their positions as one batch.
+
+    Args:
+      states: of all prompts, stacked: every array has a leading axis M.
+      batches: likewise; a prompt's rows may be empty.
+      frozen: shared.
+      settings: shared.
+
+    Returns:
+      The states after the step, and the metrics of ``update``, ``[M]`` each.
+    """
+    mask = jnp.asarray(batches.mask)
+
+    def totals(sigmas: PyTree) -> tuple[Array, Total]:
+        hidden = jax.vmap(lambda sigma, batch: _student(sigma, frozen, batch, settings))(
+            sigmas, batches
+        )
+        each = jax.vmap(masked_sum)(_costs(hidden, frozen, batches, settings), mask)
+        return jnp.sum(each.total), each  # no σ has a part in another's total
+
+    gradients, each = jax.grad(totals, has_aux=True)(states.sigma)
+    drawn = jax.vmap(lambda batch: batch.sequences)(batches)
+    after, metrics = jax.vmap(functools.partial(_descend, settings))(states, each, gradients, drawn)
+
+    def unless_done(before: TrainState, after: TrainState) -> TrainState:
+        if before.pace is None:
+            return after
+        done = before.step >= before.pace.steps
+        return jax.tree.map(lambda old, new: jnp.where(done, old, new), before, after)
+
+    return jax.vmap(unless_done)(states, after), metrics
+
+
+def _descend(
+    settings: UpdateSettings, state: TrainState, loss: Total, gradient: PyTree, drawn: Array
+) -> tuple[TrainState, Metrics]:
+    """The state after a step along the gradient of a summed loss."""
+    gradient = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), gradient)
     change, optimizer_state = settings.optimizer.update(
         gradient, state.optimizer_state, state.sigma
     )
-    drawn = batch.sequences
-    sigma = optax.apply_updates(state.sigma, change)
+    rate = jnp.float32(1.0) if state.pace is None else state.pace.rate(state.step)
+    sigma = optax.apply_updates(state.sigma, jax.tree.map(lambda c: rate * c, change))
     chex.assert_trees_all_equal_shapes_and_dtypes(sigma, state.sigma)  # or the next step recompiles
     state = dataclasses.replace(
         state,
         sigma=sigma,
         optimizer_state=optimizer_state,
         step=state.step + 1,
-        cursor=state.cursor + (drawn if axis_name is None else jax.lax.psum(drawn, axis_name)),
+        cursor=state.cursor + drawn,
     )
     metrics = {
-        "loss": total / jnp.maximum(count, 1.0),
+        "loss": loss.total / jnp.maximum(loss.count, 1.0),
         "gradient_norm": optax.tree.norm(gradient),
-        "answer_tokens": count,
+        "answer_tokens": loss.count,
+        "learning_rate": rate,
     }
     return state, metrics

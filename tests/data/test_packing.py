@@ -78,6 +78,29 @@ def test_packed_rows_hold_the_sequences():
     assert (blank.segment_ids[1] == EMPTY).all()
 
 
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=20))
+def test_what_is_packed_comes_back(sizes):
+    rows = make_rows([[3] * query for query, _ in sizes], [[5] * answer for _, answer in sizes])
+    hidden = np.random.RandomState(0).randn(*rows.mask.shape, 2) * rows.mask[..., None]
+    rows = dataclasses.replace(rows, teacher_hidden=hidden)
+    packing = Packing(2, 45)
+    batches = packing.in_order(rows)
+    assert np.concatenate(batches).tolist() == list(range(len(sizes)))
+    values = [packing.pack(rows, index).teacher_hidden for index in batches]
+    np.testing.assert_array_equal(packing.unpack(values, rows, batches), hidden)
+    fewest = -(-int(rows.lengths.sum()) // 90)
+    assert fewest <= len(batches) <= 2 * fewest
+
+
+def test_a_batch_of_nothing():
+    rows = make_rows([[5, 6]], [[8, 2]])
+    empty = Packing(2, 5).pack(rows, np.zeros(0, int))
+    assert (empty.offsets == EMPTY).all()
+    assert not empty.mask.any()
+    assert empty.sequences == 0
+
+
 # Tokens of query and answer of the questions of experiments/untuned/museum, with SmolLM2's answers.
 MUSEUM = [
     48, 50, 61, 55, 60, 61, 61, 63, 64, 61, 63, 63, 61, 61, 56, 63, 60, 62, 65, 62,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from jaxsp.data.packing import Packing
 from jaxsp.data.rows import make_rows
 from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.loop import LoopSettings, NonFiniteLoss, Watcher, train
@@ -47,15 +48,20 @@ class CountingDriver:
         return state, {"loss": jnp.float32(loss)}
 
 
-def run(driver, steps, *, state=None, kl=lambda x: 1.0, watcher=None, every=1):
+def run(driver, steps, *, state=None, kl=lambda x: 1.0, watcher=None, every=1, patience=0):
     state = state or initial_state({"x": jnp.zeros(())}, optax.sgd(1.0), key=jax.random.key(0))
     return train(
         driver,
         state,
         ROWS,
-        LoopSettings(steps, 2, evaluate_every=every, checkpoint_every=2),
+        LoopSettings(
+            steps,
+            Packing.of(ROWS.lengths, 2),
+            evaluate_every=every,
+            checkpoint_every=2,
+            patience=patience,
+        ),
         evaluate=lambda sigma: kl(float(sigma["x"])),
-        schedule=lambda step: 0.1,
         watcher=watcher or Watcher(),
     )
 
@@ -73,6 +79,18 @@ def test_the_best_prompt_is_kept_not_the_last():
 def test_evaluations_come_before_the_first_step_every_n_and_after_the_last():
     _, lines = run(CountingDriver(), 7, every=3)
     assert [line["step"] for line in lines if "held_out_kl" in line] == [0, 3, 6, 7]
+
+
+def test_it_stops_when_evaluations_no_longer_improve(tmp_path):
+    watcher = Watcher(tmp_path / "metrics.jsonl", Checkpoints(tmp_path / "checkpoints"))
+    script = dict(enumerate([9, 8, 9, 7, 8, 7, 9, 1, 0]))
+    options = {"kl": lambda x: script[int(x)], "watcher": watcher, "patience": 3}
+    state, lines = run(CountingDriver(), 8, **options)
+    assert int(state.step) == lines[-1]["step"] == watcher.checkpoints.latest_step == 6
+    assert float(state.best_kl) == 7.0
+    again, lines = run(CountingDriver(), 8, state=state, **options)  # resumed: nothing more to do
+    assert int(again.step) == lines[-1]["step"] == 6
+    watcher.checkpoints.close()
 
 
 def test_an_error_in_between_leaves_a_checkpoint_and_whole_lines(tmp_path):

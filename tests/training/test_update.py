@@ -18,7 +18,7 @@ from jaxsp.evaluation.metrics import at_positions
 from jaxsp.losses import OBJECTIVES, cosine_similarity, masked_mean
 from jaxsp.models import decoder
 from jaxsp.prompts import PROMPT_KINDS
-from jaxsp.training.optimizer import OptimizerSettings, make_optimizer
+from jaxsp.training.optimizer import OptimizerSettings, make_optimizer, make_pace
 from jaxsp.training.parallel import DRIVERS
 from jaxsp.training.state import initial_state
 from jaxsp.training.update import Frozen, UpdateSettings, loss_total
@@ -48,12 +48,15 @@ def problem(tiny_model):
 
 
 def settings_for(config, objective="kl", optimizer=None):
-    optimizer = optimizer or make_optimizer(OptimizerSettings(learning_rate=0.01), 10)[0]
+    optimizer = optimizer or make_optimizer(OptimizerSettings())
     return UpdateSettings(config, "embedding", OBJECTIVES[objective], optimizer)
 
 
-def state_for(sigma, settings):
-    return initial_state(sigma, settings.optimizer, key=jax.random.key(0))
+def state_for(sigma, settings, pace=None):
+    return initial_state(sigma, settings.optimizer, key=jax.random.key(0), pace=pace)
+
+
+PACE = make_pace(OptimizerSettings(learning_rate=0.01), 10)
 
 
 def test_the_contexts_own_embeddings_give_kl_zero(problem):
@@ -87,7 +90,10 @@ def test_the_loss_of_other_families(tmp_path, family):
         np.testing.assert_allclose(total, kl[rows.mask].sum(), rtol=1e-4, atol=1e-5)
         assert (abs(total / count) < 1e-6) == zero
         np.testing.assert_allclose(
-            at_positions(model, prefix, rows, ["kl"])["kl"].sum(), total, rtol=1e-4, atol=1e-5
+            at_positions(model, prefix, rows, Packing(1, 20), ["kl"])["kl"].sum(),
+            total,
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 
@@ -170,7 +176,7 @@ def test_pmap_on_eight_devices_equals_jit_on_one(problem):
     for name in ("jit", "pmap"):
         settings = settings_for(config)
         driver = DRIVERS[name](frozen, settings)
-        state = driver.place(state_for(sigma, settings))
+        state = driver.place(state_for(sigma, settings, PACE))
         for _ in range(5):
             state, metrics = driver.step(state, rows)
         results[name] = (driver.fetch(state), {k: float(v) for k, v in metrics.items()})
@@ -220,7 +226,7 @@ def test_weights_stay_bit_identical_and_nothing_retraces(problem, name):
     copy = jax.tree.map(lambda a: np.array(a), frozen.params)
     settings = settings_for(config)
     driver = DRIVERS[name](frozen, settings)
-    state = driver.place(state_for(sigma, settings))
+    state = driver.place(state_for(sigma, settings, PACE))
     state, _ = driver.step(state, rows)
     driver.fetch(state)
     with _no_compilation():

@@ -1,0 +1,35 @@
+"""The results of many runs as one table (Parquet): a row a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def row(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without its texts, flat: ``gap_closed``, ``prompt_kl``, ``no_context_kl``, ..."""
+    flat = {
+        name: value for name, value in report.items() if isinstance(value, str | float | int | None)
+    }
+    for name in ("gap_closed", "gap_closed_vs_truncated"):
+        if name in report:
+            gap = report[name]
+            flat |= {name: gap["value"], f"{name}_low": gap["low"], f"{name}_high": gap["high"]}
+    for name, metrics in report.get("held_out", {}).get("conditions", {}).items():
+        flat |= {f"{name}_{metric}": value for metric, value in metrics.items()}
+    flat |= report.get("settings", {})
+    return flat
+
+
+def write(reports: Sequence[dict[str, Any]], file: Path) -> None:
+    """Writes the table, whole or not at all; a row lacks what its report lacks."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [row(report) for report in reports]
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    scratch = file.with_suffix(".part")
+    pyarrow.parquet.write_table(table, scratch)
+    scratch.replace(file)

@@ -1,0 +1,114 @@
+"""The rows of a run of many contexts: read and checked before any work is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxsp import stages
+from jaxsp.data.documents import Query, as_queries, read_text, split_queries
+from jaxsp.models.language_model import LanguageModel
+from jaxsp.settings import Settings, make_settings
+from jaxsp.typing import UserError
+
+_KEYS = ("id", "context", "queries", "held_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A context to compress.
+
+    Attributes:
+      id: names its folder and its row in the table.
+      context: the text.
+      train: queries to train on.
+      held_out: queries to measure on.
+      settings: those of the run, but for what the row says otherwise.
+    """
+
+    id: str
+    context: str
+    train: list[Query]
+    held_out: list[Query]
+    settings: Settings
+
+    def encoded(self, model: LanguageModel) -> stages.Task:
+        """Its texts as token ids; raises ``UserError`` if they don't fit the model or the settings."""
+        return stages.encode_task(model, self.context, self.train, self.held_out, self.settings)
+
+
+def read_rows(path: str | Path) -> list[tuple[str, Any]]:
+    """The rows of a JSONL file, each with where it stands; of one that is no JSON, the error."""
+    rows: list[tuple[str, Any]] = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                row = UserError(f"not valid JSON ({error})")
+            rows.append((f"{path}, line {number}", row))
+    return rows
+
+
+def check_jobs(
+    model: LanguageModel, rows: Iterable[tuple[str, Any]], defaults: Mapping[str, Any]
+) -> tuple[list[Job], list[str]]:
+    """The jobs that can be done, and what is wrong with the other rows, a sentence each.
+
+    Args:
+      model: whose tokenizer and window decide what fits.
+      rows: mappings with ``id``, ``context``, ``queries``, ``held_out`` (queries, or a fraction; 0.2 if
+        absent) and any field of ``Settings``, and where each comes from.
+      defaults: settings of the rows that say nothing else.
+    """
+    jobs: dict[str, Job] = {}
+    problems = []
+    for where, row in rows:
+        try:
+            job = _job(row, defaults)
+            if job.id in jobs:
+                raise UserError(f"the id {job.id!r} is given twice")
+            job.encoded(model)
+            jobs[job.id] = job
+        except UserError as error:
+            problems.append(f"{where}: {str(error).rstrip('.')}.")
+    return list(jobs.values()), problems
+
+
+def _job(row: Any, defaults: Mapping[str, Any]) -> Job:
+    if isinstance(row, UserError):
+        raise row
+    if not isinstance(row, Mapping):
+        raise UserError(f"expected an object with the keys {', '.join(_KEYS)}; got {row!r:.60}")
+    for key in _KEYS[:3]:
+        if key not in row:
+            raise UserError(f"the key {key!r} is missing")
+    name, context, held_out = row["id"], row["context"], row.get("held_out", 0.2)
+    if not (isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) and name != "run"):
+        raise UserError(
+            f"the id {name!r} can't name a folder; use letters, digits, '.', '-' and '_' (and not 'run')"
+        )
+    if not (isinstance(context, str) and context.strip()):
+        raise UserError("the context must be a text that is not empty")
+    for key in ("queries", "held_out"):
+        if key in row and not isinstance(row[key], list | tuple | float | int):
+            raise UserError(f"{key} must be a list of queries, not {row[key]!r:.60}")
+    if isinstance(row["queries"], float | int):
+        raise UserError(f"queries must be a list of queries, not {row['queries']!r}")
+    own = {key: value for key, value in row.items() if key not in _KEYS}
+    settings = make_settings({**defaults, **own})
+    settings.check()
+    if settings.parallel != "jit":
+        raise UserError(
+            f"many prompts train on one device, not with --parallel {settings.parallel}"
+        )
+    train, held_out = split_queries(
+        as_queries(row["queries"]),
+        float(held_out) if isinstance(held_out, float | int) else as_queries(held_out),
+        settings.seed,
+    )
+    return Job(name, context, train, held_out, settings)

@@ -1,0 +1,381 @@
+"""Many contexts in one run: ``compress_many``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxsp import stages
+from jaxsp.api import Result
+from jaxsp.artifact import SoftPrompt
+from jaxsp.console import Display
+from jaxsp.data.packing import Packing
+from jaxsp.data.rows import Rows
+from jaxsp.evaluation import table
+from jaxsp.evaluation.conditions import read_context
+from jaxsp.evaluation.metrics import mean_kl_function
+from jaxsp.evaluation.report import Measured
+from jaxsp.jobs import Job, check_jobs
+from jaxsp.models.language_model import LanguageModel
+from jaxsp.run_folder import check_folder, open_run
+from jaxsp.settings import Settings
+from jaxsp.training.many import Trained, Trainee, train_many
+from jaxsp.training.update import Frozen
+from jaxsp.typing import Interrupted, UserError
+
+RESULTS, REPORT, SHAPES = "results.parquet", "report.json", "run/batch_shapes.json"
+
+STEP_TOKENS = {"cpu": 2048}
+"""Tokens of one step, of all prompts together; a CPU gains nothing from more."""
+_ACCELERATOR_STEP_TOKENS = 32768
+
+KEPT = 128
+"""Contexts whose teacher and brackets are kept, for other jobs on the same."""
+
+
+def compress_many(
+    model: LanguageModel,
+    jobs: Iterable[Mapping[str, Any]],
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_going: bool = False,
+    at_once: int | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Iterator[Result]:
+    """Compresses every context as ``compress`` would, many prompts in one step.
+
+    Prompts with the same objective, length and optimizer train side by side; seeds, learning rates, steps and
+    starts may differ. Contexts may be of any lengths.
+
+    Args:
+      model: the frozen model, with its tokenizer.
+      jobs: dicts ``{"id", "context", "queries", "held_out"}``, with ``held_out`` as in ``compress``, and
+        any field of ``Settings`` that is to differ from the run's.
+      out: a folder: one folder a job, and ``results.parquet`` with a row each.
+      resume: go on with the run in ``out``; what is finished there is not done again.
+      overwrite: replace an earlier run in ``out``.
+      keep_going: report jobs that can't be meant, and do the others.
+      at_once: prompts in one step; by default as many as suit the device.
+      progress: whether to show what is going on, on standard error.
+      **settings: fields of ``Settings``, for all jobs. ``batch_shape``, if not given, is that of the first
+        job; given to ``compress``, it makes a run alone train on the same batches.
+
+    Returns:
+      An iterator over the results, in the order of the jobs; each is there as soon as it and all before
+      it are finished. The report of a job has its ``id`` and ``settings``; that of one whose loss was not
+      finite has ``error`` and no measurements, and its prompt is the best until then.
+
+    Raises:
+      UserError: a job or a setting that can't be meant (nothing is then done), or a folder of another run.
+
+    Example:
+      >>> import jaxsp
+      >>> model = jaxsp.load_model("smollm2-135m-instruct")
+      >>> text, queries = "The tank holds 1.2 litres.", ["How much does it hold?", "What holds it?"]
+      >>> jobs = [
+      ...     {"id": "a", "context": text, "queries": queries, "held_out": 0.5},
+      ...     {"id": "b", "context": f"{text} It is red.", "queries": queries, "held_out": 0.5, "seed": 1},
+      ... ]
+      >>> options = dict(length=2, steps=1, batch_size=1, max_answer_tokens=4, progress=False)
+      >>> [r.report["id"] for r in jaxsp.compress_many(model, jobs, **options)]
+      ['a', 'b']
+    """
+    rows = [(f"job {i}", row) for i, row in enumerate(jobs, start=1)]
+    return run_many(
+        model,
+        rows,
+        settings,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+        keep_going=keep_going,
+        at_once=at_once,
+        display=Display(visible=progress),
+    )
+
+
+def run_many(
+    model: LanguageModel,
+    rows: list[tuple[str, Any]],
+    settings: Mapping[str, Any],
+    *,
+    out: str | Path | None,
+    resume: bool,
+    overwrite: bool,
+    keep_going: bool,
+    at_once: int | None,
+    display: Display,
+) -> Iterator[Result]:
+    """``compress_many`` of rows that say where they come from."""
+    if at_once is not None and at_once < 1:
+        raise UserError(f"--at-once must be at least 1, not {at_once}.")
+    if out is not None:
+        check_folder(out, resume=resume, overwrite=overwrite)
+    elif resume or overwrite:
+        raise UserError("resume and overwrite need a folder: pass out=....")
+    if not rows:
+        raise UserError("There is no context to compress; give at least one.")
+    jobs, problems = check_jobs(model, rows, settings)
+    if problems and not keep_going:
+        more = f" ({len(problems) - 1} more are wrong)" if problems[1:] else ""
+        raise UserError(f"{problems[0]} Mend it{more}, or do the others alone with --keep-going.")
+    for problem in problems:
+        display.say(f"Skipped: {problem}")
+    if not jobs:
+        raise UserError("None of the jobs can be done.")
+    folder = None
+    if out is not None:
+        identity = {
+            "model": model.name,
+            "weights": model.fingerprint,
+            "dtype": model.config.dtype,
+            "settings": {k: v for k, v in settings.items() if v is not None},
+        }
+        for name in [job.id for job in jobs] if overwrite else []:
+            shutil.rmtree(Path(out) / name, ignore_errors=True)
+        folder = open_run(out, identity, resume=resume, overwrite=overwrite).directory
+    return _Run(model, jobs, folder, at_once, display).results()
+
+
+class _Taught(NamedTuple):
+    """What all jobs on the same context and queries share."""
+
+    lesson: stages.Lesson
+    full_context: Measured
+
+
+class _Run:
+    """A run of many jobs; ``results`` does them."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        jobs: list[Job],
+        folder: Path | None,
+        at_once: int | None,
+        display: Display,
+    ) -> None:
+        self.model, self.jobs, self.folder = model, jobs, folder
+        self.at_once, self.display = at_once, display
+        tasks = [job.encoded(model) for job in jobs]
+        self.before = read_context(model, tasks[0].before_ids)
+        self.longest = max(
+            len(ids) + max(job.settings.max_answer_tokens, len(given or ())) - 1
+            for job, task in zip(jobs, tasks, strict=True)
+            for ids, given in zip(task.query_ids, task.given_ids, strict=True)
+        )
+        self.mean_kl = mean_kl_function(model, self.before, stages.KIND)
+        self.lessons: OrderedDict[tuple, _Taught] = OrderedDict()
+        self.brackets: OrderedDict[tuple, dict[str, Measured]] = OrderedDict()
+        self.shapes = _read_shapes(folder)
+        self.displays = {job.id: Display(visible=False) for job in jobs}  # they keep the seconds
+
+    def results(self) -> Iterator[Result]:
+        """Every job's result, in order."""
+        found = {job.id: result for job in self.jobs if (result := self.saved(job)) is not None}
+        groups: dict[tuple, list[Job]] = {}
+        for job in self.jobs:
+            if job.id not in found:
+                groups.setdefault(_alike(job.settings), []).append(job)
+        waiting = [job.id for job in self.jobs]
+        reports = {name: result.report for name, result in found.items()}
+        try:
+            with self.display.jobs(len(self.jobs), len(found)) as progress:
+                for group in [[], *groups.values()]:  # what was found goes first
+                    for job, result in self.trained(group, progress):
+                        found[job.id] = result
+                        reports[job.id] = result.report
+                        self.write_table(reports)
+                        progress(1, f"{job.id}: {_told(result)}")
+                        while waiting and waiting[0] in found:
+                            yield found.pop(waiting.pop(0))
+                    while waiting and waiting[0] in found:
+                        yield found.pop(waiting.pop(0))
+        except KeyboardInterrupt:
+            saved = " They are saved; go on with --resume." if self.folder else ""
+            raise Interrupted(
+                f"Interrupted with {len(reports)} of {len(self.jobs)} prompts finished.{saved}"
+            ) from None
+        self.write_table(reports)
+        if self.folder:
+            self.display.say(f"Results: {self.folder / RESULTS}")
+
+    def trained(
+        self, jobs: list[Job], progress: Callable[[int, str], None]
+    ) -> Iterator[tuple[Job, Result]]:
+        """The results of jobs that can train side by side, as they finish."""
+        if not jobs:
+            return
+        settings = jobs[0].settings
+        packing = self.taught(jobs[0]).lesson.packing
+        tokens = STEP_TOKENS.get(jax.default_backend(), _ACCELERATOR_STEP_TOKENS)
+        at_once = self.at_once or max(1, tokens // (packing.rows * packing.length))
+        rounds = -(-len(jobs) // at_once)
+
+        def shown(lines: list[dict[str, Any]]) -> None:
+            told = ", ".join(f"{line['held_out_kl']:.3f}" for line in lines[:3])
+            progress(0, f"{len(lines)} in training, held-out KL {told}{' …' if lines[3:] else ''}")
+
+        for trained in train_many(
+            map(self.trainee, jobs),
+            Frozen(self.model.params, self.before),
+            stages.update_settings(self.model, settings),
+            packing,
+            self.mean_kl,
+            slots=-(-len(jobs) // rounds),  # as evenly filled as can be
+            evaluate_every=settings.evaluate_every,
+            on_round=shown,
+        ):
+            job = jobs[trained.index]
+            yield job, self.finished(job, trained)
+
+    def trainee(self, job: Job) -> Trainee:
+        """The job as training takes it: the teacher has spoken."""
+        lesson, _ = self.taught(job)
+        return Trainee(
+            stages.initial_state_of(self.model, lesson),
+            lesson.train_rows,
+            lesson.held_out_rows,
+            job.settings.patience,
+        )
+
+    def taught(self, job: Job) -> _Taught:
+        """The teacher's answers and signals, made once for all jobs that ask the same."""
+        display = self.displays[job.id]
+
+        def make() -> _Taught:
+            lesson, full_context = stages.teach(
+                self.model, job.encoded(self.model), job.settings, self.before, None, display,
+                self.packing,
+            )  # fmt: skip
+            measured = stages.measure_full_context(self.model, lesson, full_context, display)
+            return _Taught(lesson, measured)
+
+        lesson, measured = _kept(self.lessons, _asks(job), make)
+        shape = lesson.packing.rows, lesson.packing.length
+        settings = dataclasses.replace(job.settings, batch_shape=shape)
+        return _Taught(dataclasses.replace(lesson, settings=settings), measured)
+
+    def packing(self, rows: Rows, settings: Settings) -> Packing:
+        """The shape of all batches of so many queries: the one that suits the first job's rows."""
+        if settings.batch_shape is not None:
+            return stages.packing_of(rows, settings)
+        size = str(settings.batch_size)
+        if size not in self.shapes:
+            packing = stages.packing_of(rows, settings, self.longest)
+            self.shapes[size] = packing.rows, packing.length
+            _write_shapes(self.folder, self.shapes)
+        return Packing(*self.shapes[size])
+
+    def finished(self, job: Job, trained: Trained) -> Result:
+        """The result of a job whose training has ended, written if there is a folder."""
+        model, display = self.model, self.displays[job.id]
+        lesson, full_context = self.taught(job)
+        prompt = stages.finished_prompt(model, lesson, trained.state, job.context)
+        report = {
+            "id": job.id,
+            "error": trained.error,
+            "settings": dataclasses.asdict(lesson.settings),
+        }
+        if trained.error is None:
+            initial = stages.initial_state_of(model, lesson).sigma
+            start = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(initial))
+            brackets = _kept(
+                self.brackets,
+                (*_asks(job), start),
+                lambda: stages.measure_brackets(model, lesson, initial, display),
+            )
+            brackets = {"full_context": full_context, **brackets}
+            measured = stages.measure(model, lesson, prompt.sigma, brackets, display)
+            report |= stages.described(model, lesson.task, prompt, measured)
+        else:
+            report |= stages.header(model, lesson.task, prompt)
+        spent = {**display.seconds, "train": sum(line.get("seconds", 0) for line in trained.lines)}
+        report |= {"seconds": {**spent, "total": sum(spent.values())}}
+        report |= {"environment": stages.environment()}
+        result = Result(prompt, report, trained.lines)
+        self.save(job, result)
+        return result
+
+    def save(self, job: Job, result: Result) -> None:
+        """Writes a job's folder; its report last, as the sign that it is whole."""
+        if self.folder is None:
+            return
+        folder = open_run(self.folder / job.id, self.identity(job), resume=False, overwrite=True)
+        result.prompt.save(folder.directory)
+        lines = "".join(json.dumps(line) + "\n" for line in result.lines)
+        folder.metrics.write_text(lines, "utf-8")
+        _write_json(folder.directory / REPORT, result.report)
+
+    def saved(self, job: Job) -> Result | None:
+        """What an earlier run left of a job; raises ``UserError`` if that was another one."""
+        if self.folder is None or not (self.folder / job.id / REPORT).is_file():
+            return None
+        folder = open_run(self.folder / job.id, self.identity(job), resume=True, overwrite=False)
+        report = json.loads((folder.directory / REPORT).read_text("utf-8"))
+        lines = [json.loads(line) for line in folder.metrics.read_text("utf-8").splitlines()]
+        return Result(SoftPrompt.load(folder.directory), report, lines)
+
+    def identity(self, job: Job) -> dict[str, Any]:
+        return stages.identity(self.model, job.encoded(self.model), job.settings)
+
+    def write_table(self, reports: dict[str, dict[str, Any]]) -> None:
+        if self.folder is not None:
+            rows = [reports[job.id] for job in self.jobs if job.id in reports]
+            table.write(rows, self.folder / RESULTS)
+
+
+def _alike(settings: Settings) -> tuple:
+    """Equal for jobs that one compiled update serves."""
+    own = ("seed", "steps", "learning_rate", "warmup", "initial", "patience", "checkpoint_every")
+    return tuple(v for name, v in dataclasses.asdict(settings).items() if name not in own)
+
+
+def _asks(job: Job) -> tuple:
+    """Equal for jobs to which the teacher says the same."""
+    shape = job.settings.batch_size, job.settings.batch_shape
+    return job.context, tuple(job.train), tuple(job.held_out), job.settings.max_answer_tokens, shape
+
+
+def _kept(cache: OrderedDict[tuple, Any], key: tuple, make: Callable[[], Any]) -> Any:
+    """The cache's value, made if it is not there; the ones not used for longest go."""
+    if key not in cache:
+        cache[key] = make()
+    cache.move_to_end(key)
+    while len(cache) > KEPT:
+        cache.popitem(last=False)
+    return cache[key]
+
+
+def _told(result: Result) -> str:
+    if result.error:
+        return result.error
+    return f"{result.report['gap_closed']['value']:.1%} of the gap closed"
+
+
+def _read_shapes(folder: Path | None) -> dict[str, tuple[int, int]]:
+    if folder is None or not (folder / SHAPES).is_file():
+        return {}
+    return json.loads((folder / SHAPES).read_text("utf-8"))
+
+
+def _write_shapes(folder: Path | None, shapes: dict[str, tuple[int, int]]) -> None:
+    if folder is not None:
+        _write_json(folder / SHAPES, shapes)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    scratch = file.with_suffix(".part")
+    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    scratch.replace(file)

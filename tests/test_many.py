@@ -1,0 +1,287 @@
+"""compress_many and its command: each as if alone, nothing lost, mistakes before any work."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+import jaxsp
+from jaxsp.typing import UserError
+from tests.conftest import CONTEXT, QUERIES
+
+OPTIONS = {
+    "length": 4, "steps": 12, "batch_size": 3, "learning_rate": 0.2, "max_answer_tokens": 6,
+    "evaluate_every": 4,
+}  # fmt: skip
+
+
+def job(name, context=CONTEXT, queries=QUERIES, **more):
+    return {"id": name, "context": context, "queries": queries, **more}
+
+
+UNEVEN = [
+    job("short", CONTEXT[:82]),
+    job("few", queries=QUERIES[:8], held_out=["What is left?"]),
+    job("long", f"{CONTEXT} {CONTEXT}", [f"{query}!" for query in QUERIES], seed=3),
+    job("same", seed=1, initial="spread", learning_rate=0.1, steps=6),
+    job("other", objective="nll", steps=4),
+    job("longer", length=6, held_out=0.4),
+]
+
+
+def compress_many(model, jobs, **options):
+    return list(jaxsp.compress_many(model, jobs, **{**OPTIONS, "progress": False, **options}))
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("many") / "out"
+    return compress_many(tiny_model, UNEVEN, out=out, at_once=2), out
+
+
+def test_each_is_what_compress_gives_alone(tiny_model, results):
+    for result, row in zip(results[0], UNEVEN, strict=True):
+        settings = result.prompt.manifest["training"]
+        alone = jaxsp.compress(
+            tiny_model, row["context"], row["queries"], held_out=row.get("held_out", 0.2),
+            progress=False, **settings,
+        )  # fmt: skip
+        ours, theirs = (r.prompt.sigma["embeddings"] for r in (result, alone))
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        for name in ("gap_closed", "held_out", "train"):
+            _assert_close(result.report[name], alone.report[name])
+        assert result.report["id"] == row["id"]
+        assert result.report["objective"] == row.get("objective", "kl")
+        assert [line["step"] for line in result.lines] == [line["step"] for line in alone.lines]
+
+
+def _assert_close(ours, theirs):
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            _assert_close(ours[name], theirs[name])
+    else:
+        assert ours == pytest.approx(theirs, abs=2e-3)
+
+
+def test_little_is_padding(tiny_model):
+    jobs = [{**row, "steps": 5} for row in UNEVEN[:3]]
+    results = compress_many(tiny_model, jobs, batch_size=8)
+    used = [line["tokens"] for result in results for line in result.lines[1:]]
+    rows, length = results[0].report["settings"]["batch_shape"]
+    assert all(r.report["settings"]["batch_shape"] == (rows, length) for r in results)
+    assert 1 - np.mean(used) / (rows * length) <= 0.15
+
+
+def test_one_folder_and_one_row_each(tiny_model, results):
+    found, out = results
+    rows = pyarrow.parquet.read_table(out / "results.parquet").to_pylist()
+    assert [row["id"] for row in rows] == [row["id"] for row in UNEVEN]
+    for result, row in zip(found, rows, strict=True):
+        prompt = jaxsp.SoftPrompt.load(out / row["id"])
+        assert (prompt.sigma["embeddings"] == result.prompt.sigma["embeddings"]).all()
+        assert row["error"] is None
+        assert row["gap_closed"] == result.report["gap_closed"]["value"]
+        assert row["prompt_kl"] == result.report["held_out"]["conditions"]["prompt"]["kl"]
+        assert row["seed"] == result.report["settings"]["seed"]
+        assert json.loads((out / row["id"] / "report.json").read_text()) == json.loads(
+            json.dumps(result.report)
+        )
+    again = jaxsp.evaluate(
+        tiny_model, jaxsp.SoftPrompt.load(out / "few"), ["What is left?"], progress=False
+    )
+    _assert_close(
+        again["held_out"]["conditions"]["prompt"],
+        found[1].report["held_out"]["conditions"]["prompt"],
+    )
+
+
+def test_a_finished_run_is_read_not_done_again(tiny_model, results, monkeypatch):
+    found, out = results
+    monkeypatch.setattr("jaxsp.many.train_many", None)
+    again = compress_many(tiny_model, UNEVEN, out=out, at_once=2, resume=True)
+    assert [r.report for r in again] == json.loads(json.dumps([r.report for r in found]))
+    assert again[0].lines == found[0].lines
+
+
+def test_killed_and_resumed(tiny_model, tiny_directory, tmp_path):
+    """What was finished stays as it is; the rest is what an uninterrupted run gives."""
+    file = tmp_path / "contexts.jsonl"
+    jobs = [job(f"j{i}", f"{CONTEXT} No. {i}.", seed=i) for i in range(5)]
+    file.write_text("\n".join(json.dumps(row) for row in jobs))
+
+    def command(out, *more):
+        options = [
+            part
+            for name, value in OPTIONS.items()
+            for part in (f"--{name.replace('_', '-')}", str(value))
+        ]
+        return [
+            sys.executable, "-m", "jaxsp", "compress-many", str(file), "--out", str(tmp_path / out),
+            "--model", str(tiny_directory), "--dtype", "float32", "--at-once", "2", *options, *more,
+        ]  # fmt: skip
+
+    compress_many(tiny_model, jobs, out=tmp_path / "whole", at_once=2)
+    process = subprocess.Popen(
+        command("pieces"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    first = tmp_path / "pieces" / "j0" / "report.json"
+    while not first.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    written = first.stat().st_mtime_ns
+    assert not (tmp_path / "pieces" / "j4").exists()
+    done = subprocess.run(command("pieces", "--resume"), check=True, capture_output=True, text=True)
+    assert "results.parquet" in done.stderr
+    assert first.stat().st_mtime_ns == written
+    tables = [
+        pyarrow.parquet.read_table(tmp_path / out / "results.parquet").to_pylist()
+        for out in ("whole", "pieces")
+    ]
+    for whole, pieces in zip(*tables, strict=True):
+        assert whole["id"] == pieces["id"]
+        assert whole["prompt_kl"] == pytest.approx(pieces["prompt_kl"], abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_fails_alone(tiny_model, tmp_path):
+    wild = {"learning_rate": 1e38, "clip": 0.0}
+    jobs = [job("a", **wild), job("b", **wild, seed=1), job("c")]
+    found = compress_many(tiny_model, jobs, out=tmp_path / "out")
+    assert [bool(r.error) for r in found] == [True, True, False]
+    assert "is not finite" in found[0].error
+    assert found[2].report["gap_closed"]["value"] > 0
+    rows = pyarrow.parquet.read_table(tmp_path / "out" / "results.parquet").to_pylist()
+    assert ["is not finite" in (row["error"] or "") for row in rows] == [True, True, False]
+    assert jaxsp.SoftPrompt.load(tmp_path / "out" / "a").length == 4  # the best until then
+    again = compress_many(tiny_model, jobs, out=tmp_path / "out", resume=True)
+    assert again[0].error == found[0].error
+
+
+def test_the_same_context_is_taught_once(tiny_model, monkeypatch):
+    from jaxsp import stages
+
+    calls = []
+    teach = stages.teach
+    monkeypatch.setattr(stages, "teach", lambda *a, **k: calls.append(1) or teach(*a, **k))
+    held_out = ["What is left?"]
+    jobs = [
+        job(f"{o}-{s}", objective=o, seed=s, held_out=held_out)
+        for o in ("kl", "nll")
+        for s in (0, 1)
+    ]
+    found = compress_many(tiny_model, jobs, steps=4)
+    assert len(calls) == 1
+    assert len({r.report["gap_closed"]["value"] for r in found}) > 1
+
+
+def test_contexts_of_like_length_compile_nothing_new(tiny_model):
+    from jax._src import test_util  # the only counter jax has
+
+    def jobs(n):
+        return [
+            job(f"j{i}", CONTEXT[: 85 + i], QUERIES[: 5 + i % 4], seed=i, steps=4) for i in range(n)
+        ]
+
+    counts = []
+    for n in (2, 2, 6):
+        with test_util.count_jit_and_pmap_lowerings() as count:
+            compress_many(tiny_model, jobs(n), at_once=2)
+        counts.append(count() if callable(count) else count[0])
+    assert counts[2] <= counts[1]
+
+
+# Mistakes
+
+
+GOOD = job("good")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([1, 2], "expected an object with the keys id, context, queries, held_out"),
+        ({"id": "x"}, "the key 'context' is missing"),
+        (GOOD, "the id 'good' is given twice"),
+        (job("../x"), "the id '../x' can't name a folder"),
+        (job("run"), "the id 'run' can't name a folder"),
+        (job(""), "the id '' can't name a folder"),
+        (job("x", " "), "the context must be a text that is not empty"),
+        (job("x", CONTEXT * 60), "more than the model's window of 512"),
+        (job("x", queries="What?"), "queries must be a list of queries, not 'What?'"),
+        (job("x", queries=0.3), "queries must be a list of queries, not 0.3"),
+        (job("x", queries=["What?"]), "At least two queries are needed"),
+        (job("x", queries=[]), "At least two queries are needed"),
+        (job("x", held_out=[]), "There is no query to hold out"),
+        (job("x", held_out=QUERIES[:1]), "is both for training and held out"),
+        (job("x", colour="red"), "Unknown setting 'colour'"),
+        (job("x", objective="zero_one"), "can't train on zero_one"),
+        (job("x", length=900), "prompt must be shorter than the context"),
+        (job("x", steps="many"), "--steps must be a whole number, not 'many'"),
+        (job("x", parallel="pmap"), "not with --parallel pmap"),
+    ],
+)
+def test_a_bad_job_is_an_error_before_any_work_or_skipped(
+    tiny_model, tmp_path, monkeypatch, capsys, row, message
+):
+    from jaxsp import stages
+
+    calls = []
+    monkeypatch.setattr(stages, "teach", lambda *a, **k: calls.append(1))
+    with pytest.raises(UserError) as caught:
+        compress_many(tiny_model, [GOOD, row], out=tmp_path / "out")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("job 2: ")
+    assert "--keep-going" in str(caught.value)
+    assert not calls
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    found = list(
+        jaxsp.compress_many(tiny_model, [GOOD, row], keep_going=True, **{**OPTIONS, "steps": 0})
+    )
+    assert [r.report["id"] for r in found] == ["good"]
+    assert "Skipped: job 2: " in capsys.readouterr().err
+
+
+def test_the_command_reports_bad_rows(jaxsp_command, tiny_directory, tmp_path):
+    file = tmp_path / "contexts.jsonl"
+    file.write_text(json.dumps(GOOD) + '\n{"id": \n')
+    common = [
+        "compress-many", file, "--out", tmp_path / "out", "--model", tiny_directory, "--dtype",
+        "float32", "--length", 4, "--steps", 2, "--max-answer-tokens", 4,
+    ]  # fmt: skip
+    code, out, err = jaxsp_command(*common)
+    assert code == 2
+    assert f"{file}, line 2: not valid JSON" in err
+    assert not (tmp_path / "out").exists()
+    code, out, err = jaxsp_command(*common, "--keep-going")
+    assert code == 0, err
+    assert "Skipped" in err
+    assert "good" in out
+    code, out, err = jaxsp_command(*common, "--keep-going")
+    assert code == 2
+    assert "is not empty" in err
+
+
+def test_a_folder_of_another_run(tiny_model, results, tmp_path):
+    _, out = results
+    with pytest.raises(UserError, match="is not empty"):
+        compress_many(tiny_model, UNEVEN, out=out)
+    with pytest.raises(UserError, match="can't be resumed with other settings: settings was"):
+        compress_many(tiny_model, UNEVEN, out=out, at_once=2, resume=True, steps=13)
+    changed = [job("short", CONTEXT[:83]), *UNEVEN[1:]]
+    with pytest.raises(UserError, match="short can't be resumed with other settings: context was"):
+        compress_many(tiny_model, changed, out=out, at_once=2, resume=True)
+    with pytest.raises(UserError, match="no run to resume"):
+        compress_many(tiny_model, UNEVEN, out=tmp_path / "new", resume=True)
+    with pytest.raises(UserError, match="at least one"):
+        compress_many(tiny_model, [])
+    with pytest.raises(UserError, match="--at-once must be at least 1"):
+        compress_many(tiny_model, UNEVEN, at_once=0)
