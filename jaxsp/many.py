@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import shutil
@@ -25,7 +26,7 @@ from jaxsp.evaluation.metrics import mean_kl_function
 from jaxsp.evaluation.report import Measured
 from jaxsp.jobs import Job, check_jobs
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.run_folder import check_folder, open_run
+from jaxsp.run_folder import RunFolder, check_folder, open_run
 from jaxsp.settings import Settings
 from jaxsp.training.many import Trained, Trainee, train_many
 from jaxsp.training.update import Frozen
@@ -179,35 +180,41 @@ class _Run:
         self.lessons: OrderedDict[tuple, _Taught] = OrderedDict()
         self.brackets: OrderedDict[tuple, dict[str, Measured]] = OrderedDict()
         self.shapes = _read_shapes(folder)
-        self.displays = {job.id: Display(visible=False) for job in jobs}  # they keep the seconds
+        # They keep the seconds of the jobs under way.
+        self.displays = collections.defaultdict[str, Display](lambda: Display(visible=False))
 
     def results(self) -> Iterator[Result]:
         """Every job's result, in order."""
-        found = {job.id: result for job in self.jobs if (result := self.saved(job)) is not None}
+        rows = {job.id: table.row(self.load(job).report) for job in self.jobs if self.is_saved(job)}
         groups: dict[tuple, list[Job]] = {}
         for job in self.jobs:
-            if job.id not in found:
+            if job.id not in rows:
                 groups.setdefault(_alike(job.settings), []).append(job)
-        waiting = [job.id for job in self.jobs]
-        reports = {name: result.report for name, result in found.items()}
+        waiting = collections.deque(self.jobs)
+        early: dict[str, Result] = {}  # finished before one that comes first; not kept if on disk
+
+        def next_ones() -> Iterator[Result]:
+            while waiting and waiting[0].id in rows:
+                job = waiting.popleft()
+                yield early.pop(job.id) if job.id in early else self.load(job)
+
         try:
-            with self.display.jobs(len(self.jobs), len(found)) as progress:
-                for group in [[], *groups.values()]:  # what was found goes first
+            with self.display.jobs(len(self.jobs), len(rows)) as progress:
+                yield from next_ones()
+                for group in groups.values():
                     for job, result in self.trained(group, progress):
-                        found[job.id] = result
-                        reports[job.id] = result.report
-                        self.write_table(reports)
+                        rows[job.id] = table.row(result.report)
+                        self.write_table(rows)
                         progress(1, f"{job.id}: {_told(result)}")
-                        while waiting and waiting[0] in found:
-                            yield found.pop(waiting.pop(0))
-                    while waiting and waiting[0] in found:
-                        yield found.pop(waiting.pop(0))
+                        if self.folder is None or waiting[0].id == job.id:
+                            early[job.id] = result
+                        yield from next_ones()
         except KeyboardInterrupt:
             saved = " They are saved; go on with --resume." if self.folder else ""
             raise Interrupted(
-                f"Interrupted with {len(reports)} of {len(self.jobs)} prompts finished.{saved}"
+                f"Interrupted with {len(rows)} of {len(self.jobs)} prompts finished.{saved}"
             ) from None
-        self.write_table(reports)
+        self.write_table(rows)
         if self.folder:
             self.display.say(f"Results: {self.folder / RESULTS}")
 
@@ -215,8 +222,6 @@ class _Run:
         self, jobs: list[Job], progress: Callable[[int, str], None]
     ) -> Iterator[tuple[Job, Result]]:
         """The results of jobs that can train side by side, as they finish."""
-        if not jobs:
-            return
         settings = jobs[0].settings
         packing = self.taught(jobs[0]).lesson.packing
         tokens = STEP_TOKENS.get(jax.default_backend(), _ACCELERATOR_STEP_TOKENS)
@@ -306,6 +311,7 @@ class _Run:
         report |= {"environment": stages.environment()}
         result = Result(prompt, report, trained.lines)
         self.save(job, result)
+        del self.displays[job.id]
         return result
 
     def save(self, job: Job, result: Result) -> None:
@@ -318,11 +324,17 @@ class _Run:
         folder.metrics.write_text(lines, "utf-8")
         _write_json(folder.directory / REPORT, result.report)
 
-    def saved(self, job: Job) -> Result | None:
-        """What an earlier run left of a job; raises ``UserError`` if that was another one."""
+    def is_saved(self, job: Job) -> bool:
+        """Whether an earlier run finished the job; raises ``UserError`` if that was another job."""
         if self.folder is None or not (self.folder / job.id / REPORT).is_file():
-            return None
-        folder = open_run(self.folder / job.id, self.identity(job), resume=True, overwrite=False)
+            return False
+        open_run(self.folder / job.id, self.identity(job), resume=True, overwrite=False)
+        return True
+
+    def load(self, job: Job) -> Result:
+        """The result of a job that is saved."""
+        assert self.folder is not None
+        folder = RunFolder(self.folder / job.id)
         report = json.loads((folder.directory / REPORT).read_text("utf-8"))
         lines = [json.loads(line) for line in folder.metrics.read_text("utf-8").splitlines()]
         return Result(SoftPrompt.load(folder.directory), report, lines)
@@ -330,10 +342,10 @@ class _Run:
     def identity(self, job: Job) -> dict[str, Any]:
         return stages.identity(self.model, job.encoded(self.model), job.settings)
 
-    def write_table(self, reports: dict[str, dict[str, Any]]) -> None:
+    def write_table(self, rows: dict[str, dict[str, Any]]) -> None:
         if self.folder is not None:
-            rows = [reports[job.id] for job in self.jobs if job.id in reports]
-            table.write(rows, self.folder / RESULTS)
+            ordered = [rows[job.id] for job in self.jobs if job.id in rows]
+            table.write(ordered, self.folder / RESULTS)
 
 
 def _alike(settings: Settings) -> tuple:

@@ -22,12 +22,11 @@ def row(report: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def write(reports: Sequence[dict[str, Any]], file: Path) -> None:
-    """Writes the table, whole or not at all; a row lacks what its report lacks."""
+def write(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Writes the table, whole or not at all; a row may lack columns that others have."""
     import pyarrow
     import pyarrow.parquet
 
-    rows = [row(report) for report in reports]
     names = dict.fromkeys(name for row in rows for name in row)
     table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
     scratch = file.with_suffix(".part")
