@@ -1,0 +1,238 @@
+"""What the reports of many prompts say together: the table, and how long answers stay true."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxsp.evaluation.metrics import rouge_l
+
+Context = dict[str, list[dict[str, Any]]]
+"""The reports of a context, by objective: one a seed."""
+
+REPORT = "report.json"
+MEASURED_BY = (
+    "kl",
+    "reverse_kl",
+    "js",
+    "topk_kl",
+    "nll",
+    "mixture",
+    "cosine_similarity",
+    "zero_one",
+    "sequence_mismatch",
+    "rouge_l",
+    "entropy_shift",
+    "rank_agreement",
+)
+LARGER_IS_BETTER = ("cosine_similarity", "rouge_l", "rank_agreement")
+REFERENCES = ("full_context", "initial", "no_context")
+LONGEST = 20
+BINS = ((1, 5), (6, 10), (11, 20), (21, 1000))
+"""Words of the teacher's answer."""
+
+ENOUGH = 6
+"""Contexts from which a difference is marked: of fewer, all may well lie on one side by chance."""
+
+_RESAMPLES = 4000
+
+
+def finished(
+    out: Path, wanted: Iterable[Mapping[tuple[str, int], Mapping[str, Any]]]
+) -> tuple[list[Context], list[str]]:
+    """The contexts of which every prompt is finished, and the ids of prompts that failed."""
+    contexts, failed = [], []
+    for jobs in wanted:
+        folders = {key: out / job["id"] for key, job in jobs.items()}
+        if not all((folder / REPORT).is_file() for folder in folders.values()):
+            continue
+        context: Context = {}
+        for (objective, _), folder in folders.items():
+            report = json.loads((folder / REPORT).read_text("utf-8"))
+            lines = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
+            kl = [line["held_out_kl"] for line in lines if "held_out_kl" in line]
+            context.setdefault(objective, []).append({**report, "start_kept": kl[-1] >= kl[0]})
+        errors = [r["id"] for reports in context.values() for r in reports if r["error"]]
+        failed += errors
+        contexts += [] if errors else [context]
+    return contexts, failed
+
+
+def interval(totals: Sequence[float], counts: Sequence[float] | None = None) -> dict[str, float]:
+    """The sum of ``totals`` over that of ``counts``, with a 95% percentile bootstrap interval.
+
+    Args:
+      totals: one a context.
+      counts: one a context; 1 each if ``None``.
+
+    Returns:
+      ``value``, ``low`` and ``high``.
+
+    Reference:
+      Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13.
+    """
+    above = np.asarray(totals, float)
+    below = np.ones_like(above) if counts is None else np.asarray(counts, float)
+    draws = np.random.default_rng(0).integers(len(above), size=(_RESAMPLES, len(above)))
+    with np.errstate(invalid="ignore"):  # a draw of contexts that have no such answer
+        means = above[draws].sum(axis=1) / below[draws].sum(axis=1)
+    low, high = np.nanpercentile(means, [2.5, 97.5])
+    return {"value": above.sum() / below.sum(), "low": float(low), "high": float(high)}
+
+
+def values(report: Mapping[str, Any], condition: str = "prompt") -> dict[str, float]:
+    """What a prompt is measured by, on held-out questions."""
+    conditions = report["held_out"]["conditions"]
+    ours = conditions[condition]
+    return {
+        **ours,
+        "mixture": (ours["kl"] + ours["nll"]) / 2,
+        "entropy_shift": ours["entropy"] - conditions["full_context"]["entropy"],
+    }
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits in lower case, as ROUGE-L reads them."""
+    return re.findall(r"\w+", text.lower())
+
+
+def agreement(queries: Iterable[Mapping[str, str]], n: int, ours: str) -> tuple[int, int]:
+    """Answers whose first n words are the teacher's, of its answers that have as many."""
+    pairs = [(words(q["answer_full_context"]), words(q[ours])) for q in queries]
+    same = [theirs[:n] == mine[:n] for theirs, mine in pairs if len(theirs) >= n]
+    return sum(same), len(same)
+
+
+def rouge(
+    queries: Iterable[Mapping[str, str]], lengths: tuple[int, int], ours: str
+) -> tuple[float, int]:
+    """ROUGE-L, summed over the teacher's answers of so many words, and how many there are."""
+    low, high = lengths
+    scores = [
+        rouge_l(q["answer_full_context"], q[ours])
+        for q in queries
+        if low <= len(words(q["answer_full_context"])) <= high
+    ]
+    return sum(scores), len(scores)
+
+
+def summary(contexts: Sequence[Context], objectives: Sequence[str]) -> dict[str, Any]:
+    """The numbers of the experiment; all intervals are over contexts, seeds averaged first."""
+    reports = [r for context in contexts for some in context.values() for r in some]
+    first = objectives[0]
+    answers = {**dict.fromkeys(objectives, "answer_prompt"), "no_context": "answer_no_context"}
+    return {
+        "contexts": len(contexts),
+        "prompts": len(reports),
+        "held_out_questions": sum(c[first][0]["held_out"]["queries"] for c in contexts),
+        "seconds": sum(report["seconds"]["total"] for report in reports),
+        "start_kept": {
+            objective: sum(r["start_kept"] for context in contexts for r in context[objective])
+            for objective in objectives
+        },
+        "table": {
+            **{name: _row(contexts, name, "prompt", first) for name in objectives},
+            **{name: _row(contexts, first, name, first) for name in REFERENCES},
+        },
+        "long_answers": {
+            name: {
+                "agreement": [
+                    {"words": n, **found}
+                    for n in range(1, LONGEST + 1)
+                    if (found := _over(contexts, name, first, agreement, n, ours))
+                ],
+                "rouge_l": [
+                    {"from": low, "to": high, **found}
+                    for low, high in BINS
+                    if (found := _over(contexts, name, first, rouge, (low, high), ours))
+                ],
+            }
+            for name, ours in answers.items()
+        },
+    }
+
+
+def _row(
+    contexts: Sequence[Context], objective: str, condition: str, first: str
+) -> dict[str, dict[str, Any]]:
+    def each(objective: str, condition: str, metric: str) -> np.ndarray:
+        return np.array(
+            [np.mean([values(r, condition)[metric] for r in c[objective]]) for c in contexts]
+        )
+
+    row = {}
+    for metric in MEASURED_BY:
+        ours = each(objective, condition, metric)
+        beyond = interval(ours - each(first, "prompt", metric))  # paired: contexts differ a lot
+        row[metric] = {**interval(ours), f"beyond_{first}": beyond}
+    return row
+
+
+def _over(
+    contexts: Sequence[Context],
+    name: str,
+    first: str,
+    count: Callable[..., tuple[float, int]],
+    size: Any,
+    ours: str,
+) -> dict[str, float]:
+    """A ratio over the held-out answers of all contexts; nothing if there are none."""
+    pairs = [
+        np.sum([count(_held_out(r), size, ours) for r in c.get(name, c[first])], axis=0)
+        for c in contexts
+    ]
+    totals, counts = np.transpose(pairs)
+    if not counts.any():
+        return {}
+    return {**interval(totals, counts), "answers": int(counts.sum())}
+
+
+def _held_out(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [query for query in report["queries"] if query["split"] == "held_out"]
+
+
+def copy_numbers(table: Path, to: Path) -> None:
+    """The numeric columns of the runs' table, and what each row is."""
+    import pyarrow
+    from pyarrow import parquet
+
+    read = parquet.read_table(table)
+    numeric = [
+        field.name
+        for field in read.schema
+        if pyarrow.types.is_floating(field.type) or pyarrow.types.is_integer(field.type)
+    ]
+    parquet.write_table(read.select(["id", "objective", *numeric]), to)
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The table, in two parts; what differs from the first row, contexts paired, has a star."""
+    table = found["table"]
+    first = next(iter(table))
+
+    def number(value: float) -> str:
+        return f"{round(value, 3) + 0.0:.3f}"  # no -0.000
+
+    marked = [] if found["contexts"] < ENOUGH else [row for row in table if row not in REFERENCES]
+
+    def cell(row: str, metric: str) -> str:
+        at = table[row][metric]
+        beyond = at[f"beyond_{first}"]
+        star = "\\*" if row in marked and beyond["low"] * beyond["high"] > 0 else ""
+        return f"{number(at['value'])}{star} ({number(at['low'])} to {number(at['high'])})"
+
+    lines = []
+    for metrics in (MEASURED_BY[:7], MEASURED_BY[7:]):
+        lines += ["| trained on | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
+        lines += [
+            f"| {row} | " + " | ".join(cell(row, metric) for metric in metrics) + " |"
+            for row in table
+        ]
+        lines.append("")
+    kept = ", ".join(f"{name} {count}" for name, count in found["start_kept"].items())
+    return "\n".join([*lines, f"The start was kept instead of the last σ: {kept}."])
