@@ -287,7 +287,10 @@ class _Run:
         """The result of a job whose training has ended, written if there is a folder."""
         model, display = self.model, self.displays[job.id]
         lesson, full_context = self.taught(job)
-        prompt = stages.finished_prompt(model, lesson, trained.state, job.context)
+        state = trained.state
+        if trained.error is not None:  # its σ may not be finite
+            state = dataclasses.replace(state, sigma=state.best_sigma)
+        prompt = stages.finished_prompt(model, lesson, state, job.context)
         report = {
             "id": job.id,
             "error": trained.error,
@@ -350,7 +353,10 @@ class _Run:
 
 def _alike(settings: Settings) -> tuple:
     """Equal for jobs that one compiled update serves."""
-    own = ("seed", "steps", "learning_rate", "warmup", "initial", "patience", "checkpoint_every")
+    own = (
+        "seed", "steps", "learning_rate", "warmup", "initial", "patience", "keep",
+        "checkpoint_every",
+    )  # fmt: skip
     return tuple(v for name, v in dataclasses.asdict(settings).items() if name not in own)
 
 

@@ -42,13 +42,16 @@ class Settings(OptimizerSettings):
     """Steps between checkpoints."""
     patience: int = 0
     """Stop after so many evaluations without a better one; 0: never."""
+    keep: str = "best"
+    """Which prompt: best (of the lowest held-out KL evaluated, the start included) or last."""
 
     def check(self) -> None:
         """Raises ``UserError`` on a value that can't be meant."""
         trainable(self.objective)
         make_optimizer(self)
         make_pace(self, self.steps)
-        for name, table in (("initial", INITIALIZERS), ("parallel", DRIVERS)):
+        tables = (("initial", INITIALIZERS), ("parallel", DRIVERS), ("keep", ("best", "last")))
+        for name, table in tables:
             if getattr(self, name) not in table:
                 choices = ", ".join(table)
                 raise UserError(f"Unknown {name} {getattr(self, name)!r}; choose one of {choices}.")

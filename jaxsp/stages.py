@@ -315,8 +315,9 @@ def _measure(
 def finished_prompt(
     model: LanguageModel, lesson: Lesson, state: TrainState, context: str
 ) -> SoftPrompt:
-    """The best prompt of a run."""
-    sigma = {name: np.asarray(array) for name, array in state.best_sigma.items()}
+    """The prompt that ``settings.keep`` asks for."""
+    kept = state.sigma if lesson.settings.keep == "last" else state.best_sigma
+    sigma = {name: np.asarray(array) for name, array in kept.items()}
     told = manifest(model, lesson.task, lesson.settings, int(state.step))
     return SoftPrompt(sigma, told, context)
 
@@ -343,6 +344,7 @@ def header(model: LanguageModel, task: Task, prompt: SoftPrompt) -> dict[str, An
         "compression": len(task.context_ids) / prompt.length,
         "objective": prompt.manifest["training"]["objective"],
         "steps": prompt.manifest["training"]["steps"],
+        "kept": prompt.manifest["training"].get("keep", "best"),
     }
 
 

@@ -182,6 +182,18 @@ def test_the_same_context_is_taught_once(tiny_model, monkeypatch):
     assert len({r.report["gap_closed"]["value"] for r in found}) > 1
 
 
+def test_the_last_prompt_instead_of_the_best(tiny_model):
+    """At such a rate the best is not the last."""
+    jobs = [job("best"), job("last", keep="last")]
+    best, last = compress_many(tiny_model, jobs, learning_rate=5.0)
+    kl = [line["held_out_kl"] for line in best.lines if "held_out_kl" in line]
+    assert min(kl) < kl[-1]
+    for result, expected in ((best, min(kl)), (last, kl[-1])):
+        found = result.report["held_out"]["conditions"]["prompt"]["kl"]
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert (best.report["kept"], last.report["kept"]) == ("best", "last")
+
+
 def test_contexts_of_like_length_compile_nothing_new(tiny_model):
     from jax._src import test_util  # the only counter jax has
 

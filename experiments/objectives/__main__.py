@@ -56,7 +56,7 @@ class Setting:
         return {
             "length": 16,
             "steps": self.steps,
-            # The σ kept is the best by held-out KL of those evaluated: of the first and the last.
+            "keep": "last",  # the best by held-out KL would favour kl, and look at held-out questions
             "evaluate_every": self.steps,
             "max_answer_tokens": self.max_answer_tokens,
             # Eight questions, about; given, so that a job's batches don't depend on the others.

@@ -56,7 +56,8 @@ def finished(
             report = json.loads((folder / REPORT).read_text("utf-8"))
             lines = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
             kl = [line["held_out_kl"] for line in lines if "held_out_kl" in line]
-            context.setdefault(objective, []).append({**report, "start_kept": kl[-1] >= kl[0]})
+            report["no_better_than_start"] = kl[-1] >= kl[0]
+            context.setdefault(objective, []).append(report)
         errors = [r["id"] for reports in context.values() for r in reports if r["error"]]
         failed += errors
         contexts += [] if errors else [context]
@@ -131,8 +132,10 @@ def summary(contexts: Sequence[Context], objectives: Sequence[str]) -> dict[str,
         "prompts": len(reports),
         "held_out_questions": sum(c[first][0]["held_out"]["queries"] for c in contexts),
         "seconds": sum(report["seconds"]["total"] for report in reports),
-        "start_kept": {
-            objective: sum(r["start_kept"] for context in contexts for r in context[objective])
+        "no_better_than_start": {
+            objective: sum(
+                r["no_better_than_start"] for context in contexts for r in context[objective]
+            )
             for objective in objectives
         },
         "table": {
@@ -234,5 +237,5 @@ def markdown(found: Mapping[str, Any]) -> str:
             for row in table
         ]
         lines.append("")
-    kept = ", ".join(f"{name} {count}" for name, count in found["start_kept"].items())
-    return "\n".join([*lines, f"The start was kept instead of the last σ: {kept}."])
+    kept = ", ".join(f"{name} {count}" for name, count in found["no_better_than_start"].items())
+    return "\n".join([*lines, f"Prompts with a held-out KL no lower than their start's: {kept}."])

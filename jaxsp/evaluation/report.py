@@ -187,7 +187,9 @@ def markdown(report: dict[str, Any]) -> str:
         f"- gap closed on held-out queries: {_interval(gap)} (0: no context, 1: full context)",
         f"- the same against the truncated context: {_interval(truncated)}",
         "",
-        "The σ kept is the one with the lowest held-out KL of those evaluated during training.",
+        "The σ kept is the one with the lowest held-out KL of those evaluated during training."
+        if report["kept"] == "best"
+        else "The σ kept is that of the last step.",
         "",
     ]
     for split, title in (("held_out", "Held-out"), ("train", "Training")):

@@ -29,7 +29,7 @@ def report(kl, answers=(), nll=0.0, entropy=0.0, **more):
         "split": "train", "answer_full_context": "x", "answer_prompt": "x", "answer_no_context": "x"
     }  # fmt: skip
     return {
-        "id": "made-up", "error": None, "seconds": {"total": 1.0}, "start_kept": False,
+        "id": "made-up", "error": None, "seconds": {"total": 1.0}, "no_better_than_start": False,
         "held_out": {"queries": len(queries), "conditions": conditions},
         "queries": [trained, *queries], **more,
     }  # fmt: skip
@@ -159,7 +159,7 @@ def test_the_small_setting(tmp_path, monkeypatch, capsys, smollm2):
 
     found = json.loads((results / "results.json").read_text())
     assert (found["contexts"], found["prompts"], found["failed"]) == (2, 4, [])
-    assert found["start_kept"] == {"kl": 0, "nll": 0}
+    assert found["no_better_than_start"] == {"kl": 0, "nll": 0}
     for row in ("kl", "nll"):
         reports = [
             json.loads((tmp_path / "small" / f"00{i}-{row}-0" / "report.json").read_text())
