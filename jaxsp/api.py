@@ -226,7 +226,7 @@ def evaluate(
         raise UserError("There is no query to evaluate on; give at least one.")
     display = Display(visible=progress)
     trained = prompt.manifest["training"]
-    settings = make_settings(trained)
+    settings = dataclasses.replace(make_settings(trained), batch_shape=None)  # these queries' own
     task = stages.encode_task(model, context, [], asked, settings)
     before = read_context(model, task.before_ids)
     lesson, full_context = stages.teach(model, task, settings, before, None, display)

@@ -120,9 +120,14 @@ class CompressMany(Settings):
             display=Display(),
         )
         table = Table("id", "objective", "K", "tokens", "gap closed", "σ: KL", "none: KL", box=None)
+        failed = []
         for result in results:
             table.add_row(*_many_row(result))
+            failed += [result.report["id"]] if result.error else []
         Console(highlight=False).print(table)
+        if failed:
+            print(f"jaxsp: {len(failed)} failed: {', '.join(failed)}.", file=sys.stderr)
+            raise SystemExit(1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,11 +40,19 @@ class Job:
         """Its texts as token ids; raises ``UserError`` if they don't fit the model or the settings."""
         return stages.encode_task(model, self.context, self.train, self.held_out, self.settings)
 
+    def longest(self, model: LanguageModel) -> int:
+        """Tokens that a query with its answer may take."""
+        task = self.encoded(model)
+        return max(
+            len(ids) + max(self.settings.max_answer_tokens, len(given or ())) - 1
+            for ids, given in zip(task.query_ids, task.given_ids, strict=True)
+        )
+
 
 def read_rows(path: str | Path) -> list[tuple[str, Any]]:
     """The rows of a JSONL file, each with where it stands; of one that is no JSON, the error."""
     rows: list[tuple[str, Any]] = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -70,10 +78,16 @@ def check_jobs(
     for where, row in rows:
         try:
             job = _job(row, defaults)
-            if job.id in jobs:
+            name = job.id.casefold()  # as some file systems see it
+            if name in jobs:
                 raise UserError(f"the id {job.id!r} is given twice")
-            job.encoded(model)
-            jobs[job.id] = job
+            longest, shape = job.longest(model), job.settings.batch_shape
+            if shape is not None and longest > shape[1]:
+                raise UserError(
+                    f"--batch-shape has rows of {shape[1]} tokens, and a query may take {longest} with"
+                    " its answer; give it longer ones"
+                )
+            jobs[name] = job
         except UserError as error:
             problems.append(f"{where}: {str(error).rstrip('.')}.")
     return list(jobs.values()), problems
@@ -82,15 +96,21 @@ def check_jobs(
 def _job(row: Any, defaults: Mapping[str, Any]) -> Job:
     if isinstance(row, UserError):
         raise row
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"there is text that is no Unicode ({error.reason})") from error
     if not isinstance(row, Mapping):
         raise UserError(f"expected an object with the keys {', '.join(_KEYS)}; got {row!r:.60}")
     for key in _KEYS[:3]:
         if key not in row:
             raise UserError(f"the key {key!r} is missing")
     name, context, held_out = row["id"], row["context"], row.get("held_out", 0.2)
-    if not (isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) and name != "run"):
+    good = isinstance(name, str) and re.fullmatch(r"\w[\w.-]{0,99}", name)
+    if not good or name.casefold().split(".")[0] in ("run", "results"):
         raise UserError(
-            f"the id {name!r} can't name a folder; use letters, digits, '.', '-' and '_' (and not 'run')"
+            f"the id {name!r:.120} can't name a folder here; use up to 100 letters, digits, '.', '-' and"
+            " '_', and neither 'run' nor 'results'"
         )
     if not (isinstance(context, str) and context.strip()):
         raise UserError("the context must be a text that is not empty")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsp import stages
@@ -69,8 +69,8 @@ def compress_many(
       keep_going: report jobs that can't be meant, and do the others.
       at_once: prompts in one step; by default as many as suit the device.
       progress: whether to show what is going on, on standard error.
-      **settings: fields of ``Settings``, for all jobs. ``batch_shape``, if not given, is that of the first
-        job; given to ``compress``, it makes a run alone train on the same batches.
+      **settings: fields of ``Settings``, for all jobs. ``batch_shape``, if not given, is one that suits all
+        jobs; reports have it, and given to ``compress`` it makes a run alone train on the same batches.
 
     Returns:
       An iterator over the results, in the order of the jobs; each is there as soon as it and all before
@@ -143,9 +143,9 @@ def run_many(
             "dtype": model.config.dtype,
             "settings": {k: v for k, v in settings.items() if v is not None},
         }
-        for name in [job.id for job in jobs] if overwrite else []:
-            shutil.rmtree(Path(out) / name, ignore_errors=True)
         folder = open_run(out, identity, resume=resume, overwrite=overwrite).directory
+        for job in jobs if overwrite else []:
+            (folder / job.id / REPORT).unlink(missing_ok=True)  # no longer finished
     return _Run(model, jobs, folder, at_once, display).results()
 
 
@@ -169,17 +169,20 @@ class _Run:
     ) -> None:
         self.model, self.jobs, self.folder = model, jobs, folder
         self.at_once, self.display = at_once, display
-        tasks = [job.encoded(model) for job in jobs]
-        self.before = read_context(model, tasks[0].before_ids)
-        self.longest = max(
-            len(ids) + max(job.settings.max_answer_tokens, len(given or ())) - 1
-            for job, task in zip(jobs, tasks, strict=True)
-            for ids, given in zip(task.query_ids, task.given_ids, strict=True)
-        )
+        self.before = read_context(model, jobs[0].encoded(model).before_ids)
         self.mean_kl = mean_kl_function(model, self.before, stages.KIND)
         self.lessons: OrderedDict[tuple, _Taught] = OrderedDict()
         self.brackets: OrderedDict[tuple, dict[str, Measured]] = OrderedDict()
+        self.running: dict[str, _Taught] = {}
         self.shapes = _read_shapes(folder)
+        longest = max(jobs, key=lambda job: job.longest(model))
+        for _, length in self.shapes.values():
+            if longest.longest(model) > length:
+                raise UserError(
+                    f"The run in {folder} has batches with rows of {length} tokens, and a query of"
+                    f" {longest.id} may take {longest.longest(model)} with its answer; do it in a"
+                    " run of its own."
+                )
         # They keep the seconds of the jobs under way.
         self.displays = collections.defaultdict[str, Display](lambda: Display(visible=False))
 
@@ -247,7 +250,8 @@ class _Run:
 
     def trainee(self, job: Job) -> Trainee:
         """The job as training takes it: the teacher has spoken."""
-        lesson, _ = self.taught(job)
+        self.running[job.id] = self.taught(job)
+        lesson = self.running[job.id].lesson
         return Trainee(
             stages.initial_state_of(self.model, lesson),
             lesson.train_rows,
@@ -256,7 +260,7 @@ class _Run:
         )
 
     def taught(self, job: Job) -> _Taught:
-        """The teacher's answers and signals, made once for all jobs that ask the same."""
+        """The teacher's answers and signals, kept for other jobs that ask the same."""
         display = self.displays[job.id]
 
         def make() -> _Taught:
@@ -273,12 +277,22 @@ class _Run:
         return _Taught(dataclasses.replace(lesson, settings=settings), measured)
 
     def packing(self, rows: Rows, settings: Settings) -> Packing:
-        """The shape of all batches of so many queries: the one that suits the first job's rows."""
+        """The shape of all batches of so many queries: one that suits all jobs.
+
+        Their queries are known, and their answers taken to be as long as those of the first job.
+        """
         if settings.batch_shape is not None:
-            return stages.packing_of(rows, settings)
+            return Packing(*settings.batch_shape)
         size = str(settings.batch_size)
         if size not in self.shapes:
-            packing = stages.packing_of(rows, settings, self.longest)
+            alike = [job for job in self.jobs if job.settings.batch_size == settings.batch_size]
+            answer = round(float(rows.mask.sum(axis=1).mean()))
+            lengths = [
+                np.array([len(ids) + answer - 1 for ids in job.encoded(self.model).query_ids])
+                for job in alike
+            ]
+            longest = max(job.longest(self.model) for job in alike)
+            packing = Packing.of(lengths, settings.batch_size, longest)
             self.shapes[size] = packing.rows, packing.length
             _write_shapes(self.folder, self.shapes)
         return Packing(*self.shapes[size])
@@ -286,10 +300,11 @@ class _Run:
     def finished(self, job: Job, trained: Trained) -> Result:
         """The result of a job whose training has ended, written if there is a folder."""
         model, display = self.model, self.displays[job.id]
-        lesson, full_context = self.taught(job)
+        lesson, full_context = self.running.pop(job.id)
         state = trained.state
         if trained.error is not None:  # its σ may not be finite
-            state = dataclasses.replace(state, sigma=state.best_sigma)
+            last = jnp.int32(trained.lines[-1]["step"])
+            state = dataclasses.replace(state, sigma=state.best_sigma, step=last)
         prompt = stages.finished_prompt(model, lesson, state, job.context)
         report = {
             "id": job.id,
@@ -309,7 +324,9 @@ class _Run:
             report |= stages.described(model, lesson.task, prompt, measured)
         else:
             report |= stages.header(model, lesson.task, prompt)
-        spent = {**display.seconds, "train": sum(line.get("seconds", 0) for line in trained.lines)}
+        spent = dict.fromkeys(("load", "answers", "signals", "compile", "train", "evaluate"), 0.0)
+        spent |= display.seconds
+        spent["train"] = sum(line.get("seconds", 0.0) for line in trained.lines)
         report |= {"seconds": {**spent, "total": sum(spent.values())}}
         report |= {"environment": stages.environment()}
         result = Result(prompt, report, trained.lines)
@@ -331,7 +348,12 @@ class _Run:
         """Whether an earlier run finished the job; raises ``UserError`` if that was another job."""
         if self.folder is None or not (self.folder / job.id / REPORT).is_file():
             return False
-        open_run(self.folder / job.id, self.identity(job), resume=True, overwrite=False)
+        try:
+            open_run(self.folder / job.id, self.identity(job), resume=True, overwrite=False)
+        except UserError:
+            if self.load(job).error:
+                return False  # it failed, and is to be tried with other settings
+            raise
         return True
 
     def load(self, job: Job) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,16 @@ class Settings(OptimizerSettings):
 
     def check(self) -> None:
         """Raises ``UserError`` on a value that can't be meant."""
+        for name, most in (("seed", 2**32), ("steps", 2**31)):
+            if not 0 <= getattr(self, name) < most:
+                raise UserError(
+                    f"--{name} must not be negative and lie below {most}; got {getattr(self, name)}."
+                )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                option = f"--{field.name.replace('_', '-')}"
+                raise UserError(f"{option} must be a finite number, not {value}.")
         trainable(self.objective)
         make_optimizer(self)
         make_pace(self, self.steps)
@@ -65,9 +76,8 @@ class Settings(OptimizerSettings):
             if getattr(self, name) < 1:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(f"{option} must be at least 1, not {getattr(self, name)}.")
-        for name in ("steps", "patience"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative; got {getattr(self, name)}.")
+        if self.patience < 0:
+            raise UserError(f"--patience must not be negative; got {self.patience}.")
         if self.batch_shape is not None and min(self.batch_shape) < 1:
             raise UserError(f"--batch-shape must be two numbers from 1; got {self.batch_shape}.")
 
@@ -76,7 +86,7 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     """``Settings`` from keywords; raises ``UserError`` on one that there is not, or of another type."""
     fields = {field.name: field for field in dataclasses.fields(Settings)}
     values = dict(values)
-    if unknown := sorted(set(values) - set(fields)):
+    if unknown := sorted(set(values) - set(fields), key=str):
         raise UserError(f"Unknown setting {unknown[0]!r}; the settings are {', '.join(fields)}.")
     shape = values.get("batch_shape")
     if shape is not None:

@@ -170,14 +170,14 @@ def teach(
     return Lesson(task, settings, before, data, shape), full_context
 
 
-def packing_of(rows: Rows, settings: Settings, longest: int = 0) -> Packing:
+def packing_of(rows: Rows, settings: Settings) -> Packing:
     """The shape of all batches, in training and in evaluation.
 
     Raises:
       UserError: ``settings.batch_shape`` has no room for the longest of these rows.
     """
     if settings.batch_shape is None:
-        return Packing.of(rows.lengths, settings.batch_size, longest)
+        return Packing.of(rows.lengths, settings.batch_size)
     packing = Packing(*settings.batch_shape)
     if rows.lengths.max() > packing.length:
         raise UserError(

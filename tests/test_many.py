@@ -71,9 +71,13 @@ def _assert_close(ours, theirs):
         assert ours == pytest.approx(theirs, abs=2e-3)
 
 
-def test_little_is_padding(tiny_model):
+@pytest.mark.parametrize("uneven", [False, True])
+def test_little_is_padding(tiny_model, uneven):
     jobs = [{**row, "steps": 5} for row in UNEVEN[:3]]
-    results = compress_many(tiny_model, jobs, batch_size=8)
+    if uneven:  # five times as long in one job as in another
+        words = "Is it so, and if not, why is it not so? "
+        jobs = [job(f"j{n}", queries=[f"{i} {words * n}" for i in range(12)]) for n in (0, 1, 2)]
+    results = compress_many(tiny_model, jobs, batch_size=8, steps=5)
     used = [line["tokens"] for result in results for line in result.lines[1:]]
     rows, length = results[0].report["settings"]["batch_shape"]
     assert all(r.report["settings"]["batch_shape"] == (rows, length) for r in results)
@@ -165,6 +169,60 @@ def test_a_loss_that_is_not_finite_fails_alone(tiny_model, tmp_path):
     assert again[0].error == found[0].error
 
 
+def test_a_failed_job_says_what_it_did_and_can_be_mended(tiny_model, tmp_path, jaxsp_command):
+    wild = {"learning_rate": 1e38, "clip": 0.0}
+    (failed,) = compress_many(tiny_model, [job("a", **wild)], out=tmp_path / "out")
+    assert failed.report["steps"] == failed.lines[-1]["step"] < OPTIONS["steps"]
+    assert "NaN" not in (tmp_path / "out" / "a" / "metrics.jsonl").read_text()
+    (mended,) = compress_many(tiny_model, [job("a")], out=tmp_path / "out", resume=True)
+    assert mended.error is None
+    file = tmp_path / "contexts.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in (job("a", **wild), job("b"))))
+    options = [part for k, v in OPTIONS.items() for part in (f"--{k.replace('_', '-')}", v)]
+    code, out, err = jaxsp_command(
+        "compress-many", file, "--out", tmp_path / "new", "--model", tiny_model.directory,
+        "--dtype", "float32", *options,
+    )  # fmt: skip
+    assert code == 1
+    assert "1 failed: a." in err
+    assert "b" in out
+
+
+def test_overwrite_leaves_what_is_not_ours(tiny_model, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.txt").write_text("precious")
+    for _ in range(2):
+        compress_many(tiny_model, [job("a")], out=tmp_path, overwrite=True, steps=4)
+    assert (tmp_path / "a" / "thesis.txt").read_text() == "precious"
+    assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_steps_done_are_those_of_the_table(tiny_model, tmp_path):
+    rows = [job("early", patience=1, steps=60, learning_rate=5.0), job("late", steps=7)]
+    found = compress_many(tiny_model, rows, out=tmp_path / "out")
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "results.parquet").to_pylist()
+    for result, row in zip(found, table, strict=True):
+        assert row["steps"] == result.report["steps"] == result.lines[-1]["step"]
+    assert table[0]["steps"] < 60
+    assert table[1]["steps"] == 7
+
+
+def test_no_step_is_taken_in_vain(tiny_model, monkeypatch):
+    from jaxsp.training import many
+
+    calls = []
+    step = many._step
+    monkeypatch.setattr(many, "_step", lambda *a, **k: calls.append(1) or step(*a, **k))
+    compress_many(tiny_model, [job("a", steps=3), job("b", steps=0)], evaluate_every=400)
+    assert len(calls) == 3
+
+
+def test_a_prompt_is_evaluated_on_longer_queries_than_its_own(tiny_model, results):
+    prompt = jaxsp.SoftPrompt.load(results[1] / "few")
+    report = jaxsp.evaluate(tiny_model, prompt, ["What is it? " * 15], progress=False)
+    assert report["held_out"]["queries"] == 1
+
+
 def test_the_same_context_is_taught_once(tiny_model, monkeypatch):
     from jaxsp import stages
 
@@ -183,9 +241,9 @@ def test_the_same_context_is_taught_once(tiny_model, monkeypatch):
 
 
 def test_the_last_prompt_instead_of_the_best(tiny_model):
-    """At such a rate the best is not the last."""
+    """An objective that takes σ away from the teacher: the best is the start."""
     jobs = [job("best"), job("last", keep="last")]
-    best, last = compress_many(tiny_model, jobs, learning_rate=5.0)
+    best, last = compress_many(tiny_model, jobs, objective="entropy")
     kl = [line["held_out_kl"] for line in best.lines if "held_out_kl" in line]
     assert min(kl) < kl[-1]
     for result, expected in ((best, min(kl)), (last, kl[-1])):
@@ -236,6 +294,18 @@ GOOD = job("good")
         (job("x", colour="red"), "Unknown setting 'colour'"),
         (job("x", objective="zero_one"), "can't train on zero_one"),
         (job("x", length=900), "prompt must be shorter than the context"),
+        (job("x", seed=2**70), "--seed must not be negative and lie below 4294967296"),
+        (job("x", seed=-1), "--seed must not be negative and lie below 4294967296; got -1"),
+        (job("x", steps=10**12), "--steps must not be negative and lie below 2147483648"),
+        (job("x", clip=float("nan")), "--clip must be a finite number, not nan"),
+        (
+            job("x", batch_shape=[1, 20]),
+            "--batch-shape has rows of 20 tokens, and a query may take",
+        ),
+        (job("x", "\ud800" + CONTEXT), "there is text that is no Unicode"),
+        (job("Good"), "the id 'Good' is given twice"),
+        (job("results.parquet"), "neither 'run' nor 'results'"),
+        (job("x" * 300), "use up to 100 letters"),
         (job("x", steps="many"), "--steps must be a whole number, not 'many'"),
         (job("x", parallel="pmap"), "not with --parallel pmap"),
     ],
@@ -264,7 +334,8 @@ def test_a_bad_job_is_an_error_before_any_work_or_skipped(
 
 def test_the_command_reports_bad_rows(jaxsp_command, tiny_directory, tmp_path):
     file = tmp_path / "contexts.jsonl"
-    file.write_text(json.dumps(GOOD) + '\n{"id": \n')
+    good = job("good", f"{CONTEXT}\u2028{CONTEXT}")  # a line's end to Python, not to JSON
+    file.write_text(json.dumps(good, ensure_ascii=False) + '\n{"id": \n', "utf-8")
     common = [
         "compress-many", file, "--out", tmp_path / "out", "--model", tiny_directory, "--dtype",
         "float32", "--length", 4, "--steps", 2, "--max-answer-tokens", 4,
@@ -291,6 +362,9 @@ def test_a_folder_of_another_run(tiny_model, results, tmp_path):
     changed = [job("short", CONTEXT[:83]), *UNEVEN[1:]]
     with pytest.raises(UserError, match="short can't be resumed with other settings: context was"):
         compress_many(tiny_model, changed, out=out, at_once=2, resume=True)
+    added = [*UNEVEN, job("added", queries=[f"{i} {'What?' * 40}" for i in range(4)])]
+    with pytest.raises(UserError, match=r"a query of added may take 2.. with its answer"):
+        compress_many(tiny_model, added, out=out, at_once=2, resume=True)
     with pytest.raises(UserError, match="no run to resume"):
         compress_many(tiny_model, UNEVEN, out=tmp_path / "new", resume=True)
     with pytest.raises(UserError, match="at least one"):

@@ -62,7 +62,7 @@ def read_queries(path: str | Path) -> list[Query]:
     text = read_text(path)
     jsonl = str(path).endswith(".jsonl") or text.lstrip().startswith("{")
     queries: list[Query] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             queries.append(_parse(line, f"{path}, line {number}") if jsonl else Query(line.strip()))
     return queries

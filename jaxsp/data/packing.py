@@ -25,6 +25,9 @@ SLACK = 1.04
 """Room in a batch over that of ``batch_size`` sequences of mean length, as the last one seldom fits."""
 
 
+_JUDGED = 32  # jobs by which a shape is judged: enough, however many there are
+
+
 @dataclasses.dataclass(frozen=True)
 class Packing:
     """The shape of every batch.
@@ -38,11 +41,16 @@ class Packing:
     length: int
 
     @classmethod
-    def of(cls, lengths: Int[np.ndarray, " n"], batch_size: int, longest: int = 0) -> Packing:
+    def of(
+        cls,
+        lengths: Int[np.ndarray, " n"] | Sequence[np.ndarray],
+        batch_size: int,
+        longest: int = 0,
+    ) -> Packing:
         """The shape that holds about ``batch_size`` of these sequences.
 
         Args:
-          lengths: of the sequences.
+          lengths: of the sequences; or those of several jobs, each with batches of its own.
           batch_size: how many of them, about.
           longest: of others that must fit as well.
 
@@ -50,13 +58,15 @@ class Packing:
           >>> Packing.of(np.array([30, 42, 60, 48]), 8)
           Packing(rows=2, length=188)
         """
-        longest, tokens = max(longest, int(lengths.max())), SLACK * batch_size * lengths.mean()
+        jobs = [lengths] if isinstance(lengths, np.ndarray) else lengths
+        every = np.concatenate(jobs)
+        longest, tokens = max(longest, int(every.max())), SLACK * batch_size * every.mean()
         most, fewest = (max(1, round(tokens / (size * longest))) for size in ROW)
         shapes = [
             cls(rows, max(longest, -4 * int(-tokens // (4 * rows))))
             for rows in np.unique(np.linspace(fewest, most, 8).round().astype(int)).tolist()
         ]
-        return min(shapes, key=lambda shape: shape._padding(lengths))
+        return min(shapes, key=lambda shape: sum(map(shape._padding, jobs[:_JUDGED])))
 
     def over(self, devices: int, longest: int) -> Packing:
         """The shape, divisible over so many devices, that holds whatever this one holds.

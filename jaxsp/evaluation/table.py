@@ -9,16 +9,14 @@ from typing import Any
 
 def row(report: dict[str, Any]) -> dict[str, Any]:
     """A report without its texts, flat: ``gap_closed``, ``prompt_kl``, ``no_context_kl``, ..."""
-    flat = {
-        name: value for name, value in report.items() if isinstance(value, str | float | int | None)
-    }
+    flat = dict(report.get("settings", {}))
+    flat |= {k: v for k, v in report.items() if isinstance(v, str | float | int | None)}
     for name in ("gap_closed", "gap_closed_vs_truncated"):
         if name in report:
             gap = report[name]
             flat |= {name: gap["value"], f"{name}_low": gap["low"], f"{name}_high": gap["high"]}
     for name, metrics in report.get("held_out", {}).get("conditions", {}).items():
         flat |= {f"{name}_{metric}": value for metric, value in metrics.items()}
-    flat |= report.get("settings", {})
     return flat
 
 

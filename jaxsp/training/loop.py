@@ -109,6 +109,8 @@ def train(
 
     def measured(state: TrainState) -> TrainState:
         kl = float(evaluate(state.sigma))
+        if not math.isfinite(kl):
+            raise NonFiniteLoss(non_finite(int(state.step), {"held-out KL": kl}), good)
         if kl < float(state.best_kl):
             state = dataclasses.replace(state, best_sigma=state.sigma, best_kl=jnp.float32(kl))
         lines[-1]["held_out_kl"] = kl

@@ -132,13 +132,15 @@ def train_many(
 
         started = time.perf_counter()
         history, tokens = [], []
-        for ahead in range(evaluate_every):
+        left = max(slot.steps - slot.lines[-1]["step"] for slot in live)
+        for ahead in range(min(evaluate_every, left)):
             batches = [blank if slot is None else slot.draw(ahead) for slot in running]
             states, metrics = _step(states, _stack(batches), frozen=frozen, settings=settings)
             history.append(metrics)
             tokens.append([int(np.sum(batch.offsets != EMPTY)) for batch in batches])
         history = jax.device_get(history)
-        share = (time.perf_counter() - started) / (evaluate_every * len(live))
+        done = sum(read > 0 for step in tokens for read in step)
+        share = (time.perf_counter() - started) / max(done, 1)
 
         errors: dict[int, str] = {}
         for place, slot in enumerate(running):
@@ -151,8 +153,13 @@ def train_many(
                     errors[place] = non_finite(at, values)
                     continue
                 slot.lines.append({"step": at, **values, "tokens": read[place], "seconds": share})
+        kl_M = evaluate(states.sigma, held_out)
+        for place, slot in enumerate(running):
+            if slot is not None and place not in errors and not math.isfinite(kl_M[place]):
+                values = {"held-out KL": float(kl_M[place])}
+                errors[place] = non_finite(slot.lines[-1]["step"], values)
         sound = {i for i, slot in enumerate(running) if slot is not None} - set(errors)
-        states = _evaluated(states, running, evaluate(states.sigma, held_out), sound)
+        states = _evaluated(states, running, kl_M, sound)
         on_round(
             [slot.lines[-1] for i, slot in enumerate(running) if slot is not None and i in sound]
         )
