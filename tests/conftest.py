@@ -77,6 +77,14 @@ def python():
     return run
 
 
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Compiled programs go with the file that needed them: several workers must fit in memory."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXSP_CACHE", str(tmp_path / "cache"))
