@@ -30,6 +30,19 @@ def tiny_model(tiny_directory: Path):
 
 
 @pytest.fixture(scope="session")
+def calm_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("model") / "calm", gain=1.0)
+
+
+@pytest.fixture(scope="session")
+def calm_model(calm_directory: Path):
+    """For runs that are to be equal but for rounding: it doesn't grow from step to step."""
+    import jaxsp
+
+    return jaxsp.load_model(calm_directory, dtype="float32")
+
+
+@pytest.fixture(scope="session")
 def smollm2():
     import jaxsp
 

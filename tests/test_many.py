@@ -17,7 +17,7 @@ from jaxsp.typing import UserError
 from tests.conftest import CONTEXT, QUERIES
 
 OPTIONS = {
-    "length": 4, "steps": 12, "batch_size": 3, "learning_rate": 0.2, "max_answer_tokens": 6,
+    "length": 4, "steps": 12, "batch_size": 3, "max_answer_tokens": 6,
     "evaluate_every": 4,
 }  # fmt: skip
 
@@ -41,16 +41,16 @@ def compress_many(model, jobs, **options):
 
 
 @pytest.fixture(scope="module")
-def results(tiny_model, tmp_path_factory):
+def results(calm_model, tmp_path_factory):
     out = tmp_path_factory.mktemp("many") / "out"
-    return compress_many(tiny_model, UNEVEN, out=out, at_once=2), out
+    return compress_many(calm_model, UNEVEN, out=out, at_once=2), out
 
 
-def test_each_is_what_compress_gives_alone(tiny_model, results):
+def test_each_is_what_compress_gives_alone(calm_model, results):
     for result, row in zip(results[0], UNEVEN, strict=True):
         settings = result.prompt.manifest["training"]
         alone = jaxsp.compress(
-            tiny_model, row["context"], row["queries"], held_out=row.get("held_out", 0.2),
+            calm_model, row["context"], row["queries"], held_out=row.get("held_out", 0.2),
             progress=False, **settings,
         )  # fmt: skip
         ours, theirs = (r.prompt.sigma["embeddings"] for r in (result, alone))
@@ -72,19 +72,19 @@ def _assert_close(ours, theirs):
 
 
 @pytest.mark.parametrize("uneven", [False, True])
-def test_little_is_padding(tiny_model, uneven):
+def test_little_is_padding(calm_model, uneven):
     jobs = [{**row, "steps": 5} for row in UNEVEN[:3]]
     if uneven:  # five times as long in one job as in another
         words = "Is it so, and if not, why is it not so? "
         jobs = [job(f"j{n}", queries=[f"{i} {words * n}" for i in range(12)]) for n in (0, 1, 2)]
-    results = compress_many(tiny_model, jobs, batch_size=8, steps=5)
+    results = compress_many(calm_model, jobs, batch_size=8, steps=5)
     used = [line["tokens"] for result in results for line in result.lines[1:]]
     rows, length = results[0].report["settings"]["batch_shape"]
     assert all(r.report["settings"]["batch_shape"] == (rows, length) for r in results)
     assert 1 - np.mean(used) / (rows * length) <= 0.15
 
 
-def test_one_folder_and_one_row_each(tiny_model, results):
+def test_one_folder_and_one_row_each(calm_model, results):
     found, out = results
     rows = pyarrow.parquet.read_table(out / "results.parquet").to_pylist()
     assert [row["id"] for row in rows] == [row["id"] for row in UNEVEN]
@@ -99,7 +99,7 @@ def test_one_folder_and_one_row_each(tiny_model, results):
             json.dumps(result.report)
         )
     again = jaxsp.evaluate(
-        tiny_model, jaxsp.SoftPrompt.load(out / "few"), ["What is left?"], progress=False
+        calm_model, jaxsp.SoftPrompt.load(out / "few"), ["What is left?"], progress=False
     )
     _assert_close(
         again["held_out"]["conditions"]["prompt"],
@@ -107,15 +107,15 @@ def test_one_folder_and_one_row_each(tiny_model, results):
     )
 
 
-def test_a_finished_run_is_read_not_done_again(tiny_model, results, monkeypatch):
+def test_a_finished_run_is_read_not_done_again(calm_model, results, monkeypatch):
     found, out = results
     monkeypatch.setattr("jaxsp.many.train_many", None)
-    again = compress_many(tiny_model, UNEVEN, out=out, at_once=2, resume=True)
+    again = compress_many(calm_model, UNEVEN, out=out, at_once=2, resume=True)
     assert [r.report for r in again] == json.loads(json.dumps([r.report for r in found]))
     assert again[0].lines == found[0].lines
 
 
-def test_killed_and_resumed(tiny_model, tiny_directory, tmp_path):
+def test_killed_and_resumed(calm_model, calm_directory, tmp_path):
     """What was finished stays as it is; the rest is what an uninterrupted run gives."""
     file = tmp_path / "contexts.jsonl"
     jobs = [job(f"j{i}", f"{CONTEXT} No. {i}.", seed=i) for i in range(5)]
@@ -129,10 +129,10 @@ def test_killed_and_resumed(tiny_model, tiny_directory, tmp_path):
         ]
         return [
             sys.executable, "-m", "jaxsp", "compress-many", str(file), "--out", str(tmp_path / out),
-            "--model", str(tiny_directory), "--dtype", "float32", "--at-once", "2", *options, *more,
+            "--model", str(calm_directory), "--dtype", "float32", "--at-once", "2", *options, *more,
         ]  # fmt: skip
 
-    compress_many(tiny_model, jobs, out=tmp_path / "whole", at_once=2)
+    compress_many(calm_model, jobs, out=tmp_path / "whole", at_once=2)
     process = subprocess.Popen(
         command("pieces"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
@@ -155,32 +155,32 @@ def test_killed_and_resumed(tiny_model, tiny_directory, tmp_path):
         assert whole["prompt_kl"] == pytest.approx(pieces["prompt_kl"], abs=1e-4)
 
 
-def test_a_loss_that_is_not_finite_fails_alone(tiny_model, tmp_path):
+def test_a_loss_that_is_not_finite_fails_alone(calm_model, tmp_path):
     wild = {"learning_rate": 1e38, "clip": 0.0}
     jobs = [job("a", **wild), job("b", **wild, seed=1), job("c")]
-    found = compress_many(tiny_model, jobs, out=tmp_path / "out")
+    found = compress_many(calm_model, jobs, out=tmp_path / "out")
     assert [bool(r.error) for r in found] == [True, True, False]
     assert "is not finite" in found[0].error
     assert found[2].report["gap_closed"]["value"] > 0
     rows = pyarrow.parquet.read_table(tmp_path / "out" / "results.parquet").to_pylist()
     assert ["is not finite" in (row["error"] or "") for row in rows] == [True, True, False]
     assert jaxsp.SoftPrompt.load(tmp_path / "out" / "a").length == 4  # the best until then
-    again = compress_many(tiny_model, jobs, out=tmp_path / "out", resume=True)
+    again = compress_many(calm_model, jobs, out=tmp_path / "out", resume=True)
     assert again[0].error == found[0].error
 
 
-def test_a_failed_job_says_what_it_did_and_can_be_mended(tiny_model, tmp_path, jaxsp_command):
+def test_a_failed_job_says_what_it_did_and_can_be_mended(calm_model, tmp_path, jaxsp_command):
     wild = {"learning_rate": 1e38, "clip": 0.0}
-    (failed,) = compress_many(tiny_model, [job("a", **wild)], out=tmp_path / "out")
+    (failed,) = compress_many(calm_model, [job("a", **wild)], out=tmp_path / "out")
     assert failed.report["steps"] == failed.lines[-1]["step"] < OPTIONS["steps"]
     assert "NaN" not in (tmp_path / "out" / "a" / "metrics.jsonl").read_text()
-    (mended,) = compress_many(tiny_model, [job("a")], out=tmp_path / "out", resume=True)
+    (mended,) = compress_many(calm_model, [job("a")], out=tmp_path / "out", resume=True)
     assert mended.error is None
     file = tmp_path / "contexts.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in (job("a", **wild), job("b"))))
     options = [part for k, v in OPTIONS.items() for part in (f"--{k.replace('_', '-')}", v)]
     code, out, err = jaxsp_command(
-        "compress-many", file, "--out", tmp_path / "new", "--model", tiny_model.directory,
+        "compress-many", file, "--out", tmp_path / "new", "--model", calm_model.directory,
         "--dtype", "float32", *options,
     )  # fmt: skip
     assert code == 1
@@ -188,18 +188,18 @@ def test_a_failed_job_says_what_it_did_and_can_be_mended(tiny_model, tmp_path, j
     assert "b" in out
 
 
-def test_overwrite_leaves_what_is_not_ours(tiny_model, tmp_path):
+def test_overwrite_leaves_what_is_not_ours(calm_model, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.txt").write_text("precious")
     for _ in range(2):
-        compress_many(tiny_model, [job("a")], out=tmp_path, overwrite=True, steps=4)
+        compress_many(calm_model, [job("a")], out=tmp_path, overwrite=True, steps=4)
     assert (tmp_path / "a" / "thesis.txt").read_text() == "precious"
     assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 5
 
 
-def test_steps_done_are_those_of_the_table(tiny_model, tmp_path):
-    rows = [job("early", patience=1, steps=60, learning_rate=5.0), job("late", steps=7)]
-    found = compress_many(tiny_model, rows, out=tmp_path / "out")
+def test_steps_done_are_those_of_the_table(calm_model, tmp_path):
+    rows = [job("early", patience=1, steps=60), job("late", steps=7)]
+    found = compress_many(calm_model, rows, out=tmp_path / "out", objective="entropy")
     table = pyarrow.parquet.read_table(tmp_path / "out" / "results.parquet").to_pylist()
     for result, row in zip(found, table, strict=True):
         assert row["steps"] == result.report["steps"] == result.lines[-1]["step"]
@@ -207,23 +207,23 @@ def test_steps_done_are_those_of_the_table(tiny_model, tmp_path):
     assert table[1]["steps"] == 7
 
 
-def test_no_step_is_taken_in_vain(tiny_model, monkeypatch):
+def test_no_step_is_taken_in_vain(calm_model, monkeypatch):
     from jaxsp.training import many
 
     calls = []
     step = many._step
     monkeypatch.setattr(many, "_step", lambda *a, **k: calls.append(1) or step(*a, **k))
-    compress_many(tiny_model, [job("a", steps=3), job("b", steps=0)], evaluate_every=400)
+    compress_many(calm_model, [job("a", steps=3), job("b", steps=0)], evaluate_every=400)
     assert len(calls) == 3
 
 
-def test_a_prompt_is_evaluated_on_longer_queries_than_its_own(tiny_model, results):
+def test_a_prompt_is_evaluated_on_longer_queries_than_its_own(calm_model, results):
     prompt = jaxsp.SoftPrompt.load(results[1] / "few")
-    report = jaxsp.evaluate(tiny_model, prompt, ["What is it? " * 15], progress=False)
+    report = jaxsp.evaluate(calm_model, prompt, ["What is it? " * 15], progress=False)
     assert report["held_out"]["queries"] == 1
 
 
-def test_the_same_context_is_taught_once(tiny_model, monkeypatch):
+def test_the_same_context_is_taught_once(calm_model, monkeypatch):
     from jaxsp import stages
 
     calls = []
@@ -235,15 +235,15 @@ def test_the_same_context_is_taught_once(tiny_model, monkeypatch):
         for o in ("kl", "nll")
         for s in (0, 1)
     ]
-    found = compress_many(tiny_model, jobs, steps=4)
+    found = compress_many(calm_model, jobs, steps=4)
     assert len(calls) == 1
     assert len({r.report["gap_closed"]["value"] for r in found}) > 1
 
 
-def test_the_last_prompt_instead_of_the_best(tiny_model):
+def test_the_last_prompt_instead_of_the_best(calm_model):
     """An objective that takes σ away from the teacher: the best is the start."""
     jobs = [job("best"), job("last", keep="last")]
-    best, last = compress_many(tiny_model, jobs, objective="entropy")
+    best, last = compress_many(calm_model, jobs, objective="entropy")
     kl = [line["held_out_kl"] for line in best.lines if "held_out_kl" in line]
     assert min(kl) < kl[-1]
     for result, expected in ((best, min(kl)), (last, kl[-1])):
@@ -252,7 +252,7 @@ def test_the_last_prompt_instead_of_the_best(tiny_model):
     assert (best.report["kept"], last.report["kept"]) == ("best", "last")
 
 
-def test_contexts_of_like_length_compile_nothing_new(tiny_model):
+def test_contexts_of_like_length_compile_nothing_new(calm_model):
     from jax._src import test_util  # the only counter jax has
 
     def jobs(n):
@@ -263,7 +263,7 @@ def test_contexts_of_like_length_compile_nothing_new(tiny_model):
     counts = []
     for n in (2, 2, 6):
         with test_util.count_jit_and_pmap_lowerings() as count:
-            compress_many(tiny_model, jobs(n), at_once=2)
+            compress_many(calm_model, jobs(n), at_once=2)
         counts.append(count() if callable(count) else count[0])
     assert counts[2] <= counts[1]
 
@@ -311,14 +311,14 @@ GOOD = job("good")
     ],
 )
 def test_a_bad_job_is_an_error_before_any_work_or_skipped(
-    tiny_model, tmp_path, monkeypatch, capsys, row, message
+    calm_model, tmp_path, monkeypatch, capsys, row, message
 ):
     from jaxsp import stages
 
     calls = []
     monkeypatch.setattr(stages, "teach", lambda *a, **k: calls.append(1))
     with pytest.raises(UserError) as caught:
-        compress_many(tiny_model, [GOOD, row], out=tmp_path / "out")
+        compress_many(calm_model, [GOOD, row], out=tmp_path / "out")
     assert message in str(caught.value)
     assert str(caught.value).startswith("job 2: ")
     assert "--keep-going" in str(caught.value)
@@ -326,18 +326,18 @@ def test_a_bad_job_is_an_error_before_any_work_or_skipped(
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     found = list(
-        jaxsp.compress_many(tiny_model, [GOOD, row], keep_going=True, **{**OPTIONS, "steps": 0})
+        jaxsp.compress_many(calm_model, [GOOD, row], keep_going=True, **{**OPTIONS, "steps": 0})
     )
     assert [r.report["id"] for r in found] == ["good"]
     assert "Skipped: job 2: " in capsys.readouterr().err
 
 
-def test_the_command_reports_bad_rows(jaxsp_command, tiny_directory, tmp_path):
+def test_the_command_reports_bad_rows(jaxsp_command, calm_directory, tmp_path):
     file = tmp_path / "contexts.jsonl"
     good = job("good", f"{CONTEXT}\u2028{CONTEXT}")  # a line's end to Python, not to JSON
     file.write_text(json.dumps(good, ensure_ascii=False) + '\n{"id": \n', "utf-8")
     common = [
-        "compress-many", file, "--out", tmp_path / "out", "--model", tiny_directory, "--dtype",
+        "compress-many", file, "--out", tmp_path / "out", "--model", calm_directory, "--dtype",
         "float32", "--length", 4, "--steps", 2, "--max-answer-tokens", 4,
     ]  # fmt: skip
     code, out, err = jaxsp_command(*common)
@@ -353,21 +353,21 @@ def test_the_command_reports_bad_rows(jaxsp_command, tiny_directory, tmp_path):
     assert "is not empty" in err
 
 
-def test_a_folder_of_another_run(tiny_model, results, tmp_path):
+def test_a_folder_of_another_run(calm_model, results, tmp_path):
     _, out = results
     with pytest.raises(UserError, match="is not empty"):
-        compress_many(tiny_model, UNEVEN, out=out)
+        compress_many(calm_model, UNEVEN, out=out)
     with pytest.raises(UserError, match="can't be resumed with other settings: settings was"):
-        compress_many(tiny_model, UNEVEN, out=out, at_once=2, resume=True, steps=13)
+        compress_many(calm_model, UNEVEN, out=out, at_once=2, resume=True, steps=13)
     changed = [job("short", CONTEXT[:83]), *UNEVEN[1:]]
     with pytest.raises(UserError, match="short can't be resumed with other settings: context was"):
-        compress_many(tiny_model, changed, out=out, at_once=2, resume=True)
+        compress_many(calm_model, changed, out=out, at_once=2, resume=True)
     added = [*UNEVEN, job("added", queries=[f"{i} {'What?' * 40}" for i in range(4)])]
     with pytest.raises(UserError, match=r"a query of added may take 2.. with its answer"):
-        compress_many(tiny_model, added, out=out, at_once=2, resume=True)
+        compress_many(calm_model, added, out=out, at_once=2, resume=True)
     with pytest.raises(UserError, match="no run to resume"):
-        compress_many(tiny_model, UNEVEN, out=tmp_path / "new", resume=True)
+        compress_many(calm_model, UNEVEN, out=tmp_path / "new", resume=True)
     with pytest.raises(UserError, match="at least one"):
-        compress_many(tiny_model, [])
+        compress_many(calm_model, [])
     with pytest.raises(UserError, match="--at-once must be at least 1"):
-        compress_many(tiny_model, UNEVEN, at_once=0)
+        compress_many(calm_model, UNEVEN, at_once=0)

@@ -107,18 +107,17 @@ def test_killed_before_the_first_checkpoint(command, tmp_path):
     assert steps_done(out) == STEPS
 
 
-def test_pmap_compresses_like_jit(tiny_model):
+def test_pmap_compresses_like_jit(calm_model):
     import jaxsp
 
     def gap(parallel):
         return jaxsp.compress(
-            tiny_model,
+            calm_model,
             CONTEXT,
             QUERIES,
             length=4,
             steps=5,
             batch_size=8,
-            learning_rate=0.1,
             max_answer_tokens=6,
             parallel=parallel,
             progress=False,
