@@ -99,6 +99,8 @@ def compress(
     display = Display(visible=progress)
     chosen = make_settings(settings)
     chosen.check()
+    mesh = stages.mesh_of(chosen)
+    model = model if mesh is None else model.on(mesh)
     if out is not None:
         check_folder(out, resume=resume, overwrite=overwrite)
     elif resume or overwrite:
@@ -115,7 +117,8 @@ def compress(
         folder = open_run(out, identity, resume=resume, overwrite=overwrite)
 
     before = read_context(model, task.before_ids)
-    lesson, full_context = stages.teach(model, task, chosen, before, folder, display)
+    file = folder.teacher if folder else None
+    lesson, full_context = stages.teach(model, task, chosen, before, file, display)
     start = stages.initial_state_of(model, lesson)
     try:
         state, lines = stages.train_prompt(model, lesson, start, folder, display)

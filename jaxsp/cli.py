@@ -64,7 +64,7 @@ class Compress(Settings):
         held_out = _fraction(self.held_out)
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)}
         result = api.compress(
-            _load(self.model, self.dtype, self.weights),
+            _load(self.model, self.dtype, self.weights, self),
             context,
             queries,
             held_out=read_queries(self.held_out) if held_out is None else held_out,
@@ -109,7 +109,7 @@ class CompressMany(Settings):
         check_folder(self.out, resume=self.resume, overwrite=self.overwrite)
         rows = read_rows(self.contexts)
         results = run_many(
-            _load(self.model, self.dtype, self.weights),
+            _load(self.model, self.dtype, self.weights, self),
             rows,
             {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)},
             out=self.out,
@@ -341,10 +341,13 @@ def _parsed() -> Compress | CompressMany | Ask | Evaluate | Inspect | Demo:
         raise UserError(f"{message}; see --help.") from None
 
 
-def _load(name: str, dtype: str | None, weights: Weights) -> LanguageModel:
+def _load(
+    name: str, dtype: str | None, weights: Weights, settings: Settings | None = None
+) -> LanguageModel:
     from jaxsp.models.language_model import load_model
 
-    return load_model(name, dtype=dtype, weights=weights)
+    mesh = settings.mesh if settings is not None and settings.parallel == "mesh" else None
+    return load_model(name, dtype=dtype, weights=weights, mesh=mesh)
 
 
 def _slow_bfloat16() -> bool:

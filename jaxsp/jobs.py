@@ -120,12 +120,14 @@ def _job(row: Any, defaults: Mapping[str, Any]) -> Job:
     if isinstance(row["queries"], float | int):
         raise UserError(f"queries must be a list of queries, not {row['queries']!r}")
     own = {key: value for key, value in row.items() if key not in _KEYS}
+    if own.keys() & {"parallel", "mesh"}:
+        raise UserError(
+            "a row can't have devices of its own; give parallel and mesh for the whole run"
+        )
     settings = make_settings({**defaults, **own})
     settings.check()
-    if settings.parallel != "jit":
-        raise UserError(
-            f"many prompts train on one device, not with --parallel {settings.parallel}"
-        )
+    if settings.parallel == "pmap":
+        raise UserError("many prompts go over devices with --parallel mesh, not pmap")
     train, held_out = split_queries(
         as_queries(row["queries"]),
         float(held_out) if isinstance(held_out, float | int) else as_queries(held_out),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,20 +27,22 @@ from jaxsp.evaluation.metrics import mean_kl_function
 from jaxsp.evaluation.report import Measured
 from jaxsp.jobs import Job, check_jobs
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.models.sharding import DATA
 from jaxsp.run_folder import RunFolder, check_folder, open_run
 from jaxsp.settings import Settings
 from jaxsp.training.many import Trained, Trainee, train_many
 from jaxsp.training.update import Frozen
 from jaxsp.typing import Interrupted, UserError
 
-RESULTS, REPORT, SHAPES = "results.parquet", "report.json", "run/batch_shapes.json"
+RESULTS, REPORT = "results.parquet", "report.json"
+SHAPES, TEACHERS = "run/batch_shapes.json", "run/teachers"
 
 STEP_TOKENS = {"cpu": 2048}
 """Tokens of one step, of all prompts together; a CPU gains nothing from more."""
 _ACCELERATOR_STEP_TOKENS = 32768
 
 KEPT = 128
-"""Contexts whose teacher and brackets are kept, for other jobs on the same."""
+"""Contexts whose teacher and brackets are kept in memory, for other jobs on the same."""
 
 
 def compress_many(
@@ -145,7 +148,9 @@ def run_many(
             "model": model.name,
             "weights": model.fingerprint,
             "dtype": model.config.dtype,
-            "settings": {k: v for k, v in settings.items() if v is not None},
+            "settings": {
+                k: v for k, v in settings.items() if v is not None and k not in stages.LAYOUT
+            },
         }
         folder = open_run(out, identity, resume=resume, overwrite=overwrite).directory
         for job in jobs if overwrite else []:
@@ -171,10 +176,12 @@ class _Run:
         at_once: int | None,
         display: Display,
     ) -> None:
-        self.model, self.jobs, self.folder = model, jobs, folder
+        self.mesh = stages.mesh_of(jobs[0].settings)
+        self.model = model = model if self.mesh is None else model.on(self.mesh)
+        self.jobs, self.folder = jobs, folder
         self.at_once, self.display = at_once, display
         self.before = read_context(model, jobs[0].encoded(model).before_ids)
-        self.mean_kl = mean_kl_function(model, self.before, stages.KIND)
+        self.mean_kl = mean_kl_function(model, self.before, stages.KIND, self.mesh)
         self.lessons: OrderedDict[tuple, _Taught] = OrderedDict()
         self.brackets: OrderedDict[tuple, dict[str, Measured]] = OrderedDict()
         self.running: dict[str, _Taught] = {}
@@ -232,8 +239,10 @@ class _Run:
         settings = jobs[0].settings
         packing = self.taught(jobs[0]).lesson.packing
         tokens = STEP_TOKENS.get(jax.default_backend(), _ACCELERATOR_STEP_TOKENS)
-        at_once = self.at_once or max(1, tokens // (packing.rows * packing.length))
+        parts = 1 if self.mesh is None else self.mesh.shape[DATA]
+        at_once = self.at_once or max(1, parts * tokens // (packing.rows * packing.length))
         rounds = -(-len(jobs) // at_once)
+        slots = -(-len(jobs) // rounds)  # as evenly filled as can be
 
         def shown(lines: list[dict[str, Any]]) -> None:
             told = ", ".join(f"{line['held_out_kl']:.3f}" for line in lines[:3])
@@ -245,8 +254,9 @@ class _Run:
             stages.update_settings(self.model, settings),
             packing,
             self.mean_kl,
-            slots=-(-len(jobs) // rounds),  # as evenly filled as can be
+            slots=-(-slots // parts) * parts,
             evaluate_every=settings.evaluate_every,
+            mesh=self.mesh,
             on_round=shown,
         ):
             job = jobs[trained.index]
@@ -269,8 +279,8 @@ class _Run:
 
         def make() -> _Taught:
             lesson, full_context = stages.teach(
-                self.model, job.encoded(self.model), job.settings, self.before, None, display,
-                self.packing,
+                self.model, job.encoded(self.model), job.settings, self.before,
+                self.teacher_file(job), display, self.packing,
             )  # fmt: skip
             measured = stages.measure_full_context(self.model, lesson, full_context, display)
             return _Taught(lesson, measured)
@@ -279,6 +289,15 @@ class _Run:
         shape = lesson.packing.rows, lesson.packing.length
         settings = dataclasses.replace(job.settings, batch_shape=shape)
         return _Taught(dataclasses.replace(lesson, settings=settings), measured)
+
+    def teacher_file(self, job: Job) -> Path | None:
+        """Where the teacher's answers and signals are kept when memory has no room for them."""
+        if self.folder is None:
+            return None
+        folder = self.folder / TEACHERS
+        folder.mkdir(exist_ok=True)
+        asked = repr((job.context, job.train, job.held_out, job.settings.max_answer_tokens))
+        return folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.safetensors"
 
     def packing(self, rows: Rows, settings: Settings) -> Packing:
         """The shape of all batches of so many queries: one that suits all jobs.

@@ -36,7 +36,10 @@ class Settings(OptimizerSettings):
     max_answer_tokens: int = 48
     """Longest answer, in tokens."""
     parallel: str = "jit"
-    """jit (one device) or pmap (all local devices)."""
+    """jit (one device), pmap (all local devices) or mesh."""
+    mesh: str = ""
+    """Of --parallel mesh, as data=2,model=4: rows over the first axis, weights over the second; by default
+    all devices over data."""
     evaluate_every: int = 10
     """Steps between held-out evaluations."""
     checkpoint_every: int = 10
@@ -76,6 +79,8 @@ class Settings(OptimizerSettings):
             if getattr(self, name) < 1:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(f"{option} must be at least 1, not {getattr(self, name)}.")
+        if self.mesh and self.parallel != "mesh":
+            raise UserError(f"--mesh {self.mesh} needs --parallel mesh, not {self.parallel}.")
         if self.patience < 0:
             raise UserError(f"--patience must not be negative; got {self.patience}.")
         if self.batch_shape is not None and min(self.batch_shape) < 1:

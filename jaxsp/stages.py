@@ -11,10 +11,12 @@ import importlib.metadata
 import platform
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxsp.artifact import FORMAT, SoftPrompt, tokenizer_fingerprint
 from jaxsp.console import Display
@@ -28,6 +30,7 @@ from jaxsp.evaluation.metrics import mean_kl_function
 from jaxsp.evaluation.report import Measured
 from jaxsp.losses import trainable
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.models.sharding import as_mesh
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.prompts.initial import INITIALIZERS
 from jaxsp.run_folder import RunFolder
@@ -43,6 +46,9 @@ from jaxsp.training.parallel import DRIVERS
 from jaxsp.training.state import TrainState, initial_state
 from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import KeyValues, PyTree, UserError
+
+LAYOUT = ("parallel", "mesh")
+"""Settings that say where it is computed, and not what."""
 
 KIND = "embedding"
 """Of prompt: a key of ``jaxsp.prompts.PROMPT_KINDS``."""
@@ -138,19 +144,20 @@ def teach(
     task: Task,
     settings: Settings,
     before: KeyValues,
-    folder: RunFolder | None,
+    file: Path | None,
     display: Display,
     packing: Callable[[Rows, Settings], Packing] | None = None,
 ) -> tuple[Lesson, KeyValues]:
     """The lesson, and the context's prefix that it was read from.
 
-    ``packing`` chooses the shape of the batches; ``packing_of`` if ``None``.
+    What the teacher says is kept in ``file``, or read there. ``packing`` chooses the shape of the
+    batches; ``packing_of`` if ``None``.
     """
     packing = packing or packing_of
     with display.phase("answers", f"Answers to {len(task.queries)} queries") as note:
         full_context = read_context(model, task.context_ids, before)
-        if folder is not None and folder.teacher.is_file():
-            data = store.load(folder.teacher)
+        if file is not None and file.is_file():
+            data = store.load(file)
             return Lesson(task, settings, before, data, packing(data.rows, settings)), full_context
         answers = answer_ids(
             model,
@@ -165,8 +172,8 @@ def teach(
         shape = packing(rows, settings)
         hidden = hidden_states(model, full_context, rows, shape)
         data = TeacherData(dataclasses.replace(rows, teacher_hidden=hidden), answers)
-        if folder is not None:
-            store.save(data, folder.teacher)
+        if file is not None:
+            store.save(data, file)
     return Lesson(task, settings, before, data, shape), full_context
 
 
@@ -210,6 +217,11 @@ def update_settings(model: LanguageModel, settings: Settings) -> UpdateSettings:
     )
 
 
+def mesh_of(settings: Settings) -> Mesh | None:
+    """The mesh that the settings ask for; raises ``UserError`` if these devices can't be laid out so."""
+    return as_mesh(settings.mesh) if settings.parallel == "mesh" else None
+
+
 def train_prompt(
     model: LanguageModel,
     lesson: Lesson,
@@ -220,7 +232,7 @@ def train_prompt(
     """The trained state and a dict of metrics a step; goes on from the newest checkpoint, if any."""
     settings, before, packing = lesson.settings, lesson.before, lesson.packing
     frozen = Frozen(model.params, before)
-    driver = DRIVERS[settings.parallel](frozen, update_settings(model, settings))
+    driver = DRIVERS[settings.parallel](frozen, update_settings(model, settings), mesh_of(settings))
     checkpoints = None
     if folder is not None:
         checkpoints = Checkpoints(folder.checkpoints)
@@ -374,11 +386,15 @@ def manifest(model: LanguageModel, task: Task, settings: Settings, steps: int) -
 
 
 def identity(model: LanguageModel, task: Task, settings: Settings) -> dict[str, Any]:
-    """Everything that decides the result of a run: a resumed one must have the same."""
+    """Everything that decides the result of a run: a resumed one must have the same.
+
+    Not the layout of devices: it changes rounding alone.
+    """
     count = task.train_count
+    chosen = {k: v for k, v in dataclasses.asdict(settings).items() if k not in LAYOUT}
     texts = [[query.text, query.answer] for query in task.queries]
     return {
-        **dataclasses.asdict(settings),
+        **chosen,
         "model": model.name,
         "weights": model.fingerprint,
         "dtype": model.config.dtype,

@@ -240,6 +240,33 @@ def test_the_same_context_is_taught_once(calm_model, monkeypatch):
     assert len({r.report["gap_closed"]["value"] for r in found}) > 1
 
 
+def test_what_the_teacher_said_is_kept_on_disk(calm_model, tmp_path, monkeypatch):
+    """Neither more contexts than memory keeps, nor a second run, ask it again."""
+    from jaxsp import many, stages
+
+    calls = []
+    answer_ids = stages.answer_ids
+    monkeypatch.setattr(
+        stages, "answer_ids", lambda *a, **k: calls.append(1) or answer_ids(*a, **k)
+    )
+    monkeypatch.setattr(many, "KEPT", 1)
+    jobs = [
+        job(f"{context}-{objective}", f"{CONTEXT} No. {context}.", objective=objective)
+        for objective in ("kl", "nll")
+        for context in (0, 1)
+    ]
+    first = compress_many(calm_model, jobs, out=tmp_path, at_once=1, steps=2)
+    assert len(calls) == 2
+    (tmp_path / "1-nll" / "report.json").unlink()
+    again = compress_many(calm_model, jobs, out=tmp_path, at_once=1, steps=2, resume=True)
+    assert len(calls) == 2
+    ours, theirs = (r[-1].prompt.sigma["embeddings"] for r in (first, again))
+    assert (ours == theirs).all()
+    (tmp_path / "new").mkdir()
+    compress_many(calm_model, [job("0-kl", f"{CONTEXT} No. 2.")], out=tmp_path / "new", steps=2)
+    assert len(calls) == 3
+
+
 def test_the_last_prompt_instead_of_the_best(calm_model):
     """An objective that takes σ away from the teacher: the best is the start."""
     jobs = [job("best"), job("last", keep="last")]
@@ -307,7 +334,7 @@ GOOD = job("good")
         (job("results.parquet"), "neither 'run' nor 'results'"),
         (job("x" * 300), "use up to 100 letters"),
         (job("x", steps="many"), "--steps must be a whole number, not 'many'"),
-        (job("x", parallel="pmap"), "not with --parallel pmap"),
+        (job("x", parallel="mesh"), "a row can't have devices of its own"),
     ],
 )
 def test_a_bad_job_is_an_error_before_any_work_or_skipped(

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxsp import distributions
 from jaxsp.data.packing import Packing
 from jaxsp.data.rows import Rows
 from jaxsp.losses import Total, fused_objective, masked_sum
-from jaxsp.models import decoder
+from jaxsp.models import decoder, sharding
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.typing import Array, Float, KeyValues, Params, PyTree
@@ -90,16 +91,18 @@ def at_positions(
 
 
 def mean_kl_function(
-    model: LanguageModel, before: KeyValues, kind: str
+    model: LanguageModel, before: KeyValues, kind: str, mesh: Mesh | None = None
 ) -> Callable[[PyTree, Sequence[Rows]], Float[np.ndarray, " m"]]:
     """What training watches: a function from M prompts and their packed batches to their mean KL.
 
-    σ's arrays and those of every batch have a leading axis M; a prompt without positions has KL NaN.
+    σ's arrays and those of every batch have a leading axis M, over a mesh's ``data`` if there is one; a
+    prompt without positions has KL NaN.
     """
 
     def mean_kl(sigmas: PyTree, batches: Sequence[Rows]) -> np.ndarray:
         parts = [
-            _total_kl(model.params, model.config, before, sigmas, rows, kind) for rows in batches
+            _total_kl(model.params, before, sigmas, rows, config=model.config, kind=kind, mesh=mesh)
+            for rows in batches
         ]
         total, count = np.sum([(np.asarray(p.total), np.asarray(p.count)) for p in parts], axis=0)
         with np.errstate(invalid="ignore"):
@@ -108,14 +111,25 @@ def mean_kl_function(
     return mean_kl
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kind"))
+@functools.partial(jax.jit, static_argnames=("config", "kind", "mesh"))
 def _total_kl(
-    params: Params, config: DecoderConfig, before: KeyValues, sigmas: PyTree, rows: Rows, kind: str
+    params: Params,
+    before: KeyValues,
+    sigmas: PyTree,
+    rows: Rows,
+    *,
+    config: DecoderConfig,
+    kind: str,
+    mesh: Mesh | None,
 ) -> Total:
-    read = functools.partial(distributions.prompt_hidden, params, config, kind=kind)
-    states = jax.vmap(lambda sigma, rows: read(sigma, before, rows))(sigmas, rows)
-    values = _compare(params, config, states, rows, ("kl",))["kl"]
-    return jax.vmap(masked_sum)(values, jnp.asarray(rows.mask))
+    def total(params: Params, before: KeyValues, sigmas: PyTree, rows: Rows) -> Total:
+        read = functools.partial(distributions.prompt_hidden, params, config, kind=kind)
+        states = jax.vmap(lambda sigma, rows: read(sigma, before, rows))(sigmas, rows)
+        values = _compare(params, config, states, rows, ("kl",))["kl"]
+        return jax.vmap(masked_sum)(values, jnp.asarray(rows.mask))
+
+    spread = sharding.over_data(total, mesh, (False, False, True, True), out=True)
+    return spread(params, before, sigmas, rows)
 
 
 def answer_mismatch(reference: Sequence[int], answer: Sequence[int]) -> float:

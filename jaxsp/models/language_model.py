@@ -9,16 +9,15 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh
 
-from jaxsp.models import decoder, gguf
+from jaxsp.models import decoder, gguf, sharding
 from jaxsp.models.config import DecoderConfig, Weights
 from jaxsp.models.families import FAMILIES
 from jaxsp.models.weights import fingerprint, load_params, weight_files
@@ -97,6 +96,10 @@ class LanguageModel:
                 f" {self.config.vocab_size}; take it out of the text."
             )
 
+    def on(self, mesh: Mesh) -> LanguageModel:
+        """The same model with its weights spread over a mesh; raises ``UserError`` if they can't be."""
+        return dataclasses.replace(self, params=sharding.place(self.params, self.config, mesh))
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Identifies the weights: two models with the same fingerprint give the same logits."""
@@ -117,7 +120,7 @@ def load_model(
     dtype: str | None = None,
     weights: Weights = "full",
     tokenizer: PreTrainedTokenizerBase | Literal["auto"] | None = "auto",
-    sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+    mesh: Mesh | str | None = None,
 ) -> LanguageModel:
     """Loads a frozen language model.
 
@@ -132,8 +135,8 @@ def load_model(
         activations are in ``dtype``.
       tokenizer: ``"auto"`` reads it from beside the weights; ``None`` loads the weights alone; or one
         of your own.
-      sharding: where the parameter with this path and shape goes, such as a ``NamedSharding`` of a mesh: each
-        device's part is read on its own. By default all is on the default device.
+      mesh: devices to spread the weights over, as ``"data=2,model=4"`` or a ``Mesh`` with these axes: each
+        device's part is read on its own (``jaxsp.models.sharding``). By default all is on the default device.
 
     Returns:
       The model, its weights in place.
@@ -160,7 +163,8 @@ def load_model(
     hf = _hugging_face_config(directory)
     family = FAMILIES[hf.model_type]
     config = family.config(hf, dtype).replace(weights=weights)
-    params = load_params(weight_files(directory), config, family.tensors(config), sharding)
+    where = None if mesh is None else sharding.shardings(config, sharding.as_mesh(mesh))
+    params = load_params(weight_files(directory), config, family.tensors(config), where)
     if isinstance(tokenizer, str):
         tokenizer = _load_tokenizer(directory)
     stop_ids = _stop_ids(directory, tokenizer)

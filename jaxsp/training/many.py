@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,12 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxsp.data.packing import Packing
 from jaxsp.data.rows import Rows
+from jaxsp.models import sharding
 from jaxsp.training.loop import non_finite, out_of_patience
 from jaxsp.training.state import TrainState
-from jaxsp.training.update import Frozen, UpdateSettings, update_many
+from jaxsp.training.update import Frozen, Metrics, UpdateSettings, update_many
 from jaxsp.typing import EMPTY, Float, PyTree
 
 Evaluate = Callable[[PyTree, Sequence[Rows]], Float[np.ndarray, " m"]]
@@ -92,6 +95,7 @@ def train_many(
     *,
     slots: int,
     evaluate_every: int,
+    mesh: Mesh | None = None,
     on_round: Callable[[list[dict[str, Any]]], None] = lambda lines: None,
 ) -> Iterator[Trained]:
     """Trains every prompt of a queue as ``train`` would, ``slots`` of them side by side.
@@ -107,6 +111,7 @@ def train_many(
       evaluate: from M prompts and their packed batches to their mean held-out KL.
       slots: M.
       evaluate_every: steps between two evaluations.
+      mesh: over whose axis ``data`` the prompts go, M a multiple of it; they have nothing to tell each other.
       on_round: told the newest line of each prompt in training (and not failed) after every evaluation.
 
     Yields:
@@ -135,7 +140,9 @@ def train_many(
         left = max(slot.steps - slot.lines[-1]["step"] for slot in live)
         for ahead in range(min(evaluate_every, left)):
             batches = [blank if slot is None else slot.draw(ahead) for slot in running]
-            states, metrics = _step(states, _stack(batches), frozen=frozen, settings=settings)
+            states, metrics = _step(
+                states, _stack(batches), frozen=frozen, settings=settings, mesh=mesh
+            )
             history.append(metrics)
             tokens.append([int(np.sum(batch.offsets != EMPTY)) for batch in batches])
         history = jax.device_get(history)
@@ -173,7 +180,20 @@ def train_many(
                 running[place] = None
 
 
-_step = jax.jit(update_many, static_argnames="settings", donate_argnames="states")
+@functools.partial(jax.jit, static_argnames=("settings", "mesh"), donate_argnames="states")
+def _step(
+    states: TrainState,
+    batches: Rows,
+    *,
+    frozen: Frozen,
+    settings: UpdateSettings,
+    mesh: Mesh | None,
+) -> tuple[TrainState, Metrics]:
+    def update(frozen: Frozen, states: TrainState, batches: Rows) -> tuple[TrainState, Metrics]:
+        return update_many(states, batches, frozen=frozen, settings=settings)
+
+    spread = sharding.over_data(update, mesh, (False, True, True), out=True)
+    return spread(frozen, states, batches)
 
 
 def _put(states: Any, place: int, state: TrainState, slots: int) -> TrainState:

@@ -1,17 +1,21 @@
-"""Drivers: the same pure update run by ``jax.jit`` on one device, or by ``jax.pmap`` on all of them."""
+"""Drivers: the same pure update on one device (``jax.jit``), on all (``jax.pmap``), or on a mesh."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxsp.data.rows import Rows
+from jaxsp.models import sharding
+from jaxsp.models.sharding import DATA
 from jaxsp.training.state import TrainState
-from jaxsp.training.update import Frozen, UpdateSettings, update
+from jaxsp.training.update import Frozen, Metrics, UpdateSettings, update
 from jaxsp.typing import Array, UserError
 
 _AXIS = "devices"
@@ -42,7 +46,8 @@ class JitDriver:
 
     devices = 1
 
-    def __init__(self, frozen: Frozen, settings: UpdateSettings) -> None:
+    def __init__(self, frozen: Frozen, settings: UpdateSettings, mesh: Mesh | None = None) -> None:
+        del mesh
         self._frozen, self._settings = frozen, settings
 
     def place(self, state: TrainState) -> TrainState:
@@ -58,7 +63,8 @@ class JitDriver:
 class PmapDriver:
     """The batch's rows spread over all local devices; weights and state on each."""
 
-    def __init__(self, frozen: Frozen, settings: UpdateSettings) -> None:
+    def __init__(self, frozen: Frozen, settings: UpdateSettings, mesh: Mesh | None = None) -> None:
+        del mesh
         self.devices = jax.local_device_count()
         self._frozen = self._replicate(frozen)
         self._update = jax.pmap(
@@ -92,7 +98,53 @@ class PmapDriver:
         return copy(np.arange(self.devices), tree)
 
 
-DRIVERS: dict[str, Callable[[Frozen, UpdateSettings], Driver]] = {
+@functools.partial(jax.jit, static_argnames=("settings", "mesh"))
+def _mesh_update(
+    frozen: Frozen, state: TrainState, batch: Rows, *, settings: UpdateSettings, mesh: Mesh
+) -> tuple[TrainState, Metrics]:
+    def part(frozen: Frozen, state: TrainState, batch: Rows) -> tuple[TrainState, Metrics]:
+        return update(state, batch, frozen=frozen, settings=settings, axis_name=DATA)
+
+    spread = sharding.over_data(part, mesh, (False, False, True), out=False)
+    return spread(frozen, state, batch)
+
+
+class MeshDriver:
+    """The batch's rows over the mesh's axis ``data``, the weights over ``model`` (``models/sharding.py``).
+
+    Each part of ``data`` reads σ itself, so that of the gradient only σ's own, summed once, is exchanged.
+    """
+
+    def __init__(self, frozen: Frozen, settings: UpdateSettings, mesh: Mesh | None = None) -> None:
+        mesh = sharding.as_mesh("") if mesh is None else mesh
+        self.devices = mesh.shape[DATA]
+        self._everywhere = NamedSharding(mesh, P())
+        params = sharding.place(frozen.params, settings.config, mesh)
+        self._frozen = Frozen(params, jax.device_put(frozen.before, self._everywhere))
+        self._update = functools.partial(_mesh_update, settings=settings, mesh=mesh)
+
+    def place(self, state: TrainState) -> TrainState:
+        return jax.device_put(state, self._everywhere)
+
+    def step(self, state: TrainState, batch: Rows) -> tuple[TrainState, dict[str, Array]]:
+        return self._update(self._frozen, state, batch)
+
+    def lower(self, state: TrainState, batch: Rows) -> jax.stages.Lowered:
+        """``step`` before it is compiled."""
+        return _mesh_update.lower(self._frozen, state, batch, **self._update.keywords)
+
+    def fetch(self, state: TrainState) -> TrainState:
+        return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), state)
+
+
+class MakeDriver(Protocol):
+    def __call__(
+        self, frozen: Frozen, settings: UpdateSettings, mesh: Mesh | None = None
+    ) -> Driver: ...
+
+
+DRIVERS: dict[str, MakeDriver] = {
     "jit": JitDriver,
     "pmap": PmapDriver,
+    "mesh": MeshDriver,
 }

@@ -99,7 +99,9 @@ def update(
     (total, count), gradient = jax.value_and_grad(total_and_count, has_aux=True)(state.sigma)
     loss, drawn = Total(total, count), batch.sequences
     if axis_name is not None:
-        loss, gradient, drawn = jax.lax.psum((loss, gradient, drawn), axis_name)
+        # As one float32 message: a batch's sequences are few enough to be exact.
+        summed = jax.lax.psum((loss, gradient, drawn.astype(jnp.float32)), axis_name)
+        loss, gradient, drawn = *summed[:2], summed[2].astype(drawn.dtype)
     return _descend(settings, state, loss, gradient, drawn)
 
 

@@ -1,0 +1,139 @@
+"""How batches and weights lie on a mesh of devices: one table.
+
+Batches, or whole prompts, go over the axis ``data``; the layers' matrices and the vocabulary over ``model``.
+XLA splits the products and adds the sums between devices where the table makes them partial.
+
+Reference: Shoeybi et al. 2019, Megatron-LM (arXiv:1909.08053).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxsp.models.config import DecoderConfig
+from jaxsp.typing import Params, UserError
+
+DATA, MODEL = "data", "model"
+
+OUTPUTS, INPUTS = -1, -2
+SPLIT = {
+    r"(embed_tokens|lm_head)/embedding": INPUTS,  # rows: a part of the vocabulary
+    r"([qkv]|gate|up)_proj/(kernel|bias|scale)": OUTPUTS,  # whole heads, a part of the MLP
+    r"(o|down)_proj/kernel": INPUTS,  # of these; a sum over devices follows
+}
+"""Which axis of a parameter goes over ``model``, by the end of its path; all others are on every device."""
+
+
+def as_mesh(mesh: Mesh | str) -> Mesh:
+    """The mesh that ``data=2,model=4`` asks for; of an empty text, all devices over ``data``.
+
+    Raises:
+      UserError: it can't be read, or the devices can't be laid out so.
+
+    Example:
+      >>> dict(as_mesh("data=1").shape)
+      {'data': 1, 'model': 1}
+    """
+    if isinstance(mesh, Mesh):
+        if set(mesh.axis_names) != {DATA, MODEL}:
+            raise UserError(f"A mesh must have the axes {DATA} and {MODEL}, not {mesh.axis_names}.")
+        return mesh
+    devices = jax.device_count()
+    sizes = {DATA: 1 if mesh else devices, MODEL: 1}
+    for part in filter(None, mesh.split(",")):
+        name, _, size = part.partition("=")
+        if name not in sizes or not re.fullmatch(r"[1-9]\d{0,5}", size):
+            raise UserError(
+                f"--mesh must be like data=2,model=4, axes {DATA} and {MODEL}; got {mesh!r}."
+            )
+        sizes[name] = int(size)
+    wanted = math.prod(sizes.values())
+    if devices % wanted:
+        told = " × ".join(f"{name}={size}" for name, size in sizes.items())
+        raise UserError(
+            f"The mesh {told} takes {wanted} devices, which doesn't divide the {devices} there are;"
+            " choose sizes whose product does."
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=jax.devices()[:wanted],
+    )
+
+
+def check(config: DecoderConfig, mesh: Mesh) -> None:
+    """Raises ``UserError`` if the model can't be cut in so many parts."""
+    parts = mesh.shape[MODEL]
+    counts = {
+        "heads": config.heads,
+        "key/value heads": config.kv_heads,
+        "MLP units": config.mlp_width,
+    }
+    for name, count in counts.items():
+        if count % parts:
+            fitting = math.gcd(*counts.values())
+            fits = ", ".join(str(n) for n in range(1, fitting + 1) if fitting % n == 0)
+            raise UserError(
+                f"--mesh {MODEL}={parts} doesn't divide the model's {count} {name}; choose one of {fits}."
+            )
+
+
+def shardings(config: DecoderConfig, mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """For ``load_model``: where the parameter with this path and shape goes.
+
+    Raises:
+      UserError: as ``check``.
+    """
+    check(config, mesh)
+
+    def of(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        spec: list[str | None] = [None] * len(shape)
+        for pattern, axis in SPLIT.items():
+            # A vocabulary that doesn't divide stays whole.
+            if re.search(f"{pattern}$", path) and shape[axis] % mesh.shape[MODEL] == 0:
+                spec[axis] = MODEL
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return of
+
+
+def place(params: Params, config: DecoderConfig, mesh: Mesh) -> Params:
+    """The weights on the mesh; those that lie there already stay."""
+    of = shardings(config, mesh)
+
+    def put(path: tuple, leaf: jax.Array) -> jax.Array:
+        name = "/".join(str(getattr(key, "key", key)) for key in path)
+        return jax.device_put(leaf, of(name, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(put, params)
+
+
+def over_data(
+    function: Callable[..., Any], mesh: Mesh | None, arguments: tuple[bool, ...], *, out: bool
+) -> Callable[..., Any]:
+    """``function`` run by each part of ``data`` on its own share; over ``model`` XLA splits the work.
+
+    Args:
+      function: of arrays, each with a share of their first axis.
+      mesh: the devices; without one ``function`` itself is given back.
+      arguments: of each argument whether it is cut along its first axis, or whole everywhere.
+      out: whether the results are shares, too; if not they must be the same everywhere.
+    """
+    if mesh is None:
+        return function
+    specs = [PartitionSpec(DATA) if cut else PartitionSpec() for cut in (*arguments, out)]
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=tuple(specs[:-1]),
+        out_specs=specs[-1],
+        axis_names={DATA},
+        check_vma=False,
+    )
