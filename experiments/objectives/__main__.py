@@ -65,7 +65,7 @@ class Setting:
 
 
 SMALL = Setting(2, ("kl", "nll"), (0,), train=6, held_out=3, steps=6, max_answer_tokens=16)
-FULL = Setting(20, tuple(TRAINED_ON), (0, 1), train=16, held_out=6, steps=40, max_answer_tokens=48)
+FULL = Setting(20, tuple(TRAINED_ON), (0, 1), train=22, held_out=6, steps=24, max_answer_tokens=48)
 
 
 @dataclasses.dataclass(frozen=True)
