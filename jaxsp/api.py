@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsp import stages
+from jaxsp import hosts, stages
 from jaxsp.artifact import SoftPrompt
 from jaxsp.console import Display
 from jaxsp.data.chat import ChatSlots
@@ -16,7 +16,7 @@ from jaxsp.evaluation import report as reports
 from jaxsp.evaluation.conditions import read_context
 from jaxsp.models.generate import Sampling, stream
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.run_folder import check_folder, open_run
+from jaxsp.run_folder import RunFolder, check_folder, open_run
 from jaxsp.settings import make_settings
 from jaxsp.training.loop import NonFiniteLoss
 from jaxsp.typing import Interrupted, KeyValues, UserError
@@ -49,6 +49,7 @@ class Result:
         reports.write(self.report, self.lines, Path(directory))
 
 
+@hosts.noticing_loss()
 def compress(
     model: LanguageModel,
     context: str,
@@ -102,7 +103,8 @@ def compress(
     mesh = stages.mesh_of(chosen)
     model = model if mesh is None else model.on(mesh)
     if out is not None:
-        check_folder(out, resume=resume, overwrite=overwrite)
+        directory = Path(out)
+        hosts.first(lambda: check_folder(directory, resume=resume, overwrite=overwrite))
     elif resume or overwrite:
         raise UserError("resume and overwrite need a folder: pass out=....")
     train_queries, held_out_queries = split_queries(
@@ -111,10 +113,16 @@ def compress(
         chosen.seed,
     )
     task = stages.encode_task(model, context, train_queries, held_out_queries, chosen)
+    identity = stages.identity(model, task, chosen)
+    hosts.agree(identity)
     folder = None
     if out is not None:
-        identity = stages.identity(model, task, chosen)
-        folder = open_run(out, identity, resume=resume, overwrite=overwrite)
+        folder = RunFolder(Path(out))
+
+        def open_folder() -> None:
+            open_run(folder.directory, identity, resume=resume, overwrite=overwrite)
+
+        hosts.first(open_folder)
 
     before = read_context(model, task.before_ids)
     file = folder.teacher if folder else None
@@ -125,7 +133,8 @@ def compress(
     except NonFiniteLoss as error:
         if folder is None:
             raise
-        stages.finished_prompt(model, lesson, error.state, context).save(folder.directory)
+        if hosts.is_first():
+            stages.finished_prompt(model, lesson, error.state, context).save(folder.directory)
         message = f"{error} The best prompt until then is saved in {folder.directory}."
         raise NonFiniteLoss(message, error.state) from None
     except Interrupted as error:
@@ -136,18 +145,22 @@ def compress(
         ) from None
 
     prompt = stages.finished_prompt(model, lesson, state, context)
-    brackets = {
-        "full_context": stages.measure_full_context(model, lesson, full_context, display),
-        **stages.measure_brackets(model, lesson, start.sigma, display),
-    }
-    measured = stages.measure(model, lesson, prompt.sigma, brackets, display)
+
+    def measure() -> dict[str, Any]:
+        brackets = {
+            "full_context": stages.measure_full_context(model, lesson, full_context, display),
+            **stages.measure_brackets(model, lesson, start.sigma, display),
+        }
+        return stages.measure(model, lesson, prompt.sigma, brackets, display)
+
+    measured = hosts.first(measure)
     report = {
         **stages.described(model, task, prompt, measured),
         "seconds": stages.seconds_by_phase(model, display, lines),
         "environment": stages.environment(),
     }
     result = Result(prompt, report, lines)
-    if folder is not None:
+    if folder is not None and hosts.is_first():
         result.save(folder.directory)
     return result
 

@@ -1,4 +1,4 @@
-"""The command line: compress · compress-many · ask · evaluate · inspect · demo (tyro)."""
+"""The command line: compress · compress-many · plan · ask · evaluate · inspect · demo (tyro)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import importlib.resources
 import io
 import itertools
 import json
+import os
 import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
 from rich.console import Console
@@ -31,7 +32,28 @@ _STARTED = time.perf_counter()
 
 
 @dataclasses.dataclass(frozen=True)
-class Compress(Settings):
+class Hosts:
+    """How this process finds the others of a run; a TPU pod's find each other."""
+
+    coordinator: str | None = None
+    """host:port at which process 0 listens."""
+    process_id: int | None = None
+    """Of this process, from 0."""
+    num_processes: int | None = None
+    """How many there are."""
+
+    def join(self) -> bool:
+        """Whether there are others."""
+        alone = self.coordinator is self.process_id is self.num_processes is None
+        if alone and "," not in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+            return False  # and jax need not be imported yet
+        from jaxsp import hosts
+
+        return hosts.join(self.coordinator, self.process_id, self.num_processes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compress(Settings, Hosts):
     """Learn a soft prompt that stands in for a document, and measure how well it does."""
 
     context: tyro.conf.Positional[str] = tyro.MISSING
@@ -54,12 +76,14 @@ class Compress(Settings):
     """Replace an earlier run in --out."""
 
     def run(self) -> None:
-        from jaxsp import api
+        from jaxsp import api, hosts
         from jaxsp.data.documents import read_context, read_queries
         from jaxsp.run_folder import check_folder
 
+        several = self.join()  # before anything computes
         self.check()
-        check_folder(self.out, resume=self.resume, overwrite=self.overwrite)
+        if not several:
+            check_folder(self.out, resume=self.resume, overwrite=self.overwrite)
         context, queries = read_context(self.context), read_queries(self.queries)
         held_out = _fraction(self.held_out)
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(Settings)}
@@ -71,9 +95,11 @@ class Compress(Settings):
             out=self.out,
             resume=self.resume,
             overwrite=self.overwrite,
+            progress=not several or hosts.is_first(),
             **settings,
         )
-        _summary(result, self.out)
+        if not several or hosts.is_first():
+            _summary(result, self.out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +154,63 @@ class CompressMany(Settings):
         if failed:
             print(f"jaxsp: {len(failed)} failed: {', '.join(failed)}.", file=sys.stderr)
             raise SystemExit(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Settings):
+    """Say beforehand what memory and time a compression will take; loads no weights."""
+
+    model: tyro.conf.Positional[str] = EMBEDDED
+    """A directory (config.json is enough), a .gguf file, a hub id, or the name of the embedded model."""
+    context_tokens: int = 1000
+    """Tokens of the context, about."""
+    query_tokens: int = 64
+    """Tokens of a query with its answer, about; half of them are taken to be the answer's."""
+    dtype: str | None = None
+    """Of weights and activations; by default bfloat16 where the hardware computes it, else float32."""
+    weights: Weights = "full"
+    """Of the layers' matrices; int8 halves bfloat16's memory and rounds them."""
+    json: bool = False
+    """Print everything as JSON on standard output."""
+
+    def run(self) -> None:
+        from jaxsp import plan
+        from jaxsp.models.language_model import model_config
+
+        found = plan.plan(
+            model_config(self.model, self.dtype, self.weights),
+            self,
+            context_tokens=self.context_tokens,
+            query_tokens=self.query_tokens,
+        )
+        if self.json:
+            memory = {**dataclasses.asdict(found.memory), "total": found.memory.total}
+            print(json.dumps({**dataclasses.asdict(found), "memory": memory}, indent=2))
+            return
+        memory, largest = found.memory, found.largest_rows
+        fits = "" if found.fits else ": does not fit"
+        queries = largest * found.row_tokens // self.query_tokens
+        rows = {
+            "devices": f"{found.devices} ({found.device})",
+            "batch": f"{found.rows} rows of {found.row_tokens} tokens",
+            "memory of a device": f"{_size(memory.total)} of {_size(found.memory_limit)}{fits}",
+            "  weights, batch, σ": _size(memory.arguments),
+            "  temporaries": _size(memory.temporaries),
+            "  output": _size(memory.output),
+            "  the context": _size(memory.context),
+            "a step": f"{found.flops / 1e9:,.1f} GFLOP, {found.step_seconds:,.3g} s",
+            "  matrix products": f"{found.matmul_rate / 1e9:,.0f} GFLOP/s, measured",
+            "  of which used": f"{found.utilisation:g}, assumed (SmolLM2's on a CPU)",
+            f"{self.steps} steps": f"{self.steps * found.step_seconds / 60:,.1f} min, without teacher"
+            " and evaluation",
+            "largest batch": f"--batch-shape {largest} {found.row_tokens} (about {queries} queries)"
+            if largest
+            else f"none fits; {_lighter(self)}",
+        }
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in rows.items():
+            table.add_row(name, value)
+        Console(highlight=False).print(table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +376,7 @@ class Demo:
 Command = (
     Annotated[Compress, tyro.conf.subcommand("compress")]
     | Annotated[CompressMany, tyro.conf.subcommand("compress-many")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Ask, tyro.conf.subcommand("ask")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
@@ -303,20 +387,58 @@ Command = (
 def main() -> None:
     """Entry point of the console script ``jaxsp``."""
     try:
-        _parsed().run()
+        _run(_parsed())
     except UserError as error:
         print(f"jaxsp: {error}", file=sys.stderr)
         if not isinstance(error, Interrupted):
-            raise SystemExit(2) from None
+            _leave(2)
         arguments = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
         print(f"  jaxsp {shlex.join([*arguments, '--resume'])}", file=sys.stderr)
-        raise SystemExit(130) from None
+        _leave(130)
     except KeyboardInterrupt:
         print("jaxsp: interrupted.", file=sys.stderr)
-        raise SystemExit(130) from None
+        _leave(130)
 
 
-def _parsed() -> Compress | CompressMany | Ask | Evaluate | Inspect | Demo:
+def _leave(code: int) -> NoReturn:
+    if "jaxsp.hosts" in sys.modules:
+        sys.modules["jaxsp.hosts"].leave(code)
+    raise SystemExit(code) from None
+
+
+def _run(command: Compress | CompressMany | Plan | Ask | Evaluate | Inspect | Demo) -> None:
+    """Runs the command; a device without memory is a mistake that the user can mend."""
+    try:
+        command.run()
+    except RuntimeError as error:  # jax's own kinds are
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        told = str(error).splitlines()[0]
+        raise UserError(
+            f"The device has not enough memory ({told:.120}); {_lighter(command)};"
+            " `jaxsp plan` says beforehand what fits."
+        ) from None
+
+
+def _lighter(command: object) -> str:
+    """How to need less memory, by the options that a command has."""
+    ways = {
+        "batch_size": "lower --batch-size",
+        "at_once": "lower --at-once",
+        "accumulate": "raise --accumulate",
+        "dtype": "take --dtype bfloat16",
+        "weights": "take --weights int8",
+        "parallel": "use more devices with --parallel mesh",
+    }
+    *most, last = [way for option, way in ways.items() if hasattr(command, option)]
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def _parsed() -> Compress | CompressMany | Plan | Ask | Evaluate | Inspect | Demo:
     """The command that the arguments ask for.
 
     Raises:

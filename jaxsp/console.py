@@ -31,7 +31,11 @@ class Display:
         """A phase of unknown length; the function it gives changes the text beside the spinner."""
         started = time.perf_counter()
         with Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), console=self._console, transient=True
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            console=self._console,
+            transient=True,
+            disable=self._console.quiet,  # a notebook would get an empty widget
         ) as progress:
             task = progress.add_task(title, total=None)
             yield lambda text: progress.update(task, description=f"{title}: {text}")
@@ -54,6 +58,7 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("left"),
             console=self._console,
+            disable=self._console.quiet,
         ) as progress:
             task = progress.add_task("", total=steps, **shown)
 
@@ -77,6 +82,7 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("left"),
             console=self._console,
+            disable=self._console.quiet,
         ) as progress:
             task = progress.add_task("", total=total, completed=done)
             yield lambda more, text: progress.update(task, advance=more, description=text)

@@ -132,6 +132,8 @@ def run_many(
         check_folder(out, resume=resume, overwrite=overwrite)
     elif resume or overwrite:
         raise UserError("resume and overwrite need a folder: pass out=....")
+    if jax.process_count() > 1:
+        raise UserError("compress_many runs in one process; give each process contexts of its own.")
     if not rows:
         raise UserError("There is no context to compress; give at least one.")
     jobs, problems = check_jobs(model, rows, settings)

@@ -29,6 +29,8 @@ class Settings(OptimizerSettings):
     """Queries an update, about: as many as fit in the tokens of so many of mean length."""
     batch_shape: tuple[int, int] | None = None
     """Rows of a batch and tokens of a row; by default those that suit batch_size."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other, to save memory."""
     initial: str = "first"
     """Where the prompt starts: first, spread (tokens of the context), vocabulary or noise."""
     seed: int = 0
@@ -72,6 +74,7 @@ class Settings(OptimizerSettings):
         for name in (
             "length",
             "batch_size",
+            "accumulate",
             "max_answer_tokens",
             "evaluate_every",
             "checkpoint_every",

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxsp import hosts
 from jaxsp.artifact import FORMAT, SoftPrompt, tokenizer_fingerprint
 from jaxsp.console import Display
 from jaxsp.data.chat import ChatSlots, encode
@@ -47,8 +48,8 @@ from jaxsp.training.state import TrainState, initial_state
 from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import KeyValues, PyTree, UserError
 
-LAYOUT = ("parallel", "mesh")
-"""Settings that say where it is computed, and not what."""
+LAYOUT = ("parallel", "mesh", "accumulate")
+"""Settings that say where and in what parts it is computed, and not what."""
 
 KIND = "embedding"
 """Of prompt: a key of ``jaxsp.prompts.PROMPT_KINDS``."""
@@ -159,20 +160,23 @@ def teach(
         if file is not None and file.is_file():
             data = store.load(file)
             return Lesson(task, settings, before, data, packing(data.rows, settings)), full_context
+        count = len(task.queries)
         answers = answer_ids(
             model,
             full_context,
-            task.query_ids,
+            [task.query_ids[i] for i in hosts.mine(count)],
             max_tokens=settings.max_answer_tokens,
             on_batch=lambda done: note(f"{done} done"),
         )
+        answers = hosts.all_shares(answers, count)
     with display.phase("signals", "Teacher's distributions"):
         targets = [given or own for given, own in zip(task.given_ids, answers, strict=True)]
         rows = make_rows(task.query_ids, targets)
         shape = packing(rows, settings)
-        hidden = hidden_states(model, full_context, rows, shape)
+        hidden = hidden_states(model, full_context, rows.take(hosts.mine(count)), shape)
+        hidden = hosts.all_shares(hidden, count)
         data = TeacherData(dataclasses.replace(rows, teacher_hidden=hidden), answers)
-        if file is not None:
+        if file is not None and hosts.is_first():
             store.save(data, file)
     return Lesson(task, settings, before, data, shape), full_context
 
@@ -213,13 +217,21 @@ def initial_state_of(model: LanguageModel, lesson: Lesson) -> TrainState:
 def update_settings(model: LanguageModel, settings: Settings) -> UpdateSettings:
     """What of the settings is compiled into the update."""
     return UpdateSettings(
-        model.config, KIND, trainable(settings.objective), make_optimizer(settings)
+        model.config,
+        KIND,
+        trainable(settings.objective),
+        make_optimizer(settings),
+        settings.accumulate,
     )
 
 
 def mesh_of(settings: Settings) -> Mesh | None:
     """The mesh that the settings ask for; raises ``UserError`` if these devices can't be laid out so."""
-    return as_mesh(settings.mesh) if settings.parallel == "mesh" else None
+    if settings.parallel == "mesh":
+        return as_mesh(settings.mesh)
+    if jax.process_count() > 1:
+        raise UserError(f"Several processes need --parallel mesh, not {settings.parallel}.")
+    return None
 
 
 def train_prompt(
@@ -417,7 +429,7 @@ def seconds_by_phase(
         **phases,
         "compile": compiling,
         "train": training,
-        "evaluate": display.seconds["evaluate"],
+        "evaluate": display.seconds.get("evaluate", 0.0),  # the first process alone does
     }
     return {**seconds, "total": sum(seconds.values())}
 

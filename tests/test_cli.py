@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import jaxsp
+from jaxsp import plan
 from tests import tiny
 
 FAST = ("--length", 4, "--steps", 2, "--batch-size", 4, "--max-answer-tokens", 6)
@@ -252,6 +256,75 @@ def test_help_is_shown(jaxsp_command):
     code, out, _ = jaxsp_command("compress", "--help")
     assert code == 0
     assert "--learning-rate" in out
+
+
+def test_plan_says_what_a_run_will_need(jaxsp_command, tiny_directory, tmp_path, monkeypatch):
+    shutil.copy(tiny_directory / "config.json", tmp_path)  # no weights, no tokenizer
+    options = (tmp_path, "--length", 4, "--context-tokens", 90, "--dtype", "float32")
+    monkeypatch.setattr(plan, "largest", lambda *_, **__: 9)
+    code, out, err = jaxsp_command("plan", *options, "--steps", 40, "--optimizer", "adam")
+    assert code == 0, err
+    for words in ("rows of", "MiB of", "temporaries", "GFLOP/s, measured", "40 steps", "assumed"):
+        assert words in out
+    assert re.search(r"--batch-shape 9 \d+ \(about \d+ queries\)", out)
+    given = plan.Memory(2**40, 2**41, 3, 4)
+    found = plan.Plan("cpu", 1, 3, 80, given, 2**38, 2e9, 1e9, 0.5, 4.0, 0)
+    monkeypatch.setattr(plan, "plan", lambda *_, **__: found)
+    code, out, err = jaxsp_command("plan", *options)
+    assert "3,072.00 GiB of 256.00 GiB: does not fit" in out
+    assert "none fits; lower --batch-size, raise --accumulate" in " ".join(out.split())
+    code, out, err = jaxsp_command("plan", *options, "--json")
+    told = json.loads(out)
+    assert told == {**dataclasses.asdict(found), "memory": told["memory"]}
+    assert told["memory"] == {**dataclasses.asdict(given), "total": given.total}
+    monkeypatch.undo()
+    refused(jaxsp_command("plan", *options, "--query-tokens", 600), "window of 512")
+    refused(jaxsp_command("plan", *options, "--query-tokens", 81, "--batch-shape", 3, 80), "81")
+    refused(jaxsp_command("plan", tmp_path / "nothing"), "Unknown model")
+
+
+def out_of_memory(*_, **__):
+    raise jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nMore."
+    )
+
+
+def test_a_device_without_memory(
+    compress, jaxsp_command, monkeypatch, finished, job, tiny_directory, tmp_path
+):
+    """What to lower is said in one sentence, by the options that the command has."""
+    common = ("Out of memory allocating 99 bytes", "`jaxsp plan`")
+    training = ("--batch-size", "--accumulate", "--weights int8", "--parallel mesh", *common)
+    monkeypatch.setattr("jaxsp.training.parallel.JitDriver.step", out_of_memory)
+    refused(compress(), *training)
+    row = {"id": "a", "context": job["context"].read_text(), "queries": ["One?", "Two?", "Three?"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    many = ("compress-many", tmp_path / "rows.jsonl", "--model", tiny_directory, *FAST)
+    monkeypatch.setattr("jaxsp.training.many._step", out_of_memory)
+    refused(jaxsp_command(*many, "--out", tmp_path / "many"), "--at-once", *training)
+    monkeypatch.setattr("jaxsp.stages.hidden_states", out_of_memory)
+    result = jaxsp_command("evaluate", finished, "--queries", job["queries"])
+    refused(result, "take --dtype bfloat16", *common)
+    assert "--batch-size" not in result[2]
+
+
+def test_other_failures_of_a_device_are_not_taken_for_it(compress, monkeypatch):
+    def broken(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr("jaxsp.training.parallel.JitDriver.step", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        compress()
+
+
+def test_a_batch_in_parts(compress, tmp_path):
+    """Trains, and a run goes on in other parts, or made when there were none."""
+    refused(compress("--accumulate", 0), "--accumulate", "at least 1")
+    code, _, err = compress("--accumulate", 2)
+    assert code == 0, err
+    assert "accumulate" not in (tmp_path / "out" / "run" / "settings.json").read_text()
+    code, _, err = compress("--resume")
+    assert code == 0, err
 
 
 def test_query_on_both_sides(compress, tmp_path):

@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["typing"],
     ["models", "losses"],
-    ["prompts", "data", "distributions"],
+    ["prompts", "data", "distributions", "hosts"],
     ["teacher", "artifact"],
     ["training", "evaluation", "run_folder", "console", "settings"],
     ["stages"],
-    ["api", "demo", "jobs"],
+    ["api", "demo", "jobs", "plan"],
     ["many"],
     ["cli"],
     ["__main__", "__init__"],

@@ -97,8 +97,13 @@ class LanguageModel:
             )
 
     def on(self, mesh: Mesh) -> LanguageModel:
-        """The same model with its weights spread over a mesh; raises ``UserError`` if they can't be."""
-        return dataclasses.replace(self, params=sharding.place(self.params, self.config, mesh))
+        """The same model with its weights spread over a mesh (of several processes, over its own part).
+
+        Raises:
+          UserError: it can't be cut in so many parts.
+        """
+        own = sharding.local(mesh)
+        return dataclasses.replace(self, params=sharding.place(self.params, self.config, own))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -152,18 +157,14 @@ def load_model(
       ' Paris'
     """
     started = time.perf_counter()
-    dtype = default_dtype() if dtype is None else dtype
-    if dtype not in DTYPES:
-        raise UserError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
-    if lack := _lacks(dtype):
-        raise UserError(f"{lack}; choose dtype {default_dtype()}.")
-    if weights not in (known := get_args(Weights)):
-        raise UserError(f"Unknown weights {weights!r}; choose one of {', '.join(known)}.")
+    dtype = _checked(dtype, weights)
     directory = _directory(os.fspath(name_or_path))
     hf = _hugging_face_config(directory)
     family = FAMILIES[hf.model_type]
     config = family.config(hf, dtype).replace(weights=weights)
-    where = None if mesh is None else sharding.shardings(config, sharding.as_mesh(mesh))
+    where = (
+        None if mesh is None else sharding.shardings(config, sharding.local(sharding.as_mesh(mesh)))
+    )
     params = load_params(weight_files(directory), config, family.tensors(config), where)
     if isinstance(tokenizer, str):
         tokenizer = _load_tokenizer(directory)
@@ -179,6 +180,31 @@ def load_model(
         stop_ids=stop_ids,
         load_seconds=time.perf_counter() - started,
     )
+
+
+def model_config(
+    name_or_path: str | os.PathLike[str], dtype: str | None = None, weights: Weights = "full"
+) -> DecoderConfig:
+    """The hyper-parameters that ``load_model`` would give a model; its weights need not be there.
+
+    Raises:
+      UserError: no such model, an unsupported one, or a dtype that there is not.
+    """
+    dtype = _checked(dtype, weights)
+    hf = _hugging_face_config(_directory(os.fspath(name_or_path)))
+    return FAMILIES[hf.model_type].config(hf, dtype).replace(weights=weights)
+
+
+def _checked(dtype: str | None, weights: str) -> str:
+    """The dtype, or the default one; raises ``UserError`` if the device or jaxsp lacks what is asked for."""
+    dtype = default_dtype() if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise UserError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    if lack := _lacks(dtype):
+        raise UserError(f"{lack}; choose dtype {default_dtype()}.")
+    if weights not in (known := get_args(Weights)):
+        raise UserError(f"Unknown weights {weights!r}; choose one of {', '.join(known)}.")
+    return dtype
 
 
 def default_dtype() -> str:

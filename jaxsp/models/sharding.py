@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsp.models.config import DecoderConfig
-from jaxsp.typing import Params, UserError
+from jaxsp.typing import Params, PyTree, UserError
 
 DATA, MODEL = "data", "model"
 
@@ -60,12 +61,24 @@ def as_mesh(mesh: Mesh | str) -> Mesh:
             f"The mesh {told} takes {wanted} devices, which doesn't divide the {devices} there are;"
             " choose sizes whose product does."
         )
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * 2,
-        devices=jax.devices()[:wanted],
-    )
+    processes = jax.process_count()
+    if processes == 1:
+        shape, names = tuple(sizes.values()), tuple(sizes)
+        auto, some = (AxisType.Auto,) * 2, jax.devices()[:wanted]
+        return jax.make_mesh(shape, names, axis_types=auto, devices=some)
+    if wanted < devices or sizes[DATA] % processes:
+        raise UserError(
+            f"The mesh must take all {devices} devices of the {processes} processes, and {MODEL} those of one"
+            f" process at most; {mesh or 'this'} doesn't."
+        )
+    every = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.reshape(np.array(every), tuple(sizes.values())), (DATA, MODEL))
+
+
+def local(mesh: Mesh) -> Mesh:
+    """The part of a mesh that this process has."""
+    own = [row for row in mesh.devices if row[0].process_index == jax.process_index()]
+    return mesh if len(own) == len(mesh.devices) else Mesh(np.array(own), mesh.axis_names)
 
 
 def check(config: DecoderConfig, mesh: Mesh) -> None:
@@ -113,6 +126,31 @@ def place(params: Params, config: DecoderConfig, mesh: Mesh) -> Params:
         return jax.device_put(leaf, of(name, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(put, params)
+
+
+def joined(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Arrays on ``local(mesh)``, of which every process has the same, as arrays on the whole mesh."""
+
+    def join(leaf: jax.Array) -> jax.Array:
+        assert isinstance(leaf.sharding, NamedSharding)
+        sharding = NamedSharding(mesh, leaf.sharding.spec)
+        shards = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+    return tree if local(mesh) is mesh else jax.tree.map(join, tree)
+
+
+def put(tree: PyTree, mesh: Mesh, spec: PartitionSpec) -> PyTree:
+    """Host arrays, of which every process has the same, on the mesh; each takes only its share."""
+    sharding = NamedSharding(mesh, spec)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def one(leaf: jax.Array | np.ndarray) -> jax.Array:
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(one, tree)
 
 
 def over_data(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxsp.training.state import TrainState
 from jaxsp.typing import UserError
@@ -25,6 +27,19 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     @property
+    def _sharding(self) -> Sharding:
+        """One device; of several processes, a copy on each device: orbax then writes together."""
+        if jax.process_count() == 1:
+            return SingleDeviceSharding(jax.local_devices()[0])
+        return NamedSharding(Mesh(np.array(jax.devices()), "all"), PartitionSpec())
+
+    def _everywhere(self, leaf: jax.Array) -> jax.Array:
+        if jax.process_count() == 1:
+            return leaf
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, self._sharding, lambda index: whole[index])
+
+    @property
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint; ``None`` if there is none."""
         return self._manager.latest_step()
@@ -33,7 +48,8 @@ class Checkpoints:
         """Writes the state, unless its step is there already; it is safe when this returns."""
         step = int(state.step)
         if step != self.latest_step:
-            self._manager.save(step, args=self._ocp.args.StandardSave(vars(state)))
+            everywhere = jax.tree.map(self._everywhere, vars(state))
+            self._manager.save(step, args=self._ocp.args.StandardSave(everywhere))
             self._manager.wait_until_finished()
 
     def restore(self, like: TrainState) -> TrainState:
@@ -47,10 +63,11 @@ class Checkpoints:
         """
         if self.latest_step is None:
             raise UserError("There is no checkpoint to resume from; start anew with --overwrite.")
-        # One concrete device: a run may resume on a machine with other devices.
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        # Devices of this run: the one that wrote it may have had others.
         shapes = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a), sharding=device),
+            lambda a: jax.ShapeDtypeStruct(
+                jnp.shape(a), jnp.result_type(a), sharding=self._sharding
+            ),
             vars(like),
         )
         try:
@@ -62,7 +79,7 @@ class Checkpoints:
                 f"The checkpoint of step {self.latest_step} can't be read ({error}); start anew"
                 " with --overwrite."
             ) from error
-        return TrainState(**saved)
+        return TrainState(**jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), saved))
 
     def close(self) -> None:
         self._manager.close()

@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsp import hosts
 from jaxsp.data.packing import Packing
 from jaxsp.data.rows import Rows
 from jaxsp.training.checkpoint import Checkpoints
@@ -97,7 +98,7 @@ def train(
       Interrupted: on Ctrl-C.
       NonFiniteLoss: the loss or the gradient is no longer finite.
     """
-    lines = _past_lines(watcher.metrics, int(state.step))
+    lines = hosts.first(lambda: _past_lines(watcher.metrics, int(state.step)))
     packing = settings.packing
     spread = packing.over(driver.devices, int(rows.lengths.max()))
     placed = driver.place(state)
@@ -108,7 +109,7 @@ def train(
             watcher.checkpoints.save(state)
 
     def measured(state: TrainState) -> TrainState:
-        kl = float(evaluate(state.sigma))
+        kl = hosts.first(lambda: float(evaluate(state.sigma)))
         if not math.isfinite(kl):
             raise NonFiniteLoss(non_finite(int(state.step), {"held-out KL": kl}), good)
         if kl < float(state.best_kl):
@@ -223,6 +224,6 @@ def _past_lines(file: Path | None, step: int) -> list[dict[str, Any]]:
 
 
 def _write(file: Path | None, lines: list[dict[str, Any]]) -> None:
-    if file is not None:
+    if file is not None and hosts.is_first():
         with file.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(line) + "\n" for line in lines)

@@ -25,7 +25,7 @@ class Driver(Protocol):
     """Holds the frozen weights where they are needed; turns (state, batch) into (state, metrics)."""
 
     devices: int
-    """The rows of a batch are a multiple of it."""
+    """The rows of a batch are a multiple of it: devices, times the parts that each computes its share in."""
 
     def place(self, state: TrainState) -> TrainState:
         """The state as ``step`` takes it, on this driver's devices."""
@@ -44,10 +44,9 @@ _jitted_update = jax.jit(update, static_argnames="settings")
 class JitDriver:
     """The whole batch on one device."""
 
-    devices = 1
-
     def __init__(self, frozen: Frozen, settings: UpdateSettings, mesh: Mesh | None = None) -> None:
         del mesh
+        self.devices = settings.accumulate
         self._frozen, self._settings = frozen, settings
 
     def place(self, state: TrainState) -> TrainState:
@@ -65,7 +64,8 @@ class PmapDriver:
 
     def __init__(self, frozen: Frozen, settings: UpdateSettings, mesh: Mesh | None = None) -> None:
         del mesh
-        self.devices = jax.local_device_count()
+        self._count = jax.local_device_count()
+        self.devices = self._count * settings.accumulate
         self._frozen = self._replicate(frozen)
         self._update = jax.pmap(
             lambda frozen, state, batch: update(
@@ -78,7 +78,7 @@ class PmapDriver:
         return self._replicate(state)
 
     def step(self, state: TrainState, batch: Rows) -> tuple[TrainState, dict[str, Array]]:
-        n = self.devices
+        n = self._count
         if len(batch) % n:
             raise UserError(
                 f"The batch size {len(batch)} can't be divided over {n} devices; choose a multiple"
@@ -95,7 +95,7 @@ class PmapDriver:
         # Once, by pmap itself: passed unmapped, the weights would travel to the devices every step.
         # The same axis name gives the copies the sharding that `step` returns: else it compiles twice.
         copy = jax.pmap(lambda _, tree: tree, axis_name=_AXIS, in_axes=(0, None))
-        return copy(np.arange(self.devices), tree)
+        return copy(np.arange(self._count), tree)
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "mesh"))
@@ -117,17 +117,19 @@ class MeshDriver:
 
     def __init__(self, frozen: Frozen, settings: UpdateSettings, mesh: Mesh | None = None) -> None:
         mesh = sharding.as_mesh("") if mesh is None else mesh
-        self.devices = mesh.shape[DATA]
-        self._everywhere = NamedSharding(mesh, P())
-        params = sharding.place(frozen.params, settings.config, mesh)
-        self._frozen = Frozen(params, jax.device_put(frozen.before, self._everywhere))
+        self.devices = mesh.shape[DATA] * settings.accumulate
+        self._mesh = mesh
+        own = sharding.local(mesh)
+        params = sharding.place(frozen.params, settings.config, own)
+        before = jax.device_put(frozen.before, NamedSharding(own, P()))
+        self._frozen = sharding.joined(Frozen(params, before), mesh)
         self._update = functools.partial(_mesh_update, settings=settings, mesh=mesh)
 
     def place(self, state: TrainState) -> TrainState:
-        return jax.device_put(state, self._everywhere)
+        return sharding.put(state, self._mesh, P())
 
     def step(self, state: TrainState, batch: Rows) -> tuple[TrainState, dict[str, Array]]:
-        return self._update(self._frozen, state, batch)
+        return self._update(self._frozen, state, sharding.put(batch, self._mesh, P(DATA)))
 
     def lower(self, state: TrainState, batch: Rows) -> jax.stages.Lowered:
         """``step`` before it is compiled."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import chex
 import jax
@@ -32,12 +33,21 @@ class Frozen:
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSettings:
-    """What is fixed when an update is compiled; raises ``UserError`` if the objective has no gradient."""
+    """What is fixed when an update is compiled; raises ``UserError`` if the objective has no gradient.
+
+    Attributes:
+      config: of the model.
+      kind: of the prompt, a key of ``jaxsp.prompts.PROMPT_KINDS``.
+      objective: what is trained on.
+      optimizer: of the prompt.
+      accumulate: parts that a batch's rows are computed in, one after the other; never more than rows.
+    """
 
     config: DecoderConfig
     kind: str
     objective: Objective
     optimizer: optax.GradientTransformation
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         self.objective.check_differentiable()
@@ -68,6 +78,31 @@ def _costs(states: Array, frozen: Frozen, batch: Rows, settings: UpdateSettings)
     return settings.objective.cost(values)
 
 
+def _in_parts(compute: Callable[[Rows], PyTree], batch: Rows, parts: int, axis: int = 0) -> PyTree:
+    """What ``compute`` gives for parts of a batch's rows, added up; its memory is that of one part."""
+    rows = batch.tokens.shape[axis]
+    size = -(-rows // parts)
+    parts = -(-rows // size)
+    if parts == 1:
+        return compute(batch)
+
+    def cut(leaf: Array) -> Array:
+        padding = [(0, 0)] * leaf.ndim
+        padding[axis] = 0, parts * size - rows  # with zeros: the mask is False there
+        leaf = jnp.pad(leaf, padding)
+        leaf = leaf.reshape(*leaf.shape[:axis], parts, size, *leaf.shape[axis + 1 :])
+        return jnp.moveaxis(leaf, axis, 0)
+
+    stacked = jax.tree.map(cut, batch)
+    like = jax.eval_shape(compute, jax.tree.map(lambda leaf: leaf[0], stacked))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+
+    def add(sums: PyTree, part: Rows) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, sums, compute(part)), None
+
+    return jax.lax.scan(add, zeros, stacked)[0]
+
+
 def update(
     state: TrainState,
     batch: Rows,
@@ -78,8 +113,8 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One step of gradient descent on σ.
 
-    Totals, counts and gradients are summed over ``axis_name`` and divided once: the result is that
-    of the whole batch, however its rows are spread over the devices.
+    Totals, counts and gradients are summed over the parts that ``settings.accumulate`` asks for and over
+    ``axis_name``, and divided once: the result is that of the whole batch, however its rows are spread.
 
     Args:
       state: before the step; replicated over the devices.
@@ -93,11 +128,15 @@ def update(
       ``answer_tokens`` and ``learning_rate`` as float32 scalars.
     """
 
-    def total_and_count(sigma: PyTree) -> tuple[Array, Array]:
-        return loss_total(sigma, frozen, batch, settings)
+    def loss_and_gradient(rows: Rows) -> tuple[Total, PyTree]:
+        def total_and_count(sigma: PyTree) -> tuple[Array, Array]:
+            return loss_total(sigma, frozen, rows, settings)
 
-    (total, count), gradient = jax.value_and_grad(total_and_count, has_aux=True)(state.sigma)
-    loss, drawn = Total(total, count), batch.sequences
+        found, gradient = jax.value_and_grad(total_and_count, has_aux=True)(state.sigma)
+        return Total(*found), gradient
+
+    loss, gradient = _in_parts(loss_and_gradient, batch, settings.accumulate)
+    drawn = batch.sequences
     if axis_name is not None:
         # As one float32 message: a batch's sequences are few enough to be exact.
         summed = jax.lax.psum((loss, gradient, drawn.astype(jnp.float32)), axis_name)
@@ -121,16 +160,18 @@ def update_many(
     Returns:
       The states after the step, and the metrics of ``update``, ``[M]`` each.
     """
-    mask = jnp.asarray(batches.mask)
 
-    def totals(sigmas: PyTree) -> tuple[Array, Total]:
-        hidden = jax.vmap(lambda sigma, batch: _student(sigma, frozen, batch, settings))(
-            sigmas, batches
-        )
-        each = jax.vmap(masked_sum)(_costs(hidden, frozen, batches, settings), mask)
-        return jnp.sum(each.total), each  # no σ has a part in another's total
+    def gradients_and_losses(rows: Rows) -> tuple[PyTree, Total]:
+        def totals(sigmas: PyTree) -> tuple[Array, Total]:
+            student = functools.partial(_student, frozen=frozen, settings=settings)
+            hidden = jax.vmap(lambda sigma, batch: student(sigma, batch=batch))(sigmas, rows)
+            costs = _costs(hidden, frozen, rows, settings)
+            each = jax.vmap(masked_sum)(costs, jnp.asarray(rows.mask))
+            return jnp.sum(each.total), each  # no σ has a part in another's total
 
-    gradients, each = jax.grad(totals, has_aux=True)(states.sigma)
+        return jax.grad(totals, has_aux=True)(states.sigma)
+
+    gradients, each = _in_parts(gradients_and_losses, batches, settings.accumulate, axis=1)
     drawn = jax.vmap(lambda batch: batch.sequences)(batches)
     after, metrics = jax.vmap(functools.partial(_descend, settings))(states, each, gradients, drawn)
 

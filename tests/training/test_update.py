@@ -17,11 +17,12 @@ from jaxsp.data.rows import make_rows
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.losses import OBJECTIVES, cosine_similarity, masked_mean
 from jaxsp.models import decoder
+from jaxsp.models.sharding import as_mesh
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.training.optimizer import OptimizerSettings, make_optimizer, make_pace
 from jaxsp.training.parallel import DRIVERS
 from jaxsp.training.state import initial_state
-from jaxsp.training.update import Frozen, UpdateSettings, loss_total
+from jaxsp.training.update import Frozen, UpdateSettings, loss_total, update, update_many
 from jaxsp.typing import UserError
 from tests import tiny
 
@@ -210,6 +211,83 @@ def test_a_packed_batch_gives_the_update_of_its_sequences(problem, shape, device
     )
     assert int(one.cursor) == int(two.cursor) == 16
     assert float(packed_metrics["answer_tokens"]) == float(metrics["answer_tokens"])
+
+
+@pytest.fixture(scope="module")
+def undivided(problem):
+    """A step on all rows in one go."""
+    frozen, config, rows, sigma, _ = problem
+    settings = settings_for(config, optimizer=optax.sgd(1.0))
+    return DRIVERS["jit"](frozen, settings).step(state_for(sigma, settings), rows)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "mesh", "parts", "packing"),
+    [
+        ("jit", None, 3, None),  # the last part lacks two rows
+        ("jit", None, 99, None),  # more than there are rows
+        ("jit", None, 4, Packing(3, 60)),
+        ("pmap", None, 2, Packing(3, 60)),
+        ("mesh", "data=4,model=2", 3, Packing(3, 60)),
+    ],
+)
+def test_a_batch_in_parts_gives_the_update_of_the_whole(
+    problem, undivided, parallel, mesh, parts, packing
+):
+    frozen, config, batch, sigma, _ = problem
+    settings = settings_for(config, optimizer=optax.sgd(1.0))
+    settings = dataclasses.replace(settings, accumulate=parts)
+    driver = DRIVERS[parallel](frozen, settings, mesh and as_mesh(mesh))
+    if packing:
+        packing = packing.over(driver.devices, int(batch.lengths.max()))
+        assert packing.rows % parts == 0
+        batch = packing.pack(batch, np.arange(16))
+    state, metrics = driver.step(driver.place(state_for(sigma, settings)), batch)
+    state, (whole, whole_metrics) = driver.fetch(state), undivided
+    moved = whole.sigma["embeddings"] - sigma["embeddings"]
+    np.testing.assert_allclose(
+        state.sigma["embeddings"] - sigma["embeddings"], moved, atol=1e-5 * np.abs(moved).max()
+    )
+    for name, value in whole_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
+    assert int(state.cursor) == int(whole.cursor) == 16
+
+
+def test_many_prompts_in_parts(problem):
+    frozen, config, rows, sigma, _ = problem
+    whole = settings_for(config, optimizer=optax.sgd(1.0))
+    state = state_for(sigma, whole)
+    states = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
+    packing = Packing(3, 60)
+    batches = [packing.pack(rows, index) for index in (np.arange(16), np.arange(5))]
+    batches = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    (one, metrics), (two, in_parts) = (
+        jax.jit(update_many, static_argnames="settings")(
+            states, batches, frozen=frozen, settings=dataclasses.replace(whole, accumulate=parts)
+        )
+        for parts in (1, 2)
+    )
+    moved, again = (s.sigma["embeddings"] - sigma["embeddings"] for s in (one, two))
+    assert np.abs(moved[0] - moved[1]).max() > 0.01 * np.abs(moved).max()
+    np.testing.assert_allclose(again, moved, atol=1e-5 * np.abs(moved).max())
+    for name, value in metrics.items():
+        np.testing.assert_allclose(in_parts[name], value, rtol=1e-5)
+    assert two.cursor.tolist() == [16, 5]
+
+
+def test_a_batch_in_parts_needs_less_memory(problem):
+    frozen, config, rows, sigma, _ = problem
+    batch = Packing(32, 96).pack(rows, np.arange(16))
+
+    def temporary(parts):
+        settings = settings_for(config, optimizer=optax.sgd(1.0))
+        settings = dataclasses.replace(settings, accumulate=parts)
+        step = jax.jit(update, static_argnames="settings")
+        state = state_for(sigma, settings)
+        compiled = step.lower(state, batch, frozen=frozen, settings=settings).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(8) < 0.25 * temporary(1)
 
 
 def test_pmap_refuses_a_batch_it_cannot_divide(problem):

@@ -1,0 +1,111 @@
+"""The demo in float32 and in bfloat16: loss curves, and the final held-out KL of both judged by one model.
+
+python -m experiments.precision.run [--seeds N ...] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+import jaxsp
+from jaxsp.data.documents import read_context, read_queries
+from jaxsp.stages import environment
+
+HERE = Path(__file__).parent
+DTYPES = ("float32", "bfloat16")
+DEMO = {"batch_size": 4, "evaluate_every": 20, "max_answer_tokens": 32}
+"""What ``jaxsp demo`` sets."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Compress the demo's manual in both dtypes, write results.json and curves.png, print the table."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each gives both dtypes the same start and the same order of queries."""
+    steps: int = 60
+    """Updates of each prompt."""
+    model: str = "smollm2-135m-instruct"
+    """The model to use."""
+    out: Path = HERE
+    """Where the results go."""
+
+
+def measure(run: Run) -> list[dict[str, Any]]:
+    """A row for each seed and dtype: its curve, and what its last prompt is worth."""
+    demo = importlib.resources.files("jaxsp.demo")
+    context = read_context(demo / "manual.md")
+    queries, held_out = (read_queries(demo / f"{name}.txt") for name in ("questions", "held_out"))
+    models = {dtype: jaxsp.load_model(run.model, dtype=dtype) for dtype in DTYPES}
+    rows = []
+    for seed in run.seeds:
+        for dtype, model in models.items():
+            result = jaxsp.compress(
+                model, context, queries, held_out=held_out, seed=seed, steps=run.steps,
+                keep="last", progress=False, **DEMO,
+            )  # fmt: skip
+            judged = jaxsp.evaluate(models["float32"], result.prompt, held_out, progress=False)
+            own = result.report["held_out"]["conditions"]
+            row = {
+                "seed": seed,
+                "dtype": dtype,
+                "kl": judged["held_out"]["conditions"]["prompt"]["kl"],
+                "kl_by_its_own_model": own["prompt"]["kl"],
+                "no_context": judged["held_out"]["conditions"]["no_context"]["kl"],
+                "seconds": result.report["seconds"],
+                "lines": result.lines,
+            }
+            rows.append(row)
+            print(f"seed {seed}, {dtype}: held-out KL {row['kl']:.4f}", flush=True)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Held-out KL by seed, and the difference."""
+    lines = ["| seed | float32 | bfloat16 | difference |", "|---:|---:|---:|---:|"]
+    by_dtype = {
+        dtype: {row["seed"]: row["kl"] for row in rows if row["dtype"] == dtype} for dtype in DTYPES
+    }
+    pairs = [(seed, kl, by_dtype["bfloat16"][seed]) for seed, kl in by_dtype["float32"].items()]
+    means = [statistics.mean(kls.values()) for kls in by_dtype.values()]
+    for name, exact, rounded in [*pairs, ("mean", *means)]:
+        lines.append(f"| {name} | {exact:.4f} | {rounded:.4f} | {rounded / exact - 1:+.1%} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """Training loss (thin) and held-out KL (dots), as each dtype's own model saw them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="KL, nats")
+    for row in rows:
+        colour = "#0b7a75" if row["dtype"] == "float32" else "#d98e04"
+        for name, style in (("loss", {"linewidth": 0.7}), ("held_out_kl", {"marker": "o"})):
+            points = [(line["step"], line[name]) for line in row["lines"] if name in line]
+            told = name == "held_out_kl" and row["seed"] == rows[0]["seed"]
+            label = row["dtype"] if told else None
+            axes.plot(*zip(*points, strict=True), color=colour, label=label, alpha=0.7, **style)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def main(run: Run) -> None:
+    rows = measure(run)
+    result = {"rows": rows, "steps": run.steps, "environment": environment()}
+    (run.out / "results.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    draw(rows, run.out / "curves.png")
+    print(table(rows))
+    print(f"Written: {run.out / 'results.json'}, {run.out / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Run))

@@ -1,0 +1,212 @@
+"""Several processes as one run: joining, agreeing, sharing work, and noticing that another is gone.
+
+With a single process, every function here does nothing but what its name says of one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+
+from jaxsp.typing import UserError
+
+PATIENCE = 60
+"""Seconds in which all processes must have come."""
+
+_HEARTBEAT = 100  # seconds of silence after which a process is taken to be gone
+
+
+def join(coordinator: str | None, process_id: int | None, processes: int | None) -> bool:
+    """Makes this process one of several, before jax is used; says whether there are others.
+
+    On a TPU pod the processes find each other. Elsewhere the first one listens at ``coordinator``.
+
+    Args:
+      coordinator: host:port of the process 0.
+      process_id: of this one, from 0.
+      processes: how many there are.
+
+    Raises:
+      UserError: some of the three are given and others not, or they can't be meant. If the others don't
+        come in time the process ends with a message: nothing else can stop a waiting jax.
+    """
+    given = (coordinator, process_id, processes)
+    if all(value is None for value in given):
+        _call_witness()
+        with _no_longer_than(PATIENCE, "The other hosts of this TPU pod have not come"):
+            jax.distributed.initialize()
+        return jax.process_count() > 1
+    if coordinator is None or process_id is None or processes is None:
+        raise UserError(
+            "--coordinator, --process-id and --num-processes go together; give all three."
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator must be host:port, not {coordinator!r}.")
+    if not 0 <= process_id < processes:
+        raise UserError(
+            f"--process-id must lie from 0 to {processes - 1} (--num-processes - 1), not {process_id}."
+        )
+    _call_witness()
+    who = "Not all the others have come to" if process_id == 0 else "Nobody answers at"
+    with _no_longer_than(PATIENCE, f"{who} the coordinator's address {coordinator}"):
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process_id,
+            initialization_timeout=10 * PATIENCE,  # ours is sooner, and says what is wrong
+            heartbeat_timeout_seconds=_HEARTBEAT,
+        )
+    return processes > 1
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process, of several without waiting for the others, who may be gone."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if _witness is not None:
+        _witness.communicate(b"bye")
+        os._exit(code)
+    raise SystemExit(code)
+
+
+_witness: subprocess.Popen[bytes] | None = None
+
+_TESTIMONY = """
+import sys
+if sys.stdin.read() != "bye":
+    print("jaxsp: This process was ended, most likely as another process of the run is gone; see what they"
+          " said last, and start all again with --resume.", file=sys.stderr)
+"""
+
+
+def _call_witness() -> None:
+    """Lets a process of its own say why this one ended: jax aborts when another is gone, past Python."""
+    global _witness
+    _witness = subprocess.Popen(
+        [sys.executable, "-c", _TESTIMONY], stdin=subprocess.PIPE, start_new_session=True
+    )
+    atexit.register(lambda: _witness and _witness.communicate(b"bye"))
+
+
+@contextlib.contextmanager
+def _no_longer_than(seconds: float, complaint: str) -> Iterator[None]:
+    def give_up() -> NoReturn:
+        print(
+            f"jaxsp: {complaint} within {seconds:g} s. Start all processes, with the same --coordinator"
+            " and --num-processes.",
+            file=sys.stderr,
+            flush=True,
+        )
+        leave(2)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and reports."""
+    return jax.process_index() == 0
+
+
+def first(function: Callable[[], Any]) -> Any:
+    """What ``function`` returns in the first process, as JSON carries it; the others wait for it.
+
+    Raises:
+      UserError: it did there: then everywhere.
+    """
+    if jax.process_count() == 1:
+        return function()
+    told: dict[str, Any] = {}
+    if is_first():
+        try:
+            told = {"value": function()}
+        except UserError as error:
+            told = {"error": str(error)}
+    told = _exchange(told)[0]
+    if "error" in told:
+        raise UserError(told["error"])
+    return told["value"]
+
+
+def agree(settings: dict[str, Any]) -> None:
+    """Raises ``UserError``, everywhere, if the processes were given different settings or data."""
+    if jax.process_count() == 1:
+        return
+    everyone = _exchange(settings)
+    for i, theirs in enumerate(everyone[1:], start=1):
+        for name in settings:
+            if theirs.get(name) != everyone[0].get(name):
+                raise UserError(
+                    f"The processes disagree: {name} is {everyone[0].get(name)!r} in process 0 and"
+                    f" {theirs.get(name)!r} in process {i}; give all the same."
+                )
+
+
+def mine(count: int) -> range:
+    """Which of ``count`` things this process does: every n-th."""
+    return range(jax.process_index(), count, jax.process_count())
+
+
+def all_shares(values: Sequence[Any] | np.ndarray, count: int) -> Any:
+    """All ``count`` things in order, of which each process has those of ``mine``.
+
+    Args:
+      values: a list of what JSON can carry, or an array ``[share, ...]``.
+      count: of all.
+    """
+    processes = jax.process_count()
+    if processes == 1:
+        return values
+    if isinstance(values, np.ndarray):
+        shares = [
+            np.frombuffer(data, values.dtype).reshape(-1, *values.shape[1:])
+            for data in _exchange_bytes(values.tobytes())
+        ]
+        return np.stack([shares[i % processes][i // processes] for i in range(count)])
+    shares = _exchange(values)
+    return [shares[i % processes][i // processes] for i in range(count)]
+
+
+@contextlib.contextmanager
+def noticing_loss() -> Iterator[None]:
+    """Turns the failure of an exchange between processes into a ``UserError``."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise UserError(
+            "Another process of this run is gone or can't be reached"
+            f" ({str(error).splitlines()[0]:.120}); start all again with --resume."
+        ) from error
+
+
+def _exchange(value: Any) -> list[Any]:
+    return [json.loads(data) for data in _exchange_bytes(json.dumps(value).encode())]
+
+
+def _exchange_bytes(data: bytes) -> list[bytes]:
+    """What every process has to say, by its number."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    sizes = np.asarray(process_allgather(np.int32(len(data)))).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = np.asarray(process_allgather(padded)).reshape(len(sizes), -1)
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]

@@ -1,0 +1,321 @@
+"""What a compression will need, before it is run: memory by the compiled update, time by arithmetic.
+
+No weights are loaded, and nothing is executed but a matrix product that measures the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxsp import stages
+from jaxsp.data.packing import Packing
+from jaxsp.data.rows import Rows
+from jaxsp.losses import trainable
+from jaxsp.models import decoder, sharding
+from jaxsp.models.config import DecoderConfig
+from jaxsp.models.sharding import DATA
+from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.settings import Settings
+from jaxsp.training.optimizer import make_optimizer, make_pace
+from jaxsp.training.state import TrainState, initial_state
+from jaxsp.training.update import Frozen, UpdateSettings, update
+from jaxsp.typing import PyTree, UserError
+
+UTILISATION = 0.56
+"""Assumed part of the matrix-product rate. Measured (experiments/decoder_speed) for SmolLM2-135M in bfloat16
+on two CPU cores, and nowhere else yet."""
+
+FILL = 0.9
+"""Part of a device's memory to count on: programs and fragments take some, too."""
+
+BEFORE = 32
+"""Tokens of a chat's text before the context, about."""
+
+_MATMUL = {"cpu": 2048}  # width of the product that is timed
+_ACCELERATOR_MATMUL = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+      arguments: the weights, the batch, and σ with its optimizer.
+      temporaries: what the update holds beside them.
+      output: σ with its optimizer after the step.
+      context: keys and values of the context, kept for the evaluation; as if whole on every device.
+    """
+
+    arguments: int
+    temporaries: int
+    output: int
+    context: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries + self.output + self.context
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a compression will need.
+
+    Attributes:
+      device: its kind.
+      devices: how many share a step.
+      rows: of a batch, on all devices.
+      row_tokens: of a row.
+      memory: on each device.
+      memory_limit: what a device has, in bytes.
+      flops: of a step, on all devices.
+      matmul_rate: of one device, measured, in floating-point operations a second.
+      utilisation: assumed, of that rate.
+      step_seconds: expected; communication is not counted.
+      largest_rows: of the largest batch found to fit in ``FILL`` of the memory; 0 if none does.
+    """
+
+    device: str
+    devices: int
+    rows: int
+    row_tokens: int
+    memory: Memory
+    memory_limit: int
+    flops: float
+    matmul_rate: float
+    utilisation: float
+    step_seconds: float
+    largest_rows: int
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= FILL * self.memory_limit
+
+
+def plan(
+    config: DecoderConfig,
+    settings: Settings,
+    *,
+    context_tokens: int,
+    query_tokens: int,
+    memory_limit: int | None = None,
+) -> Plan:
+    """Memory, time and the largest batch of a compression.
+
+    Args:
+      config: of the model.
+      settings: as in ``compress``.
+      context_tokens: of the context.
+      query_tokens: of a query with its answer, about; half of them are taken to be the answer's.
+      memory_limit: of a device, in bytes; by default what it says of itself, on a CPU the machine's memory.
+
+    Raises:
+      UserError: settings that can't be meant, or that fit neither the model nor the devices.
+    """
+    settings.check()
+    if context_tokens < 1 or query_tokens < 2:
+        raise UserError(
+            "--context-tokens must be at least 1 and --query-tokens at least 2; got"
+            f" {context_tokens} and {query_tokens}."
+        )
+    config.check_length(BEFORE + context_tokens + query_tokens)
+    mesh = stages.mesh_of(settings)
+    if mesh is not None:
+        shares, devices = mesh.shape[DATA], mesh.size
+    else:
+        shares = devices = jax.local_device_count() if settings.parallel == "pmap" else 1
+    parts = shares * settings.accumulate
+    packing = _packing(settings, query_tokens).over(parts, query_tokens)
+
+    @functools.cache
+    def memory(rows: int) -> Memory:
+        # With pmap each device runs what it would alone, on its share of the rows.
+        own = rows if mesh is not None else rows // shares
+        program = compiled(config, settings, Packing(own, packing.length), mesh)
+        found: Any = program.memory_analysis()
+        return Memory(
+            found.argument_size_in_bytes,
+            found.temp_size_in_bytes,
+            found.output_size_in_bytes,
+            _bytes(jax.eval_shape(lambda: decoder.empty_prefix(config, BEFORE + context_tokens))),
+        )
+
+    def total(rows: int) -> float:
+        try:
+            return memory(rows).total
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                return math.inf  # a TPU's compiler refuses what has no room
+            raise
+
+    flops = step_flops(config, settings.length, query_tokens, packing, readings=parts)
+    rate = matmul_rate(config)
+    working = 1 if jax.default_backend() == "cpu" else devices  # a CPU's devices are one processor
+    limit = memory_limit or device_memory(devices)
+    return Plan(
+        device=jax.devices()[0].device_kind,
+        devices=devices,
+        rows=packing.rows,
+        row_tokens=packing.length,
+        memory=memory(packing.rows),
+        memory_limit=limit,
+        flops=flops,
+        matmul_rate=rate,
+        utilisation=UTILISATION,
+        step_seconds=flops / (working * rate * UTILISATION),
+        largest_rows=largest(total, FILL * limit, packing.rows, multiple=parts),
+    )
+
+
+def compiled(
+    config: DecoderConfig, settings: Settings, packing: Packing, mesh: Mesh | None
+) -> jax.stages.Compiled:
+    """The update of a batch of this shape as ``jit`` and ``mesh`` run it, from shapes alone."""
+    axis = None if mesh is None else DATA
+    chosen = UpdateSettings(
+        config,
+        stages.KIND,
+        trainable(settings.objective),
+        make_optimizer(settings),
+        settings.accumulate,
+    )
+
+    def step(frozen: Frozen, state: TrainState, batch: Rows) -> Any:
+        return update(state, batch, frozen=frozen, settings=chosen, axis_name=axis)
+
+    def start() -> TrainState:
+        sigma = PROMPT_KINDS[stages.KIND].initial(jnp.zeros((settings.length, config.width)))
+        pace = make_pace(settings, settings.steps)
+        return initial_state(sigma, chosen.optimizer, key=jax.random.key(0), pace=pace)
+
+    before = jax.eval_shape(lambda: decoder.empty_prefix(config, BEFORE))
+    params, state = decoder.parameter_shapes(config), jax.eval_shape(start)
+    batch = _batch(config, packing)
+    if mesh is not None:
+        of = sharding.shardings(config, mesh)
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: _on(of("/".join(key.key for key in path), leaf.shape), leaf), params
+        )
+        everywhere = functools.partial(_on, NamedSharding(mesh, PartitionSpec()))
+        before, state = jax.tree.map(everywhere, (before, state))
+        batch = jax.tree.map(
+            functools.partial(_on, NamedSharding(mesh, PartitionSpec(DATA))), batch
+        )
+    spread = sharding.over_data(step, mesh, (False, False, True), out=False)
+    return jax.jit(spread).lower(Frozen(params, before), state, batch).compile()
+
+
+def step_flops(
+    config: DecoderConfig, length: int, query_tokens: int, packing: Packing, readings: int = 1
+) -> float:
+    """Floating-point operations of an update that it can't do without.
+
+    Two for each multiply-add of the matrix products; attention over the slots that are seen. A gradient
+    to the inputs costs as much again as the products that it goes through (twice as much in attention),
+    as no weight has one. XLA's own count is of no use here: it takes the body of a loop once, however
+    often that runs, and the layers are a loop.
+
+    Args:
+      config: of the model.
+      length: K.
+      query_tokens: of a query with its answer; the answer's are half of them.
+      packing: shape of the batch.
+      readings: how often σ is read: once for each part that the batch is computed in.
+    """
+    tokens, own = packing.rows * packing.length, readings * length
+    projections = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
+    mlp = (3 if config.gated_mlp else 2) * config.width * config.mlp_width
+    attended = tokens * (BEFORE + length + query_tokens / 2) + own * (BEFORE + length / 2)
+    attention = 4 * config.heads * config.head_width * attended
+    layer = 2 * 2 * (tokens + own) * (projections + mlp) + 3 * attention
+    # The head: of the teacher, of the student, and back.
+    return config.layers * layer + 3 * 2 * config.width * config.vocab_size * tokens / 2
+
+
+def matmul_rate(config: DecoderConfig) -> float:
+    """What the device makes of a square matrix product in the model's dtype: operations a second, at best."""
+    size = _MATMUL.get(jax.default_backend(), _ACCELERATOR_MATMUL)
+    product = jax.jit(functools.partial(jnp.matmul, precision=config.precision))
+    matrix = jax.random.normal(jax.random.key(0), (size, size)).astype(config.dtype)
+    product(matrix, matrix).block_until_ready()
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        return time.perf_counter() - started
+
+    return 2 * size**3 / min(seconds() for _ in range(5))
+
+
+def device_memory(devices: int) -> int:
+    """What a device has, in bytes; ``devices`` of a CPU share the machine's memory."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // devices
+
+
+def largest(size_of: Callable[[int], float], limit: float, rows: int, *, multiple: int = 1) -> int:
+    """About the most rows whose size is within the limit; 0 if none are found.
+
+    Size is nearly a line in the rows: it is followed to the limit, and computed there, until it fits to 5%.
+
+    Args:
+      size_of: so many rows in bytes, or infinite; not cheap.
+      limit: in bytes.
+      rows: where to start.
+      multiple: what the rows must be a multiple of.
+
+    Example:
+      >>> largest(lambda rows: 1000 + 30 * rows, 2000, 2)
+      33
+    """
+    known = {n: size_of(n) for n in (rows, 2 * rows)}
+    while len(known) < 8 and not any(0.95 * limit <= size <= limit for size in known.values()):
+        fitting = {n for n, size in known.items() if size <= limit}
+        low = max(fitting, default=0)
+        high = min(known.keys() - fitting, default=64 * max(known))
+        a, b = sorted(known, key=lambda n: abs(known[n] - limit))[:2]
+        if low in known and high in known:
+            a, b = low, high
+        rise = known[b] - known[a]
+        guess = (low + high) / 2
+        if math.isfinite(rise) and rise:
+            guess = a + (limit - known[a]) * (b - a) / rise
+        guess = int(min(max(guess, low, multiple), high - 1)) // multiple * multiple
+        if guess in (0, *known):
+            break
+        known[guess] = size_of(guess)
+    return max((n for n, size in known.items() if size <= limit), default=0)
+
+
+def _packing(settings: Settings, query_tokens: int) -> Packing:
+    """The shape of batches of such queries."""
+    row = np.zeros((settings.batch_size, query_tokens), np.int32)
+    return stages.packing_of(Rows(row, row, row, row, row), settings)
+
+
+def _batch(config: DecoderConfig, packing: Packing) -> Rows:
+    """The shapes of a packed batch with the teacher's hidden states."""
+    shape = packing.rows, packing.length
+    of: Any = jax.ShapeDtypeStruct  # stands for an array
+    ids, live = of(shape, jnp.int32), of(shape, jnp.bool_)
+    return Rows(ids, ids, ids, ids, live, of((*shape, config.width), config.dtype), ids)
+
+
+def _on(where: NamedSharding, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,150 @@
+"""Two processes on this machine: equal to one, agreeing, and not waiting for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+STEPS = 12
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture
+def start(calm_directory, job, tmp_path):
+    """Starts a process of a run, with four fake devices of its own."""
+    started = []
+
+    def run(out: Path, *more: str, own: int = 4, module=("-m", "jaxsp")) -> subprocess.Popen[str]:
+        settings = {
+            "queries": job["queries"], "model": calm_directory, "dtype": "float32", "out": out,
+            "length": 4, "steps": STEPS, "max-answer-tokens": 6, "checkpoint-every": 1,
+            "parallel": "mesh",
+        }  # fmt: skip
+        options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={own}"}
+        process = subprocess.Popen(
+            [sys.executable, *module, "compress", str(job["context"]), *options, *more],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def two(start, out, *more, **other):
+    """Both processes of a run; ``other`` is what process 1 is told besides."""
+    together = ("--coordinator", free_address(), "--num-processes", "2")
+    return [
+        start(out, *together, "--process-id", str(i), *more, *(other.get("also", ()) if i else ()))
+        for i in (0, 1)
+    ]
+
+
+def finished(processes):
+    told = [process.communicate(timeout=300) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
+
+
+def sigma(out):
+    return load_file(out / "prompt.safetensors")["embeddings"]
+
+
+def steps_done(out):
+    file = out / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") - 1 if file.exists() else 0
+
+
+def test_two_processes_are_one_and_neither_waits_for_a_dead_one(start, tmp_path):
+    one, both, pieces = (tmp_path / name for name in ("one", "both", "pieces"))
+    assert finished([start(one, own=8)])[0][0] == 0
+    results = finished(two(start, both, "--mesh", "data=4,model=2"))
+    assert [code for code, *_ in results] == [0, 0], results
+    assert "Report: " in results[0][1]
+    assert "Report: " not in results[1][1]
+    expected = sigma(one)
+    close = {"atol": 1e-5 * np.abs(expected).max()}
+    np.testing.assert_allclose(sigma(both), expected, **close)
+    kl = [
+        json.loads((out / "report.json").read_text())["held_out"]["conditions"]["prompt"]["kl"]
+        for out in (one, both)
+    ]
+    assert kl[0] == pytest.approx(kl[1], rel=1e-4)
+
+    # Killed, first the one that follows and then the one that leads: the other ends and says why.
+    for victim, steps, more in ((1, 2, ()), (0, 6, ("--resume",))):
+        processes = two(start, pieces, *more)
+        while steps_done(pieces) < steps and processes[0].poll() is None:
+            time.sleep(0.005)
+        processes[victim].kill()
+        begun = time.monotonic()
+        code, _, err = finished([processes[1 - victim]])[0]
+        assert time.monotonic() - begun < 60
+        assert code not in (0, None)
+        assert re.search("jaxsp: .* process of th(e|is) run is gone.* with --resume", err)
+        assert steps <= steps_done(pieces) < STEPS
+    # And one process goes on where two were stopped.
+    assert finished([start(pieces, "--resume", own=2)])[0][0] == 0
+    assert steps_done(pieces) == STEPS
+    np.testing.assert_allclose(sigma(pieces), expected, **close)
+
+
+def test_processes_that_disagree(start, tmp_path):
+    results = finished(two(start, tmp_path / "out", also=("--learning-rate", "0.25")))
+    for code, _, err in results:
+        assert code == 2
+        assert "jaxsp: The processes disagree: learning_rate is 0.5 in process 0 and 0.25" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--process-id", "0"), "--coordinator, --process-id and --num-processes go together"),
+        (
+            ("--coordinator", "here", "--process-id", "0", "--num-processes", "2"),
+            "host:port, not 'here'",
+        ),
+        (
+            ("--coordinator", "a:1", "--process-id", "2", "--num-processes", "2"),
+            "--process-id must lie from 0 to 1 (--num-processes - 1), not 2",
+        ),
+    ],
+)
+def test_addresses_that_cannot_be(jaxsp_command, job, tmp_path, options, message):
+    code, _, err = jaxsp_command(
+        "compress", job["context"], "--queries", job["queries"], "--out", tmp_path / "out", *options
+    )
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_nobody_is_waited_for_long(python, process):
+    code = f"import jaxsp.hosts as h; h.PATIENCE = 2; h.join({free_address()!r}, {process}, 2)"
+    begun = time.monotonic()
+    done = python("-c", code, timeout=120)
+    assert time.monotonic() - begun < 60
+    assert done.returncode == 2
+    said = "Not all the others have come" if process == 0 else "Nobody answers"
+    assert f"jaxsp: {said}" in done.stderr
+    assert "within 2 s" in done.stderr

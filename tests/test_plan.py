@@ -1,0 +1,186 @@
+"""What a compression will need: the compiled program's own memory, and arithmetic that XLA agrees with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxsp import distributions, plan, stages
+from jaxsp.data.packing import Packing
+from jaxsp.data.rows import make_rows
+from jaxsp.models.language_model import model_config
+from jaxsp.settings import Settings
+from jaxsp.training.parallel import MeshDriver
+from jaxsp.training.update import Frozen, update
+from jaxsp.typing import UserError
+from tests import tiny
+
+SETTINGS = Settings(length=4, optimizer="adam")
+MESH = Settings(length=4, optimizer="adam", parallel="mesh", mesh="data=2,model=2")
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model):
+    return tiny_model.config
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, MESH], ids=lambda settings: settings.parallel)
+def test_the_program_is_the_one_that_runs(tiny_model, settings):
+    """Compiled from shapes alone, its memory is that of the driver's step on real arrays."""
+    params, config = tiny_model.params, tiny_model.config
+    packing = Packing(4, 40)
+    context = np.full((1, plan.BEFORE), 5)
+    before = distributions.context_prefix(params, config, context)
+    rows = make_rows([[3, 4, 5]], [[6, 7]])
+    rows = dataclasses.replace(rows, teacher_hidden=np.zeros((1, 2, config.width), np.float32))
+    batch, frozen = packing.pack(rows, np.arange(1)), Frozen(params, before)
+    chosen = stages.update_settings(tiny_model, settings)
+    sigma = {"embeddings": tiny_model.embed(context[:, :4])[0]}
+    pace = plan.make_pace(settings, settings.steps)
+    state = plan.initial_state(sigma, chosen.optimizer, key=jax.random.key(0), pace=pace)
+    mesh = stages.mesh_of(settings)
+    if mesh is None:
+        step = jax.jit(update, static_argnames="settings")
+        lowered = step.lower(state, batch, frozen=frozen, settings=chosen)
+    else:
+        driver = MeshDriver(frozen, chosen, mesh)
+        lowered = driver.lower(driver.place(state), batch)
+    theirs = lowered.compile().memory_analysis()
+    ours = plan.compiled(config, settings, packing, mesh).memory_analysis()
+    for name in ("argument", "temp", "output"):
+        assert getattr(ours, f"{name}_size_in_bytes") == getattr(theirs, f"{name}_size_in_bytes")
+
+
+def test_operations_are_those_that_xla_counts(tmp_path):
+    """XLA counts the body of the scan over layers once: the model of three is to it as one of a layer."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(tiny.config(**sizes)))
+    config = model_config(str(tmp_path), "float32")
+    packing = Packing(8, 24)
+    found = plan.compiled(config, SETTINGS, packing, None).cost_analysis()["flops"]
+    one_layer = plan.step_flops(config.replace(layers=1), 4, 24, packing)
+    assert found == pytest.approx(one_layer, rel=0.1)
+    assert plan.step_flops(config, 4, 24, packing) > 2.5 * one_layer
+
+
+def test_a_mesh_is_planned_by_device(config, monkeypatch):
+    """From a program compiled for it; the search for the largest batch is tested below."""
+    monkeypatch.setattr(plan, "largest", lambda size_of, limit, rows, multiple: rows)
+    settings = dataclasses.replace(MESH, batch_shape=(8, 48))
+    config = config.replace(vocab_size=260, mlp_width=480)  # nearly all of it can be cut
+    limit = 16 * 2**20
+    found = plan.plan(config, settings, context_tokens=99, query_tokens=40, memory_limit=limit)
+    leaves = jax.tree.leaves(plan.decoder.parameter_shapes(config))
+    weights = 4 * sum(math.prod(leaf.shape) for leaf in leaves)
+    assert found.devices == 4
+    assert weights / 2 < found.memory.arguments < 0.65 * weights
+    assert found.fits
+    assert found.largest_rows == found.rows == 8
+    assert found.matmul_rate > 1e8
+    assert found.step_seconds == pytest.approx(found.flops / found.matmul_rate / 0.56)
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """Instead of compiled programs, what was asked of them; 1000 bytes a row and part."""
+    asked = []
+
+    def compiled(config, settings, packing, mesh):
+        asked.append(packing)
+        sizes = (10_000, 1000 * packing.rows // settings.accumulate, 500)
+        names = ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes")
+        found = SimpleNamespace(**dict(zip(names, sizes, strict=True)))
+        return SimpleNamespace(memory_analysis=lambda: found)
+
+    monkeypatch.setattr(plan, "compiled", compiled)
+    monkeypatch.setattr(plan, "matmul_rate", lambda config: 1e9)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "share", "largest"),
+    [
+        ({}, 6, 6, 40),
+        ({"accumulate": 2}, 6, 6, 80),
+        ({"accumulate": 4}, 8, 8, 160),
+        ({"parallel": "pmap"}, 8, 1, 320),
+        ({"parallel": "mesh", "mesh": "data=2,model=2"}, 6, 6, 40),
+    ],
+)
+def test_what_fits(config, programs, changes, rows, share, largest):
+    """The whole of it but the compiler; with 40 of its rows a device is full to nine tenths."""
+    settings = Settings(batch_shape=(6, 48), **changes)
+    context = 2 * 4 * config.layers * config.kv_heads * config.head_width * (99 + plan.BEFORE)
+    context += 4 * (99 + plan.BEFORE)  # positions
+    limit = math.ceil((10_500 + context + 40_000) / plan.FILL)
+    common = {"context_tokens": 99, "query_tokens": 40}
+    found = plan.plan(config, settings, **common, memory_limit=limit)
+    assert found.memory.context == context
+    assert (found.rows, programs[0].rows, found.largest_rows) == (rows, share, largest)
+    assert found.fits
+    tight = plan.plan(config, settings, **common, memory_limit=9000)
+    assert not tight.fits
+    assert tight.largest_rows == 0
+
+
+def test_sigma_is_read_once_a_part(config, programs):
+    flops = [
+        plan.plan(
+            config,
+            Settings(batch_shape=(4, 48), accumulate=parts),
+            context_tokens=9,
+            query_tokens=9,
+        ).flops
+        for parts in (1, 2, 4)
+    ]
+    assert 0 < flops[1] - flops[0] == pytest.approx((flops[2] - flops[0]) / 3)
+
+
+@pytest.mark.parametrize(
+    ("size_of", "limit", "expected"),
+    [
+        (lambda rows: 100 + 10 * rows, 1000, 90),
+        (lambda rows: 100 + 10 * rows, 109, 0),
+        (lambda rows: 100 + 10 * rows, 131, 3),
+        (lambda rows: 10 * rows + rows**2 / 50, 1000, 85),
+        (lambda rows: 5 * max(rows, 64), 1000, 200),  # flat at the start
+        (lambda rows: 10 * rows if rows < 50 else math.inf, 1000, 49),  # refused by the compiler
+        (lambda rows: math.inf, 1000, 0),
+    ],
+)
+@pytest.mark.parametrize("multiple", [1, 6])
+def test_the_largest_is_followed_along_a_line_and_checked(size_of, limit, expected, multiple):
+    asked = []
+
+    def counted(rows):
+        asked.append(rows)
+        return size_of(rows)
+
+    found = plan.largest(counted, limit, 2 * multiple, multiple=multiple)
+    assert found == 0 or (found in asked and size_of(found) <= limit)
+    assert 0.9 * (expected - multiple) <= found <= expected
+    assert len(asked) == len(set(asked)) <= 8
+    assert all(rows % multiple == 0 for rows in asked)
+
+
+def test_what_cannot_be_planned(config, tmp_path):
+    def refuses(message, settings=SETTINGS, context_tokens=50, query_tokens=20):
+        with pytest.raises(UserError, match=message):
+            plan.plan(config, settings, context_tokens=context_tokens, query_tokens=query_tokens)
+
+    refuses("at least 1 and --query-tokens at least 2; got 0 and 20", context_tokens=0)
+    refuses("window of 512", context_tokens=500)
+    refuses("--accumulate must be at least 1", Settings(accumulate=0))
+    refuses("Unknown objective 'klx'", Settings(objective="klx"))
+    refuses("takes 3 devices", Settings(parallel="mesh", mesh="data=3"))
+    refuses("doesn't divide the model's", Settings(parallel="mesh", mesh="model=8"))
+    with pytest.raises(UserError, match="Unknown dtype 'int7'"):
+        model_config(str(tmp_path), "int7")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        model_config(str(tmp_path))
