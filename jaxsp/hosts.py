@@ -191,10 +191,15 @@ def noticing_loss() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
-        raise UserError(
-            "Another process of this run is gone or can't be reached"
-            f" ({str(error).splitlines()[0]:.120}); start all again with --resume."
-        ) from error
+        raise _gone(error) from error
+
+
+def _gone(error: Exception) -> UserError:
+    told = str(error).splitlines()[0]
+    return UserError(
+        f"Another process of this run is gone or can't be reached ({told:.120}); start all again with"
+        " --resume."
+    )
 
 
 def _exchange(value: Any) -> list[Any]:
@@ -205,8 +210,11 @@ def _exchange_bytes(data: bytes) -> list[bytes]:
     """What every process has to say, by its number."""
     from jax.experimental.multihost_utils import process_allgather
 
-    sizes = np.asarray(process_allgather(np.int32(len(data)))).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = np.asarray(process_allgather(padded)).reshape(len(sizes), -1)
+    try:
+        sizes = np.asarray(process_allgather(np.int32(len(data)))).reshape(-1)
+        padded = np.zeros(int(sizes.max()), np.uint8)
+        padded[: len(data)] = np.frombuffer(data, np.uint8)
+        rows = np.asarray(process_allgather(padded)).reshape(len(sizes), -1)
+    except ValueError as error:  # what a lost connection is here, in some versions
+        raise _gone(error) from error
     return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
