@@ -112,7 +112,7 @@ def test_narrativeqa():
     for wanted in experiment.jobs(experiment.FULL, found):
         job, *others = wanted.values()
         assert len(wanted) == 14
-        assert (len(job["queries"]), len(job["held_out"])) == (16, 6)
+        assert (len(job["queries"]), len(job["held_out"])) == (22, 6)
         assert not set(job["queries"]) & set(job["held_out"])
         assert all(
             (j["queries"], j["held_out"]) == (job["queries"], job["held_out"]) for j in others
