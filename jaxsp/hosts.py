@@ -23,7 +23,7 @@ from jaxsp.typing import UserError
 PATIENCE = 60
 """Seconds in which all processes must have come."""
 
-_HEARTBEAT = 100  # seconds of silence after which a process is taken to be gone
+_HEARTBEAT = 30  # seconds of silence after which a process is taken to be gone
 
 
 def join(coordinator: str | None, process_id: int | None, processes: int | None) -> bool:
