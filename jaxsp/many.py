@@ -253,7 +253,7 @@ class _Run:
         for trained in train_many(
             map(self.trainee, jobs),
             Frozen(self.model.params, self.before),
-            stages.update_settings(self.model, settings),
+            stages.update_settings(self.model.config, settings),
             packing,
             self.mean_kl,
             slots=-(-slots // parts) * parts,

@@ -21,15 +21,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxsp import stages
 from jaxsp.data.packing import Packing
 from jaxsp.data.rows import Rows
-from jaxsp.losses import trainable
 from jaxsp.models import decoder, sharding
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.sharding import DATA
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.settings import Settings
-from jaxsp.training.optimizer import make_optimizer, make_pace
+from jaxsp.training.optimizer import make_pace
 from jaxsp.training.state import TrainState, initial_state
-from jaxsp.training.update import Frozen, UpdateSettings, update
+from jaxsp.training.update import Frozen, update
 from jaxsp.typing import PyTree, UserError
 
 UTILISATION = 0.56
@@ -182,13 +181,7 @@ def compiled(
 ) -> jax.stages.Compiled:
     """The update of a batch of this shape as ``jit`` and ``mesh`` run it, from shapes alone."""
     axis = None if mesh is None else DATA
-    chosen = UpdateSettings(
-        config,
-        stages.KIND,
-        trainable(settings.objective),
-        make_optimizer(settings),
-        settings.accumulate,
-    )
+    chosen = stages.update_settings(config, settings)
 
     def step(frozen: Frozen, state: TrainState, batch: Rows) -> Any:
         return update(state, batch, frozen=frozen, settings=chosen, axis_name=axis)

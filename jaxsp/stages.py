@@ -30,6 +30,7 @@ from jaxsp.evaluation.conditions import CONDITIONS, bracket_prefixes, read_conte
 from jaxsp.evaluation.metrics import mean_kl_function
 from jaxsp.evaluation.report import Measured
 from jaxsp.losses import trainable
+from jaxsp.models.config import DecoderConfig
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.sharding import as_mesh
 from jaxsp.prompts import PROMPT_KINDS
@@ -214,10 +215,10 @@ def initial_state_of(model: LanguageModel, lesson: Lesson) -> TrainState:
     )
 
 
-def update_settings(model: LanguageModel, settings: Settings) -> UpdateSettings:
-    """What of the settings is compiled into the update."""
+def update_settings(config: DecoderConfig, settings: Settings) -> UpdateSettings:
+    """What of the settings is compiled into the update of a model with these hyper-parameters."""
     return UpdateSettings(
-        model.config,
+        config,
         KIND,
         trainable(settings.objective),
         make_optimizer(settings),
@@ -244,7 +245,9 @@ def train_prompt(
     """The trained state and a dict of metrics a step; goes on from the newest checkpoint, if any."""
     settings, before, packing = lesson.settings, lesson.before, lesson.packing
     frozen = Frozen(model.params, before)
-    driver = DRIVERS[settings.parallel](frozen, update_settings(model, settings), mesh_of(settings))
+    driver = DRIVERS[settings.parallel](
+        frozen, update_settings(model.config, settings), mesh_of(settings)
+    )
     checkpoints = None
     if folder is not None:
         checkpoints = Checkpoints(folder.checkpoints)

@@ -40,7 +40,7 @@ def test_the_program_is_the_one_that_runs(tiny_model, settings):
     rows = make_rows([[3, 4, 5]], [[6, 7]])
     rows = dataclasses.replace(rows, teacher_hidden=np.zeros((1, 2, config.width), np.float32))
     batch, frozen = packing.pack(rows, np.arange(1)), Frozen(params, before)
-    chosen = stages.update_settings(tiny_model, settings)
+    chosen = stages.update_settings(tiny_model.config, settings)
     sigma = {"embeddings": tiny_model.embed(context[:, :4])[0]}
     pace = plan.make_pace(settings, settings.steps)
     state = plan.initial_state(sigma, chosen.optimizer, key=jax.random.key(0), pace=pace)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jaxsp.models.sharding import put
 from jaxsp.training.state import TrainState
 from jaxsp.typing import UserError
 
@@ -31,13 +32,7 @@ class Checkpoints:
         """One device; of several processes, a copy on each device: orbax then writes together."""
         if jax.process_count() == 1:
             return SingleDeviceSharding(jax.local_devices()[0])
-        return NamedSharding(Mesh(np.array(jax.devices()), "all"), PartitionSpec())
-
-    def _everywhere(self, leaf: jax.Array) -> jax.Array:
-        if jax.process_count() == 1:
-            return leaf
-        whole = np.asarray(leaf)
-        return jax.make_array_from_callback(whole.shape, self._sharding, lambda index: whole[index])
+        return NamedSharding(_every_device(), PartitionSpec())
 
     @property
     def latest_step(self) -> int | None:
@@ -48,8 +43,10 @@ class Checkpoints:
         """Writes the state, unless its step is there already; it is safe when this returns."""
         step = int(state.step)
         if step != self.latest_step:
-            everywhere = jax.tree.map(self._everywhere, vars(state))
-            self._manager.save(step, args=self._ocp.args.StandardSave(everywhere))
+            saved = vars(state)
+            if jax.process_count() > 1:
+                saved = put(saved, _every_device(), PartitionSpec())
+            self._manager.save(step, args=self._ocp.args.StandardSave(saved))
             self._manager.wait_until_finished()
 
     def restore(self, like: TrainState) -> TrainState:
@@ -83,3 +80,7 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _every_device() -> Mesh:
+    return Mesh(np.array(jax.devices()), ("all",))

@@ -48,7 +48,7 @@ def lesson(model):
 
 
 def driver_of(model, lesson, parallel, mesh=None):
-    settings = stages.update_settings(model, lesson.settings)
+    settings = stages.update_settings(model.config, lesson.settings)
     frozen = Frozen(model.params, lesson.before)
     return DRIVERS[parallel](frozen, settings, mesh and as_mesh(mesh))
 
