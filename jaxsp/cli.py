@@ -103,7 +103,7 @@ class Compress(Settings, Hosts):
 
 
 @dataclasses.dataclass(frozen=True)
-class CompressMany(Settings):
+class CompressMany(Settings, Hosts):
     """Learn a soft prompt for each of many contexts, many in one step; any run over many settings."""
 
     contexts: tyro.conf.Positional[str] = tyro.MISSING
@@ -126,13 +126,17 @@ class CompressMany(Settings):
     """Replace an earlier run in --out."""
 
     def run(self) -> None:
+        from jaxsp import hosts
         from jaxsp.console import Display
         from jaxsp.jobs import read_rows
         from jaxsp.many import run_many
         from jaxsp.run_folder import check_folder
 
+        several = self.join()
         self.check()
-        check_folder(self.out, resume=self.resume, overwrite=self.overwrite)
+        if not several:
+            check_folder(self.out, resume=self.resume, overwrite=self.overwrite)
+        leads = not several or hosts.is_first()
         rows = read_rows(self.contexts)
         results = run_many(
             _load(self.model, self.dtype, self.weights, self),
@@ -143,14 +147,15 @@ class CompressMany(Settings):
             overwrite=self.overwrite,
             keep_going=self.keep_going,
             at_once=self.at_once,
-            display=Display(),
+            display=Display(visible=leads),
         )
         table = Table("id", "objective", "K", "tokens", "gap closed", "σ: KL", "none: KL", box=None)
         failed = []
         for result in results:
             table.add_row(*_many_row(result))
             failed += [result.report["id"]] if result.error else []
-        Console(highlight=False).print(table)
+        if leads:
+            Console(highlight=False).print(table)
         if failed:
             print(f"jaxsp: {len(failed)} failed: {', '.join(failed)}.", file=sys.stderr)
             raise SystemExit(1)

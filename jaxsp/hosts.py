@@ -13,12 +13,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
 
 from jaxsp.typing import UserError
+
+Thing = TypeVar("Thing")
 
 PATIENCE = 60
 """Seconds in which all processes must have come."""
@@ -119,9 +121,28 @@ def _no_longer_than(seconds: float, complaint: str) -> Iterator[None]:
         timer.cancel()
 
 
+_alone = False
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process does all of its work by itself, as if there were no others."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def count() -> int:
+    """How many processes work together."""
+    return 1 if _alone else jax.process_count()
+
+
 def is_first() -> bool:
     """Whether this is the process that writes and reports."""
-    return jax.process_index() == 0
+    return _alone or jax.process_index() == 0
 
 
 def first(function: Callable[[], Any]) -> Any:
@@ -130,7 +151,7 @@ def first(function: Callable[[], Any]) -> Any:
     Raises:
       UserError: it did there: then everywhere.
     """
-    if jax.process_count() == 1:
+    if count() == 1:
         return function()
     told: dict[str, Any] = {}
     if is_first():
@@ -146,7 +167,7 @@ def first(function: Callable[[], Any]) -> Any:
 
 def agree(settings: dict[str, Any]) -> None:
     """Raises ``UserError``, everywhere, if the processes were given different settings or data."""
-    if jax.process_count() == 1:
+    if count() == 1:
         return
     everyone = _exchange(settings)
     for i, theirs in enumerate(everyone[1:], start=1):
@@ -158,19 +179,25 @@ def agree(settings: dict[str, Any]) -> None:
                 )
 
 
-def mine(count: int) -> range:
-    """Which of ``count`` things this process does: every n-th."""
-    return range(jax.process_index(), count, jax.process_count())
+def mine(things: int) -> range:
+    """Which of so many things this process does: every n-th."""
+    return range(things) if _alone else range(jax.process_index(), things, jax.process_count())
 
 
-def all_shares(values: Sequence[Any] | np.ndarray, count: int) -> Any:
-    """All ``count`` things in order, of which each process has those of ``mine``.
+def piece(things: Sequence[Thing]) -> Sequence[Thing]:
+    """What this process does of a list: a piece without gaps, all as long as each other or one longer."""
+    i, n = jax.process_index(), jax.process_count()
+    return things[i * len(things) // n : (i + 1) * len(things) // n]
+
+
+def all_shares(values: Sequence[Any] | np.ndarray, things: int) -> Any:
+    """All things in order, of which each process has those of ``mine``.
 
     Args:
       values: a list of what JSON can carry, or an array ``[share, ...]``.
-      count: of all.
+      things: how many there are.
     """
-    processes = jax.process_count()
+    processes = count()
     if processes == 1:
         return values
     if isinstance(values, np.ndarray):
@@ -178,9 +205,9 @@ def all_shares(values: Sequence[Any] | np.ndarray, count: int) -> Any:
             np.frombuffer(data, values.dtype).reshape(-1, *values.shape[1:])
             for data in _exchange_bytes(values.tobytes())
         ]
-        return np.stack([shares[i % processes][i // processes] for i in range(count)])
+        return np.stack([shares[i % processes][i // processes] for i in range(things)])
     shares = _exchange(values)
-    return [shares[i % processes][i // processes] for i in range(count)]
+    return [shares[i % processes][i // processes] for i in range(things)]
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp import stages
+from jaxsp import hosts, stages
 from jaxsp.api import Result
 from jaxsp.artifact import SoftPrompt
 from jaxsp.console import Display
@@ -27,7 +28,7 @@ from jaxsp.evaluation.metrics import mean_kl_function
 from jaxsp.evaluation.report import Measured
 from jaxsp.jobs import Job, check_jobs
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.models.sharding import DATA
+from jaxsp.models.sharding import DATA, local
 from jaxsp.run_folder import RunFolder, check_folder, open_run
 from jaxsp.settings import Settings
 from jaxsp.training.many import Trained, Trainee, train_many
@@ -70,7 +71,8 @@ def compress_many(
       model: the frozen model, with its tokenizer.
       jobs: dicts ``{"id", "context", "queries", "held_out"}``, with ``held_out`` as in ``compress``, and
         any field of ``Settings`` that is to differ from the run's.
-      out: a folder: one folder a job, and ``results.parquet`` with a row each.
+      out: a folder: one folder a job, and ``results.parquet`` with a row each. Several processes need one
+        that all can reach; each does a piece of the list, and gives all results.
       resume: go on with the run in ``out``; what is finished there is not done again.
       overwrite: replace an earlier run in ``out``.
       keep_going: report jobs that can't be meant, and do the others.
@@ -129,11 +131,9 @@ def run_many(
     if at_once is not None and at_once < 1:
         raise UserError(f"--at-once must be at least 1, not {at_once}.")
     if out is not None:
-        check_folder(out, resume=resume, overwrite=overwrite)
-    elif resume or overwrite:
-        raise UserError("resume and overwrite need a folder: pass out=....")
-    if jax.process_count() > 1:
-        raise UserError("compress_many runs in one process; give each process contexts of its own.")
+        hosts.first(lambda: check_folder(out, resume=resume, overwrite=overwrite))
+    elif resume or overwrite or jax.process_count() > 1:
+        raise UserError("resume, overwrite and several processes need a folder: pass out=....")
     if not rows:
         raise UserError("There is no context to compress; give at least one.")
     jobs, problems = check_jobs(model, rows, settings)
@@ -144,19 +144,23 @@ def run_many(
         display.say(f"Skipped: {problem}")
     if not jobs:
         raise UserError("None of the jobs can be done.")
-    folder = None
-    if out is not None:
-        identity = {
-            "model": model.name,
-            "weights": model.fingerprint,
-            "dtype": model.config.dtype,
-            "settings": {
-                k: v for k, v in settings.items() if v is not None and k not in stages.LAYOUT
-            },
-        }
-        folder = open_run(out, identity, resume=resume, overwrite=overwrite).directory
+    identity = {
+        "model": model.name,
+        "weights": model.fingerprint,
+        "dtype": model.config.dtype,
+        "settings": {k: v for k, v in settings.items() if v is not None and k not in stages.LAYOUT},
+    }
+    hosts.agree({**identity, "jobs": hashlib.sha256(repr(jobs).encode()).hexdigest()[:16]})
+    folder = None if out is None else Path(out)
+
+    def open_folder() -> None:
+        assert folder is not None
+        open_run(folder, identity, resume=resume, overwrite=overwrite)
         for job in jobs if overwrite else []:
             (folder / job.id / REPORT).unlink(missing_ok=True)  # no longer finished
+
+    if folder is not None:
+        hosts.first(open_folder)
     return _Run(model, jobs, folder, at_once, display).results()
 
 
@@ -178,7 +182,8 @@ class _Run:
         at_once: int | None,
         display: Display,
     ) -> None:
-        self.mesh = stages.mesh_of(jobs[0].settings)
+        mesh = stages.mesh_of(jobs[0].settings)
+        self.mesh = mesh and local(mesh)  # processes have nothing to tell each other
         self.model = model = model if self.mesh is None else model.on(self.mesh)
         self.jobs, self.folder = jobs, folder
         self.at_once, self.display = at_once, display
@@ -201,11 +206,14 @@ class _Run:
 
     def results(self) -> Iterator[Result]:
         """Every job's result, in order."""
-        rows = {job.id: table.row(self.load(job).report) for job in self.jobs if self.is_saved(job)}
+        unfinished = set(hosts.first(self.unfinished))  # as the first sees the folder
+        rows = {j.id: table.row(self.load(j).report) for j in self.jobs if j.id not in unfinished}
+        to_do = [job for job in self.jobs if job.id in unfinished]
+        if jax.process_count() > 1:
+            self.shapes = hosts.first(lambda: self.settled_shapes(to_do))
         groups: dict[tuple, list[Job]] = {}
-        for job in self.jobs:
-            if job.id not in rows:
-                groups.setdefault(_alike(job.settings), []).append(job)
+        for job in hosts.piece(to_do):
+            groups.setdefault(_alike(job.settings), []).append(job)
         waiting = collections.deque(self.jobs)
         early: dict[str, Result] = {}  # finished before one that comes first; not kept if on disk
 
@@ -215,7 +223,7 @@ class _Run:
                 yield early.pop(job.id) if job.id in early else self.load(job)
 
         try:
-            with self.display.jobs(len(self.jobs), len(rows)) as progress:
+            with hosts.noticing_loss(), self.display.jobs(len(self.jobs), len(rows)) as progress:
                 yield from next_ones()
                 for group in groups.values():
                     for job, result in self.trained(group, progress):
@@ -225,14 +233,39 @@ class _Run:
                         if self.folder is None or waiting[0].id == job.id:
                             early[job.id] = result
                         yield from next_ones()
+                for job in to_do:
+                    if job.id not in rows:
+                        rows[job.id] = table.row(self.made_elsewhere(job).report)
+                        progress(1, f"{job.id}: from another process")
+                        yield from next_ones()
         except KeyboardInterrupt:
             saved = " They are saved; go on with --resume." if self.folder else ""
             raise Interrupted(
                 f"Interrupted with {len(rows)} of {len(self.jobs)} prompts finished.{saved}"
             ) from None
         self.write_table(rows)
-        if self.folder:
+        if self.folder and hosts.is_first():
             self.display.say(f"Results: {self.folder / RESULTS}")
+
+    def unfinished(self) -> list[str]:
+        """The ids of jobs that are not saved; a report of an earlier trial goes."""
+        left = [job.id for job in self.jobs if not self.is_saved(job)]
+        for name in left if self.folder else []:
+            (self.folder / name / REPORT).unlink(missing_ok=True)
+        return left
+
+    def settled_shapes(self, jobs: list[Job]) -> dict[str, tuple[int, int]]:
+        """The shapes of all batches, before the jobs are divided among processes."""
+        for job in jobs:
+            if job.settings.batch_shape is None and str(job.settings.batch_size) not in self.shapes:
+                self.taught(job)
+        return self.shapes
+
+    def made_elsewhere(self, job: Job) -> Result:
+        """The result of another process's job, waited for; jax ends this process if the other dies."""
+        while not self.is_saved(job):
+            time.sleep(1)
+        return self.load(job)
 
     def trained(
         self, jobs: list[Job], progress: Callable[[int, str], None]
@@ -280,10 +313,11 @@ class _Run:
         display = self.displays[job.id]
 
         def make() -> _Taught:
-            lesson, full_context = stages.teach(
-                self.model, job.encoded(self.model), job.settings, self.before,
-                self.teacher_file(job), display, self.packing,
-            )  # fmt: skip
+            with hosts.alone():
+                lesson, full_context = stages.teach(
+                    self.model, job.encoded(self.model), job.settings, self.before,
+                    self.teacher_file(job), display, self.packing,
+                )  # fmt: skip
             measured = stages.measure_full_context(self.model, lesson, full_context, display)
             return _Taught(lesson, measured)
 
@@ -393,7 +427,7 @@ class _Run:
         return stages.identity(self.model, job.encoded(self.model), job.settings)
 
     def write_table(self, rows: dict[str, dict[str, Any]]) -> None:
-        if self.folder is not None:
+        if self.folder is not None and hosts.is_first():
             ordered = [rows[job.id] for job in self.jobs if job.id in rows]
             table.write(ordered, self.folder / RESULTS)
 

@@ -12,8 +12,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from safetensors.numpy import load_file
+
+import jaxsp
+from tests.conftest import CONTEXT, QUERIES
 
 STEPS = 12
 
@@ -24,21 +28,23 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
+SETTINGS = {"length": 4, "steps": STEPS, "max_answer_tokens": 6}
+
+
 @pytest.fixture
-def start(calm_directory, job, tmp_path):
+def start(calm_directory, job):
     """Starts a process of a run, with four fake devices of its own."""
     started = []
+    one = ("compress", job["context"], "--queries", job["queries"], "--checkpoint-every", 1)
 
-    def run(out: Path, *more: str, own: int = 4, module=("-m", "jaxsp")) -> subprocess.Popen[str]:
+    def run(out: Path, *more: str, own: int = 4, command=one) -> subprocess.Popen[str]:
         settings = {
-            "queries": job["queries"], "model": calm_directory, "dtype": "float32", "out": out,
-            "length": 4, "steps": STEPS, "max-answer-tokens": 6, "checkpoint-every": 1,
-            "parallel": "mesh",
+            "model": calm_directory, "dtype": "float32", "out": out, "parallel": "mesh", **SETTINGS
         }  # fmt: skip
-        options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        options = [part for name, value in settings.items() for part in (f"--{name}", value)]
         environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={own}"}
         process = subprocess.Popen(
-            [sys.executable, *module, "compress", str(job["context"]), *options, *more],
+            [sys.executable, "-m", "jaxsp", *map(str, (*command, *options)), *more],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         started.append(process)
@@ -53,10 +59,20 @@ def start(calm_directory, job, tmp_path):
 def two(start, out, *more, **other):
     """Both processes of a run; ``other`` is what process 1 is told besides."""
     together = ("--coordinator", free_address(), "--num-processes", "2")
+    also = other.pop("also", ())
     return [
-        start(out, *together, "--process-id", str(i), *more, *(other.get("also", ()) if i else ()))
+        start(out, *together, "--process-id", str(i), *more, *(also if i else ()), **other)
         for i in (0, 1)
     ]
+
+
+def ends_as_another_is_gone(process):
+    """Within a minute, with a sentence."""
+    begun = time.monotonic()
+    code, _, err = finished([process])[0]
+    assert time.monotonic() - begun < 60
+    assert code not in (0, None)
+    assert re.search("jaxsp: .* process of th(e|is) run is gone.* with --resume", err)
 
 
 def finished(processes):
@@ -95,16 +111,42 @@ def test_two_processes_are_one_and_neither_waits_for_a_dead_one(start, tmp_path)
         while steps_done(pieces) < steps and processes[0].poll() is None:
             time.sleep(0.005)
         processes[victim].kill()
-        begun = time.monotonic()
-        code, _, err = finished([processes[1 - victim]])[0]
-        assert time.monotonic() - begun < 60
-        assert code not in (0, None)
-        assert re.search("jaxsp: .* process of th(e|is) run is gone.* with --resume", err)
+        ends_as_another_is_gone(processes[1 - victim])
         assert steps <= steps_done(pieces) < STEPS
     # And one process goes on where two were stopped.
     assert finished([start(pieces, "--resume", own=2)])[0][0] == 0
     assert steps_done(pieces) == STEPS
     np.testing.assert_allclose(sigma(pieces), expected, **close)
+
+
+def test_many_contexts_are_divided_among_processes(start, calm_model, tmp_path):
+    """Each result is that of one process, also where a process died in between."""
+    jobs = [
+        {"id": str(i), "context": f"{CONTEXT} No. {i}.", "queries": QUERIES, "seed": i}
+        for i in range(3)
+    ]
+    contexts, out = tmp_path / "contexts.jsonl", tmp_path / "out"
+    contexts.write_text("".join(json.dumps(row) + "\n" for row in jobs))
+    command = ("compress-many", contexts, "--at-once", 1)
+    expected = list(jaxsp.compress_many(calm_model, jobs, progress=False, **SETTINGS))
+
+    processes = two(start, out, command=command)
+    while not (out / "1" / "report.json").exists() and processes[0].poll() is None:
+        time.sleep(0.005)
+    processes[1].kill()  # with the first of its two saved
+    ends_as_another_is_gone(processes[0])
+    assert not (out / "2" / "report.json").exists()
+
+    results = finished(two(start, out, "--resume", command=command))
+    assert [code for code, *_ in results] == [0, 0], results
+    shown = [re.findall(r"^ *(\d) +kl ", text, re.MULTILINE) for _, text, _ in results]
+    assert shown == [[row["id"] for row in jobs], []]
+    table = pyarrow.parquet.read_table(out / "results.parquet").to_pylist()
+    for result, row in zip(expected, table, strict=True):
+        ours = result.prompt.sigma["embeddings"]
+        close = {"atol": 1e-5 * np.abs(ours).max()}
+        np.testing.assert_allclose(sigma(out / row["id"]), ours, **close)
+        assert row["gap_closed"] == pytest.approx(result.report["gap_closed"]["value"], abs=1e-4)
 
 
 def test_processes_that_disagree(start, tmp_path):

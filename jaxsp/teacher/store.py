@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -32,7 +33,7 @@ def save(data: TeacherData, file: Path) -> None:
     arrays = {name: np.ascontiguousarray(a) for name, a in fields.items() if a is not None}
     arrays["answer_lengths"] = np.array([len(answer) for answer in data.answers], np.int32)
     arrays["answer_ids"] = np.array([i for answer in data.answers for i in answer], np.int32)
-    scratch = file.with_suffix(".part")
+    scratch = file.with_suffix(f".{jax.process_index()}.part")  # others may write the same
     save_file(arrays, scratch)
     scratch.replace(file)
 

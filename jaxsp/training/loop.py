@@ -100,7 +100,7 @@ def train(
     """
     lines = hosts.first(lambda: _past_lines(watcher.metrics, int(state.step)))
     packing = settings.packing
-    spread = packing.over(driver.devices, int(rows.lengths.max()))
+    spread = packing.over(driver.multiple, int(rows.lengths.max()))
     placed = driver.place(state)
     order = np.asarray(state.key)
 

@@ -24,8 +24,8 @@ _AXIS = "devices"
 class Driver(Protocol):
     """Holds the frozen weights where they are needed; turns (state, batch) into (state, metrics)."""
 
-    devices: int
-    """The rows of a batch are a multiple of it: devices, times the parts that each computes its share in."""
+    multiple: int
+    """What the rows of a batch are a multiple of: devices, times the parts that each computes its share in."""
 
     def place(self, state: TrainState) -> TrainState:
         """The state as ``step`` takes it, on this driver's devices."""
@@ -46,7 +46,7 @@ class JitDriver:
 
     def __init__(self, frozen: Frozen, settings: UpdateSettings, mesh: Mesh | None = None) -> None:
         del mesh
-        self.devices = settings.accumulate
+        self.multiple = settings.accumulate
         self._frozen, self._settings = frozen, settings
 
     def place(self, state: TrainState) -> TrainState:
@@ -65,7 +65,7 @@ class PmapDriver:
     def __init__(self, frozen: Frozen, settings: UpdateSettings, mesh: Mesh | None = None) -> None:
         del mesh
         self._count = jax.local_device_count()
-        self.devices = self._count * settings.accumulate
+        self.multiple = self._count * settings.accumulate
         self._frozen = self._replicate(frozen)
         self._update = jax.pmap(
             lambda frozen, state, batch: update(
@@ -117,7 +117,7 @@ class MeshDriver:
 
     def __init__(self, frozen: Frozen, settings: UpdateSettings, mesh: Mesh | None = None) -> None:
         mesh = sharding.as_mesh("") if mesh is None else mesh
-        self.devices = mesh.shape[DATA] * settings.accumulate
+        self.multiple = mesh.shape[DATA] * settings.accumulate
         self._mesh = mesh
         own = sharding.local(mesh)
         params = sharding.place(frozen.params, settings.config, own)

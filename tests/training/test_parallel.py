@@ -55,7 +55,7 @@ def driver_of(model, lesson, parallel, mesh=None):
 
 def trained(model, lesson, driver):
     rows, packing = lesson.train_rows, lesson.packing
-    spread = packing.over(driver.devices, int(rows.lengths.max()))
+    spread = packing.over(driver.multiple, int(rows.lengths.max()))
     state = driver.place(stages.initial_state_of(model, lesson))
     losses = []
     for _ in range(lesson.settings.steps):
@@ -84,7 +84,7 @@ def collectives(model, lesson, mesh):
     driver = driver_of(model, lesson, "mesh", mesh)
     assert isinstance(driver, MeshDriver)
     rows = lesson.train_rows
-    batch = lesson.packing.over(driver.devices, int(rows.lengths.max())).pack(rows, np.arange(8))
+    batch = lesson.packing.over(driver.multiple, int(rows.lengths.max())).pack(rows, np.arange(8))
     state = driver.place(stages.initial_state_of(model, lesson))
     compiled = driver.lower(state, batch).compile().as_text()
     kinds = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"

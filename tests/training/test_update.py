@@ -239,7 +239,7 @@ def test_a_batch_in_parts_gives_the_update_of_the_whole(
     settings = dataclasses.replace(settings, accumulate=parts)
     driver = DRIVERS[parallel](frozen, settings, mesh and as_mesh(mesh))
     if packing:
-        packing = packing.over(driver.devices, int(batch.lengths.max()))
+        packing = packing.over(driver.multiple, int(batch.lengths.max()))
         assert packing.rows % parts == 0
         batch = packing.pack(batch, np.arange(16))
     state, metrics = driver.step(driver.place(state_for(sigma, settings)), batch)
