@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp import hosts, stages
+from jaxsp import hosts, plan, stages
 from jaxsp.api import Result
 from jaxsp.artifact import SoftPrompt
 from jaxsp.console import Display
@@ -40,7 +40,7 @@ SHAPES, TEACHERS = "run/batch_shapes.json", "run/teachers"
 
 STEP_TOKENS = {"cpu": 2048}
 """Tokens of one step, of all prompts together; a CPU gains nothing from more."""
-_ACCELERATOR_STEP_TOKENS = 32768
+ACCELERATOR_STEP_TOKENS = 32768
 
 KEPT = 128
 """Contexts whose teacher and brackets are kept in memory, for other jobs on the same."""
@@ -76,7 +76,7 @@ def compress_many(
       resume: go on with the run in ``out``; what is finished there is not done again.
       overwrite: replace an earlier run in ``out``.
       keep_going: report jobs that can't be meant, and do the others.
-      at_once: prompts in one step; by default as many as suit the device.
+      at_once: prompts in one step; by default as many as suit the device and its memory.
       progress: whether to show what is going on, on standard error.
       **settings: fields of ``Settings``, for all jobs. ``batch_shape``, if not given, is one that suits all
         jobs; reports have it, and given to ``compress`` it makes a run alone train on the same batches.
@@ -250,8 +250,9 @@ class _Run:
     def unfinished(self) -> list[str]:
         """The ids of jobs that are not saved; a report of an earlier trial goes."""
         left = [job.id for job in self.jobs if not self.is_saved(job)]
-        for name in left if self.folder else []:
-            (self.folder / name / REPORT).unlink(missing_ok=True)
+        if self.folder is not None:
+            for name in left:
+                (self.folder / name / REPORT).unlink(missing_ok=True)
         return left
 
     def settled_shapes(self, jobs: list[Job]) -> dict[str, tuple[int, int]]:
@@ -273,9 +274,14 @@ class _Run:
         """The results of jobs that can train side by side, as they finish."""
         settings = jobs[0].settings
         packing = self.taught(jobs[0]).lesson.packing
-        tokens = STEP_TOKENS.get(jax.default_backend(), _ACCELERATOR_STEP_TOKENS)
         parts = 1 if self.mesh is None else self.mesh.shape[DATA]
-        at_once = self.at_once or max(1, parts * tokens // (packing.rows * packing.length))
+        at_once = self.at_once
+        if at_once is None:
+            tokens = STEP_TOKENS.get(jax.default_backend(), ACCELERATOR_STEP_TOKENS)
+            enough = min(max(1, tokens // (packing.rows * packing.length)), -(-len(jobs) // parts))
+            at_once = plan.prompts_at_once(
+                self.model.config, settings, packing, self.mesh, most=parts * enough
+            )
         rounds = -(-len(jobs) // at_once)
         slots = -(-len(jobs) // rounds)  # as evenly filled as can be
 

@@ -26,6 +26,7 @@ from jaxsp.models.config import DecoderConfig
 from jaxsp.models.sharding import DATA
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.settings import Settings
+from jaxsp.training.many import step_many
 from jaxsp.training.optimizer import make_pace
 from jaxsp.training.state import TrainState, initial_state
 from jaxsp.training.update import Frozen, update
@@ -149,14 +150,6 @@ def plan(
             _bytes(jax.eval_shape(lambda: decoder.empty_prefix(config, BEFORE + context_tokens))),
         )
 
-    def total(rows: int) -> float:
-        try:
-            return memory(rows).total
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                return math.inf  # a TPU's compiler refuses what has no room
-            raise
-
     flops = step_flops(config, settings.length, query_tokens, packing, readings=parts)
     rate = matmul_rate(config)
     working = 1 if jax.default_backend() == "cpu" else devices  # a CPU's devices are one processor
@@ -172,14 +165,72 @@ def plan(
         matmul_rate=rate,
         utilisation=UTILISATION,
         step_seconds=flops / (working * rate * UTILISATION),
-        largest_rows=largest(total, FILL * limit, packing.rows, multiple=parts),
+        largest_rows=largest(
+            lambda rows: _or_infinite(lambda: memory(rows).total),
+            FILL * limit,
+            packing.rows,
+            multiple=parts,
+        ),
     )
 
 
+def prompts_at_once(
+    config: DecoderConfig,
+    settings: Settings,
+    packing: Packing,
+    mesh: Mesh | None,
+    *,
+    most: int,
+    memory_limit: int | None = None,
+) -> int:
+    """How many prompts, at most ``most``, one step has room for: at least one for each part of ``data``.
+
+    Args:
+      config: of the model.
+      settings: of all prompts.
+      packing: of a prompt's batches.
+      mesh: over whose axis ``data`` the prompts go.
+      most: a multiple of that axis.
+      memory_limit: of a device, in bytes; by default what it says of itself, and without that no limit.
+    """
+    limit = memory_limit or _memory_stats().get("bytes_limit", math.inf)
+    parts = 1 if mesh is None else mesh.shape[DATA]
+
+    @functools.cache
+    def size(prompts: int) -> float:
+        def needed() -> int:
+            found: Any = compiled(config, settings, packing, mesh, prompts).memory_analysis()
+            return found.argument_size_in_bytes + found.temp_size_in_bytes  # the states are donated
+
+        return _or_infinite(needed)
+
+    if limit == math.inf or size(most) <= FILL * limit:
+        return most
+    half = max(parts, most // 2 // parts * parts)
+    return min(most, max(parts, largest(size, FILL * limit, half, multiple=parts)))
+
+
+def _or_infinite(size: Callable[[], float]) -> float:
+    """The size; infinite if the compiler refuses the program for want of room, as a TPU's does."""
+    try:
+        return size()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return math.inf
+        raise
+
+
 def compiled(
-    config: DecoderConfig, settings: Settings, packing: Packing, mesh: Mesh | None
+    config: DecoderConfig,
+    settings: Settings,
+    packing: Packing,
+    mesh: Mesh | None,
+    prompts: int = 0,
 ) -> jax.stages.Compiled:
-    """The update of a batch of this shape as ``jit`` and ``mesh`` run it, from shapes alone."""
+    """The update of a batch of this shape as ``jit`` and ``mesh`` run it, from shapes alone.
+
+    With ``prompts`` it is that of so many side by side, each with a batch of this shape.
+    """
     axis = None if mesh is None else DATA
     chosen = stages.update_settings(config, settings)
 
@@ -194,18 +245,22 @@ def compiled(
     before = jax.eval_shape(lambda: decoder.empty_prefix(config, BEFORE))
     params, state = decoder.parameter_shapes(config), jax.eval_shape(start)
     batch = _batch(config, packing)
+    if prompts:
+        state, batch = jax.tree.map(functools.partial(_stacked, prompts), (state, batch))
     if mesh is not None:
         of = sharding.shardings(config, mesh)
         params = jax.tree_util.tree_map_with_path(
             lambda path, leaf: _on(of("/".join(key.key for key in path), leaf.shape), leaf), params
         )
         everywhere = functools.partial(_on, NamedSharding(mesh, PartitionSpec()))
-        before, state = jax.tree.map(everywhere, (before, state))
-        batch = jax.tree.map(
-            functools.partial(_on, NamedSharding(mesh, PartitionSpec(DATA))), batch
-        )
+        cut = functools.partial(_on, NamedSharding(mesh, PartitionSpec(DATA)))
+        before, batch = jax.tree.map(everywhere, before), jax.tree.map(cut, batch)
+        state = jax.tree.map(cut if prompts else everywhere, state)
+    frozen = Frozen(params, before)
+    if prompts:
+        return step_many.lower(state, batch, frozen=frozen, settings=chosen, mesh=mesh).compile()
     spread = sharding.over_data(step, mesh, (False, False, True), out=False)
-    return jax.jit(spread).lower(Frozen(params, before), state, batch).compile()
+    return jax.jit(spread).lower(frozen, state, batch).compile()
 
 
 def step_flops(
@@ -252,10 +307,12 @@ def matmul_rate(config: DecoderConfig) -> float:
 
 def device_memory(devices: int) -> int:
     """What a device has, in bytes; ``devices`` of a CPU share the machine's memory."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // devices
+    own = _memory_stats().get("bytes_limit")
+    return own or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // devices
+
+
+def _memory_stats() -> dict[str, int]:
+    return jax.local_devices()[0].memory_stats() or {}
 
 
 def largest(size_of: Callable[[int], float], limit: float, rows: int, *, multiple: int = 1) -> int:
@@ -308,6 +365,10 @@ def _batch(config: DecoderConfig, packing: Packing) -> Rows:
 
 def _on(where: NamedSharding, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def _stacked(count: int, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
 
 
 def _bytes(tree: PyTree) -> int:

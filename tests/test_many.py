@@ -13,6 +13,8 @@ import pyarrow.parquet
 import pytest
 
 import jaxsp
+from jaxsp import many, plan
+from jaxsp.training.many import train_many
 from jaxsp.typing import UserError
 from tests.conftest import CONTEXT, QUERIES
 
@@ -44,6 +46,22 @@ def compress_many(model, jobs, **options):
 def results(calm_model, tmp_path_factory):
     out = tmp_path_factory.mktemp("many") / "out"
     return compress_many(calm_model, UNEVEN, out=out, at_once=2), out
+
+
+def test_no_more_at_once_than_memory_has_room_for(calm_model, monkeypatch):
+    slots = []
+
+    def watched(*args, **options):
+        slots.append(options["slots"])
+        return train_many(*args, **options)
+
+    monkeypatch.setattr(many, "train_many", watched)
+    jobs = [job(f"{i}", seed=i, steps=1) for i in range(3)]
+    for room, at_once in ((None, 3), (2**40, 3), (2**20, 1)):
+        stats = {} if room is None else {"bytes_limit": room}
+        monkeypatch.setattr(plan, "_memory_stats", lambda stats=stats: stats)
+        assert len(compress_many(calm_model, jobs)) == 3
+        assert slots.pop() == at_once
 
 
 def test_each_is_what_compress_gives_alone(calm_model, results):

@@ -88,12 +88,12 @@ def test_a_mesh_is_planned_by_device(config, monkeypatch):
 
 @pytest.fixture
 def programs(monkeypatch):
-    """Instead of compiled programs, what was asked of them; 1000 bytes a row and part."""
+    """Instead of compiled programs, what was asked of them; 1000 bytes a row and part and prompt."""
     asked = []
 
-    def compiled(config, settings, packing, mesh):
+    def compiled(config, settings, packing, mesh, prompts=1):
         asked.append(packing)
-        sizes = (10_000, 1000 * packing.rows // settings.accumulate, 500)
+        sizes = (10_000, 1000 * prompts * packing.rows // settings.accumulate, 500)
         names = ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes")
         found = SimpleNamespace(**dict(zip(names, sizes, strict=True)))
         return SimpleNamespace(memory_analysis=lambda: found)
@@ -101,6 +101,28 @@ def programs(monkeypatch):
     monkeypatch.setattr(plan, "compiled", compiled)
     monkeypatch.setattr(plan, "matmul_rate", lambda config: 1e9)
     return asked
+
+
+@pytest.mark.parametrize(
+    ("mesh", "room", "at_once"),
+    [
+        (None, None, 40),
+        (None, 40, 40),
+        (None, 17, 17),
+        (None, 0, 1),
+        ("data=2", 17, 16),
+        ("data=2", 0, 2),
+    ],
+)
+def test_how_many_prompts_have_room(config, programs, monkeypatch, mesh, room, at_once):
+    """As many as are wished for, unless the device has room for fewer."""
+    limit = None if room is None else math.ceil((10_000 + 4000 * room) / plan.FILL)
+    monkeypatch.setattr(
+        plan, "_memory_stats", lambda: {} if room is None else {"bytes_limit": limit}
+    )
+    laid_out = None if mesh is None else stages.as_mesh(mesh)
+    found = plan.prompts_at_once(config, SETTINGS, Packing(4, 48), laid_out, most=40)
+    assert found == at_once
 
 
 @pytest.mark.parametrize(

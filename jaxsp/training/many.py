@@ -140,7 +140,7 @@ def train_many(
         left = max(slot.steps - slot.lines[-1]["step"] for slot in live)
         for ahead in range(min(evaluate_every, left)):
             batches = [blank if slot is None else slot.draw(ahead) for slot in running]
-            states, metrics = _step(
+            states, metrics = step_many(
                 states, _stack(batches), frozen=frozen, settings=settings, mesh=mesh
             )
             history.append(metrics)
@@ -181,7 +181,7 @@ def train_many(
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "mesh"), donate_argnames="states")
-def _step(
+def step_many(
     states: TrainState,
     batches: Rows,
     *,
@@ -189,6 +189,8 @@ def _step(
     settings: UpdateSettings,
     mesh: Mesh | None,
 ) -> tuple[TrainState, Metrics]:
+    """``update_many``, the prompts spread over the mesh's axis ``data`` if there is one."""
+
     def update(frozen: Frozen, states: TrainState, batches: Rows) -> tuple[TrainState, Metrics]:
         return update_many(states, batches, frozen=frozen, settings=settings)
 

@@ -25,7 +25,7 @@ class Driver(Protocol):
     """Holds the frozen weights where they are needed; turns (state, batch) into (state, metrics)."""
 
     multiple: int
-    """What the rows of a batch are a multiple of: devices, times the parts that each computes its share in."""
+    """What a batch's rows are a multiple of: devices, times the parts that each computes its share in."""
 
     def place(self, state: TrainState) -> TrainState:
         """The state as ``step`` takes it, on this driver's devices."""
