@@ -28,6 +28,8 @@ class Job:
       train: queries to train on.
       held_out: queries to measure on.
       settings: those of the run, but for what the row says otherwise.
+      query_lengths: tokens of each query.
+      longest: tokens that a query with its answer may take.
     """
 
     id: str
@@ -35,18 +37,12 @@ class Job:
     train: list[Query]
     held_out: list[Query]
     settings: Settings
+    query_lengths: tuple[int, ...]
+    longest: int
 
     def encoded(self, model: LanguageModel) -> stages.Task:
-        """Its texts as token ids; raises ``UserError`` if they don't fit the model or the settings."""
+        """Its texts as token ids, which take more memory than the texts."""
         return stages.encode_task(model, self.context, self.train, self.held_out, self.settings)
-
-    def longest(self, model: LanguageModel) -> int:
-        """Tokens that a query with its answer may take."""
-        task = self.encoded(model)
-        return max(
-            len(ids) + max(self.settings.max_answer_tokens, len(given or ())) - 1
-            for ids, given in zip(task.query_ids, task.given_ids, strict=True)
-        )
 
 
 def read_rows(path: str | Path) -> list[tuple[str, Any]]:
@@ -77,15 +73,15 @@ def check_jobs(
     problems = []
     for where, row in rows:
         try:
-            job = _job(row, defaults)
+            job = _job(model, row, defaults)
             name = job.id.casefold()  # as some file systems see it
             if name in jobs:
                 raise UserError(f"the id {job.id!r} is given twice")
-            longest, shape = job.longest(model), job.settings.batch_shape
-            if shape is not None and longest > shape[1]:
+            shape = job.settings.batch_shape
+            if shape is not None and job.longest > shape[1]:
                 raise UserError(
-                    f"--batch-shape has rows of {shape[1]} tokens, and a query may take {longest} with"
-                    " its answer; give it longer ones"
+                    f"--batch-shape has rows of {shape[1]} tokens, and a query may take {job.longest}"
+                    " with its answer; give it longer ones"
                 )
             jobs[name] = job
         except UserError as error:
@@ -93,7 +89,7 @@ def check_jobs(
     return list(jobs.values()), problems
 
 
-def _job(row: Any, defaults: Mapping[str, Any]) -> Job:
+def _job(model: LanguageModel, row: Any, defaults: Mapping[str, Any]) -> Job:
     if isinstance(row, UserError):
         raise row
     try:
@@ -133,4 +129,8 @@ def _job(row: Any, defaults: Mapping[str, Any]) -> Job:
         float(held_out) if isinstance(held_out, float | int) else as_queries(held_out),
         settings.seed,
     )
-    return Job(name, context, train, held_out, settings)
+    task = stages.encode_task(model, context, train, held_out, settings)
+    lengths = tuple(len(ids) for ids in task.query_ids)
+    answers = (max(settings.max_answer_tokens, len(given or ())) for given in task.given_ids)
+    longest = max(map(sum, zip(lengths, answers, strict=True))) - 1
+    return Job(name, context, train, held_out, settings, lengths, longest)

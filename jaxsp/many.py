@@ -193,13 +193,13 @@ class _Run:
         self.brackets: OrderedDict[tuple, dict[str, Measured]] = OrderedDict()
         self.running: dict[str, _Taught] = {}
         self.shapes = _read_shapes(folder)
-        longest = max(jobs, key=lambda job: job.longest(model))
+        longest = max(jobs, key=lambda job: job.longest)
         for _, length in self.shapes.values():
-            if longest.longest(model) > length:
+            if longest.longest > length:
                 raise UserError(
                     f"The run in {folder} has batches with rows of {length} tokens, and a query of"
-                    f" {longest.id} may take {longest.longest(model)} with its answer; do it in a"
-                    " run of its own."
+                    f" {longest.id} may take {longest.longest} with its answer; do it in a run of its"
+                    " own."
                 )
         # They keep the seconds of the jobs under way.
         self.displays = collections.defaultdict[str, Display](lambda: Display(visible=False))
@@ -352,11 +352,8 @@ class _Run:
         if size not in self.shapes:
             alike = [job for job in self.jobs if job.settings.batch_size == settings.batch_size]
             answer = round(float(rows.mask.sum(axis=1).mean()))
-            lengths = [
-                np.array([len(ids) + answer - 1 for ids in job.encoded(self.model).query_ids])
-                for job in alike
-            ]
-            longest = max(job.longest(self.model) for job in alike)
+            lengths = [np.array(job.query_lengths) + answer - 1 for job in alike]
+            longest = max(job.longest for job in alike)
             packing = Packing.of(lengths, settings.batch_size, longest)
             self.shapes[size] = packing.rows, packing.length
             _write_shapes(self.folder, self.shapes)
