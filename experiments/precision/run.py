@@ -1,6 +1,6 @@
 """The demo in float32 and in bfloat16, on the same answers: loss curves, and the final held-out KL.
 
-python -m experiments.precision.run [--seeds N ...] [--out FOLDER]
+python -m experiments.precision.run [--seeds N ...] [--learning-rate R] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ DEMO = {"batch_size": 4, "evaluate_every": 20, "max_answer_tokens": 32}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Compress the demo's manual in both dtypes, write results.json and curves.png, print the table."""
+    """Compress the demo's manual in both dtypes, write rate_….json and .png, print the table."""
 
     seeds: tuple[int, ...] = tuple(range(8))
     """Each gives both dtypes the same start and the same order of queries."""
+    learning_rate: float = 0.5
+    """The library's default; lower, rounding is amplified less."""
     steps: int = 60
     """Updates of each prompt."""
     model: str = "smollm2-135m-instruct"
@@ -52,7 +54,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
     for seed in run.seeds:
         for dtype, model in models.items():
             result = jaxsp.compress(
-                model, context, queries, held_out=held_out, seed=seed, steps=run.steps,
+                model, context, queries, held_out=held_out, seed=seed, steps=run.steps, learning_rate=run.learning_rate,
                 keep="last", progress=False, **DEMO,
             )  # fmt: skip
             judged = jaxsp.evaluate(models["float32"], result.prompt, held_out, progress=False)
@@ -124,11 +126,13 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
 def main(run: Run) -> None:
     rows = measure(run)
-    result = {"rows": rows, "steps": run.steps, "environment": environment()}
-    (run.out / "results.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    draw(rows, run.out / "curves.png")
+    result = {**dataclasses.asdict(run), "rows": rows, "environment": environment()}
+    del result["out"]
+    file = run.out / f"rate_{run.learning_rate:g}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    draw(rows, file.with_suffix(".png"))
     print(table(rows))
-    print(f"Written: {run.out / 'results.json'}, {run.out / 'curves.png'}")
+    print(f"Written: {file}, {file.with_suffix('.png')}")
 
 
 if __name__ == "__main__":
