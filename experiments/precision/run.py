@@ -54,8 +54,8 @@ def measure(run: Run) -> list[dict[str, Any]]:
     for seed in run.seeds:
         for dtype, model in models.items():
             result = jaxsp.compress(
-                model, context, queries, held_out=held_out, seed=seed, steps=run.steps, learning_rate=run.learning_rate,
-                keep="last", progress=False, **DEMO,
+                model, context, queries, held_out=held_out, seed=seed, steps=run.steps,
+                learning_rate=run.learning_rate, keep="last", progress=False, **DEMO,
             )  # fmt: skip
             judged = jaxsp.evaluate(models["float32"], result.prompt, held_out, progress=False)
             own = result.report["held_out"]["conditions"]
