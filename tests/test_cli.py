@@ -300,7 +300,7 @@ def test_a_device_without_memory(
     row = {"id": "a", "context": job["context"].read_text(), "queries": ["One?", "Two?", "Three?"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     many = ("compress-many", tmp_path / "rows.jsonl", "--model", tiny_directory, *FAST)
-    monkeypatch.setattr("jaxsp.training.many._step", out_of_memory)
+    monkeypatch.setattr("jaxsp.training.many.step_many", out_of_memory)
     refused(jaxsp_command(*many, "--out", tmp_path / "many"), "--at-once", *training)
     monkeypatch.setattr("jaxsp.stages.hidden_states", out_of_memory)
     result = jaxsp_command("evaluate", finished, "--queries", job["queries"])

@@ -38,6 +38,14 @@ class Driver(Protocol):
         ...
 
 
+def _check_divides(batch: Rows, parts: int) -> None:
+    if len(batch) % parts:
+        raise UserError(
+            f"The batch size {len(batch)} can't be divided over {parts} devices; choose a multiple"
+            f" of {parts}, or --parallel jit."
+        )
+
+
 _jitted_update = jax.jit(update, static_argnames="settings")
 
 
@@ -79,11 +87,7 @@ class PmapDriver:
 
     def step(self, state: TrainState, batch: Rows) -> tuple[TrainState, dict[str, Array]]:
         n = self._count
-        if len(batch) % n:
-            raise UserError(
-                f"The batch size {len(batch)} can't be divided over {n} devices; choose a multiple"
-                f" of {n}, or --parallel jit."
-            )
+        _check_divides(batch, n)
         shards = jax.tree.map(lambda a: np.reshape(a, (n, -1, *a.shape[1:])), batch)
         state, metrics = self._update(self._frozen, state, shards)
         return state, jax.tree.map(lambda a: a[0], metrics)
@@ -129,6 +133,7 @@ class MeshDriver:
         return sharding.put(state, self._mesh, P())
 
     def step(self, state: TrainState, batch: Rows) -> tuple[TrainState, dict[str, Array]]:
+        _check_divides(batch, self._mesh.shape[DATA])
         return self._update(self._frozen, state, sharding.put(batch, self._mesh, P(DATA)))
 
     def lower(self, state: TrainState, batch: Rows) -> jax.stages.Lowered:

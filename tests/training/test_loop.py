@@ -23,7 +23,7 @@ ROWS = make_rows([[3, 4]] * 5, [[5, 2]] * 5)
 class CountingDriver:
     """σ counts the steps; the loss is scripted."""
 
-    devices = 1
+    multiple = 1
 
     def __init__(self, losses=None):
         self.losses = losses or {}

@@ -13,6 +13,7 @@ import jaxsp
 from jaxsp import stages
 from jaxsp.console import Display
 from jaxsp.data.documents import as_queries
+from jaxsp.data.packing import Packing
 from jaxsp.evaluation.conditions import read_context
 from jaxsp.models.sharding import as_mesh
 from jaxsp.settings import make_settings
@@ -123,17 +124,24 @@ def test_a_whole_compression_on_a_mesh(model, tmp_path):
     np.testing.assert_allclose(resumed.prompt.sigma["embeddings"], sigma, **close)
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "data=2,model=4"])
-def test_many_prompts_over_a_mesh(model, mesh):
-    """One of them with other objectives has empty slots beside it; each is what it is on one device."""
-    jobs = [
-        {"id": f"{i}", "context": f"{CONTEXT} No. {i}.", "queries": QUERIES, "seed": i}
-        for i in range(3)
-    ]
-    jobs.append({**jobs[0], "id": "other", "objective": "nll"})
+MANY = [
+    {"id": f"{i}", "context": f"{CONTEXT} No. {i}.", "queries": QUERIES, "seed": i}
+    for i in range(3)
+]
+MANY.append({**MANY[0], "id": "other", "objective": "nll"})
+
+
+@pytest.fixture(scope="module")
+def many_on_one_device(model):
     options = {"length": 4, "steps": 6, "max_answer_tokens": 6, "progress": False}
-    expected = jaxsp.compress_many(model, jobs, **options)
-    spread = jaxsp.compress_many(model, jobs, parallel="mesh", mesh=mesh, **options)
+    return list(jaxsp.compress_many(model, MANY, **options)), options
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "data=2,model=4"])
+def test_many_prompts_over_a_mesh(model, many_on_one_device, mesh):
+    """One of them with other objectives has empty slots beside it; each is what it is on one device."""
+    expected, options = many_on_one_device
+    spread = jaxsp.compress_many(model, MANY, parallel="mesh", mesh=mesh, **options)
     for ours, theirs in zip(spread, expected, strict=True):
         sigma = theirs.prompt.sigma["embeddings"]
         np.testing.assert_allclose(
@@ -141,6 +149,15 @@ def test_many_prompts_over_a_mesh(model, mesh):
         )
         gaps = [r.report["gap_closed"]["value"] for r in (ours, theirs)]
         assert gaps[0] == pytest.approx(gaps[1], abs=1e-4)
+
+
+def test_a_batch_that_the_mesh_does_not_divide(model, lesson):
+    """``train`` rounds the rows up; who calls the driver is told."""
+    driver = driver_of(model, lesson, "mesh", "data=4,model=2")
+    state = driver.place(stages.initial_state_of(model, lesson))
+    batch = Packing(6, lesson.packing.length).pack(lesson.train_rows, np.arange(2))
+    with pytest.raises(UserError, match="batch size 6 can't be divided over 4 devices"):
+        driver.step(state, batch)
 
 
 @pytest.mark.parametrize(
