@@ -135,14 +135,19 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
-def count() -> int:
-    """How many processes work together."""
-    return 1 if _alone else jax.process_count()
+def place() -> tuple[int, int]:
+    """Which process this is, and of how many that work together."""
+    return (0, 1) if _alone else (jax.process_index(), jax.process_count())
+
+
+def are_several() -> bool:
+    """Whether other processes work with this one."""
+    return place()[1] > 1
 
 
 def is_first() -> bool:
     """Whether this is the process that writes and reports."""
-    return _alone or jax.process_index() == 0
+    return place()[0] == 0
 
 
 def first(function: Callable[[], Any]) -> Any:
@@ -151,7 +156,7 @@ def first(function: Callable[[], Any]) -> Any:
     Raises:
       UserError: it did there: then everywhere.
     """
-    if count() == 1:
+    if not are_several():
         return function()
     told: dict[str, Any] = {}
     if is_first():
@@ -167,7 +172,7 @@ def first(function: Callable[[], Any]) -> Any:
 
 def agree(settings: dict[str, Any]) -> None:
     """Raises ``UserError``, everywhere, if the processes were given different settings or data."""
-    if count() == 1:
+    if not are_several():
         return
     everyone = _exchange(settings)
     for i, theirs in enumerate(everyone[1:], start=1):
@@ -181,13 +186,14 @@ def agree(settings: dict[str, Any]) -> None:
 
 def mine(things: int) -> range:
     """Which of so many things this process does: every n-th."""
-    return range(things) if _alone else range(jax.process_index(), things, jax.process_count())
+    process, processes = place()
+    return range(process, things, processes)
 
 
 def piece(things: Sequence[Thing]) -> Sequence[Thing]:
     """What this process does of a list: a piece without gaps, all as long as each other or one longer."""
-    i, n = jax.process_index(), jax.process_count()
-    return things[i * len(things) // n : (i + 1) * len(things) // n]
+    process, processes = place()
+    return things[process * len(things) // processes : (process + 1) * len(things) // processes]
 
 
 def all_shares(values: Sequence[Any] | np.ndarray, things: int) -> Any:
@@ -197,9 +203,9 @@ def all_shares(values: Sequence[Any] | np.ndarray, things: int) -> Any:
       values: a list of what JSON can carry, or an array ``[share, ...]``.
       things: how many there are.
     """
-    processes = count()
-    if processes == 1:
+    if not are_several():
         return values
+    processes = jax.process_count()
     if isinstance(values, np.ndarray):
         shares = [
             np.frombuffer(data, values.dtype).reshape(-1, *values.shape[1:])

@@ -132,7 +132,7 @@ def run_many(
         raise UserError(f"--at-once must be at least 1, not {at_once}.")
     if out is not None:
         hosts.first(lambda: check_folder(out, resume=resume, overwrite=overwrite))
-    elif resume or overwrite or jax.process_count() > 1:
+    elif resume or overwrite or hosts.are_several():
         raise UserError("resume, overwrite and several processes need a folder: pass out=....")
     if not rows:
         raise UserError("There is no context to compress; give at least one.")
@@ -209,7 +209,7 @@ class _Run:
         unfinished = set(hosts.first(self.unfinished))  # as the first sees the folder
         rows = {j.id: table.row(self.load(j).report) for j in self.jobs if j.id not in unfinished}
         to_do = [job for job in self.jobs if job.id in unfinished]
-        if jax.process_count() > 1:
+        if hosts.are_several():
             self.shapes = hosts.first(lambda: self.settled_shapes(to_do))
         groups: dict[tuple, list[Job]] = {}
         for job in hosts.piece(to_do):

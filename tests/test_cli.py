@@ -374,6 +374,8 @@ def test_resume_with_other_settings_shows_the_difference(compress, tmp_path, job
         "steps was 2 and is now 5",
         "learning_rate was 0.5 and is now 0.2",
     )
+    wide = tiny.write(tmp_path / "wide", hidden_size=48)
+    refused(compress("--resume", model=wide), f"and is now '{wide}'; weights was")
     job["context"].write_text("Something else altogether, about as long as the context before it.")
     refused(compress("--resume"), "context was")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxsp
+from jaxsp.many import TEACHERS
 from tests.conftest import CONTEXT, QUERIES
 
 STEPS = 12
@@ -130,12 +132,15 @@ def test_many_contexts_are_divided_among_processes(start, calm_model, tmp_path):
     command = ("compress-many", contexts, "--at-once", 1)
     expected = list(jaxsp.compress_many(calm_model, jobs, progress=False, **SETTINGS))
 
-    processes = two(start, out, command=command)
-    while not (out / "1" / "report.json").exists() and processes[0].poll() is None:
-        time.sleep(0.005)
-    processes[1].kill()  # with the first of its two saved
-    ends_as_another_is_gone(processes[0])
-    assert not (out / "2" / "report.json").exists()
+    # Killed, first the one that follows, with the first of its two saved, and then the one that leads.
+    for victim, files, more in ((1, "1/report.json", ()), (0, f"{TEACHERS}/*", ("--resume",))):
+        shutil.rmtree(out / TEACHERS, ignore_errors=True)
+        processes = two(start, out, *more, command=command)
+        while not any(out.glob(files)) and processes[0].poll() is None:
+            time.sleep(0.005)
+        processes[victim].kill()
+        ends_as_another_is_gone(processes[1 - victim])
+        assert not (out / "2" / "report.json").exists()
 
     results = finished(two(start, out, "--resume", command=command))
     assert [code for code, *_ in results] == [0, 0], results
@@ -149,11 +154,20 @@ def test_many_contexts_are_divided_among_processes(start, calm_model, tmp_path):
         assert row["gap_closed"] == pytest.approx(result.report["gap_closed"]["value"], abs=1e-4)
 
 
-def test_processes_that_disagree(start, tmp_path):
-    results = finished(two(start, tmp_path / "out", also=("--learning-rate", "0.25")))
-    for code, _, err in results:
+@pytest.mark.parametrize(
+    ("also", "difference"),
+    [
+        (("--length", "5"), "length is 4 in process 0 and 5 in process 1"),
+        (("--queries", "{other}"), "queries is '[0-9a-f]+' in process 0 and '[0-9a-f]+'"),
+    ],
+)
+def test_processes_that_disagree(start, tmp_path, also, difference):
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(["What else is there?", *QUERIES[1:]]))
+    also = [part.format(other=other) for part in also]
+    for code, _, err in finished(two(start, tmp_path / "out", also=also)):
         assert code == 2
-        assert "jaxsp: The processes disagree: learning_rate is 0.5 in process 0 and 0.25" in err
+        assert re.search(f"jaxsp: The processes disagree: {difference}", err), err
     assert not (tmp_path / "out").exists()
 
 

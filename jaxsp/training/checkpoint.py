@@ -7,11 +7,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxsp.models.sharding import put
 from jaxsp.training.state import TrainState
-from jaxsp.typing import UserError
+from jaxsp.typing import PyTree, UserError
 
 KEPT = 2  # the newest, and the one before it in case the newest can't be read
 
@@ -24,8 +25,11 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=KEPT),
+            item_handlers=ocp.StandardCheckpointHandler(),
+        )
 
     @property
     def _sharding(self) -> Sharding:
@@ -67,19 +71,28 @@ class Checkpoints:
             ),
             vars(like),
         )
+        step, here = self.latest_step, _shapes(like.sigma)
         try:
-            saved = self._manager.restore(
-                self.latest_step, args=self._ocp.args.StandardRestore(shapes)
-            )
+            there = _shapes(self._manager.item_metadata(step)["sigma"])
+            restore = self._ocp.args.StandardRestore(shapes)
+            saved = self._manager.restore(step, args=restore) if there == here else None
         except (ValueError, KeyError, OSError) as error:
             raise UserError(
-                f"The checkpoint of step {self.latest_step} can't be read ({error}); start anew"
-                " with --overwrite."
+                f"The checkpoint of step {step} can't be read ({error}); start anew with --overwrite."
             ) from error
+        if saved is None:
+            raise UserError(
+                f"The checkpoint of step {step} is of another model or prompt length: its prompt has the"
+                f" shape {there}, this run's {here}. Resume with the same, or start anew with --overwrite."
+            )
         return TrainState(**jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), saved))
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _shapes(sigma: PyTree) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in flatten_dict(sigma, sep="/").items()}
 
 
 def _every_device() -> Mesh:

@@ -128,6 +128,10 @@ def test_checkpoints_of_another_shape_or_none_are_refused(tmp_path):
         checkpoints.restore(state)
     checkpoints.save(state)
     other = initial_state({"x": jnp.zeros((4,))}, optax.adam(1.0), key=jax.random.key(0))
+    shapes = r"another model or prompt length.* \{'x': \(3,\)\}, this run's \{'x': \(4,\)\}"
+    with pytest.raises(UserError, match=shapes):
+        checkpoints.restore(other)
+    other = initial_state({"x": jnp.zeros((3,))}, optax.sgd(1.0), key=jax.random.key(0))
     with pytest.raises(UserError, match="can't be read"):
         checkpoints.restore(other)
     checkpoints.close()
