@@ -40,6 +40,20 @@ def test_the_contexts_own_embeddings_give_kl_zero(kind, dtype):
     assert at_positions(model, other, rows, packing)["kl"].max() > 1e-2  # the test can fail
 
 
+def test_bfloat16_keeps_the_residual_stream_in_float32(smollm2):
+    """Last hidden states within 1% of float32's; with a rounded stream it would be 1.3%."""
+
+    def states(model):
+        ids = np.array([model.tokenizer.encode(3 * CONTEXT)])
+        positions = np.arange(ids.shape[1])[None]
+        found, _ = decoder.hidden(model.params, model.config, model.embed(ids), positions)
+        return np.asarray(found, np.float64)
+
+    exact = states(smollm2)
+    off = states(jaxsp.load_model("smollm2-135m-instruct", dtype="bfloat16")) - exact
+    assert np.median(np.linalg.norm(off, axis=-1) / np.linalg.norm(exact, axis=-1)) < 0.01
+
+
 def test_a_compression_leaves_the_weights_bit_identical(smollm2):
     before = jax.tree.map(np.array, smollm2.params)
     jaxsp.compress(

@@ -50,7 +50,7 @@ class Norm(nn.Module):
         wide = wide * self.param("weight", nn.initializers.ones, x.shape[-1:])
         if self.config.layer_norm:
             wide = wide + self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        return wide.astype(x.dtype)
+        return wide.astype(self.config.dtype)
 
 
 class Int8Dense(nn.Module):
@@ -120,23 +120,38 @@ class Reading(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each with its norms and its residual."""
+    """Attention and MLP, each with its norms and its residual.
+
+    The residual stream is float32 in every model: rounded to bfloat16 at each of its sums, it would lose
+    more than all else that is rounded. What is kept for the backward pass is in the model's dtype.
+    """
 
     config: DecoderConfig
 
-    @nn.compact
     def __call__(
         self, x_BTD: Array, own: LayerInputs, reading: Reading
     ) -> tuple[Array, tuple[Array, Array]]:
+        change = DecoderLayer._change
+        if self.config.remat:
+            change = nn.remat(change, prevent_cse=False)
+        change_BTD, key_values = change(self, x_BTD.astype(self.config.dtype), own, reading)
+        return x_BTD + change_BTD, key_values
+
+    @nn.compact
+    def _change(
+        self, x_BTD: Array, own: LayerInputs, reading: Reading
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """What the layer adds to the residual stream."""
         pre, post = self.config.pre_norm, self.config.post_norm
+        x_BTD = x_BTD.astype(jnp.float32)
         y = self._norm("attention_pre_norm", x_BTD, wanted=pre)
         y, key_values = self._attention(y, own, reading)
-        x_BTD = x_BTD + self._norm("attention_post_norm", y, wanted=post)
-        y = self._mlp(self._norm("mlp_pre_norm", x_BTD, wanted=pre))
-        return x_BTD + self._norm("mlp_post_norm", y, wanted=post), key_values
+        change_BTD = self._norm("attention_post_norm", y, wanted=post).astype(jnp.float32)
+        y = self._mlp(self._norm("mlp_pre_norm", x_BTD + change_BTD, wanted=pre))
+        return change_BTD + self._norm("mlp_post_norm", y, wanted=post), key_values
 
     def _norm(self, name: str, x: Array, *, wanted: bool) -> Array:
-        return Norm(self.config, name=name)(x) if wanted else x
+        return Norm(self.config, name=name)(x) if wanted else x.astype(self.config.dtype)
 
     def _dense(self, name: str, size: int, x: Array, *, bias: bool) -> Array:
         c = self.config
@@ -209,9 +224,8 @@ class Decoder(nn.Module):
         self.embed_tokens = table(c.vocab_size)
         if not c.ropes:
             self.embed_positions = table(c.window)
-        layer = nn.remat(DecoderLayer, prevent_cse=False) if c.remat else DecoderLayer
         self.layers = nn.scan(
-            layer,
+            DecoderLayer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=cast("int", (0, nn.broadcast)),  # one an argument
@@ -233,7 +247,7 @@ class Decoder(nn.Module):
         segment_ids_BT: Array | None,
     ) -> tuple[Array, KeyValues]:
         c = self.config
-        x_BTD = inputs_BTD.astype(c.dtype)
+        x_BTD = inputs_BTD.astype(jnp.float32)
         if not c.ropes:
             x_BTD += self.embed_positions(jnp.maximum(positions_BT, 0))
         ropes = list(dict.fromkeys(c.ropes))

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxsp.models.sharding import put
@@ -91,8 +90,8 @@ class Checkpoints:
         self._manager.close()
 
 
-def _shapes(sigma: PyTree) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(leaf.shape) for path, leaf in flatten_dict(sigma, sep="/").items()}
+def _shapes(sigma: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), sigma)
 
 
 def _every_device() -> Mesh:
