@@ -5,6 +5,7 @@ python -m tests.goldens.make_logits          (needs the group `torch` and the em
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,10 @@ def torch_answers(directory: Path, prefix: tuple[np.ndarray, np.ndarray]) -> dic
     for layer, (keys, values) in enumerate(zip(*given, strict=True)):
         cache.update(keys.swapaxes(0, 1)[None], values.swapaxes(0, 1)[None], layer)
     where = torch.arange(PREFIX, IDS.shape[1])[None]
-    after = model(ids[:, PREFIX:], past_key_values=cache, position_ids=where).logits
+    # Before transformers 5.24 the argument had another name.
+    known = inspect.signature(model.forward).parameters
+    past = {"cache" if "cache" in known else "past_key_values": cache}
+    after = model(ids[:, PREFIX:], position_ids=where, **past).logits
     (after[0] * weights).sum().backward()
     answers = {
         "logits": logits[0],
