@@ -363,8 +363,8 @@ class Demo:
             overwrite=not self.resume,
             steps=self.steps,
             batch_size=4,
-            # No worse over so few steps than the default, and rounding moves the end less: other machines
-            # and dtypes come to nearly the same (experiments/precision).
+            # No worse over so few steps than the default, and rounding moves a float32 run little: other
+            # machines end nearly the same (experiments/precision).
             learning_rate=0.1,
             evaluate_every=20,
             max_answer_tokens=32,

@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 DTYPES = ("float32", "bfloat16")
 DEMO = {"batch_size": 4, "evaluate_every": 20, "max_answer_tokens": 32}
 """What ``jaxsp demo`` sets."""
+DRAWN = ("step", "loss", "held_out_kl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,9 @@ def measure(run: Run) -> list[dict[str, Any]]:
                     "dtype": dtype,
                     "kl": conditions["prompt"]["kl"],
                     "no_context": conditions["no_context"]["kl"],
-                    "lines": result.lines,
+                    "lines": [
+                        {key: line[key] for key in DRAWN if key in line} for line in result.lines
+                    ],
                 }
             )
     return rows
