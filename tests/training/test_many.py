@@ -151,7 +151,7 @@ def test_each_stops_when_its_own_patience_ends(school):
     # At a rate too small to move σ no evaluation is better than the first, whatever a machine rounds.
     trainees = [trainee(0, steps=40, rate=1e-30, patience=1), trainee(1, steps=15)]
     results = together(trainees, slots=2)
-    assert [int(r.state.step) for r in results] == [10, 15]
+    assert [int(r.state.step) for r in results] == [5, 15]
     for trained, one in zip(results, trainees, strict=True):
         assert_same(trained, alone(one))
 
