@@ -256,6 +256,7 @@ def _read_int8(
     return out
 
 
+@functools.cache  # tracing the model takes longer than reading a small one
 def _leaves(config: DecoderConfig) -> dict[str, Any]:
     return flatten_dict(parameter_shapes(config), sep="/")
 

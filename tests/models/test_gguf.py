@@ -263,13 +263,13 @@ def test_second_load_of_the_embedded_model_is_fast(smollm2, python):
     # torch, where it is installed, would be imported by transformers: 5 s that are not ours.
     code = (
         "import sys, time; sys.modules['torch'] = None\n"
-        "import jaxsp; started = time.perf_counter()\n"
-        "jaxsp.load_model('smollm2-135m-instruct'); print(time.perf_counter() - started)"
+        "import jaxsp; started = time.process_time()\n"
+        "jaxsp.load_model('smollm2-135m-instruct'); print(time.process_time() - started)"
     )
     # Python caches bytecode for its users; where a machine forbids it, half the time is compiling imports.
     cached = {"PYTHONDONTWRITEBYTECODE": ""}
     times = [float(python("-c", code, env=cached).stdout.split()[-1]) for _ in range(3)]
-    assert min(times) < 3.0  # the least, as other work on the machine only adds
+    assert min(times) < 3.0  # of all its threads: other work on the machine adds little
 
 
 # What is refused
