@@ -6,9 +6,13 @@ import doctest
 import importlib
 import pkgutil
 
+import numpy as np
 import pytest
 
 import jaxsp
+from jaxsp.data.documents import Query
+from jaxsp.settings import Settings
+from jaxsp.stages import encode_task, manifest
 from tests.conftest import CONTEXT
 
 MODULES = [
@@ -20,13 +24,12 @@ MODULES = [
 
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory):
-    """A saved prompt of two vectors for the embedded model."""
+    """A saved prompt of two vectors for the embedded model: the context's first two, untrained."""
+    model, settings = jaxsp.load_model("smollm2-135m-instruct"), Settings(length=2)
+    task = encode_task(model, CONTEXT, [Query("How long is the cable?")], [], settings)
+    sigma = {"embeddings": np.asarray(model.embed(task.context_ids[:2]), np.float32)}
     out = tmp_path_factory.mktemp("doctest") / "prompt"
-    jaxsp.compress(
-        jaxsp.load_model("smollm2-135m-instruct"), CONTEXT,
-        ["How long is the cable?", "What does the tank hold?"], held_out=0.5, length=2, steps=1,
-        batch_size=1, max_answer_tokens=4, out=out, progress=False,
-    )  # fmt: skip
+    jaxsp.SoftPrompt(sigma, manifest(model, task, settings, steps=0), CONTEXT).save(out)
     return out
 
 
