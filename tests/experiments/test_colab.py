@@ -7,6 +7,7 @@ import importlib.metadata
 import subprocess
 from pathlib import Path
 
+import nbclient
 import nbformat
 import pytest
 
@@ -36,7 +37,6 @@ def versions() -> dict[str, str]:
 
 
 def test_it_runs_from_top_to_bottom(notebook, cells, tmp_path, monkeypatch):
-    nbclient = pytest.importorskip("nbclient", reason="CI runs it with Colab's versions")
     # One device; most of the time goes into compiling.
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

@@ -148,12 +148,12 @@ def test_one_that_fails_leaves_the_others_alone(school):
 
 def test_each_stops_when_its_own_patience_ends(school):
     trainee, alone, together = school
-    # At a rate too small to move σ no evaluation is better than the first, whatever a machine rounds.
-    trainees = [trainee(0, steps=40, rate=1e-30, patience=1), trainee(1, steps=15)]
-    results = together(trainees, slots=2)
-    assert [int(r.state.step) for r in results] == [5, 15]
+    # The first soon gets worse and stops before its steps have amplified any rounding.
+    trainees = [trainee(2, questions=6, patience=2), trainee(1, steps=7)]
+    results = together(trainees, slots=2, every=1)
+    assert [int(r.state.step) for r in results] == [4, 7]
     for trained, one in zip(results, trainees, strict=True):
-        assert_same(trained, alone(one))
+        assert_same(trained, alone(one, every=1))
 
 
 def test_the_update_is_compiled_once_whatever_arrives(school):
