@@ -7,16 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsp import hosts, stages
+from jaxsp import stages
+from jaxsp import processes as hosts
 from jaxsp.artifact import SoftPrompt
-from jaxsp.console import Display
-from jaxsp.data.chat import ChatSlots
+from jaxsp.progress import Display
+from jaxsp.models.chat import ChatSlots
 from jaxsp.data.documents import Query, as_queries, split_queries
 from jaxsp.evaluation import report as reports
-from jaxsp.evaluation.conditions import read_context
-from jaxsp.models.generate import Sampling, stream
+from jaxsp.evaluation.brackets import read_context
+from jaxsp.models.generation.engine import Sampling, stream
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.run_folder import RunFolder, check_folder, open_run
+from jaxsp.runs.folder import RunFolder, check_folder, open_run
 from jaxsp.settings import make_settings
 from jaxsp.training.loop import NonFiniteLoss
 from jaxsp.typing import Interrupted, KeyValues, UserError

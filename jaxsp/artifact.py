@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from jaxsp import distributions
-from jaxsp.data.chat import ChatSlots
+from jaxsp.models.chat import ChatSlots
 from jaxsp.models.config import Weights
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS

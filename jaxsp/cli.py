@@ -78,7 +78,7 @@ class Compress(Settings, Hosts):
     def run(self) -> None:
         from jaxsp import api, hosts
         from jaxsp.data.documents import read_context, read_queries
-        from jaxsp.run_folder import check_folder
+        from jaxsp.runs.folder import check_folder
 
         several = self.join()  # before anything computes
         self.check()
@@ -127,10 +127,10 @@ class CompressMany(Settings, Hosts):
 
     def run(self) -> None:
         from jaxsp import hosts
-        from jaxsp.console import Display
-        from jaxsp.jobs import read_rows
+        from jaxsp.progress import Display
+        from jaxsp.runs.job import read_rows
         from jaxsp.many import run_many
-        from jaxsp.run_folder import check_folder
+        from jaxsp.runs.folder import check_folder
 
         several = self.join()
         self.check()
@@ -409,8 +409,8 @@ def main() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    if "jaxsp.hosts" in sys.modules:
-        sys.modules["jaxsp.hosts"].leave(code)
+    if "jaxsp.processes" in sys.modules:
+        sys.modules["jaxsp.processes"].leave(code)
     raise SystemExit(code) from None
 
 
@@ -526,7 +526,7 @@ def _many_row(result: Result) -> list[str]:
 
 
 def _conditions(report: dict[str, Any]) -> Table:
-    from jaxsp.evaluation.conditions import CONDITIONS
+    from jaxsp.evaluation.brackets import CONDITIONS
 
     columns = {"kl": "KL", "nll": "NLL", "zero_one": "0/1", "rouge_l": "ROUGE-L"}
     table = Table("held-out queries", *columns.values(), box=None, padding=(0, 2, 0, 0))

@@ -16,7 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxsp.data.rows import Rows
+from jaxsp.data.examples import Rows
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.prompts import PROMPT_KINDS
@@ -91,7 +91,7 @@ def log_probs(
     Example:
       >>> import jaxsp, numpy as np
       >>> from jaxsp import distributions as d
-      >>> from jaxsp.data.rows import make_rows
+      >>> from jaxsp.data.examples import make_rows
       >>> model = jaxsp.load_model("smollm2-135m-instruct", dtype="float32")
       >>> ids = np.array([model.tokenizer("Paris is in").input_ids])
       >>> rows = make_rows([[506]], [[314, 260]])

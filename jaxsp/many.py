@@ -16,20 +16,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp import hosts, plan, stages
+from jaxsp import plan, stages
+from jaxsp import processes as hosts
 from jaxsp.api import Result
 from jaxsp.artifact import SoftPrompt
-from jaxsp.console import Display
+from jaxsp.progress import Display
 from jaxsp.data.packing import Packing
-from jaxsp.data.rows import Rows
+from jaxsp.data.examples import Rows
 from jaxsp.evaluation import table
-from jaxsp.evaluation.conditions import read_context
+from jaxsp.evaluation.brackets import read_context
 from jaxsp.evaluation.metrics import mean_kl_function
 from jaxsp.evaluation.report import Measured
-from jaxsp.jobs import Job, check_jobs
+from jaxsp.runs.job import Job, check_jobs
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.sharding import DATA, local
-from jaxsp.run_folder import RunFolder, check_folder, open_run
+from jaxsp.runs.folder import RunFolder, check_folder, open_run
 from jaxsp.settings import Settings
 from jaxsp.training.many import Trained, Trainee, train_many
 from jaxsp.training.update import Frozen

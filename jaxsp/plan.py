@@ -20,14 +20,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsp import stages
 from jaxsp.data.packing import Packing
-from jaxsp.data.rows import Rows
+from jaxsp.data.examples import Rows
 from jaxsp.models import decoder, sharding
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.sharding import DATA
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.settings import Settings
 from jaxsp.training.many import step_many
-from jaxsp.training.optimizer import make_pace
+from jaxsp.training.optimizers import make_pace
 from jaxsp.training.state import TrainState, initial_state
 from jaxsp.training.update import Frozen, update
 from jaxsp.typing import PyTree, UserError

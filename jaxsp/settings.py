@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxsp.losses import trainable
-from jaxsp.prompts.initial import INITIALIZERS
-from jaxsp.training.optimizer import OptimizerSettings, make_optimizer, make_pace
-from jaxsp.training.parallel import DRIVERS
+from jaxsp.prompts.initializers import INITIALIZERS
+from jaxsp.training.optimizers import OptimizerSettings, make_optimizer, make_pace
+from jaxsp.training.drivers import DRIVERS
 from jaxsp.typing import UserError
 
 

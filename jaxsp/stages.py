@@ -18,15 +18,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsp import hosts
+from jaxsp import processes as hosts
 from jaxsp.artifact import FORMAT, SoftPrompt, tokenizer_fingerprint
-from jaxsp.console import Display
-from jaxsp.data.chat import ChatSlots, encode
+from jaxsp.progress import Display
+from jaxsp.models.chat import ChatSlots, encode
 from jaxsp.data.documents import Query
 from jaxsp.data.packing import Packing
-from jaxsp.data.rows import Rows, make_rows
+from jaxsp.data.examples import Rows, make_rows
 from jaxsp.evaluation import report as reports
-from jaxsp.evaluation.conditions import CONDITIONS, bracket_prefixes, read_context, read_prompt
+from jaxsp.evaluation.brackets import CONDITIONS, bracket_prefixes, read_context, read_prompt
 from jaxsp.evaluation.metrics import mean_kl_function
 from jaxsp.evaluation.report import Measured
 from jaxsp.losses import trainable
@@ -34,8 +34,8 @@ from jaxsp.models.config import DecoderConfig
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.sharding import as_mesh
 from jaxsp.prompts import PROMPT_KINDS
-from jaxsp.prompts.initial import INITIALIZERS
-from jaxsp.run_folder import RunFolder
+from jaxsp.prompts.initializers import INITIALIZERS
+from jaxsp.runs.folder import RunFolder
 from jaxsp.settings import Settings
 from jaxsp.teacher import store
 from jaxsp.teacher.answers import answer_ids
@@ -43,8 +43,8 @@ from jaxsp.teacher.signals import hidden_states
 from jaxsp.teacher.store import TeacherData
 from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.loop import LoopSettings, Watcher, train
-from jaxsp.training.optimizer import make_optimizer, make_pace, root_mean_square
-from jaxsp.training.parallel import DRIVERS
+from jaxsp.training.optimizers import make_optimizer, make_pace, root_mean_square
+from jaxsp.training.drivers import DRIVERS
 from jaxsp.training.state import TrainState, initial_state
 from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import KeyValues, PyTree, UserError

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from jaxsp.models import gguf as ours
+from jaxsp.models.gguf import convert as ours
 from tests import tiny
 
 # What tiny's models have that GGUF can't hold: windows in Qwen 2, any scale of Gemma's attention.

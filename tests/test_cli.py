@@ -295,7 +295,7 @@ def test_a_device_without_memory(
     """What to lower is said in one sentence, by the options that the command has."""
     common = ("Out of memory allocating 99 bytes", "`jaxsp plan`")
     training = ("--batch-size", "--accumulate", "--weights int8", "--parallel mesh", *common)
-    monkeypatch.setattr("jaxsp.training.parallel.JitDriver.step", out_of_memory)
+    monkeypatch.setattr("jaxsp.training.drivers.JitDriver.step", out_of_memory)
     refused(compress(), *training)
     row = {"id": "a", "context": job["context"].read_text(), "queries": ["One?", "Two?", "Three?"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
@@ -312,7 +312,7 @@ def test_other_failures_of_a_device_are_not_taken_for_it(compress, monkeypatch):
     def broken(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr("jaxsp.training.parallel.JitDriver.step", broken)
+    monkeypatch.setattr("jaxsp.training.drivers.JitDriver.step", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         compress()
 

@@ -13,10 +13,10 @@ import pytest
 
 from jaxsp import distributions, plan, stages
 from jaxsp.data.packing import Packing
-from jaxsp.data.rows import make_rows
+from jaxsp.data.examples import make_rows
 from jaxsp.models.language_model import model_config
 from jaxsp.settings import Settings
-from jaxsp.training.parallel import MeshDriver
+from jaxsp.training.drivers import MeshDriver
 from jaxsp.training.update import Frozen, update
 from jaxsp.typing import UserError
 from tests import tiny

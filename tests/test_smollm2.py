@@ -12,7 +12,7 @@ import pytest
 import jaxsp
 from jaxsp import distributions
 from jaxsp.data.packing import Packing
-from jaxsp.data.rows import make_rows
+from jaxsp.data.examples import make_rows
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.models import decoder
 from jaxsp.prompts import PROMPT_KINDS

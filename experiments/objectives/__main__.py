@@ -20,7 +20,7 @@ import jaxsp
 from experiments.objectives import analysis, plots
 from experiments.objectives.narrativeqa import Passage, passages
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.run_folder import RunFolder
+from jaxsp.runs.folder import RunFolder
 from jaxsp.stages import environment
 from jaxsp.typing import Interrupted, UserError
 

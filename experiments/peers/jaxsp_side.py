@@ -20,17 +20,17 @@ import numpy as np
 import jaxsp
 from experiments.peers.job import Job, end_turn
 from jaxsp import stages
-from jaxsp.console import Display
-from jaxsp.data.chat import ChatSlots
-from jaxsp.data.rows import make_rows
-from jaxsp.evaluation.conditions import read_context
+from jaxsp.progress import Display
+from jaxsp.models.chat import ChatSlots
+from jaxsp.data.examples import make_rows
+from jaxsp.evaluation.brackets import read_context
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.settings import Settings
 from jaxsp.teacher.answers import answer_ids
 from jaxsp.teacher.signals import hidden_states
 from jaxsp.teacher.store import TeacherData
-from jaxsp.training.optimizer import root_mean_square
+from jaxsp.training.optimizers import root_mean_square
 from jaxsp.typing import KeyValues
 
 ADAM = 1e-2

@@ -24,7 +24,7 @@ import jaxsp
 from experiments.decoder_speed.run import processor
 from experiments.peers.job import Job
 from jaxsp.data.documents import read_context, read_queries
-from jaxsp.data.rows import batch_indices
+from jaxsp.data.examples import batch_indices
 from jaxsp.settings import Settings
 from jaxsp.stages import encode_task, environment
 from jaxsp.typing import UserError

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsp.data.packing import Packing
-from jaxsp.losses import chunked
+from jaxsp.losses import chunked_head as chunked
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.rope import make_rope

@@ -25,8 +25,8 @@ from experiments.scale.arithmetic import (
     QUERY,
     SETTINGS,
 )
-from jaxsp.data.rows import Rows, make_rows
-from jaxsp.jobs import check_jobs
+from jaxsp.data.examples import Rows, make_rows
+from jaxsp.runs.job import check_jobs
 from tests import tiny
 
 JOBS = 16

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jaxsp.data.rows import Rows, batch_indices
+from jaxsp.data.examples import Rows, batch_indices
 from jaxsp.typing import EMPTY, Int
 
 ROW = 2, 4

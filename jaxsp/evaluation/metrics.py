@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxsp import distributions
 from jaxsp.data.packing import Packing
-from jaxsp.data.rows import Rows
+from jaxsp.data.examples import Rows
 from jaxsp.losses import Total, fused_objective, masked_sum
 from jaxsp.models import decoder, sharding
 from jaxsp.models.config import DecoderConfig

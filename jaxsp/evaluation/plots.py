@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jaxsp.evaluation.conditions import CONDITIONS
+from jaxsp.evaluation.brackets import CONDITIONS
 
 _COLOURS = {
     "full_context": "#222222",

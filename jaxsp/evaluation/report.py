@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsp.data.packing import Packing
-from jaxsp.data.rows import Rows
-from jaxsp.evaluation.conditions import CONDITIONS
+from jaxsp.data.examples import Rows
+from jaxsp.evaluation.brackets import CONDITIONS
 from jaxsp.evaluation.metrics import answer_mismatch, at_positions, gap_closed, rouge_l
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.teacher.answers import answer_ids

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from jaxsp.losses import chunked, vocabulary
+from jaxsp.losses import vocabulary
+from jaxsp.losses import chunked_head as chunked
 from jaxsp.losses.checks import (
     check_count,
     check_floating,
@@ -24,7 +25,7 @@ from jaxsp.losses.checks import (
     check_positive,
     number,
 )
-from jaxsp.losses.gradients import RULES
+from jaxsp.losses.closed_form import RULES
 from jaxsp.losses.objectives import OBJECTIVES, Objective, named
 
 if TYPE_CHECKING:

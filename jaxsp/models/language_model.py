@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsp.models import decoder, gguf, sharding
+from jaxsp.models import decoder, sharding
+from jaxsp.models.gguf import convert as gguf
 from jaxsp.models.config import DecoderConfig, Weights
 from jaxsp.models.families import FAMILIES
 from jaxsp.models.weights import fingerprint, load_params, weight_files

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-from jaxsp.models.generate import Sampling, generate
+from jaxsp.models.generation.engine import Sampling, generate
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.typing import KeyValues
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxsp import distributions
 from jaxsp.data.packing import Packing
-from jaxsp.data.rows import Rows
+from jaxsp.data.examples import Rows
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.typing import Array, Float, KeyValues, Params

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from jaxsp.data.rows import Rows
+from jaxsp.data.examples import Rows
 from jaxsp.typing import UserError
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp import hosts
+from jaxsp import processes as hosts
 from jaxsp.data.packing import Packing
-from jaxsp.data.rows import Rows
+from jaxsp.data.examples import Rows
 from jaxsp.training.checkpoint import Checkpoints
-from jaxsp.training.parallel import Driver
+from jaxsp.training.drivers import Driver
 from jaxsp.training.state import TrainState
 from jaxsp.typing import EMPTY, Interrupted, PyTree, UserError
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsp.data.packing import Packing
-from jaxsp.data.rows import Rows
+from jaxsp.data.examples import Rows
 from jaxsp.models import sharding
 from jaxsp.training.loop import non_finite, out_of_patience
 from jaxsp.training.state import TrainState

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsp.training.optimizer import Pace
+from jaxsp.training.optimizers import Pace
 from jaxsp.typing import Array, Float, Int, PyTree
 
 

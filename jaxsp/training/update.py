@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsp import distributions
-from jaxsp.data.rows import Rows
+from jaxsp.data.examples import Rows
 from jaxsp.losses import Objective, Total, fused_objective, masked_sum
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxsp.data.chat import ChatSlots, encode
+from jaxsp.models.chat import ChatSlots, encode
 from jaxsp.data.documents import Query, as_queries, read_context, read_queries, split_queries
-from jaxsp.data.rows import batch_indices, make_rows
+from jaxsp.data.examples import batch_indices, make_rows
 from jaxsp.typing import EMPTY, UserError
 from tests import tiny
 

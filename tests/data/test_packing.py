@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsp.data.packing import Packing
-from jaxsp.data.rows import batch_indices, make_rows
+from jaxsp.data.examples import batch_indices, make_rows
 from jaxsp.typing import EMPTY
 
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=60).map(np.array)

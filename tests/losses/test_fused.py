@@ -20,7 +20,7 @@ from jaxsp.losses import (
     fused_objective,
     mixture,
 )
-from jaxsp.losses.chunked import _in_chunks
+from jaxsp.losses.chunked_head import _in_chunks
 from tests.losses.problem import x64
 
 B, T, D, V = 3, 7, 5, 24

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxsp import distributions
-from jaxsp.data.rows import make_rows
+from jaxsp.data.examples import make_rows
 from jaxsp.prompts import PROMPT_KINDS
-from jaxsp.prompts.initial import INITIALIZERS
+from jaxsp.prompts.initializers import INITIALIZERS
 
 CONTEXT = np.array([5, 9, 77, 30, 200, 14, 3])
 kinds = pytest.mark.parametrize("kind", PROMPT_KINDS)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from jaxsp.data.packing import Packing
-from jaxsp.data.rows import make_rows
+from jaxsp.data.examples import make_rows
 from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.loop import LoopSettings, NonFiniteLoss, Watcher, train
 from jaxsp.training.state import initial_state

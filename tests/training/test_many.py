@@ -11,13 +11,13 @@ import pytest
 
 from jaxsp import distributions
 from jaxsp.data.packing import Packing
-from jaxsp.data.rows import make_rows
+from jaxsp.data.examples import make_rows
 from jaxsp.evaluation.metrics import mean_kl_function
 from jaxsp.losses import OBJECTIVES
 from jaxsp.training.loop import LoopSettings, Watcher, train
 from jaxsp.training.many import Trainee, train_many
-from jaxsp.training.optimizer import OptimizerSettings, make_optimizer, make_pace
-from jaxsp.training.parallel import JitDriver
+from jaxsp.training.optimizers import OptimizerSettings, make_optimizer, make_pace
+from jaxsp.training.drivers import JitDriver
 from jaxsp.training.state import initial_state
 from jaxsp.training.update import Frozen, UpdateSettings
 

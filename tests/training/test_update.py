@@ -13,14 +13,14 @@ import pytest
 import jaxsp
 from jaxsp import distributions
 from jaxsp.data.packing import Packing
-from jaxsp.data.rows import make_rows
+from jaxsp.data.examples import make_rows
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.losses import OBJECTIVES, cosine_similarity, masked_mean
 from jaxsp.models import decoder
 from jaxsp.models.sharding import as_mesh
 from jaxsp.prompts import PROMPT_KINDS
-from jaxsp.training.optimizer import OptimizerSettings, make_optimizer, make_pace
-from jaxsp.training.parallel import DRIVERS
+from jaxsp.training.optimizers import OptimizerSettings, make_optimizer, make_pace
+from jaxsp.training.drivers import DRIVERS
 from jaxsp.training.state import initial_state
 from jaxsp.training.update import Frozen, UpdateSettings, loss_total, update, update_many
 from jaxsp.typing import UserError

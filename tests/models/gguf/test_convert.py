@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
 
 import jaxsp
-from jaxsp.models import gguf as ours
+from jaxsp.models.gguf import convert as ours
 from jaxsp.typing import UserError
 from tests import tiny
 from tests.gguf_files import SPM, config_of, write_gguf

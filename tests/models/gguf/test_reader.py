@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 
 import jaxsp
-from jaxsp.models import gguf as ours
-from jaxsp.models import gguf_file
+from jaxsp.models.gguf import convert as ours
+from jaxsp.models.gguf import reader as gguf_file
 from jaxsp.typing import UserError
 from tests.gguf_files import SPM, write_gguf
 

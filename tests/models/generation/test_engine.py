@@ -13,9 +13,10 @@ import pytest
 
 import jaxsp
 from jaxsp import distributions
-from jaxsp.models import decoder, generate
+from jaxsp.models import decoder
+from jaxsp.models.generation import engine as generate
 from jaxsp.models.families import FAMILIES
-from jaxsp.models.generate import Sampling
+from jaxsp.models.generation.engine import Sampling
 from jaxsp.teacher import answers
 from jaxsp.typing import EMPTY, UserError
 from tests import tiny

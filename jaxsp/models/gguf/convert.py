@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
-from jaxsp.models import gguf_tokenizer
-from jaxsp.models.gguf_file import Metadata, StoredTensor, read
+from jaxsp.models.gguf import tokenizer as gguf_tokenizer
+from jaxsp.models.gguf.convert.reader import Metadata, StoredTensor, read
 from jaxsp.typing import UserError
 
 if TYPE_CHECKING:

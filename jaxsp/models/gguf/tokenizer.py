@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxsp.models.gguf_file import Metadata
+from jaxsp.models.gguf.reader import Metadata
 from jaxsp.typing import UserError
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxsp.models import gguf_file, gguf_tokenizer
+from jaxsp.models.gguf import reader as gguf_file
+from jaxsp.models.gguf import tokenizer as gguf_tokenizer
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 IDS = json.loads((GOLDENS / "token_ids.json").read_text("utf-8"))

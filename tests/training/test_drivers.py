@@ -11,13 +11,13 @@ import pytest
 
 import jaxsp
 from jaxsp import stages
-from jaxsp.console import Display
+from jaxsp.progress import Display
 from jaxsp.data.documents import as_queries
 from jaxsp.data.packing import Packing
-from jaxsp.evaluation.conditions import read_context
+from jaxsp.evaluation.brackets import read_context
 from jaxsp.models.sharding import as_mesh
 from jaxsp.settings import make_settings
-from jaxsp.training.parallel import DRIVERS, MeshDriver
+from jaxsp.training.drivers import DRIVERS, MeshDriver
 from jaxsp.training.update import Frozen
 from jaxsp.typing import UserError
 from tests import tiny

@@ -196,7 +196,7 @@ def test_addresses_that_cannot_be(jaxsp_command, job, tmp_path, options, message
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_nobody_is_waited_for_long(python, process):
-    code = f"import jaxsp.hosts as h; h.PATIENCE = 2; h.join({free_address()!r}, {process}, 2)"
+    code = f"import jaxsp.processes as h; h.PATIENCE = 2; h.join({free_address()!r}, {process}, 2)"
     begun = time.monotonic()
     done = python("-c", code, timeout=120)
     assert time.monotonic() - begun < 60

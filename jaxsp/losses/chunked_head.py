@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxsp.losses import vocabulary
 
 if TYPE_CHECKING:
-    from jaxsp.losses.gradients import Rule
+    from jaxsp.losses.closed_form import Rule
     from jaxsp.losses.objectives import Objective
     from jaxsp.typing import Array
 

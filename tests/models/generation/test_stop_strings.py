@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxsp.models.stop_strings import certain, stop_at
+from jaxsp.models.generation.stop_strings import certain, stop_at
 
 
 def test_the_stop_string_that_is_complete_first_counts():

@@ -44,7 +44,7 @@ def join(coordinator: str | None, process_id: int | None, processes: int | None)
     """
     given = (coordinator, process_id, processes)
     if all(value is None for value in given):
-        _call_witness()
+        _start_crash_reporter()
         with _no_longer_than(PATIENCE, "The other hosts of this TPU pod have not come"):
             jax.distributed.initialize()
         return jax.process_count() > 1
@@ -59,7 +59,7 @@ def join(coordinator: str | None, process_id: int | None, processes: int | None)
         raise UserError(
             f"--process-id must lie from 0 to {processes - 1} (--num-processes - 1), not {process_id}."
         )
-    _call_witness()
+    _start_crash_reporter()
     who = "Not all the others have come to" if process_id == 0 else "Nobody answers at"
     with _no_longer_than(PATIENCE, f"{who} the coordinator's address {coordinator}"):
         jax.distributed.initialize(
@@ -72,19 +72,19 @@ def join(coordinator: str | None, process_id: int | None, processes: int | None)
     return processes > 1
 
 
-def leave(code: int) -> NoReturn:
+def shutdown(code: int) -> NoReturn:
     """Ends this process, of several without waiting for the others, who may be gone."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    if _witness is not None:
-        _witness.communicate(b"bye")
+    if _crash_reporter is not None:
+        _crash_reporter.communicate(b"bye")
         os._exit(code)
     raise SystemExit(code)
 
 
-_witness: subprocess.Popen[bytes] | None = None
+_crash_reporter: subprocess.Popen[bytes] | None = None
 
-_TESTIMONY = """
+_REPORTER_SOURCE = """
 import sys
 if sys.stdin.read() != "bye":
     print("jaxsp: This process was ended, most likely as another process of the run is gone; see what they"
@@ -92,13 +92,13 @@ if sys.stdin.read() != "bye":
 """
 
 
-def _call_witness() -> None:
+def _start_crash_reporter() -> None:
     """Lets a process of its own say why this one ended: jax aborts when another is gone, past Python."""
-    global _witness
-    _witness = subprocess.Popen(
-        [sys.executable, "-c", _TESTIMONY], stdin=subprocess.PIPE, start_new_session=True
+    global _crash_reporter
+    _crash_reporter = subprocess.Popen(
+        [sys.executable, "-c", _REPORTER_SOURCE], stdin=subprocess.PIPE, start_new_session=True
     )
-    atexit.register(lambda: _witness and _witness.communicate(b"bye"))
+    atexit.register(lambda: _crash_reporter and _crash_reporter.communicate(b"bye"))
 
 
 @contextlib.contextmanager
@@ -110,7 +110,7 @@ def _no_longer_than(seconds: float, complaint: str) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        leave(2)
+        shutdown(2)
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True
@@ -135,22 +135,22 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
-def place() -> tuple[int, int]:
+def rank_and_count() -> tuple[int, int]:
     """Which process this is, and of how many that work together."""
     return (0, 1) if _alone else (jax.process_index(), jax.process_count())
 
 
 def are_several() -> bool:
     """Whether other processes work with this one."""
-    return place()[1] > 1
+    return rank_and_count()[1] > 1
 
 
 def is_first() -> bool:
     """Whether this is the process that writes and reports."""
-    return place()[0] == 0
+    return rank_and_count()[0] == 0
 
 
-def first(function: Callable[[], Any]) -> Any:
+def on_first_process(function: Callable[[], Any]) -> Any:
     """What ``function`` returns in the first process, as JSON carries it; the others wait for it.
 
     Raises:
@@ -170,7 +170,7 @@ def first(function: Callable[[], Any]) -> Any:
     return told["value"]
 
 
-def agree(settings: dict[str, Any]) -> None:
+def assert_same(settings: dict[str, Any]) -> None:
     """Raises ``UserError``, everywhere, if the processes were given different settings or data."""
     if not are_several():
         return
@@ -184,20 +184,20 @@ def agree(settings: dict[str, Any]) -> None:
                 )
 
 
-def mine(things: int) -> range:
+def strided_shard(things: int) -> range:
     """Which of so many things this process does: every n-th."""
-    process, processes = place()
+    process, processes = rank_and_count()
     return range(process, things, processes)
 
 
-def piece(things: Sequence[Thing]) -> Sequence[Thing]:
+def contiguous_shard(things: Sequence[Thing]) -> Sequence[Thing]:
     """What this process does of a list: a piece without gaps, all as long as each other or one longer."""
-    process, processes = place()
+    process, processes = rank_and_count()
     return things[process * len(things) // processes : (process + 1) * len(things) // processes]
 
 
-def all_shares(values: Sequence[Any] | np.ndarray, things: int) -> Any:
-    """All things in order, of which each process has those of ``mine``.
+def gather_strided(values: Sequence[Any] | np.ndarray, things: int) -> Any:
+    """All things in order, of which each process has those of ``strided_shard``.
 
     Args:
       values: a list of what JSON can carry, or an array ``[share, ...]``.
@@ -217,7 +217,7 @@ def all_shares(values: Sequence[Any] | np.ndarray, things: int) -> Any:
 
 
 @contextlib.contextmanager
-def noticing_loss() -> Iterator[None]:
+def peer_failure_as_user_error() -> Iterator[None]:
     """Turns the failure of an exchange between processes into a ``UserError``."""
     try:
         yield

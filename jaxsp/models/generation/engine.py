@@ -20,8 +20,8 @@ import numpy as np
 
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.sampling import Choices, Sampling, choose, column, round_up, tabulate
-from jaxsp.models.stop_strings import Decode, certain, stop_at
+from jaxsp.models.generation.sampling import Choices, Sampling, choose, column, round_up, tabulate
+from jaxsp.models.generation.stop_strings import Decode, certain, stop_at
 from jaxsp.typing import EMPTY, Array, Bool, Float, Int, KeyValues, Params, UserError
 
 CHUNK = 128

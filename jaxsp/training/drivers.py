@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxsp.data.rows import Rows
+from jaxsp.data.examples import Rows
 from jaxsp.models import sharding
 from jaxsp.models.sharding import DATA
 from jaxsp.training.state import TrainState

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxsp.training.optimizer import (
+from jaxsp.training.optimizers import (
     OptimizerSettings,
     make_optimizer,
     make_pace,
