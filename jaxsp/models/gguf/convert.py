@@ -23,7 +23,7 @@ import gguf
 import numpy as np
 
 from jaxsp.models.gguf import tokenizer as gguf_tokenizer
-from jaxsp.models.gguf.convert.reader import Metadata, StoredTensor, read
+from jaxsp.models.gguf.reader import Metadata, StoredTensor, read
 from jaxsp.typing import UserError
 
 if TYPE_CHECKING:
