@@ -14,19 +14,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxsp import distributions, losses
-    from jaxsp.api import Result, ask, compress, evaluate
+    from jaxsp import distributions, losses, training
+    from jaxsp.api import ask, compress, compress_many, evaluate
     from jaxsp.artifact import SoftPrompt
-    from jaxsp.many import compress_many
+    from jaxsp.data.documents import Query
+    from jaxsp.data.examples import make_rows
+    from jaxsp.losses import Objective
     from jaxsp.models.language_model import LanguageModel, load_model
-    from jaxsp.typing import UserError
+    from jaxsp.runs.folder import Result
+    from jaxsp.settings import Settings
+    from jaxsp.training.slots import Step
+    from jaxsp.typing import Interrupted, NonFiniteLoss, UserError
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Interrupted",
     "LanguageModel",
+    "NonFiniteLoss",
+    "Objective",
+    "Query",
     "Result",
+    "Settings",
     "SoftPrompt",
+    "Step",
     "UserError",
     "ask",
     "compress",
@@ -35,25 +46,34 @@ __all__ = [
     "evaluate",
     "load_model",
     "losses",
+    "make_rows",
+    "training",
 ]
 
 _HOME = {
+    "Interrupted": "jaxsp.typing",
     "LanguageModel": "jaxsp.models.language_model",
-    "Result": "jaxsp.api",
+    "NonFiniteLoss": "jaxsp.typing",
+    "Objective": "jaxsp.losses",
+    "Query": "jaxsp.data.documents",
+    "Result": "jaxsp.runs.folder",
+    "Settings": "jaxsp.settings",
     "SoftPrompt": "jaxsp.artifact",
+    "Step": "jaxsp.training.slots",
     "UserError": "jaxsp.typing",
     "ask": "jaxsp.api",
     "compress": "jaxsp.api",
-    "compress_many": "jaxsp.many",
+    "compress_many": "jaxsp.api",
     "evaluate": "jaxsp.api",
     "load_model": "jaxsp.models.language_model",
+    "make_rows": "jaxsp.data.examples",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    if name in ("distributions", "losses"):
+    if name in ("distributions", "losses", "training"):
         return importlib.import_module(f"jaxsp.{name}")
     raise AttributeError(f"module 'jaxsp' has no attribute {name!r}")
 

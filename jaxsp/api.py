@@ -1,56 +1,33 @@
-"""The few calls most people need: compress, ask, evaluate (and ``load_model``, from ``models``)."""
+"""The few calls most people need: compress, compress_many, ask, evaluate."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from jaxsp import stages
-from jaxsp import processes as hosts
+from jaxsp import processes
 from jaxsp.artifact import SoftPrompt
-from jaxsp.progress import Display
-from jaxsp.models.chat import ChatSlots
-from jaxsp.data.documents import Query, as_queries, split_queries
+from jaxsp.data.documents import Query, as_queries
+from jaxsp.evaluation import brackets
 from jaxsp.evaluation import report as reports
-from jaxsp.evaluation.brackets import read_context
-from jaxsp.models.generation.engine import Sampling, stream
+from jaxsp.evaluation.brackets import CONDITIONS
+from jaxsp.models.chat import ChatSlots
+from jaxsp.models.generation import Sampling, stream
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.runs.folder import RunFolder, check_folder, open_run
-from jaxsp.settings import make_settings
-from jaxsp.training.loop import NonFiniteLoss
-from jaxsp.typing import Interrupted, KeyValues, UserError
+from jaxsp.progress import Display
+from jaxsp.runs.folder import Result
+from jaxsp.runs.start import Start, open_run, run_one
+from jaxsp.settings import Options, make_settings, plain
+from jaxsp.teacher.problem import read_preamble, run_teacher, tokenize
+from jaxsp.training.slots import Callback
+from jaxsp.training.start import start_state
+from jaxsp.typing import KeyValues, NonFiniteLoss, UserError
 
 Queries = Sequence[str | Query | Mapping[str, str]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What ``compress`` returns.
-
-    Attributes:
-      prompt: the trained soft prompt.
-      report: what was measured (``report.json`` as a dict).
-      lines: the training's metrics, a dict a step.
-    """
-
-    prompt: SoftPrompt
-    report: dict[str, Any]
-    lines: list[dict[str, Any]]
-
-    @property
-    def error(self) -> str | None:
-        """Why training failed (``compress_many``): the prompt is the best until then, nothing is measured."""
-        return self.report.get("error")
-
-    def save(self, directory: str | Path) -> None:
-        """Writes prompt, manifest, report and plots into ``directory``."""
-        self.prompt.save(directory)
-        reports.write(self.report, self.lines, Path(directory))
-
-
-@hosts.noticing_loss()
+@processes.peer_failure_as_user_error()
 def compress(
     model: LanguageModel,
     context: str,
@@ -61,7 +38,8 @@ def compress(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
-    **settings: Any,
+    callbacks: Sequence[Callback] = (),
+    **settings: Unpack[Options],
 ) -> Result:
     """Learns a soft prompt that stands in for a context, and measures how well it does.
 
@@ -75,95 +53,115 @@ def compress(
       resume: go on with the run in ``out``, which must have the same settings.
       overwrite: replace an earlier run in ``out``.
       progress: whether to show what is going on, on standard error.
-      **settings: fields of ``Settings``, such as ``length=16``, ``objective="kl"``, ``steps=100``,
-        ``batch_size=8``, ``learning_rate=0.5``, ``seed=0``.
+      callbacks: functions called with every ``Step``, such as ``lambda step: print(step.metrics)``; one that
+        returns ``True`` stops the training at the next evaluation.
+      **settings: fields of ``Settings``, such as ``length=16``, ``steps=100``, ``seed=0``. ``objective`` is a
+        name, a text such as ``"js(beta=0.3)"`` or ``"kl=0.7,nll=0.3"``, or a ``jaxsp.Objective``;
+        ``optimizer`` a name, or an ``optax.GradientTransformation``, used as it is.
 
     Returns:
       The prompt and the report.
 
     Raises:
-      UserError: an input that can't be meant; nothing is then written.
+      UserError: an input that is invalid; nothing is then written.
       NonFiniteLoss: training diverged; the best prompt before that is saved in ``out``.
+      Interrupted: on Ctrl-C.
 
     Example:
-      >>> import jaxsp
-      >>> model = jaxsp.load_model("smollm2-135m-instruct")
+      >>> import jaxsp, optax
+      >>> losses = []
       >>> result = jaxsp.compress(
-      ...     model,
+      ...     jaxsp.load_model("smollm2-135m-instruct"),
       ...     "The tank of the machine holds 1.2 litres. The cable is 90 centimetres long.",
       ...     ["How much does the tank hold?", "How long is the cable?"],
       ...     held_out=["What is the length of the cable?"],
       ...     length=4, steps=2, batch_size=2, max_answer_tokens=8, progress=False,
+      ...     optimizer=optax.adamw(0.01),
+      ...     callbacks=[lambda step: losses.append(step.metrics.get("loss"))],
       ... )
-      >>> result.prompt.length, sorted(result.report["gap_closed"])
-      (4, ['high', 'low', 'value'])
+      >>> result.prompt.length, sorted(result.report["gap_closed"]), len(losses)
+      (4, ['high', 'low', 'value'], 3)
     """
-    display = Display(visible=progress)
-    chosen = make_settings(settings)
-    chosen.check()
-    mesh = stages.mesh_of(chosen)
-    model = model if mesh is None else model.on(mesh)
-    if out is not None:
-        directory = Path(out)
-        hosts.first(lambda: check_folder(directory, resume=resume, overwrite=overwrite))
-    elif resume or overwrite:
-        raise UserError("resume and overwrite need a folder: pass out=....")
-    train_queries, held_out_queries = split_queries(
-        as_queries(queries),
-        float(held_out) if isinstance(held_out, float | int) else as_queries(held_out),
-        chosen.seed,
+    row = {"id": "prompt", "context": context, "queries": queries, "held_out": held_out}
+    result = run_one(
+        model,
+        row,
+        settings,
+        out=out,
+        start=Start(resume, overwrite),
+        callbacks=callbacks,
+        display=Display(visible=progress),
     )
-    task = stages.encode_task(model, context, train_queries, held_out_queries, chosen)
-    identity = stages.identity(model, task, chosen)
-    hosts.agree(identity)
-    folder = None
-    if out is not None:
-        folder = RunFolder(Path(out))
-
-        def open_folder() -> None:
-            open_run(folder.directory, identity, resume=resume, overwrite=overwrite)
-
-        hosts.first(open_folder)
-
-    before = read_context(model, task.before_ids)
-    file = folder.teacher if folder else None
-    lesson, full_context = stages.teach(model, task, chosen, before, file, display)
-    start = stages.initial_state_of(model, lesson)
-    try:
-        state, lines = stages.train_prompt(model, lesson, start, folder, display)
-    except NonFiniteLoss as error:
-        if folder is None:
-            raise
-        if hosts.is_first():
-            stages.finished_prompt(model, lesson, error.state, context).save(folder.directory)
-        message = f"{error} The best prompt until then is saved in {folder.directory}."
-        raise NonFiniteLoss(message, error.state) from None
-    except Interrupted as error:
-        if folder is None:
-            raise
-        raise Interrupted(
-            f"{error} It is saved; go on with the same command and --resume."
-        ) from None
-
-    prompt = stages.finished_prompt(model, lesson, state, context)
-
-    def measure() -> dict[str, Any]:
-        brackets = {
-            "full_context": stages.measure_full_context(model, lesson, full_context, display),
-            **stages.measure_brackets(model, lesson, start.sigma, display),
-        }
-        return stages.measure(model, lesson, prompt.sigma, brackets, display)
-
-    measured = hosts.first(measure)
-    report = {
-        **stages.described(model, task, prompt, measured),
-        "seconds": stages.seconds_by_phase(model, display, lines),
-        "environment": stages.environment(),
-    }
-    result = Result(prompt, report, lines)
-    if folder is not None and hosts.is_first():
-        result.save(folder.directory)
+    if result.error:
+        where = "" if out is None else f" The best prompt until then is saved in {out}."
+        raise NonFiniteLoss(f"{result.error}{where}", result)
     return result
+
+
+def compress_many(
+    model: LanguageModel,
+    jobs: Iterable[Mapping[str, Any]],
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_going: bool = False,
+    at_once: int | None = None,
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+    **settings: Unpack[Options],
+) -> Iterator[Result]:
+    """Compresses every context as ``compress`` would, many prompts in one step.
+
+    Prompts with the same objective, length and optimizer train side by side; seeds, learning rates, steps
+    and starts may differ. Contexts may be of any lengths. Each draws the same batches as alone: σ is that of
+    a run alone but for the rounding of sums.
+
+    Args:
+      model: the frozen model, with its tokenizer.
+      jobs: dicts ``{"id", "context", "queries", "held_out"}``, with ``held_out`` as in ``compress``, and
+        any field of ``Settings`` that is to differ from the run's.
+      out: a folder: one folder a job, and ``results.parquet`` with a row each. Several processes need one
+        that all can reach; each does a piece of the list, and gives all results.
+      resume: go on with the run in ``out``; what is finished there is not done again.
+      overwrite: replace an earlier run in ``out``.
+      keep_going: report jobs that are invalid, and do the others.
+      at_once: prompts in one step; by default as many as suit the device and its memory.
+      progress: whether to show what is going on, on standard error.
+      callbacks: as in ``compress``; ``step.job`` is the id.
+      **settings: fields of ``Settings``, for all jobs.
+
+    Returns:
+      An iterator over the results, in the order of the jobs; each is there as soon as it and all before
+      it are finished. The report of one whose loss was not finite has ``error`` and no measurements, and its
+      prompt is the best until then.
+
+    Raises:
+      UserError: a job or a setting that is invalid (nothing is then done), or a folder of another run.
+      Interrupted: on Ctrl-C.
+
+    Example:
+      >>> import jaxsp
+      >>> model = jaxsp.load_model("smollm2-135m-instruct")
+      >>> text, queries = "The tank holds 1.2 litres.", ["How much does it hold?", "What holds it?"]
+      >>> jobs = [
+      ...     {"id": "a", "context": text, "queries": queries, "held_out": 0.5},
+      ...     {"id": "b", "context": f"{text} It is red.", "queries": queries, "held_out": 0.5, "seed": 1},
+      ... ]
+      >>> options = dict(length=2, steps=1, batch_size=1, max_answer_tokens=4, progress=False)
+      >>> [r.report["id"] for r in jaxsp.compress_many(model, jobs, **options)]
+      ['a', 'b']
+    """
+    return open_run(
+        model,
+        [(f"job {i}", row) for i, row in enumerate(jobs, start=1)],
+        settings,
+        out=out,
+        start=Start(resume, overwrite, keep_going),
+        at_once=at_once,
+        callbacks=callbacks,
+        display=Display(visible=progress),
+    )
 
 
 def ask(model: LanguageModel, prompt: SoftPrompt, question: str, *, max_tokens: int = 128) -> str:
@@ -192,8 +190,8 @@ def stream_answer(
     model: LanguageModel, prefix: KeyValues, slots: ChatSlots, question: str, max_tokens: int
 ) -> Iterator[str]:
     """The pieces of the greedy answer's text as they come."""
-    tokenizer = stages.tokenizer_of(model)
-    ids = slots.query_ids(tokenizer, question)
+    ids, tokenizer = model.encode_query(question, slots), model.tokenizer
+    assert tokenizer is not None  # encode_query has asked for it
     room = model.config.window - int(prefix.next_position[0]) - len(ids)
     if room < 1:
         raise UserError(
@@ -243,14 +241,15 @@ def evaluate(
         raise UserError("There is no query to evaluate on; give at least one.")
     display = Display(visible=progress)
     trained = prompt.manifest["training"]
-    settings = dataclasses.replace(make_settings(trained), batch_shape=None)  # these queries' own
-    task = stages.encode_task(model, context, [], asked, settings)
-    before = read_context(model, task.before_ids)
-    lesson, full_context = stages.teach(model, task, settings, before, None, display)
-    initial = stages.initial_state_of(model, lesson).sigma
-    brackets = {
-        "full_context": stages.measure_full_context(model, lesson, full_context, display),
-        **stages.measure_brackets(model, lesson, initial, display),
-    }
-    measured = stages.measure(model, lesson, prompt.sigma, brackets, display)
-    return {**stages.header(model, task, prompt), **measured}
+    known = {name: value for name, value in trained.items() if name in plain(make_settings({}))}
+    settings = make_settings({**known, "kind": prompt.kind})
+    job = tokenize(model, context, [], asked, settings)
+    problem = run_teacher(model, job, settings.teacher, read_preamble(model), display)
+    with display.phase("evaluate", "Evaluation"):
+        sigmas = {"prompt": prompt.sigma, "initial": start_state(model, problem, settings).sigma}
+        found = brackets.prefixes(model, problem, sigmas, prompt.kind)
+        measured = brackets.measure(model, problem, found, settings.teacher.max_answer_tokens)
+        measured["full_context"] = brackets.measure_full_context(model, problem)
+        every = {name: measured[name] for name in CONDITIONS}
+        summary = reports.summarise(model, problem, every, settings.training.seed)
+    return {**reports.header(model, prompt), **summary}

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from jaxsp import distributions
+from jaxsp.files import atomic_write
+from jaxsp.models import decoder
 from jaxsp.models.chat import ChatSlots
 from jaxsp.models.config import Weights
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS
-from jaxsp.typing import KeyValues, UserError
+from jaxsp.settings import Settings, plain
+from jaxsp.teacher.problem import TokenizedJob
+from jaxsp.typing import KeyValues, PyTree, UserError
 
 FORMAT = 1
 ARRAYS, MANIFEST, CONTEXT = "prompt.safetensors", "manifest.json", "context.txt"
@@ -30,7 +36,7 @@ class SoftPrompt:
     """A trained soft prompt σ and where it belongs.
 
     Attributes:
-      sigma: its arrays by name, float32.
+      sigma: its float32 arrays, in nested dicts.
       manifest: kind, length, the model and tokenizer it was trained for, the texts around it, how it
         was trained, and its held-out metrics.
       context: the text it stands for, kept beside it so that it can be measured again; ``None`` if
@@ -43,7 +49,7 @@ class SoftPrompt:
       ('embedding', (2, 576))
     """
 
-    sigma: dict[str, np.ndarray]
+    sigma: dict[str, Any]
     manifest: dict[str, Any]
     context: str | None = None
 
@@ -74,13 +80,10 @@ class SoftPrompt:
           UserError: the prompt belongs to another model or tokenizer.
         """
         self.check(model)
-        before = distributions.context_prefix(
-            model.params,
-            model.config,
-            jnp.asarray([self.manifest["slots"]["before_ids"]], jnp.int32),
-        )
-        return distributions.prompt_prefix(
-            model.params, model.config, self.sigma, before, self.kind
+        ids = np.array([self.manifest["slots"]["before_ids"]], np.int32)
+        preamble = decoder.read_long(model.params, model.config, ids)
+        return distributions.read_prompt(
+            model.params, model.config, self.sigma, preamble, kind=self.kind
         )
 
     def check(self, model: LanguageModel) -> None:
@@ -110,16 +113,14 @@ class SoftPrompt:
         """Writes the files into ``directory``, the manifest last: it never stands alone."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        data = save({name: np.asarray(array) for name, array in self.sigma.items()})
+        data = save(_named(self.sigma))
         manifest = {**self.manifest, "sha256": hashlib.sha256(data).hexdigest()}
-        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-        files = {ARRAYS: data, MANIFEST: text.encode("utf-8")}
         if self.context is not None:
-            files = {CONTEXT: self.context.encode("utf-8"), **files}
-        for name, content in files.items():
-            scratch = directory / f"{name}.part"
-            scratch.write_bytes(content)
-            scratch.replace(directory / name)
+            atomic_write(directory / CONTEXT, self.context)
+        atomic_write(directory / ARRAYS, data)
+        atomic_write(
+            directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        )
 
     @classmethod
     def load(cls, directory: str | Path) -> SoftPrompt:
@@ -151,11 +152,82 @@ class SoftPrompt:
             )
         try:
             context = directory / CONTEXT
-            return cls(
-                load(data), manifest, context.read_text("utf-8") if context.is_file() else None
-            )
+            text = context.read_text("utf-8") if context.is_file() else None
+            return cls(_nested(load(data)), manifest, text)
         except (SafetensorError, UnicodeDecodeError) as error:
             raise UserError(f"{directory} is damaged ({error}).") from error
+
+
+def make_artifact(
+    model: LanguageModel,
+    job: TokenizedJob,
+    settings: Settings,
+    sigma: PyTree,
+    context: str,
+    *,
+    steps: int,
+) -> SoftPrompt:
+    """A prompt with its manifest, but for the held-out figures.
+
+    Args:
+      model: that it was trained for.
+      job: what it was trained on.
+      settings: how.
+      sigma: its arrays.
+      context: the text it stands for.
+      steps: updates done.
+    """
+    manifest = {
+        "format": FORMAT,
+        "kind": settings.prompt.kind,
+        "length": settings.prompt.length,
+        "model": {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "weights": model.config.weights,
+        },
+        "tokenizer": {"fingerprint": tokenizer_fingerprint(model.tokenizer)},
+        "slots": {
+            **dataclasses.asdict(job.chat),
+            "before_ids": job.preamble_ids.tolist(),
+            "position_offset": len(job.preamble_ids),
+        },
+        "dtype": "float32",
+        "model_dtype": model.config.dtype,
+        "context_tokens": len(job.context_ids),
+        "training": {**plain(settings), "steps": steps},
+        "versions": environment()["versions"],
+    }
+    return SoftPrompt(jax.tree.map(np.asarray, sigma), manifest, context)
+
+
+def environment() -> dict[str, Any]:
+    """Python, device and package versions."""
+    packages = ("jaxsp", "jax", "flax", "optax", "transformers")
+    return {
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.local_device_count(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _named(sigma: PyTree) -> dict[str, np.ndarray]:
+    """The arrays of nested dicts by their paths, as safetensors keeps them."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(sigma)
+    return {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The nested dicts that ``_named`` was given."""
+    sigma: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *folders, name = path.split("/")
+        place = sigma
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = array
+    return sigma
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

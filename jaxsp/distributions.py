@@ -15,11 +15,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsp.data.examples import Rows
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.prompts.initializers import INITIALIZERS, Source
 from jaxsp.typing import EMPTY, Array, Float, Int, KeyValues, Params, PyTree
 
 
@@ -27,21 +29,25 @@ def context_prefix(
     params: Params,
     config: DecoderConfig,
     ids: Int[Array, "1 c"],
-    before: KeyValues | None = None,
+    preamble: KeyValues | None = None,
 ) -> KeyValues:
-    """The prefix that a context is: its tokens read once, after ``before``, for all rows.
+    """The prefix that a context is: its tokens read once, after ``preamble``, for all rows.
 
     Args:
       params: the frozen weights.
       config: of the model.
       ids: token ids ``[1, C]``; C may be 0.
-      before: what stands before it.
+      preamble: what stands before it.
     """
-    return decoder.prefill(params, config, decoder.embed(params, config, ids), before)
+    return decoder.prefill(params, config, decoder.embed(params, config, ids), preamble)
 
 
 def prompt_prefix(
-    params: Params, config: DecoderConfig, sigma: PyTree, before: KeyValues, kind: str = "embedding"
+    params: Params,
+    config: DecoderConfig,
+    sigma: PyTree,
+    preamble: KeyValues,
+    kind: str = "embedding",
 ) -> KeyValues:
     """The prefix that a soft prompt is, where the context stood; differentiable in ``sigma``.
 
@@ -49,11 +55,56 @@ def prompt_prefix(
       params: the frozen weights.
       config: of the model.
       sigma: the prompt's parameters.
-      before: what stands before it.
+      preamble: what stands before it.
       kind: a key of ``jaxsp.prompts.PROMPT_KINDS``.
     """
     read = functools.partial(decoder.prefill, params, config)
-    return PROMPT_KINDS[kind].prefix(sigma, before, read)
+    return PROMPT_KINDS[kind].prefix(sigma, preamble, read)
+
+
+read_prompt = jax.jit(prompt_prefix, static_argnames=("config", "kind"))
+"""``prompt_prefix``, compiled."""
+
+
+def initial_prompt(
+    params: Params,
+    config: DecoderConfig,
+    context_ids: Int[np.ndarray, " c"],
+    preamble: KeyValues,
+    *,
+    key: Array,
+    length: int,
+    initial: str = "first",
+    kind: str = "embedding",
+) -> PyTree:
+    """σ before training.
+
+    Args:
+      params: the frozen weights.
+      config: of the model.
+      context_ids: token ids ``[C]`` of the context.
+      preamble: what stands before it.
+      key: random key, for the initializers that draw.
+      length: K.
+      initial: a key of ``jaxsp.prompts.initializers.INITIALIZERS``.
+      kind: a key of ``jaxsp.prompts.PROMPT_KINDS``.
+
+    Returns:
+      A pytree of float32 arrays.
+    """
+
+    def embed(ids: Array | np.ndarray) -> Array:
+        return decoder.embed(params, config, jnp.asarray(ids))
+
+    source = Source(key, context_ids, length, embed, config.vocab_size)
+    vectors = INITIALIZERS[initial](source)
+
+    def key_values() -> KeyValues:
+        inputs = vectors[None].astype(config.dtype)
+        positions = preamble.next_position[:, None] + jnp.arange(length)[None]
+        return decoder.hidden(params, config, inputs, positions, (preamble,))[1]
+
+    return PROMPT_KINDS[kind].initial(vectors, key_values)
 
 
 def answer_hidden(
@@ -72,12 +123,12 @@ def prompt_hidden(
     params: Params,
     config: DecoderConfig,
     sigma: PyTree,
-    before: KeyValues,
+    preamble: KeyValues,
     rows: Rows,
     kind: str = "embedding",
 ) -> Float[Array, "b a d"]:
     """The student's last hidden states: ``answer_hidden`` after ``prompt_prefix``."""
-    prefix = prompt_prefix(params, config, sigma, before, kind)
+    prefix = prompt_prefix(params, config, sigma, preamble, kind)
     return answer_hidden(params, config, prefix, rows)
 
 

@@ -16,20 +16,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from jaxsp import stages
-from jaxsp.data.packing import Packing
 from jaxsp.data.examples import Rows
+from jaxsp.data.packing import Packing
 from jaxsp.models import decoder, sharding
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.sharding import DATA
+from jaxsp.models.sharding import DATA, along
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.settings import Settings
-from jaxsp.training.many import step_many
-from jaxsp.training.optimizers import make_pace
+from jaxsp.training.drivers import cut_axis, mesh_of, sharded_update
 from jaxsp.training.state import TrainState, initial_state
-from jaxsp.training.update import Frozen, update
+from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import PyTree, UserError
 
 UTILISATION = 0.56
@@ -122,19 +120,18 @@ def plan(
     Raises:
       UserError: settings that can't be meant, or that fit neither the model nor the devices.
     """
-    settings.check()
     if context_tokens < 1 or query_tokens < 2:
         raise UserError(
             "--context-tokens must be at least 1 and --query-tokens at least 2; got"
             f" {context_tokens} and {query_tokens}."
         )
     config.check_length(BEFORE + context_tokens + query_tokens)
-    mesh = stages.mesh_of(settings)
+    mesh = mesh_of(settings)
     if mesh is not None:
         shares, devices = mesh.shape[DATA], mesh.size
     else:
-        shares = devices = jax.local_device_count() if settings.parallel == "pmap" else 1
-    parts = shares * settings.accumulate
+        shares = devices = jax.local_device_count() if settings.devices.parallel == "pmap" else 1
+    parts = shares * settings.devices.accumulate
     packing = _packing(settings, query_tokens).over(parts, query_tokens)
 
     @functools.cache
@@ -150,7 +147,7 @@ def plan(
             _bytes(jax.eval_shape(lambda: decoder.empty_prefix(config, BEFORE + context_tokens))),
         )
 
-    flops = step_flops(config, settings.length, query_tokens, packing, readings=parts)
+    flops = step_flops(config, settings.prompt.length, query_tokens, packing, readings=parts)
     rate = matmul_rate(config)
     working = 1 if jax.default_backend() == "cpu" else devices  # a CPU's devices are one processor
     limit = memory_limit or device_memory(devices)
@@ -225,42 +222,40 @@ def compiled(
     settings: Settings,
     packing: Packing,
     mesh: Mesh | None,
-    prompts: int = 0,
+    prompts: int = 1,
 ) -> jax.stages.Compiled:
-    """The update of a batch of this shape as ``jit`` and ``mesh`` run it, from shapes alone.
-
-    With ``prompts`` it is that of so many side by side, each with a batch of this shape.
-    """
-    axis = None if mesh is None else DATA
-    chosen = stages.update_settings(config, settings)
-
-    def step(frozen: Frozen, state: TrainState, batch: Rows) -> Any:
-        return update(state, batch, frozen=frozen, settings=chosen, axis_name=axis)
+    """The update of so many prompts with batches of this shape, as a driver runs it, from shapes alone."""
+    chosen = UpdateSettings.of(config, settings)
 
     def start() -> TrainState:
-        sigma = PROMPT_KINDS[stages.KIND].initial(jnp.zeros((settings.length, config.width)))
-        pace = make_pace(settings, settings.steps)
-        return initial_state(sigma, chosen.optimizer, key=jax.random.key(0), pace=pace)
+        length = settings.prompt.length
+        kind = PROMPT_KINDS[settings.prompt.kind]
+        vectors = jnp.zeros((length, config.width))
+        sigma = kind.initial(vectors, lambda: decoder.empty_prefix(config, length))
+        return initial_state(sigma, chosen.optimizer, key=jax.random.key(0))
 
-    before = jax.eval_shape(lambda: decoder.empty_prefix(config, BEFORE))
-    params, state = decoder.parameter_shapes(config), jax.eval_shape(start)
-    batch = _batch(config, packing)
-    if prompts:
-        state, batch = jax.tree.map(functools.partial(_stacked, prompts), (state, batch))
+    preamble = jax.eval_shape(lambda: decoder.empty_prefix(config, BEFORE))
+    params, one = decoder.parameter_shapes(config), (jax.eval_shape(start), _batch(config, packing))
+    states, batches = jax.tree.map(functools.partial(_stacked, prompts), one)
+    cut = 0
     if mesh is not None:
+        cut = cut_axis(prompts, mesh.shape[DATA])
         of = sharding.shardings(config, mesh)
         params = jax.tree_util.tree_map_with_path(
             lambda path, leaf: _on(of("/".join(key.key for key in path), leaf.shape), leaf), params
         )
-        everywhere = functools.partial(_on, NamedSharding(mesh, PartitionSpec()))
-        cut = functools.partial(_on, NamedSharding(mesh, PartitionSpec(DATA)))
-        before, batch = jax.tree.map(everywhere, before), jax.tree.map(cut, batch)
-        state = jax.tree.map(cut if prompts else everywhere, state)
-    frozen = Frozen(params, before)
-    if prompts:
-        return step_many.lower(state, batch, frozen=frozen, settings=chosen, mesh=mesh).compile()
-    spread = sharding.over_data(step, mesh, (False, False, True), out=False)
-    return jax.jit(spread).lower(frozen, state, batch).compile()
+
+        def lie(axis: int | None, tree: PyTree) -> PyTree:
+            where = NamedSharding(mesh, along(DATA, axis))
+            return jax.tree.map(functools.partial(_on, where), tree)
+
+        preamble, batches = lie(None, preamble), lie(cut, batches)
+        states = lie(None if cut else 0, states)
+    frozen = Frozen(params, preamble)
+    program = sharded_update.lower(
+        states, batches, frozen=frozen, settings=chosen, mesh=mesh, cut=cut
+    )
+    return program.compile()
 
 
 def step_flops(
@@ -351,8 +346,8 @@ def largest(size_of: Callable[[int], float], limit: float, rows: int, *, multipl
 
 def _packing(settings: Settings, query_tokens: int) -> Packing:
     """The shape of batches of such queries."""
-    row = np.zeros((settings.batch_size, query_tokens), np.int32)
-    return stages.packing_of(Rows(row, row, row, row, row), settings)
+    batch_size = settings.training.batch_size
+    return Packing.of(np.full(batch_size, query_tokens), batch_size)
 
 
 def _batch(config: DecoderConfig, packing: Packing) -> Rows:
@@ -360,7 +355,8 @@ def _batch(config: DecoderConfig, packing: Packing) -> Rows:
     shape = packing.rows, packing.length
     of: Any = jax.ShapeDtypeStruct  # stands for an array
     ids, live = of(shape, jnp.int32), of(shape, jnp.bool_)
-    return Rows(ids, ids, ids, ids, live, of((*shape, config.width), config.dtype), ids)
+    targets = {"tokens": ids, "hidden": of((*shape, config.width), config.dtype)}
+    return Rows(ids, ids, ids, live, targets, ids)
 
 
 def _on(where: NamedSharding, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

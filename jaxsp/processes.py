@@ -135,6 +135,17 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
+def alone_while(results: Iterator[Thing]) -> Iterator[Thing]:
+    """The same results, each made ``alone``; whoever takes them is not."""
+    while True:
+        with alone():
+            try:
+                result = next(results)
+            except StopIteration:
+                return
+        yield result
+
+
 def rank_and_count() -> tuple[int, int]:
     """Which process this is, and of how many that work together."""
     return (0, 1) if _alone else (jax.process_index(), jax.process_count())

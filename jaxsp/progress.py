@@ -1,8 +1,9 @@
-"""What a long run shows while it works (rich): phases, and the training bar."""
+"""What a long run shows while it works (rich), and how long each part took."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,11 +18,15 @@ class Display:
 
     Args:
       visible: whether anything is shown; the seconds are kept all the same.
+
+    Attributes:
+      seconds: by phase; what was compiled meanwhile counts under ``compile``.
     """
 
     def __init__(self, visible: bool = True) -> None:
         self._console = Console(stderr=True, quiet=not visible)
         self.seconds: dict[str, float] = {}
+        self._training: Progress | None = None
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -29,7 +34,9 @@ class Display:
     @contextlib.contextmanager
     def phase(self, name: str, title: str) -> Iterator[Callable[[str], None]]:
         """A phase of unknown length; the function it gives changes the text beside the spinner."""
-        started = time.perf_counter()
+        if self._training is not None:
+            self._training.stop()  # two can't be shown at once
+        started, compiled = time.perf_counter(), compile_seconds()
         with Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -39,53 +46,75 @@ class Display:
         ) as progress:
             task = progress.add_task(title, total=None)
             yield lambda text: progress.update(task, description=f"{title}: {text}")
-        self._add(name, started)
-        self.say(f"{title}: {time.perf_counter() - started:.1f} s")
+        seconds, compiled = time.perf_counter() - started, compile_seconds() - compiled
+        self.add(name, seconds - compiled)
+        self.add("compile", compiled)
+        self.say(f"{title}: {seconds:.1f} s")
+
+    def add(self, name: str, seconds: float) -> None:
+        """Notes seconds of a phase that was timed elsewhere."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     @contextlib.contextmanager
     def training(self, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """The training bar; the function it gives takes a line of ``metrics.jsonl``."""
-        started = time.perf_counter()
+        """The bar of one prompt's training; the function it gives takes a line of ``metrics.jsonl``."""
         shown: dict[str, Any] = {"loss": math.nan, "held_out": math.nan, "rate": 0.0}
-
-        with Progress(
+        self._training = progress = self._bar(
             TextColumn("Training step {task.completed}/{task.total}"),
             BarColumn(),
             TextColumn(
                 "loss {task.fields[loss]:.3f} · held-out KL {task.fields[held_out]:.3f}"
                 " · {task.fields[rate]:,.0f} tokens/s ·"
             ),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=self._console,
-            disable=self._console.quiet,
-        ) as progress:
-            task = progress.add_task("", total=steps, **shown)
+        )
+        task = progress.add_task("", total=steps, visible=False, **shown)
 
-            def on_step(line: dict[str, Any]) -> None:
-                shown["held_out"] = line.get("held_out_kl", shown["held_out"])
-                if "loss" in line:
-                    shown["loss"] = line["loss"]
-                    shown["rate"] = line["tokens"] / line["seconds"]
-                progress.update(task, completed=line["step"], **shown)
+        def on_step(line: dict[str, Any]) -> None:
+            progress.start()  # not before the phases that come first
+            shown["held_out"] = line.get("held_out_kl", shown["held_out"])
+            if "loss" in line:
+                shown["loss"] = line["loss"]
+                shown["rate"] = line["tokens"] / line["seconds"]
+            progress.update(task, completed=line["step"], visible=True, **shown)
 
+        try:
             yield on_step
-        self._add("train", started)
+        finally:
+            progress.stop()
 
     @contextlib.contextmanager
     def jobs(self, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
         """The bar of many jobs; the function it gives takes how many more are done, and what goes on."""
-        with Progress(
+        progress = self._bar(
             TextColumn("{task.completed}/{task.total} prompts"),
             BarColumn(),
             TextColumn("{task.description} ·"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=self._console,
-            disable=self._console.quiet,
-        ) as progress:
+        )
+        with progress:
             task = progress.add_task("", total=total, completed=done)
             yield lambda more, text: progress.update(task, advance=more, description=text)
 
-    def _add(self, name: str, started: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+    def _bar(self, *columns: Any) -> Progress:
+        left = TimeRemainingColumn(), TextColumn("left")
+        return Progress(*columns, *left, console=self._console, disable=self._console.quiet)
+
+
+@functools.cache
+def _compile_clock() -> list[float]:
+    """One number: the seconds that this process has spent lowering and compiling since it was first asked."""
+    import jax.monitoring
+
+    clock = [0.0]
+    counted = ("jaxpr_to_mlir_module_duration", "backend_compile_duration")
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event.endswith(counted):
+            clock[0] += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return clock
+
+
+def compile_seconds() -> float:
+    """Seconds spent compiling so far; only differences mean anything."""
+    return _compile_clock()[0]

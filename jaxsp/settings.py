@@ -1,114 +1,215 @@
-"""The settings of a compression, shared by the Python interface and the command line."""
+"""The settings of a compression: plain data in four parts; ``runs/job.py`` knows the tables behind them."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
-from jaxsp.losses import trainable
-from jaxsp.prompts.initializers import INITIALIZERS
-from jaxsp.training.optimizers import OptimizerSettings, make_optimizer, make_pace
-from jaxsp.training.drivers import DRIVERS
 from jaxsp.typing import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings(OptimizerSettings):
-    """How a context is compressed; the command line's options are these fields."""
+def _setting(default: Any, *, per_prompt: bool = False, **limits: float) -> Any:
+    """A field with its limits: ``at_least``, ``above``, ``below``.
 
-    length: int = 16
+    ``per_prompt``: prompts that train side by side in one step may differ in it.
+    """
+    metadata = {"per_prompt": per_prompt, "limits": limits}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSettings:
+    """The prompt σ, and where it starts."""
+
+    length: int = _setting(16, at_least=1)
     """K, the number of vectors that stand in for the context."""
-    objective: str = "kl"
-    """What is trained on: kl, nll or any other differentiable entry of jaxsp.losses.OBJECTIVES, or a
-    mixture such as kl=0.7,nll=0.3 or kl=1,temperature=2."""
-    steps: int = 500
-    """Updates of the prompt."""
-    batch_size: int = 8
-    """Queries an update, about: as many as fit in the tokens of so many of mean length."""
-    batch_shape: tuple[int, int] | None = None
-    """Rows of a batch and tokens of a row; by default those that suit batch_size."""
-    accumulate: int = 1
-    """Parts that a batch is computed in, one after the other, to save memory."""
-    initial: str = "first"
-    """Where the prompt starts: first, spread (tokens of the context), vocabulary or noise."""
-    seed: int = 0
-    """Of the held-out draw, the order of the queries and the initial prompt."""
-    max_answer_tokens: int = 48
+    kind: str = "embedding"
+    """Kind of prompt: embedding (input vectors)."""
+    initial: str = _setting("first", per_prompt=True)
+    """Start of the prompt: first, spread (tokens of the context), vocabulary or noise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSettings:
+    """The model that reads the whole context."""
+
+    max_answer_tokens: int = _setting(48, at_least=1)
     """Longest answer, in tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+    """The objective, the optimizer and how long."""
+
+    objective: str = "kl"
+    """Training objective: kl, nll or any other differentiable entry of jaxsp.losses.OBJECTIVES, with options
+    as in js(beta=0.3), or a mixture such as kl=0.7,nll=0.3. In Python also an Objective of your own."""
+    steps: int = _setting(500, per_prompt=True, at_least=0, below=2**31)
+    """Updates of the prompt."""
+    batch_size: int = _setting(8, at_least=1)
+    """Queries an update, about: as many as fit in the tokens of so many of mean length."""
+    optimizer: str = "muon"
+    """Optimizer: muon, adam or adamw. In Python also an optax.GradientTransformation, used as it is: it has
+    its own learning rate."""
+    learning_rate: float = _setting(0.5, per_prompt=True, above=0)
+    """Peak learning rate, times the root mean square of the prompt's entries at its start (families'
+    embeddings differ a hundredfold); with muon that is the root mean square of one update."""
+    warmup: float = _setting(0.05, per_prompt=True, at_least=0, below=1)
+    """Fraction of the steps in which the learning rate rises from 0."""
+    weight_decay: float = _setting(0.01, at_least=0)
+    """Weight decay of adamw."""
+    clip: float = _setting(1.0, at_least=0)
+    """Largest global norm of the gradient; 0 leaves it alone."""
+    seed: int = _setting(0, per_prompt=True, at_least=0, below=2**32)
+    """Seed of the held-out draw, the order of the queries and the initial prompt."""
+    evaluate_every: int = _setting(10, at_least=1)
+    """Steps between held-out evaluations."""
+    patience: int = _setting(0, per_prompt=True, at_least=0)
+    """Stop after so many evaluations without a better one; 0: never."""
+    keep: str = _setting("best", per_prompt=True)
+    """Prompt to keep: best (of the lowest held-out KL evaluated, the start included) or last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceSettings:
+    """Where and in what parts it is computed; nothing here changes the result but for rounding."""
+
     parallel: str = "jit"
     """jit (one device), pmap (all local devices) or mesh."""
     mesh: str = ""
-    """Of --parallel mesh, as data=2,model=4: rows over the first axis, weights over the second; by default
-    all devices over data."""
-    evaluate_every: int = 10
-    """Steps between held-out evaluations."""
-    checkpoint_every: int = 10
+    """Layout of --parallel mesh, as data=2,model=4: rows over the first axis, weights over the second; by
+    default all devices over data."""
+    accumulate: int = _setting(1, at_least=1)
+    """Parts that a batch is computed in, one after the other, to save memory."""
+    checkpoint_every: int = _setting(10, at_least=1)
     """Steps between checkpoints."""
-    patience: int = 0
-    """Stop after so many evaluations without a better one; 0: never."""
-    keep: str = "best"
-    """Which prompt: best (of the lowest held-out KL evaluated, the start included) or last."""
-
-    def check(self) -> None:
-        """Raises ``UserError`` on a value that can't be meant."""
-        for name, most in (("seed", 2**32), ("steps", 2**31)):
-            if not 0 <= getattr(self, name) < most:
-                raise UserError(
-                    f"--{name} must not be negative and lie below {most}; got {getattr(self, name)}."
-                )
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                option = f"--{field.name.replace('_', '-')}"
-                raise UserError(f"{option} must be a finite number, not {value}.")
-        trainable(self.objective)
-        make_optimizer(self)
-        make_pace(self, self.steps)
-        tables = (("initial", INITIALIZERS), ("parallel", DRIVERS), ("keep", ("best", "last")))
-        for name, table in tables:
-            if getattr(self, name) not in table:
-                choices = ", ".join(table)
-                raise UserError(f"Unknown {name} {getattr(self, name)!r}; choose one of {choices}.")
-        for name in (
-            "length",
-            "batch_size",
-            "accumulate",
-            "max_answer_tokens",
-            "evaluate_every",
-            "checkpoint_every",
-        ):
-            if getattr(self, name) < 1:
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(f"{option} must be at least 1, not {getattr(self, name)}.")
-        if self.mesh and self.parallel != "mesh":
-            raise UserError(f"--mesh {self.mesh} needs --parallel mesh, not {self.parallel}.")
-        if self.patience < 0:
-            raise UserError(f"--patience must not be negative; got {self.patience}.")
-        if self.batch_shape is not None and min(self.batch_shape) < 1:
-            raise UserError(f"--batch-shape must be two numbers from 1; got {self.batch_shape}.")
 
 
-def make_settings(values: Mapping[str, Any]) -> Settings:
-    """``Settings`` from keywords; raises ``UserError`` on one that there is not, or of another type."""
-    fields = {field.name: field for field in dataclasses.fields(Settings)}
-    values = dict(values)
-    if unknown := sorted(set(values) - set(fields), key=str):
-        raise UserError(f"Unknown setting {unknown[0]!r}; the settings are {', '.join(fields)}.")
-    shape = values.get("batch_shape")
-    if shape is not None:
-        if not (isinstance(shape, list | tuple) and [type(n) for n in shape] == [int, int]):
-            raise UserError(f"--batch-shape must be two whole numbers, not {shape!r}.")
-        values["batch_shape"] = tuple(shape)  # of JSON: a list
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings of a compression.
+
+    Example:
+      >>> settings = make_settings({"length": 4, "objective": "nll"})
+      >>> settings.prompt.length, settings.training.objective, settings.training.steps
+      (4, 'nll', 500)
+    """
+
+    prompt: PromptSettings = dataclasses.field(default_factory=PromptSettings)
+    teacher: TeacherSettings = dataclasses.field(default_factory=TeacherSettings)
+    training: TrainingSettings = dataclasses.field(default_factory=TrainingSettings)
+    devices: DeviceSettings = dataclasses.field(default_factory=DeviceSettings)
+
+
+class Options(TypedDict, total=False):
+    """The settings as keyword arguments (of ``compress``): every field of every part, by its name."""
+
+    length: int
+    kind: str
+    initial: str
+    max_answer_tokens: int
+    objective: Any
+    steps: int
+    batch_size: int
+    optimizer: Any
+    learning_rate: float
+    warmup: float
+    weight_decay: float
+    clip: float
+    seed: int
+    evaluate_every: int
+    patience: int
+    keep: str
+    parallel: str
+    mesh: str
+    accumulate: int
+    checkpoint_every: int
+
+
+def make_settings(values: Mapping[str, Any], base: Settings | None = None) -> Settings:
+    """``Settings`` from keywords.
+
+    Args:
+      values: by name of the field, whichever part it is in.
+      base: what the others are.
+
+    Raises:
+      UserError: there is no such setting, it is of another type, or beyond its limits.
+    """
+    base = Settings() if base is None else base
+    parts = {part.name: getattr(base, part.name) for part in dataclasses.fields(base)}
+    home = {field.name: name for name, part in parts.items() for field in dataclasses.fields(part)}
     for name, value in values.items():
-        expected = type(fields[name].default)
-        if expected is float and type(value) is int:
-            values[name] = float(value)
-        elif name != "batch_shape" and not isinstance(value, expected):
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option} must be {_NAMES[expected]}, not {value!r}.")
-    return Settings(**values)
+        if name not in home:
+            raise UserError(f"Unknown setting {name!r}; the settings are {', '.join(home)}.")
+        part = parts[home[name]]
+        (field,) = (field for field in dataclasses.fields(part) if field.name == name)
+        parts[home[name]] = dataclasses.replace(part, **{name: _checked(field, value)})
+    return dataclasses.replace(base, **parts)
 
 
 _NAMES = {int: "a whole number", float: "a number", str: "a text"}
+_OBJECTS = ("objective", "optimizer")  # a text, or an object that the tables of their room know
+
+
+def _checked(field: dataclasses.Field, value: Any) -> Any:
+    option, expected = f"--{field.name.replace('_', '-')}", type(field.default)
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected and not (field.name in _OBJECTS and not isinstance(value, int)):
+        raise UserError(f"{option} must be {_NAMES[expected]}, not {value!r}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{option} must be a finite number, not {value}.")
+    words = {"at_least": "at least", "above": "above", "below": "below"}
+    limits = field.metadata.get("limits", {})
+    good = {
+        "at_least": lambda limit: value >= limit,
+        "above": lambda limit: value > limit,
+        "below": lambda limit: value < limit,
+    }
+    if not all(good[name](limit) for name, limit in limits.items()):
+        wanted = " and ".join(f"{words[name]} {limit}" for name, limit in limits.items())
+        raise UserError(f"{option} must be {wanted}, not {value}.")
+    return value
+
+
+def plain(part: Any) -> dict[str, Any]:
+    """The fields of one part, or of all, by name, as JSON carries them.
+
+    An objective or an optimizer of the user's own is there as its text, without memory addresses.
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if dataclasses.is_dataclass(value) and field.name not in _OBJECTS:
+            found |= plain(value)
+        else:
+            number_or_text = isinstance(value, str | int | float | None)
+            found[field.name] = value if number_or_text else re.sub(r" at 0x\w+", "", str(value))
+    return found
+
+
+def decides_result(settings: Settings) -> dict[str, Any]:
+    """Everything that decides what a run gives: all parts but ``devices``."""
+    return {
+        name: value
+        for name, value in plain(settings).items()
+        if name not in plain(settings.devices)
+    }
+
+
+def side_by_side(settings: Settings) -> tuple[Any, ...]:
+    """Equal for prompts that can train side by side, in one compiled step.
+
+    All of the parts that training reads, but for the fields in which its prompts may differ.
+    """
+    parts = settings.prompt, settings.training, settings.devices
+    return tuple(
+        getattr(part, field.name)
+        for part in parts
+        for field in dataclasses.fields(part)
+        if not field.metadata.get("per_prompt")
+    )

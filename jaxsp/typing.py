@@ -28,9 +28,11 @@ __all__ = [
     "Int",
     "Interrupted",
     "KeyValues",
+    "NonFiniteLoss",
     "Params",
     "PyTree",
     "UserError",
+    "ceil_div",
 ]
 
 
@@ -56,8 +58,30 @@ class UserError(ValueError):
     """
 
 
+class NonFiniteLoss(UserError):
+    """Training ended as the loss or its gradient became infinite or NaN.
+
+    Attributes:
+      result: the ``Result`` with the best prompt before that, and no measurements.
+    """
+
+    def __init__(self, message: str, result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 class Interrupted(UserError):
     """The user stopped a run; the state of its last whole step is saved if it has a folder."""
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The quotient rounded up, as numbers of batches and chunks are.
+
+    Example:
+      >>> ceil_div(7, 2), ceil_div(6, 2)
+      (4, 3)
+    """
+    return -(-a // b)
 
 
 @jax.tree_util.register_dataclass

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from jaxsp.models.gguf import convert as ours
+from jaxsp.models.gguf import converted
 from tests import tiny
 
 # What tiny's models have that GGUF can't hold: windows in Qwen 2, any scale of Gemma's attention.
@@ -115,7 +115,7 @@ def write_gguf(
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    return json.loads((ours.converted(path) / "config.json").read_text("utf-8"))
+    return json.loads((converted(path) / "config.json").read_text("utf-8"))
 
 
 BYTES = [f"<0x{i:02X}>" for i in range(256)]

@@ -208,7 +208,7 @@ def test_unusable_queries(compress, tmp_path, lines, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--length", 0), ("--length", "at least 1", "0")),
+        (("--length", 0), ("--length must be at least 1, not 0.",)),
         (("--length", 87), ("--length is 87", "87 tokens")),
         (("--objective", "klx"), ("Unknown objective 'klx'", "kl, reverse_kl")),
         (("--objective", "zero_one"), ("piecewise constant",)),
@@ -219,10 +219,10 @@ def test_unusable_queries(compress, tmp_path, lines, words):
         (("--parallel", "tpu"), ("Unknown parallel 'tpu'", "jit, pmap")),
         (("--initial", "zeros"), ("Unknown initial 'zeros'", "first, spread")),
         (("--optimizer", "lion"), ("Unknown optimizer 'lion'",)),
-        (("--learning-rate", -1), ("learning rate", "-1")),
-        (("--batch-size", 0), ("--batch-size", "at least 1")),
-        (("--steps", -3), ("--steps", "-3")),
-        (("--warmup", 1.5), ("warm-up", "1.5")),
+        (("--learning-rate", -1), ("--learning-rate must be above 0, not -1.0.",)),
+        (("--batch-size", 0), ("--batch-size must be at least 1, not 0.",)),
+        (("--steps", -3), ("--steps must be at least 0", "-3")),
+        (("--warmup", 1.5), ("--warmup must be at least 0 and below 1, not 1.5.",)),
         (("--held-out", 1.5), ("fraction", "1.5")),
         (("--held-out", "nowhere.txt"), ("There is no file nowhere.txt",)),
         (("--max-answer-tokens", 500), ("window of 512", "Shorten the context")),
@@ -256,6 +256,9 @@ def test_help_is_shown(jaxsp_command):
     code, out, _ = jaxsp_command("compress", "--help")
     assert code == 0
     assert "--learning-rate" in out
+    parts = [f"{part} options" for part in ("", "prompt", "teacher", "training", "devices", "output")]
+    assert sorted(parts, key=out.index) == parts
+    assert out.index("--queries") < out.index("--length")  # what must be given comes first
 
 
 def test_plan_says_what_a_run_will_need(jaxsp_command, tiny_directory, tmp_path, monkeypatch):
@@ -266,7 +269,9 @@ def test_plan_says_what_a_run_will_need(jaxsp_command, tiny_directory, tmp_path,
     assert code == 0, err
     for words in ("rows of", "MiB of", "temporaries", "GFLOP/s, measured", "40 steps", "assumed"):
         assert words in out
-    assert re.search(r"--batch-shape 9 \d+ \(about \d+ queries\)", out)
+    rows, tokens = map(int, re.search(r"batch +(\d+) rows of (\d+) tokens", out).groups())
+    assert rows < 9
+    assert f"--batch-size {9 * tokens // 64}" in out  # 64: a query's tokens, unless told otherwise
     given = plan.Memory(2**40, 2**41, 3, 4)
     found = plan.Plan("cpu", 1, 3, 80, given, 2**38, 2e9, 1e9, 0.5, 4.0, 0)
     monkeypatch.setattr(plan, "plan", lambda *_, **__: found)
@@ -279,7 +284,7 @@ def test_plan_says_what_a_run_will_need(jaxsp_command, tiny_directory, tmp_path,
     assert told["memory"] == {**dataclasses.asdict(given), "total": given.total}
     monkeypatch.undo()
     refused(jaxsp_command("plan", *options, "--query-tokens", 600), "window of 512")
-    refused(jaxsp_command("plan", *options, "--query-tokens", 81, "--batch-shape", 3, 80), "81")
+    refused(jaxsp_command("plan", *options, "--batch-size", 0), "--batch-size must be at least 1")
     refused(jaxsp_command("plan", tmp_path / "nothing"), "Unknown model")
 
 
@@ -300,9 +305,8 @@ def test_a_device_without_memory(
     row = {"id": "a", "context": job["context"].read_text(), "queries": ["One?", "Two?", "Three?"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     many = ("compress-many", tmp_path / "rows.jsonl", "--model", tiny_directory, *FAST)
-    monkeypatch.setattr("jaxsp.training.many.step_many", out_of_memory)
     refused(jaxsp_command(*many, "--out", tmp_path / "many"), "--at-once", *training)
-    monkeypatch.setattr("jaxsp.stages.hidden_states", out_of_memory)
+    monkeypatch.setattr("jaxsp.teacher.targets.compute", out_of_memory)
     result = jaxsp_command("evaluate", finished, "--queries", job["queries"])
     refused(result, "take --dtype bfloat16", *common)
     assert "--batch-size" not in result[2]
@@ -380,12 +384,29 @@ def test_resume_with_other_settings_shows_the_difference(compress, tmp_path, job
     refused(compress("--resume"), "context was")
 
 
-def test_resume_of_a_finished_run_changes_nothing(compress, tmp_path):
-    assert compress()[0] == 0
+def test_resume_of_a_finished_run_changes_nothing(compress, tmp_path, monkeypatch):
+    code, first, _ = compress()
+    assert code == 0
     before = (tmp_path / "out" / "prompt.safetensors").read_bytes()
-    code, _, err = compress("--resume")
+    monkeypatch.setattr("jaxsp.training.drivers.JitDriver.step", out_of_memory)  # none is done
+    code, again, err = compress("--resume")
     assert code == 0, err
+    figures = first.split("vectors for")[0]  # what follows has the seconds
+    assert again.startswith(figures)
     assert (tmp_path / "out" / "prompt.safetensors").read_bytes() == before
+
+
+def test_a_run_of_an_older_version_is_not_gone_on_with(compress, tmp_path, finished):
+    """0.1 wrote no version into a run's settings."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    settings = out / "run" / "settings.json"
+    old = {k: v for k, v in json.loads(settings.read_text()).items() if k != "version"}
+    settings.write_text(json.dumps(old))
+    before = (out / "report.json").read_bytes()
+    refused(compress("--resume"), "made by another version of jaxsp", "--overwrite")
+    assert (out / "report.json").read_bytes() == before
+    assert compress("--overwrite")[0] == 0
 
 
 def test_non_finite_loss_stops_at_the_last_good_state(compress, tmp_path):
@@ -395,7 +416,12 @@ def test_non_finite_loss_stops_at_the_last_good_state(compress, tmp_path):
     assert "Lower" in err
     assert "best prompt" in err
     assert (tmp_path / "out" / "prompt.safetensors").is_file()
-    assert not (tmp_path / "out" / "report.json").exists()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "is not finite" in report["error"]
+    assert "held_out" not in report
+    assert compress("--resume", "--learning-rate", 1e38, "--clip", 0, "--steps", 6)[0] == 2
+    assert compress("--overwrite")[0] == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["error"] is None
 
 
 def test_ask_inspect_evaluate(jaxsp_command, finished, job, tiny_directory, monkeypatch):

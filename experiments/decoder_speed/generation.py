@@ -18,7 +18,7 @@ import tyro
 
 import jaxsp
 from jaxsp.models import decoder
-from jaxsp.models.generation.engine import Sampling, generate
+from jaxsp.models.generation import Sampling, generate
 from jaxsp.stages import environment
 
 HERE = Path(__file__).parent

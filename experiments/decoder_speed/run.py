@@ -26,7 +26,7 @@ from experiments.decoder_speed.workload import SHAPES, Shape, flops
 from jaxsp.losses import fused_kl_divergence, masked_mean
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.generation.engine import Sampling, generate
+from jaxsp.models.generation import Sampling, generate
 from jaxsp.models.rope import make_rope
 from jaxsp.stages import environment
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsp.data.packing import Packing
-from jaxsp.losses import chunked_head as chunked
+from jaxsp.losses import chunked_head
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.rope import make_rope
@@ -103,7 +103,7 @@ def expected(
 
 def head_chunks(config: DecoderConfig, tokens: int, answers: float) -> tuple[int, int]:
     """Positions of a chunk of the head, as the device at hand has them, and how many chunks are computed."""
-    C = min(tokens, chunked.chunk_size(tokens, config.vocab_size, masked=True))
+    C = min(tokens, chunked_head.chunk_size(tokens, config.vocab_size, masked=True))
     return C, math.ceil(answers / C)
 
 

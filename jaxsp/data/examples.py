@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp.typing import EMPTY, Array, Bool, Float, Int
+from jaxsp.typing import EMPTY, Array, Bool, Int, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -23,10 +24,9 @@ class Rows:
       tokens: ``[B, T]`` token ids.
       offsets: ``[B, T]`` positions counted from the prefix's end; ``EMPTY`` for padding.
       answer_index: ``[B, A]`` the row index whose hidden state predicts each answer token.
-      targets: ``[B, A]`` the answer tokens ŷ.
       mask: ``[B, A]`` True where there is one.
-      teacher_hidden: ``[B, A, D]`` the teacher's last hidden states there; ``None`` before they are
-        computed.
+      targets: what the teacher said there, by the names in ``Objective.needs``, each ``[B, A, ...]``:
+        ``tokens`` (the answer ŷ, always there), and what ``teacher.targets`` adds, such as ``hidden``.
       segment_ids: ``[B, T]`` which of its row's sequences a token belongs to, counted from 0, ``EMPTY`` for
         padding; ``None`` if every row is one sequence.
     """
@@ -34,9 +34,8 @@ class Rows:
     tokens: Int[np.ndarray, "b t"]
     offsets: Int[np.ndarray, "b t"]
     answer_index: Int[np.ndarray, "b a"]
-    targets: Int[np.ndarray, "b a"]
     mask: Bool[np.ndarray, "b a"]
-    teacher_hidden: Float[np.ndarray, "b a d"] | None = None
+    targets: dict[str, PyTree]
     segment_ids: Int[np.ndarray, "b t"] | None = None
 
     def __len__(self) -> int:
@@ -53,6 +52,24 @@ class Rows:
         if self.segment_ids is None:
             return jnp.sum(jnp.max(self.offsets, axis=-1) != EMPTY, dtype=jnp.int32)
         return jnp.sum(jnp.max(self.segment_ids, axis=-1) + 1, dtype=jnp.int32)
+
+    def with_targets(self, **targets: PyTree) -> Rows:
+        """The same rows with more of what the teacher said."""
+        return dataclasses.replace(self, targets={**self.targets, **targets})
+
+    @property
+    def teacher_inputs(self) -> dict[str, Any]:
+        """The targets as the keyword arguments of ``fused_objective``."""
+        names: dict[str, tuple[str, ...]] = {
+            "tokens": ("targets",),
+            "hidden": ("teacher_hidden",),
+            "top_k": ("teacher_log_probs", "teacher_ids"),
+        }
+        found: dict[str, Array] = {}
+        for name, target in self.targets.items():
+            arrays = target if isinstance(target, tuple) else (target,)
+            found |= dict(zip(names[name], map(jnp.asarray, arrays), strict=True))
+        return found
 
     def take(self, index: Sequence[int] | np.ndarray) -> Rows:
         """The rows of these indices, in their order; one beyond the last gives an empty row."""
@@ -78,7 +95,7 @@ def make_rows(queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 
     Example:
       >>> rows = make_rows([[5, 6, 7]], [[8, 2]])
-      >>> rows.tokens.tolist(), rows.answer_index.tolist(), rows.targets.tolist()
+      >>> rows.tokens.tolist(), rows.answer_index.tolist(), rows.targets["tokens"].tolist()
       ([[5, 6, 7, 8]], [[2, 3]], [[8, 2]])
     """
     n = len(queries)
@@ -88,16 +105,16 @@ def make_rows(queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
     tokens = np.zeros((n, length), np.int32)
     offsets = np.full((n, length), EMPTY, np.int32)
     answer_index = np.zeros((n, longest_answer), np.int32)
-    targets = np.zeros((n, longest_answer), np.int32)
+    answer_ids = np.zeros((n, longest_answer), np.int32)
     mask = np.zeros((n, longest_answer), bool)
     for i, (query, answer) in enumerate(zip(queries, answers, strict=True)):
         read = [*query, *answer[:-1]]
         tokens[i, : len(read)] = read
         offsets[i, : len(read)] = np.arange(len(read))
         answer_index[i, : len(answer)] = len(query) - 1 + np.arange(len(answer))
-        targets[i, : len(answer)] = answer
+        answer_ids[i, : len(answer)] = answer
         mask[i, : len(answer)] = True
-    return Rows(tokens, offsets, answer_index, targets, mask)
+    return Rows(tokens, offsets, answer_index, mask, {"tokens": answer_ids})
 
 
 def batch_indices(

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 
 from jaxsp.data.examples import Rows, batch_indices
-from jaxsp.typing import EMPTY, Int
+from jaxsp.models.decoder import round_size
+from jaxsp.typing import EMPTY, Int, ceil_div
 
 ROW = 2, 4
 """A row has room for so many of the longest sequence: with less too little fits beside it; beyond,
@@ -23,9 +26,6 @@ attention between strangers costs more than the padding saved."""
 
 SLACK = 1.04
 """Room in a batch over that of ``batch_size`` sequences of mean length, as the last one seldom fits."""
-
-
-_JUDGED = 32  # jobs by which a shape is judged: enough, however many there are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,41 +41,72 @@ class Packing:
     length: int
 
     @classmethod
-    def of(
-        cls,
-        lengths: Int[np.ndarray, " n"] | Sequence[np.ndarray],
-        batch_size: int,
-        longest: int = 0,
-    ) -> Packing:
+    def of(cls, lengths: Int[np.ndarray, " n"], batch_size: int) -> Packing:
         """The shape that holds about ``batch_size`` of these sequences.
 
         Args:
-          lengths: of the sequences; or those of several jobs, each with batches of its own.
+          lengths: of the sequences.
           batch_size: how many of them, about.
-          longest: of others that must fit as well.
 
         Example:
           >>> Packing.of(np.array([30, 42, 60, 48]), 8)
           Packing(rows=2, length=188)
         """
-        jobs = [lengths] if isinstance(lengths, np.ndarray) else lengths
-        every = np.concatenate(jobs)
-        longest, tokens = max(longest, int(every.max())), SLACK * batch_size * every.mean()
+        longest, tokens = int(lengths.max()), math.ceil(SLACK * batch_size * lengths.mean())
         most, fewest = (max(1, round(tokens / (size * longest))) for size in ROW)
         shapes = [
-            cls(rows, max(longest, -4 * int(-tokens // (4 * rows))))
+            cls(rows, max(longest, 4 * ceil_div(tokens, 4 * rows)))
             for rows in np.unique(np.linspace(fewest, most, 8).round().astype(int)).tolist()
         ]
-        return min(shapes, key=lambda shape: sum(map(shape._padding, jobs[:_JUDGED])))
+        return min(shapes, key=lambda shape: shape._padding(lengths))
 
-    def over(self, devices: int, longest: int) -> Packing:
-        """The shape, divisible over so many devices, that holds whatever this one holds.
+    @classmethod
+    def for_all(cls, lengths: Int[np.ndarray, " n"], most_rows: int = 8) -> Packing:
+        """The shape to read all of these sequences once: one of few, so that others share its programs.
+
+        Example:
+          >>> Packing.for_all(np.array([30, 42, 60, 48]))
+          Packing(rows=2, length=128)
+        """
+        length = round_size(2 * int(lengths.max()))
+        rows = ceil_div(int(lengths.sum()), length)
+        return cls(min(most_rows, 1 << (rows - 1).bit_length()), length)
+
+    @classmethod
+    def shared(cls, own: Sequence[Packing], batches: Sequence[Int[np.ndarray, " n"]]) -> Packing:
+        """A shape as small as can be for several jobs, each with batches drawn by a shape of its own.
+
+        Args:
+          own: the jobs' own shapes.
+          batches: lengths of the sequences of some of their batches.
+        """
+        if len(set(own)) == 1:
+            return own[0]
+        longest = max(int(lengths.max()) for lengths in batches)
+        tokens = max(int(lengths.sum()) for lengths in batches)
+        found = []
+        for rows in range(min(p.rows for p in own), max(p.rows for p in own) + 1):
+            length = max(longest, 4 * ceil_div(tokens, 4 * rows))
+            while any(cls(rows, length).places(b.tolist()) is None for b in batches):
+                length += 4
+            found.append(cls(rows, length))
+        return min(found, key=lambda shape: (shape.rows * shape.length, shape.rows))
+
+    def grown(self, lengths: Int[np.ndarray, " n"]) -> Packing:
+        """This shape with rows long enough for a batch of these sequences, and some to spare."""
+        length = self.length
+        while Packing(self.rows, length).places(lengths.tolist()) is None:
+            length = round_size(length + 1)
+        return Packing(self.rows, length)
+
+    def over(self, parts: int, longest: int) -> Packing:
+        """The shape, divisible into so many parts, that holds whatever this one holds.
 
         What a batch consists of does not depend on the devices, so that any number of them trains alike.
         """
-        rows = -(-self.rows // devices) * devices
+        rows = ceil_div(self.rows, parts) * parts
         # A sequence goes to the emptiest row, which is no fuller than the mean.
-        enough = -4 * (-self.rows * self.length // (4 * rows)) + longest
+        enough = 4 * ceil_div(self.rows * self.length, 4 * rows) + longest
         return Packing(rows, min(self.length, enough))
 
     def _padding(self, lengths: np.ndarray) -> float:
@@ -126,7 +157,7 @@ class Packing:
         """The sequences of these indices as one batch; of none, an empty one.
 
         Args:
-          rows: one sequence each, with the teacher's hidden states or without.
+          rows: one sequence each, with any targets.
           index: from ``draw``.
 
         Returns:
@@ -134,22 +165,22 @@ class Packing:
         """
         shape = (self.rows, self.length)
         offsets, segment_ids = (np.full(shape, EMPTY, np.int32) for _ in range(2))
-        tokens, answer_index, targets = (np.zeros(shape, np.int32) for _ in range(3))
-        mask, hidden = np.zeros(shape, bool), None
-        if rows.teacher_hidden is not None:
-            width, dtype = rows.teacher_hidden.shape[-1], rows.teacher_hidden.dtype
-            hidden = np.zeros((*shape, width), dtype)
+        tokens, answer_index = (np.zeros(shape, np.int32) for _ in range(2))
+        mask = np.zeros(shape, bool)
+        given, tree = jax.tree.flatten(rows.targets)
+        targets = [np.zeros((*shape, *leaf.shape[2:]), leaf.dtype) for leaf in given]
         for i, row, here, answer in self._layout(rows, index):
             live = rows.mask[i]
             segment_ids[row, here] = segment_ids[row].max() + 1
             tokens[row, here] = rows.tokens[i, : here.stop - here.start]
             offsets[row, here] = rows.offsets[i, : here.stop - here.start]
             answer_index[row, answer] = here.start + rows.answer_index[i, live]
-            targets[row, answer] = rows.targets[i, live]
             mask[row, answer] = True
-            if hidden is not None and rows.teacher_hidden is not None:
-                hidden[row, answer] = rows.teacher_hidden[i, live]
-        return Rows(tokens, offsets, answer_index, targets, mask, hidden, segment_ids)
+            for packed, leaf in zip(targets, given, strict=True):
+                packed[row, answer] = leaf[i, live]
+        return Rows(
+            tokens, offsets, answer_index, mask, jax.tree.unflatten(tree, targets), segment_ids
+        )
 
     def in_order(self, rows: Rows) -> list[Int[np.ndarray, " n"]]:
         """All sequences once, in their order: the indices of as few batches as hold them."""

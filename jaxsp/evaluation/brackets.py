@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsp import distributions
+from jaxsp.evaluation.metrics import at_positions
 from jaxsp.models import decoder
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS
-from jaxsp.typing import KeyValues, PyTree
+from jaxsp.teacher.answers import answer_ids
+from jaxsp.teacher.problem import Problem
+from jaxsp.typing import EMPTY, KeyValues, PyTree
 
 CONDITIONS = {
     "full_context": "the whole context: what σ should be",
@@ -23,42 +26,96 @@ CONDITIONS = {
 }
 
 
-def read_context(
-    model: LanguageModel, ids: np.ndarray, before: KeyValues | None = None
-) -> KeyValues:
-    """The prefix of context ids ``[C]`` after ``before``."""
-    return decoder.read_long(model.params, model.config, ids[None], before)
+class Measured(NamedTuple):
+    """A condition on every query."""
+
+    positions: dict[str, np.ndarray]
+    """Each metric of a position, ``[N, A]``."""
+    answers: list[list[int]]
+    """Free-running answers, as token ids."""
 
 
-def read_prompt(model: LanguageModel, sigma: PyTree, before: KeyValues, kind: str) -> KeyValues:
-    """The prefix of a soft prompt after ``before``."""
-    read = functools.partial(jax.jit, static_argnums=(1, 4))(distributions.prompt_prefix)
-    return read(model.params, model.config, sigma, before, kind)
-
-
-def bracket_prefixes(
-    model: LanguageModel, before: KeyValues, context: np.ndarray, initial: PyTree, kind: str
+def prefixes(
+    model: LanguageModel, problem: Problem, sigmas: Mapping[str, PyTree], kind: str
 ) -> dict[str, KeyValues]:
-    """The prefixes of the conditions that need neither the whole context nor the trained prompt.
+    """The prefixes of all conditions but the full context, of one size, so that they share compiled programs.
 
     Args:
       model: the frozen model.
-      before: the prefix that stands before the context in all of them.
-      context: token ids ``[C]``.
-      initial: the prompt before training.
-      kind: of the prompt.
-
-    Returns:
-      By name; two of them are one object where they are the same.
+      problem: whose preamble and context they are of.
+      sigmas: prompts by name, such as ``prompt`` and ``initial``, of the same length.
+      kind: of the prompts.
     """
-    length = PROMPT_KINDS[kind].length(initial)
-    untrained = read_prompt(model, initial, before, kind)
-    truncated = context[:length]
-    # By default σ starts as the truncated context: then the two are one, and measured once.
-    same = np.array_equal(initial.get("embeddings"), model.embed(truncated).astype(jnp.float32))
+    preamble, length = problem.preamble, PROMPT_KINDS[kind].length(next(iter(sigmas.values())))
+    vectors = model.embed(problem.job.context_ids[:length]).astype(jnp.float32)
+
+    def read(sigma: PyTree, kind: str) -> KeyValues:
+        return distributions.read_prompt(model.params, model.config, sigma, preamble, kind)
+
     return {
-        "initial": untrained,
-        "truncated_context": untrained if same else read_context(model, truncated, before),
-        # Padded to the others' size, to share their compiled programs.
-        "no_context": before.append(decoder.empty_prefix(model.config, length)),
+        **{name: read(sigma, kind) for name, sigma in sigmas.items()},
+        "truncated_context": read({"embeddings": vectors}, "embedding"),
+        "no_context": preamble.append(decoder.empty_prefix(model.config, length)),
     }
+
+
+def measure(
+    model: LanguageModel, problem: Problem, found: Mapping[str, KeyValues], max_tokens: int
+) -> dict[str, Measured]:
+    """Measures conditions on every query; what is the same is measured once.
+
+    Their answers are generated together, and their positions read by one program.
+
+    Args:
+      model: the frozen model.
+      problem: the queries, and what the teacher said.
+      found: prefixes of one size, by name.
+      max_tokens: longest free-running answer.
+    """
+    distinct: list[KeyValues] = []
+    which = {}
+    for name, prefix in found.items():
+        same = (i for i, other in enumerate(distinct) if _equal(prefix, other))
+        which[name] = next(same, len(distinct))
+        if which[name] == len(distinct):
+            distinct.append(prefix)
+    queries, count = problem.job.query_ids, len(distinct)
+    stacked = KeyValues(
+        jnp.concatenate([prefix.keys for prefix in distinct], axis=1),
+        jnp.concatenate([prefix.values for prefix in distinct], axis=1),
+        jnp.concatenate([prefix.positions for prefix in distinct], axis=0),
+    )
+    answers = answer_ids(
+        model,
+        stacked,
+        queries * count,
+        max_tokens=max_tokens,
+        after=np.repeat(np.arange(count), len(queries)).tolist() if count > 1 else None,
+    )
+    measured = [
+        Measured(
+            at_positions(model, prefix, problem.rows, problem.packing),
+            answers[i * len(queries) : (i + 1) * len(queries)],
+        )
+        for i, prefix in enumerate(distinct)
+    ]
+    return {name: measured[i] for name, i in which.items()}
+
+
+def measure_full_context(model: LanguageModel, problem: Problem) -> Measured:
+    """The condition that σ is to equal: what the teacher said, without reading the context again."""
+    return Measured(at_positions(model, None, problem.rows, problem.packing), problem.answers)
+
+
+def _equal(a: KeyValues, b: KeyValues) -> bool:
+    return all(bool(jnp.array_equal(x, y)) for x, y in zip(_live(a), _live(b), strict=True))
+
+
+def _live(prefix: KeyValues) -> tuple[np.ndarray, ...]:
+    """What is attended to; empty slots may hold anything."""
+    there = np.asarray(prefix.positions[0] != EMPTY)
+    return (
+        np.asarray(prefix.positions)[:, there],
+        np.asarray(prefix.keys, np.float32)[:, :, there],
+        np.asarray(prefix.values, np.float32)[:, :, there],
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -12,38 +13,47 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsp import distributions
-from jaxsp.data.packing import Packing
 from jaxsp.data.examples import Rows
-from jaxsp.losses import Total, fused_objective, masked_sum
+from jaxsp.data.packing import Packing
+from jaxsp.losses import OBJECTIVES, Objective, Total, fused_objective, masked_sum
 from jaxsp.models import decoder, sharding
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.typing import Array, Float, KeyValues, Params, PyTree
 
-REPORTED = (
-    "kl",
-    "reverse_kl",
-    "js",
-    "topk_kl",
-    "nll",
-    "cosine_similarity",
-    "zero_one",
-    "rank_agreement",
-    "entropy",
-    "confidence_shift",
-)
-"""Of ``jaxsp.losses.OBJECTIVES``, those that every report has."""
+POSITION_METRICS: dict[str, Objective] = {
+    name: OBJECTIVES[name]
+    for name in (
+        "kl",
+        "reverse_kl",
+        "js",
+        "topk_kl",
+        "nll",
+        "cosine_similarity",
+        "zero_one",
+        "rank_agreement",
+        "entropy",
+        "confidence_shift",
+    )
+}
+"""Measured at every answer position, in every report: entries of ``jaxsp.losses.OBJECTIVES``."""
 
 _RESAMPLES = 4000
 
 
 @functools.partial(jax.jit, static_argnames=("config", "names"))
 def _at_positions(
-    params: Params, config: DecoderConfig, prefix: KeyValues, rows: Rows, names: tuple[str, ...]
+    params: Params,
+    config: DecoderConfig,
+    prefix: KeyValues | None,
+    rows: Rows,
+    names: tuple[str, ...],
 ) -> dict[str, Array]:
-    return _compare(
-        params, config, distributions.answer_hidden(params, config, prefix, rows), rows, names
-    )
+    if prefix is None:
+        states = jnp.asarray(rows.targets["hidden"])
+    else:
+        states = distributions.answer_hidden(params, config, prefix, rows)
+    return _compare(params, config, states, rows, names)
 
 
 def _compare(
@@ -55,27 +65,26 @@ def _compare(
         states,
         decoder.unembedding(params, config),
         jnp.asarray(rows.mask),
-        teacher_hidden=jnp.asarray(rows.teacher_hidden),
-        targets=jnp.asarray(rows.targets),
         metrics=others,
         softcap=config.logit_softcap,
+        **rows.teacher_inputs,
     )
     return {first: values, **measured}
 
 
 def at_positions(
     model: LanguageModel,
-    prefix: KeyValues,
+    prefix: KeyValues | None,
     rows: Rows,
     packing: Packing,
-    names: Sequence[str] = REPORTED,
+    names: Sequence[str] = tuple(POSITION_METRICS),
 ) -> dict[str, Float[np.ndarray, "n a"]]:
     """Each named objective between the teacher and the model after ``prefix``, at every position.
 
     Args:
       model: the frozen model.
-      prefix: of the condition measured.
-      rows: with the teacher's hidden states.
+      prefix: of the condition measured; ``None`` for the teacher's own last hidden states.
+      rows: with the teacher's targets.
       packing: of the batches they are read in.
       names: keys of ``jaxsp.losses.OBJECTIVES``.
 
@@ -91,7 +100,7 @@ def at_positions(
 
 
 def mean_kl_function(
-    model: LanguageModel, before: KeyValues, kind: str, mesh: Mesh | None = None
+    model: LanguageModel, preamble: KeyValues, kind: str, mesh: Mesh | None = None
 ) -> Callable[[PyTree, Sequence[Rows]], Float[np.ndarray, " m"]]:
     """What training watches: a function from M prompts and their packed batches to their mean KL.
 
@@ -101,7 +110,9 @@ def mean_kl_function(
 
     def mean_kl(sigmas: PyTree, batches: Sequence[Rows]) -> np.ndarray:
         parts = [
-            _total_kl(model.params, before, sigmas, rows, config=model.config, kind=kind, mesh=mesh)
+            _total_kl(
+                model.params, preamble, sigmas, rows, config=model.config, kind=kind, mesh=mesh
+            )
             for rows in batches
         ]
         total, count = np.sum([(np.asarray(p.total), np.asarray(p.count)) for p in parts], axis=0)
@@ -114,7 +125,7 @@ def mean_kl_function(
 @functools.partial(jax.jit, static_argnames=("config", "kind", "mesh"))
 def _total_kl(
     params: Params,
-    before: KeyValues,
+    preamble: KeyValues,
     sigmas: PyTree,
     rows: Rows,
     *,
@@ -122,19 +133,27 @@ def _total_kl(
     kind: str,
     mesh: Mesh | None,
 ) -> Total:
-    def total(params: Params, before: KeyValues, sigmas: PyTree, rows: Rows) -> Total:
+    def total(params: Params, preamble: KeyValues, sigmas: PyTree, rows: Rows) -> Total:
         read = functools.partial(distributions.prompt_hidden, params, config, kind=kind)
-        states = jax.vmap(lambda sigma, rows: read(sigma, before, rows))(sigmas, rows)
+        states = jax.vmap(lambda sigma, rows: read(sigma, preamble, rows))(sigmas, rows)
         values = _compare(params, config, states, rows, ("kl",))["kl"]
         return jax.vmap(masked_sum)(values, jnp.asarray(rows.mask))
 
-    spread = sharding.over_data(total, mesh, (False, False, True, True), out=True)
-    return spread(params, before, sigmas, rows)
+    spread = sharding.over_data(total, mesh, (None, None, 0, 0), out=0)
+    return spread(params, preamble, sigmas, rows)
 
 
-def answer_mismatch(reference: Sequence[int], answer: Sequence[int]) -> float:
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A free-running answer, as token ids and as text."""
+
+    ids: Sequence[int]
+    text: str
+
+
+def sequence_mismatch(reference: Answer, answer: Answer) -> float:
     """1 if the two answers differ in any token, else 0."""
-    return float(list(reference) != list(answer))
+    return float(list(reference.ids) != list(answer.ids))
 
 
 def rouge_l(reference: str, answer: str) -> float:
@@ -160,6 +179,13 @@ def rouge_l(reference: str, answer: str) -> float:
             lengths[j] = diagonal + 1 if word == other else max(above, lengths[j - 1])
             diagonal = above
     return 2 * lengths[-1] / (len(a) + len(b))
+
+
+ANSWER_METRICS: dict[str, Callable[[Answer, Answer], float]] = {
+    "sequence_mismatch": sequence_mismatch,
+    "rouge_l": lambda reference, answer: rouge_l(reference.text, answer.text),
+}
+"""Measured on every free-running answer, against the full context's."""
 
 
 def gap_closed(

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from jaxsp.data.packing import Packing
-from jaxsp.data.examples import Rows
-from jaxsp.evaluation.brackets import CONDITIONS
-from jaxsp.evaluation.metrics import answer_mismatch, at_positions, gap_closed, rouge_l
+from jaxsp.artifact import SoftPrompt
+from jaxsp.evaluation.brackets import CONDITIONS, Measured
+from jaxsp.evaluation.metrics import ANSWER_METRICS, Answer, gap_closed
+from jaxsp.files import atomic_write
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.teacher.answers import answer_ids
-from jaxsp.teacher.store import TeacherData
-from jaxsp.typing import KeyValues
+from jaxsp.teacher.problem import Problem
 
 NEGLIGIBLE = 0.05
 """A KL below this many nats a token is as good as none, whatever the brackets."""
@@ -45,120 +42,103 @@ _COLUMNS = (
 """Of what is measured, what the report for people shows; ``report.json`` has it all."""
 
 
-class Measured(NamedTuple):
-    """A condition on every query."""
-
-    positions: dict[str, np.ndarray]  # by objective, [N, A]
-    answers: list[list[int]]  # free-running, as token ids
-
-
-def measure(
-    model: LanguageModel,
-    prefix: KeyValues,
-    teacher: TeacherData,
-    query_ids: list[list[int]],
-    packing: Packing,
-    *,
-    max_tokens: int,
-    answers: list[list[int]] | None = None,
-) -> Measured:
-    """Measures a condition on every query.
-
-    Args:
-      model: the frozen model.
-      prefix: of the condition.
-      teacher: what is compared with.
-      query_ids: the queries, up to where the answer starts.
-      packing: of the batches.
-      max_tokens: longest free-running answer.
-      answers: the free-running answers, if they are known.
-    """
-    if answers is None:
-        answers = answer_ids(model, prefix, query_ids, max_tokens=max_tokens)
-    return Measured(at_positions(model, prefix, teacher.rows, packing), answers)
-
-
 def summarise(
-    model: LanguageModel,
-    measured: dict[str, Measured],
-    rows: Rows,
-    queries: list[str],
-    train_count: int,
-    seed: int,
+    model: LanguageModel, problem: Problem, measured: dict[str, Measured], seed: int
 ) -> dict[str, Any]:
     """What the report says of the measurements.
 
     Args:
       model: whose tokenizer reads the answers.
-      measured: by condition; ``full_context``, ``prompt`` and ``no_context`` at least.
-      rows: training rows first, then held-out rows.
-      queries: their texts.
-      train_count: how many of them are training rows; may be 0.
+      problem: the queries, and what the teacher said.
+      measured: by condition, all of ``CONDITIONS``.
       seed: of the bootstrap.
 
     Returns:
-      The report's ``gap_closed``, ``gap_closed_vs_truncated`` (if measured), ``held_out``, ``train``,
-      ``queries`` and ``verdict``; ``by_position`` for the plot.
+      The report's ``gap_closed``, ``gap_closed_vs_truncated``, ``held_out``, ``train`` (if any query is for
+      training), ``queries`` and ``verdict``; ``by_position`` for the plot.
     """
+    is_train, mask = problem.job.is_train, problem.rows.mask
+    counts = mask.sum(axis=1)
     positions = {name: m.positions for name, m in measured.items()}
-    answers = {name: m.answers for name, m in measured.items()}
-    texts = {name: [_text(model, ids) for ids in some] for name, some in answers.items()}
-    counts = rows.mask.sum(axis=1)
+    answers = {
+        name: [Answer(ids, _text(model, ids)) for ids in m.answers] for name, m in measured.items()
+    }
+    kl = {name: at["kl"].sum(axis=1) for name, at in positions.items()}
 
-    def conditions(split: slice) -> dict[str, dict[str, float]]:
+    def conditions(split: np.ndarray) -> dict[str, dict[str, float]]:
+        chosen = np.flatnonzero(split)
         return {
             name: {
                 **{m: float(v[split].sum() / counts[split].sum()) for m, v in at.items()},
-                "sequence_mismatch": _mean(
-                    answer_mismatch, answers["full_context"][split], answers[name][split]
-                ),
-                "rouge_l": _mean(rouge_l, texts["full_context"][split], texts[name][split]),
+                **{
+                    m: float(
+                        np.mean([f(answers["full_context"][i], answers[name][i]) for i in chosen])
+                    )
+                    for m, f in ANSWER_METRICS.items()
+                },
             }
             for name, at in positions.items()
         }
 
-    train, held_out = slice(0, train_count), slice(train_count, len(rows))
-    kl = {name: at["kl"].sum(axis=1) for name, at in positions.items()}
-
     def gap(bracket: str) -> dict[str, float]:
-        ours, theirs = ((kl[name][held_out], counts[held_out]) for name in ("prompt", bracket))
+        ours, theirs = ((kl[name][~is_train], counts[~is_train]) for name in ("prompt", bracket))
         return gap_closed(ours, theirs, seed)
 
-    report: dict[str, Any] = {"gap_closed": gap("no_context")}
-    if "truncated_context" in measured:
-        report["gap_closed_vs_truncated"] = gap("truncated_context")
-    report["held_out"] = {"queries": len(rows) - train_count, "conditions": conditions(held_out)}
-    if train_count:
-        report["train"] = {"queries": train_count, "conditions": conditions(train)}
+    def part(split: np.ndarray) -> dict[str, Any]:
+        return {"queries": int(split.sum()), "conditions": conditions(split)}
+
+    report: dict[str, Any] = {
+        "gap_closed": gap("no_context"),
+        "gap_closed_vs_truncated": gap("truncated_context"),
+        "held_out": part(~is_train),
+    }
+    if is_train.any():
+        report["train"] = part(is_train)
     report["queries"] = [
         {
-            "query": query,
-            "split": "train" if i < train_count else "held_out",
+            "query": query.text,
+            "split": "train" if is_train[i] else "held_out",
             "kl": float(kl["prompt"][i] / counts[i]),
             "kl_no_context": float(kl["no_context"][i] / counts[i]),
             "peak_kl": float(positions["prompt"]["kl"][i].max()),
             **{
-                f"answer_{name}": texts[name][i]
+                f"answer_{name}": answers[name][i].text
                 for name in ("full_context", "prompt", "no_context")
             },
         }
-        for i, query in enumerate(queries)
+        for i, query in enumerate(problem.job.queries)
     ]
     for query in report["queries"]:
         query["captured"] = _captured(query)
     report["verdict"] = _verdict(report)
-    seen = np.maximum(rows.mask[held_out].sum(axis=0), 1)
-    last = int(rows.mask[held_out].any(axis=0).sum())
+    seen = np.maximum(mask[~is_train].sum(axis=0), 1)
+    last = int(mask[~is_train].any(axis=0).sum())
     report["by_position"] = {
-        name: (at["kl"][held_out].sum(axis=0) / seen)[:last].tolist()
+        name: (at["kl"][~is_train].sum(axis=0) / seen)[:last].tolist()
         for name, at in positions.items()
         if name != "initial"
     }
     return report
 
 
+def header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
+    """The report's first fields: what stands for what."""
+    manifest, training = prompt.manifest, prompt.manifest["training"]
+    return {
+        "model": model.name,
+        "dtype": model.config.dtype,
+        "weights": model.config.weights,
+        "context_tokens": manifest["context_tokens"],
+        "prompt_length": prompt.length,
+        "compression": manifest["context_tokens"] / prompt.length,
+        "objective": training["objective"],
+        "steps": training["steps"],
+        "kept": training.get("keep", "best"),
+    }
+
+
 def write(report: dict[str, Any], lines: list[dict[str, Any]], directory: Path) -> None:
-    """Writes ``report.json``, ``report.md`` and ``plots/*.png`` into ``directory``."""
+    """Writes plots, ``report.md`` and, last, ``report.json`` into ``directory``."""
     from jaxsp.evaluation import plots
 
     (directory / "plots").mkdir(parents=True, exist_ok=True)
@@ -166,11 +146,13 @@ def write(report: dict[str, Any], lines: list[dict[str, Any]], directory: Path) 
     plots.training_curve(lines, held_out, report["objective"], directory / "plots" / "training.png")
     plots.by_position(report["by_position"], directory / "plots" / "by_position.png")
     plots.by_query(report["queries"], directory / "plots" / "by_query.png")
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    for name, content in (("report.json", text), ("report.md", markdown(report))):
-        scratch = directory / f"{name}.part"
-        scratch.write_text(content, "utf-8")
-        scratch.replace(directory / name)
+    atomic_write(directory / "report.md", markdown(report))
+    atomic_write(directory / "report.json", as_json(report))
+
+
+def as_json(value: Any) -> str:
+    """JSON for files that people look at, too."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -237,7 +219,7 @@ def _verdict(report: dict[str, Any]) -> dict[str, Any]:
     missed = [q for q in held_out if not q["captured"]]
     gap = report["gap_closed"]
     conditions = report["held_out"]["conditions"]
-    truncated = conditions.get("truncated_context")
+    truncated = conditions["truncated_context"]
     text = f"σ closes {_interval(gap)} of the gap between no context and the full context. "
     if not missed and gap["value"] >= GOOD:
         text += f"It captured what the context contributes to all {len(held_out)} held-out queries."
@@ -247,7 +229,7 @@ def _verdict(report: dict[str, Any]) -> dict[str, Any]:
             f" {len(held_out)} held-out queries, and has not captured it for {len(missed)}."
         )
     suggestions = []
-    if truncated and conditions["prompt"]["kl"] >= truncated["kl"]:
+    if conditions["prompt"]["kl"] >= truncated["kl"]:
         text += " It is no better than the context cut to its length: don't use it."
     if missed or gap["value"] < GOOD:
         trained = np.mean([q["kl"] for q in train]) if train else 0.0
@@ -272,10 +254,6 @@ def _interval(gap: dict[str, float]) -> str:
 
 def _text(model: LanguageModel, ids: list[int]) -> str:
     return model.tokenizer.decode(ids, skip_special_tokens=True).strip()  # type: ignore[union-attr]
-
-
-def _mean(compare: Callable[[Any, Any], float], references: list, answers: list) -> float:
-    return float(np.mean([compare(r, a) for r, a in zip(references, answers, strict=True)]))
 
 
 def _one_line(text: str) -> str:

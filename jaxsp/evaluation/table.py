@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxsp.files import atomic_write
+
 
 def row(report: dict[str, Any]) -> dict[str, Any]:
     """A report without its texts, flat: ``gap_closed``, ``prompt_kl``, ``no_context_kl``, ..."""
@@ -27,6 +29,6 @@ def write(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
     names = dict.fromkeys(name for row in rows for name in row)
     table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
-    scratch = file.with_suffix(".part")
-    pyarrow.parquet.write_table(table, scratch)
-    scratch.replace(file)
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink)
+    atomic_write(file, sink.getvalue().to_pybytes())

@@ -54,7 +54,7 @@ from jaxsp.losses.likelihood import (
     sequence_log_likelihood,
 )
 from jaxsp.losses.mismatch import rank_agreement, sequence_mismatch, top_k_mismatch, zero_one
-from jaxsp.losses.objectives import OBJECTIVES, Objective, mixture, trainable
+from jaxsp.losses.objectives import OBJECTIVES, Objective, as_objective, mixture, parse
 from jaxsp.losses.reduce import Total, masked_mean, masked_sum, merge
 from jaxsp.losses.similarity import cosine_similarity, distribution_cosine_similarity, hidden_mse
 from jaxsp.losses.topk import TopK, top_k, topk_kl_divergence, truncated_kl_divergence
@@ -65,6 +65,7 @@ __all__ = [
     "Objective",
     "TopK",
     "Total",
+    "as_objective",
     "candidate_scores",
     "confidence_shift",
     "cosine_similarity",
@@ -81,6 +82,7 @@ __all__ = [
     "merge",
     "mixture",
     "negative_log_likelihood",
+    "parse",
     "predict",
     "rank_agreement",
     "reverse_kl_divergence",
@@ -90,7 +92,6 @@ __all__ = [
     "top_k_mismatch",
     "topk_kl_divergence",
     "total_variation",
-    "trainable",
     "truncated_kl_divergence",
     "zero_one",
 ]

@@ -5,12 +5,38 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 if TYPE_CHECKING:
-    from jaxsp.typing import Array
+    from jaxsp.typing import Array, Bool, Float, Int
+
+    Logits = Float[Array, "*b t v"]
+    Hidden = Float[Array, "*b t d"]
+    Tokens = Int[Array, "*b t"]
+    Mask = Bool[Array, "*b t"] | None
+    Losses = Float[Array, "*b t"]
+
+
+def prepare(
+    mask: Mask, temperature: float = 1.0, last: str = "v", /, **named: Array
+) -> tuple[Array, ...]:
+    """The mask and each array, checked; the arrays in float32, divided by the temperature.
+
+    The teacher's get no gradient. Under the mask all are 0 before anything is computed: a NaN there
+    must not reach the gradient through a multiplication by zero.
+    """
+    check_floating(last, **named)
+    check_positive(temperature=temperature)
+    mask = check_mask(mask, next(iter(named.values())).shape[:-1])
+    sides = [mask]
+    for name, array in named.items():
+        array = jax.lax.stop_gradient(array) if name.startswith("teacher") else array
+        scaled = (array.astype(jnp.float32) / temperature).astype(jnp.float32)
+        sides.append(jnp.where(mask[..., None], scaled, 0.0))
+    return tuple(sides)
 
 
 def check_floating(last: str = "v", /, **named: Array) -> None:
@@ -25,6 +51,13 @@ def check_floating(last: str = "v", /, **named: Array) -> None:
     if len({array.shape for array in named.values()}) > 1:
         told = " and ".join(f"{name} {list(array.shape)}" for name, array in named.items())
         raise ValueError(f"The {kind} must have one shape; got {told}.")
+
+
+def check_batch(batch: tuple[int, ...], last: str, /, **named: Array) -> None:
+    """Each array is ``[*batch, last]``."""
+    for name, array in named.items():
+        if array.shape[:-1] != batch:
+            raise ValueError(f"{name} must have shape {[*batch, last]}, not {list(array.shape)}.")
 
 
 def check_mask(mask: Array | None, shape: tuple[int, ...]) -> Array:
@@ -65,10 +98,12 @@ def check_positive(**named: Any) -> None:
             raise ValueError(f"{name} must be positive, not {value}.")
 
 
-def check_fraction(**named: Any) -> None:
-    for name, value in named.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must lie between 0 and 1, not {value}.")
+def fraction(**named: Any) -> float:
+    """The one number given, between 0 and 1."""
+    value = number(**named)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{next(iter(named))} must lie between 0 and 1, not {value}.")
+    return value
 
 
 def check_not_negative(**named: Array) -> None:
@@ -80,7 +115,7 @@ def check_not_negative(**named: Array) -> None:
 def check_count(**named: int) -> None:
     for name, value in named.items():
         if not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}.")
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value}.")
 
 
 def number(**named: Any) -> float:

@@ -150,7 +150,7 @@ def _one_chunk(
     def logits_of(hidden: Array, head: Array) -> Array:
         # A NaN under the mask must not reach the gradient. And on jax 0.10's CPU backend the product,
         # fused with the softmax's reduction for want of something between them, takes 1.5 times as long.
-        raw = jnp.where(live[:, None], _project(hidden, head), 0)
+        raw = jnp.where(live[:, None], _product("nd,vd->nv", hidden, head, hidden.dtype), 0)
         return raw if rule else vocabulary.gather(raw, axis)
 
     def cap(raw: Array) -> Array:
@@ -177,20 +177,13 @@ def _one_chunk(
     if "student_logits" in plan.objective.inputs:
         (to_raw,) = uncap(to_logits)
         to_raw = to_raw if rule else vocabulary.own_part(to_raw, head.shape[0], axis)
-        to_hidden += vocabulary.total(_project_back(to_raw, head, student), axis)
+        to_hidden += vocabulary.total(_product("nv,vd->nd", to_raw, head, student.dtype), axis)
     return (values, measured), to_hidden.astype(student.dtype)
 
 
-def _project(hidden: Array, head: Array) -> Array:
-    return _product("nd,vd->nv", hidden, head, hidden)
-
-
-def _project_back(gradient: Array, head: Array, hidden: Array) -> Array:
-    return _product("nv,vd->nd", gradient, head, hidden)
-
-
-def _product(spec: str, left: Array, head: Array, hidden: Array) -> Array:
-    dtype = jnp.promote_types(hidden.dtype, head.dtype)
+def _product(spec: str, left: Array, head: Array, dtype: Any) -> Array:
+    """With the head, of logits' gradients or of hidden states, whose ``dtype`` it is."""
+    dtype = jnp.promote_types(dtype, head.dtype)
     if dtype != jnp.bfloat16:  # a gradient of probabilities underflows in float16
         dtype = jnp.float32
     # Float32 at full precision, which accelerators don't give unasked; sums always in float32.

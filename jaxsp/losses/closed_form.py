@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import jax.numpy as jnp
 
 from jaxsp.losses import vocabulary
-from jaxsp.losses.checks import check_fraction, check_positive
+from jaxsp.losses.checks import check_positive, fraction
 from jaxsp.losses.divergence import kl_divergence, kl_terms
 from jaxsp.losses.likelihood import negative_log_likelihood
 
@@ -29,10 +29,7 @@ def _log_softmax(logits: Array, axis_name: str | None) -> Array:
 
 
 def _kl(
-    given: dict[str, Array],
-    live: Array,
-    axis_name: str | None,
-    temperature: float = 1.0,
+    given: dict[str, Array], live: Array, axis_name: str | None, temperature: float = 1.0
 ) -> tuple[Array, Array]:
     check_positive(temperature=temperature)
     log_p, log_q = (
@@ -45,12 +42,9 @@ def _kl(
 
 
 def _nll(
-    given: dict[str, Array],
-    live: Array,
-    axis_name: str | None,
-    label_smoothing: float = 0.0,
+    given: dict[str, Array], live: Array, axis_name: str | None, label_smoothing: float = 0.0
 ) -> tuple[Array, Array]:
-    check_fraction(label_smoothing=label_smoothing)
+    label_smoothing = fraction(label_smoothing=label_smoothing)
     logits = given["student_logits"]
     width = logits.shape[-1]
     first = vocabulary.first_token(width, axis_name)

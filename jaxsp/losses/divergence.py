@@ -15,20 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp.losses.checks import (
-    check_floating,
-    check_fraction,
-    check_mask,
-    check_positive,
-    number,
-)
+from jaxsp.losses.checks import fraction, prepare
 
 if TYPE_CHECKING:
-    from jaxsp.typing import Array, Bool, Float
-
-    Logits = Float[Array, "*b t v"]
-    Mask = Bool[Array, "*b t"] | None
-    Losses = Float[Array, "*b t"]
+    from jaxsp.losses.checks import Logits, Losses, Mask
+    from jaxsp.typing import Array
 
 
 def kl_divergence(
@@ -139,8 +130,7 @@ def js_divergence(
     Reference:
       Lin 1991; generalised for distillation: Agarwal et al. 2023 (arXiv:2306.13649).
     """
-    beta = float(np.float32(number(beta=beta)))
-    check_fraction(beta=beta)
+    beta = float(np.float32(fraction(beta=beta)))
     if beta in (0.0, 1.0):
         limit = reverse_kl_divergence if beta else kl_divergence
         return limit(teacher_logits, student_logits, mask, temperature=temperature)
@@ -188,17 +178,9 @@ def total_variation(
 def _log_probs(
     teacher_logits: Logits, student_logits: Logits, mask: Mask, temperature: float
 ) -> tuple[Array, Array, Array]:
-    check_floating(teacher_logits=teacher_logits, student_logits=student_logits)
-    check_positive(temperature=temperature)
-    mask = check_mask(mask, student_logits.shape[:-1])
-    sides = []
-    for logits in (jax.lax.stop_gradient(teacher_logits), student_logits):
-        # Masked logits are replaced before anything is computed: a NaN there must not reach the
-        # gradient through a multiplication by zero.
-        scaled = (logits.astype(jnp.float32) / temperature).astype(jnp.float32)
-        logits = jnp.where(mask[..., None], scaled, 0.0)
-        sides.append(jax.nn.log_softmax(logits, axis=-1))
-    return sides[0], sides[1], mask
+    sides = {"teacher_logits": teacher_logits, "student_logits": student_logits}
+    mask, teacher, student = prepare(mask, temperature, **sides)
+    return jax.nn.log_softmax(teacher), jax.nn.log_softmax(student), mask
 
 
 def kl_terms(log_p: Array, log_q: Array) -> Array:

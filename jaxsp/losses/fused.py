@@ -1,8 +1,8 @@
 """Any objective straight from hidden states: logits exist for one chunk of positions at a time.
 
 With a frozen head the gradient with respect to the hidden states is formed in the forward pass, chunk by
-chunk (``chunked.py``): nothing of shape ``[b, t, v]`` ever exists, and nothing is computed twice. The idea
-is Liger Kernel's (Hsu et al. 2024, arXiv:2410.10989). A ``custom_vjp`` has no forward mode: use
+chunk (``chunked_head.py``): nothing of shape ``[b, t, v]`` ever exists, and nothing is computed twice. The
+idea is Liger Kernel's (Hsu et al. 2024, arXiv:2410.10989). A ``custom_vjp`` has no forward mode: use
 ``jax.grad`` or ``jax.vjp``.
 """
 
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from jaxsp.losses import vocabulary
-from jaxsp.losses import chunked_head as chunked
+from jaxsp.losses import chunked_head, vocabulary
 from jaxsp.losses.checks import (
+    check_batch,
     check_count,
     check_floating,
     check_ids,
@@ -26,24 +26,25 @@ from jaxsp.losses.checks import (
     number,
 )
 from jaxsp.losses.closed_form import RULES
-from jaxsp.losses.objectives import OBJECTIVES, Objective, named
+from jaxsp.losses.objectives import OBJECTIVES, TEACHER_TOP_K, Objective, parse
 
 if TYPE_CHECKING:
-    from jaxsp.typing import Array, Bool, Float, Int
+    from jaxsp.losses.checks import Hidden, Losses, Mask, Tokens
+    from jaxsp.typing import Array, Float, Int
 
 
 def fused_kl_divergence(
-    teacher_hidden: Float[Array, "*b t d"],
-    student_hidden: Float[Array, "*b t d"],
+    teacher_hidden: Hidden,
+    student_hidden: Hidden,
     unembedding: Float[Array, "v d"],
-    mask: Bool[Array, "*b t"] | None = None,
+    mask: Mask = None,
     *,
     temperature: float = 1.0,
     teacher_unembedding: Float[Array, "v e"] | None = None,
     softcap: float | None = None,
     chunk_size: int | None = None,
     axis_name: str | None = None,
-) -> Float[Array, "*b t"]:
+) -> Losses:
     r"""``kl_divergence`` of the heads' distributions, without their logits in memory.
 
     .. math:: KL(\text{softmax}(W h^c / \tau) \,\|\, \text{softmax}(W h^\sigma / \tau)),\qquad
@@ -77,10 +78,8 @@ def fused_kl_divergence(
     Reference:
       Hinton et al. 2015 (arXiv:1503.02531); the fusion: Hsu et al. 2024 (arXiv:2410.10989).
     """
-    options = (("temperature", number(temperature=temperature)),)
-    kl = dataclasses.replace(OBJECTIVES["kl"], options=options)
     return fused_objective(
-        kl,
+        dataclasses.replace(OBJECTIVES["kl"], options={"temperature": temperature}),
         student_hidden,
         unembedding,
         mask,
@@ -93,16 +92,16 @@ def fused_kl_divergence(
 
 
 def fused_negative_log_likelihood(
-    student_hidden: Float[Array, "*b t d"],
-    targets: Int[Array, "*b t"],
+    student_hidden: Hidden,
+    targets: Tokens,
     unembedding: Float[Array, "v d"],
-    mask: Bool[Array, "*b t"] | None = None,
+    mask: Mask = None,
     *,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     chunk_size: int | None = None,
     axis_name: str | None = None,
-) -> Float[Array, "*b t"]:
+) -> Losses:
     r"""``negative_log_likelihood`` under the head's distribution, without its logits in memory.
 
     .. math:: -\log \text{softmax}(W h)_{\hat y},\qquad
@@ -136,10 +135,8 @@ def fused_negative_log_likelihood(
     Reference:
       Hsu et al. 2024, Liger Kernel (arXiv:2410.10989).
     """
-    options = (("label_smoothing", number(label_smoothing=label_smoothing)),)
-    nll = dataclasses.replace(OBJECTIVES["nll"], options=options)
     return fused_objective(
-        nll,
+        dataclasses.replace(OBJECTIVES["nll"], options={"label_smoothing": label_smoothing}),
         student_hidden,
         unembedding,
         mask,
@@ -152,24 +149,24 @@ def fused_negative_log_likelihood(
 
 def fused_objective(
     objective: str | Objective,
-    student_hidden: Float[Array, "*b t d"],
+    student_hidden: Hidden,
     unembedding: Float[Array, "v d"],
-    mask: Bool[Array, "*b t"] | None = None,
+    mask: Mask = None,
     *,
     teacher_hidden: Float[Array, "*b t e"] | None = None,
     teacher_unembedding: Float[Array, "v e"] | None = None,
-    targets: Int[Array, "*b t"] | None = None,
+    targets: Tokens | None = None,
     teacher_log_probs: Float[Array, "*b t k"] | None = None,
     teacher_ids: Int[Array, "*b t k"] | None = None,
     metrics: Sequence[str] = (),
     softcap: float | None = None,
     chunk_size: int | None = None,
     axis_name: str | None = None,
-) -> tuple[Float[Array, "*b t"], dict[str, Float[Array, "*b t"]]]:
+) -> tuple[Losses, dict[str, Losses]]:
     """Any objective of the table, or a mixture, and any metrics beside it, in one pass over chunks.
 
     Args:
-      objective: a key of ``OBJECTIVES``, or an ``Objective``. Its gradient flows to ``student_hidden``.
+      objective: a text that ``parse`` reads, or an ``Objective``. Its gradient flows to ``student_hidden``.
       student_hidden: last hidden states ``[*b, t, d]``.
       unembedding: the frozen head ``[v, d]``; no gradient flows to it.
       mask: ``[*b, t]``, True where a position counts; all if ``None``. Chunks of others are not computed.
@@ -178,7 +175,7 @@ def fused_objective(
       targets: ``[*b, t]`` gold tokens.
       teacher_log_probs: ``[*b, t, k]``, see ``topk_kl_divergence``; by default from ``teacher_hidden``.
       teacher_ids: ``[*b, t, k]``.
-      metrics: names of further objectives to evaluate on the same logits, without a gradient.
+      metrics: further objectives, as text, to evaluate on the same logits, without a gradient.
       softcap: logits are c·tanh(x / c), on both sides (Gemma 2).
       chunk_size: positions at a time; by default as many as fit a budget (256 MiB on a CPU, else 1 GiB).
       axis_name: of the mapped axis over which the rows of the heads are sharded, in order and evenly. The KL
@@ -202,88 +199,74 @@ def fused_objective(
     Reference:
       Hsu et al. 2024, Liger Kernel (arXiv:2410.10989), here for any objective.
     """
-    if isinstance(objective, str):
-        objective = named(objective)
-    measures = tuple((name, named(name)) for name in metrics)
-    batch = student_hidden.shape[:-1]
+    objective = parse(objective) if isinstance(objective, str) else objective
+    measures = tuple((name, parse(name)) for name in metrics)
     teacher_head = unembedding if teacher_unembedding is None else teacher_unembedding
-    tokens = _checked_head("student_hidden", student_hidden, "unembedding", unembedding)
-    if teacher_hidden is not None:
-        name = "unembedding" if teacher_unembedding is None else "teacher_unembedding"
-        if _checked_head("teacher_hidden", teacher_hidden, name, teacher_head) != tokens:
-            raise ValueError(
-                f"unembedding has {tokens} rows and teacher_unembedding {teacher_head.shape[0]};"
-                " teacher and student must share the vocabulary."
-            )
-        if teacher_hidden.shape[:-1] != batch:
-            raise ValueError(
-                f"teacher_hidden must have shape {[*batch, 'd']}, not {list(teacher_hidden.shape)}."
-            )
+    tokens = _check_heads(student_hidden, unembedding, teacher_hidden, teacher_unembedding)
     if softcap is not None:
         softcap = number(softcap=softcap)
         check_positive(softcap=softcap)
     if chunk_size is not None:
         check_count(chunk_size=chunk_size)
-    live = check_mask(mask, batch)
-    everyone = tokens * vocabulary.shards(axis_name)
-    if targets is not None:
-        check_ids(targets, batch, everyone, live)
-    if teacher_ids is not None and teacher_log_probs is not None:
-        for name, entries in (
-            ("teacher_log_probs", teacher_log_probs),
-            ("teacher_ids", teacher_ids),
-        ):
-            if entries.shape[:-1] != batch:
-                raise ValueError(
-                    f"{name} must have shape {[*batch, 'k']}, not {list(entries.shape)}."
-                )
-        there = live[..., None] & (teacher_log_probs != -jnp.inf)
-        check_ids(teacher_ids, teacher_log_probs.shape, everyone, there, name="teacher_ids")
-    # Metrics of a sharded head want whole logits: then the objective may as well take them, too.
-    gathered = axis_name is not None and bool(measures)
-    rule = None if gathered else RULES.get((objective.function, objective.inputs))
-    width = tokens if rule or axis_name is None else everyone
-    plan = chunked.Plan(
-        objective,
-        rule,
-        measures,
-        chunk_size or chunked.chunk_size(math.prod(batch), width, masked=mask is not None),
-        all_live=mask is None,
-        softcap=softcap,
-        axis_name=axis_name,
-    )
-    per_position = {
+    batch, everyone = student_hidden.shape[:-1], tokens * vocabulary.shards(axis_name)
+    optional = {
+        "live": check_mask(mask, batch),
         "teacher_hidden": teacher_hidden,
         "targets": targets,
         "teacher_log_probs": teacher_log_probs,
         "teacher_ids": teacher_ids,
-        "live": live,
     }
-    for entry in (objective, *(entry for _, entry in measures)):
-        _check_inputs(entry, per_position)
-    per_position = {
-        name: array.reshape(-1, *array.shape[len(batch) :])
-        for name, array in per_position.items()
-        if array is not None
-    }
+    given = {name: array for name, array in optional.items() if array is not None}
+    _check_given(given, everyone, (objective, *(entry for _, entry in measures)))
+    # Metrics of a sharded head want whole logits: then the objective may as well take them, too.
+    gathered = axis_name is not None and bool(measures)
+    rule = None if gathered else RULES.get((objective.function, objective.inputs))
+    width = tokens if rule or axis_name is None else everyone
+    if chunk_size is None:
+        chunk_size = chunked_head.chunk_size(math.prod(batch), width, masked=mask is not None)
+    static = {"all_live": mask is None, "softcap": softcap, "axis_name": axis_name}
+    plan = chunked_head.Plan(objective, rule, measures, chunk_size, **static)
+    given = {name: array.reshape(-1, *array.shape[len(batch) :]) for name, array in given.items()}
     flat = student_hidden.reshape(-1, student_hidden.shape[-1])
-    flat = vocabulary.like_varying(flat, *per_position.values())
-    results: Any = chunked.evaluate(plan, flat, per_position, (teacher_head, unembedding))
+    flat = vocabulary.like_varying(flat, *given.values())
+    results: Any = chunked_head.evaluate(plan, flat, given, (teacher_head, unembedding))
     values, measured = results
     return values.reshape(batch), {name: measured[name].reshape(batch) for name in metrics}
 
 
-def _check_inputs(entry: Objective, given: dict[str, Array | None]) -> None:
-    sources = {"teacher_logits": "teacher_hidden"}
-    if given["teacher_ids"] is None and given["teacher_log_probs"] is None:
-        sources |= {"teacher_ids": "teacher_hidden", "teacher_log_probs": "teacher_hidden"}
-    for name in entry.inputs:
-        source = sources.get(name, name)
-        if not name.startswith("student") and given.get(source) is None:
-            raise ValueError(f"This objective needs {source}; it was not given.")
+def _check_given(given: dict[str, Array], everyone: int, entries: Sequence[Objective]) -> None:
+    live, top = given["live"], [name for name in TEACHER_TOP_K if name in given]
+    for name, last in (("teacher_hidden", "d"), *((name, "k") for name in top)):
+        if name in given:
+            check_batch(live.shape, last, **{name: given[name]})
+    if "targets" in given:
+        check_ids(given["targets"], live.shape, everyone, live)
+    if len(top) == 2:
+        log_probs = given["teacher_log_probs"]
+        there = live[..., None] & (log_probs != -jnp.inf)
+        check_ids(given["teacher_ids"], log_probs.shape, everyone, there, name="teacher_ids")
+    made = ("teacher_logits",) if top else ("teacher_logits", *TEACHER_TOP_K)  # from teacher_hidden
+    for entry in entries:
+        for name in entry.inputs:
+            source = "teacher_hidden" if name in made else name
+            if not name.startswith("student") and source not in given:
+                raise ValueError(f"This objective needs {source}; it was not given.")
 
 
-def _checked_head(name: str, hidden: Array, head_name: str, head: Array) -> int:
+def _check_heads(student: Array, head: Array, teacher: Array | None, other: Array | None) -> int:
+    tokens = _check_head("student_hidden", student, "unembedding", head)
+    if teacher is None:
+        return tokens
+    name, other = ("unembedding", head) if other is None else ("teacher_unembedding", other)
+    if _check_head("teacher_hidden", teacher, name, other) != tokens:
+        raise ValueError(
+            f"unembedding has {tokens} rows and teacher_unembedding {other.shape[0]};"
+            " teacher and student must share the vocabulary."
+        )
+    return tokens
+
+
+def _check_head(name: str, hidden: Array, head_name: str, head: Array) -> int:
     check_floating("d", **{name: hidden})
     if head.ndim != 2 or 0 in head.shape or not jnp.issubdtype(head.dtype, jnp.floating):
         raise ValueError(

@@ -7,19 +7,16 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_floating, check_fraction, check_ids, check_mask, number
+from jaxsp.losses.checks import check_ids, fraction, prepare
 
 if TYPE_CHECKING:
+    from jaxsp.losses.checks import Logits, Losses, Mask, Tokens
     from jaxsp.typing import Array, Bool, Float, Int
 
 
 def negative_log_likelihood(
-    student_logits: Float[Array, "*b t v"],
-    targets: Int[Array, "*b t"],
-    mask: Bool[Array, "*b t"] | None = None,
-    *,
-    label_smoothing: float = 0.0,
-) -> Float[Array, "*b t"]:
+    student_logits: Logits, targets: Tokens, mask: Mask = None, *, label_smoothing: float = 0.0
+) -> Losses:
     r"""How surprised the student is by each token of the gold answer.
 
     .. math:: -(1 - \epsilon) \log q_{\hat y_t} - \frac{\epsilon}{V} \sum_v \log q_v,
@@ -50,13 +47,10 @@ def negative_log_likelihood(
       Xiao & Zhu 2025, Foundations of Large Language Models, ch. 3 (soft prompts as compressed
       context, arXiv:2501.09223); smoothing: Szegedy et al. 2015 (arXiv:1512.00567).
     """
-    check_floating(student_logits=student_logits)
-    label_smoothing = number(label_smoothing=label_smoothing)
-    check_fraction(label_smoothing=label_smoothing)
-    *batch, vocabulary = student_logits.shape
-    mask = check_mask(mask, tuple(batch))
-    check_ids(targets, tuple(batch), vocabulary, mask)
-    logits = jnp.where(mask[..., None], student_logits.astype(jnp.float32), 0.0)
+    label_smoothing = fraction(label_smoothing=label_smoothing)
+    mask, logits = prepare(mask, student_logits=student_logits)
+    vocabulary = logits.shape[-1]
+    check_ids(targets, mask.shape, vocabulary, mask)
     # Shifted first: beside a logit of 10,000 the rounding of float32 is a thousandth of a nat.
     logits -= jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     # Out of range, on either side, reads NaN: a negative id must not count from the end.
@@ -74,9 +68,7 @@ def negative_log_likelihood(
 
 
 def sequence_log_likelihood(
-    student_logits: Float[Array, "*b t v"],
-    targets: Int[Array, "*b t"],
-    mask: Bool[Array, "*b t"] | None = None,
+    student_logits: Logits, targets: Tokens, mask: Mask = None
 ) -> Float[Array, "*b"]:
     r"""Log-likelihood of whole answers.
 
@@ -135,13 +127,12 @@ def candidate_scores(
     Reference:
       Scoring by length: Brown et al. 2020, GPT-3, section 2.4 (arXiv:2005.14165).
     """
-    check_floating(logits=logits)
+    mask, logits = prepare(mask, logits=logits)
     if logits.ndim < 3:
         raise ValueError(f"logits must have shape [*b, n, t, v], not {list(logits.shape)}.")
-    live = check_mask(mask, logits.shape[:-1])
-    check_ids(candidates, logits.shape[:-1], logits.shape[-1], live, name="candidates")
+    check_ids(candidates, mask.shape, logits.shape[-1], mask, name="candidates")
     scores = sequence_log_likelihood(logits, candidates, mask)
-    lengths = jnp.sum(live, axis=-1)
+    lengths = jnp.sum(mask, axis=-1)
     if per_token:
         scores = scores / jnp.maximum(lengths, 1)
     return jnp.where(lengths > 0, scores, -jnp.inf)

@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_count, check_floating, check_mask
+from jaxsp.losses.checks import check_count, prepare
 
 if TYPE_CHECKING:
-    from jaxsp.typing import Array, Bool, Float
+    from jaxsp.losses.checks import Logits, Losses, Mask
+    from jaxsp.typing import Array, Float
 
 
-def zero_one(
-    teacher_logits: Float[Array, "*b t v"],
-    student_logits: Float[Array, "*b t v"],
-    mask: Bool[Array, "*b t"] | None = None,
-) -> Float[Array, "*b t"]:
+def zero_one(teacher_logits: Logits, student_logits: Logits, mask: Mask = None) -> Losses:
     r"""0/1 loss: do teacher and student put different tokens first?
 
     .. math:: 1[\arg\max_v p_v \ne \arg\max_v q_v]
@@ -44,18 +41,15 @@ def zero_one(
     Reference:
       Xiao & Zhu 2025, Foundations of Large Language Models, ch. 3 (arXiv:2501.09223).
     """
-    teacher, student, mask = _prepared(teacher_logits, student_logits, mask)
+    sides = {"teacher_logits": teacher_logits, "student_logits": student_logits}
+    mask, teacher, student = prepare(mask, **sides)
     differ = jnp.argmax(teacher, axis=-1) != jnp.argmax(student, axis=-1)
     return _measured(differ, teacher, student, mask)
 
 
 def top_k_mismatch(
-    teacher_logits: Float[Array, "*b t v"],
-    student_logits: Float[Array, "*b t v"],
-    mask: Bool[Array, "*b t"] | None = None,
-    *,
-    k: int = 5,
-) -> Float[Array, "*b t"]:
+    teacher_logits: Logits, student_logits: Logits, mask: Mask = None, *, k: int = 5
+) -> Losses:
     r"""Top-k error: is the teacher's first token not among the student's k first?
 
     .. math:: 1[\arg\max_v p_v \notin \text{top}_k(q)]
@@ -84,7 +78,8 @@ def top_k_mismatch(
       Top-5 error: Russakovsky et al. 2014, ImageNet challenge (arXiv:1409.0575).
     """
     check_count(k=k)
-    teacher, student, mask = _prepared(teacher_logits, student_logits, mask)
+    sides = {"teacher_logits": teacher_logits, "student_logits": student_logits}
+    mask, teacher, student = prepare(mask, **sides)
     first = jnp.argmax(teacher, axis=-1)[..., None]
     its_logit = jnp.take_along_axis(student, first, axis=-1)
     ids = jnp.arange(student.shape[-1])
@@ -94,9 +89,7 @@ def top_k_mismatch(
 
 
 def sequence_mismatch(
-    teacher_logits: Float[Array, "*b t v"],
-    student_logits: Float[Array, "*b t v"],
-    mask: Bool[Array, "*b t"] | None = None,
+    teacher_logits: Logits, student_logits: Logits, mask: Mask = None
 ) -> Float[Array, "*b"]:
     r"""0/1 loss of whole answers: do the two put different tokens first at any position?
 
@@ -129,12 +122,8 @@ def sequence_mismatch(
 
 
 def rank_agreement(
-    teacher_logits: Float[Array, "*b t v"],
-    student_logits: Float[Array, "*b t v"],
-    mask: Bool[Array, "*b t"] | None = None,
-    *,
-    n: int = 10,
-) -> Float[Array, "*b t"]:
+    teacher_logits: Logits, student_logits: Logits, mask: Mask = None, *, n: int = 10
+) -> Losses:
     r"""Does the student keep the order of the teacher's n best tokens? Kendall's τ over their pairs.
 
     .. math:: \frac{\#\text{pairs in the same order} - \#\text{pairs in the opposite order}}{\#\text{pairs}}
@@ -165,7 +154,8 @@ def rank_agreement(
       Kendall 1938, A New Measure of Rank Correlation (doi:10.1093/biomet/30.1-2.81).
     """
     check_count(n=n)
-    teacher, student, mask = _prepared(teacher_logits, student_logits, mask)
+    sides = {"teacher_logits": teacher_logits, "student_logits": student_logits}
+    mask, teacher, student = prepare(mask, **sides)
     best, ids = jax.lax.top_k(teacher, min(n, teacher.shape[-1]))
     theirs = jnp.take_along_axis(student, ids, axis=-1)
     better, worse = best[..., :, None], best[..., None, :]
@@ -176,14 +166,6 @@ def rank_agreement(
     score = jnp.sum(apart * (same.astype(jnp.float32) - opposite), axis=(-2, -1))
     agreement = jnp.where(pairs > 0, score / jnp.maximum(pairs, 1), 1.0)
     return _measured(agreement, teacher, student, mask)
-
-
-def _prepared(
-    teacher_logits: Array, student_logits: Array, mask: Array | None
-) -> tuple[Array, Array, Array]:
-    check_floating(teacher_logits=teacher_logits, student_logits=student_logits)
-    mask = check_mask(mask, student_logits.shape[:-1])
-    return jax.lax.stop_gradient(teacher_logits), jax.lax.stop_gradient(student_logits), mask
 
 
 def _measured(values: Array, teacher: Array, student: Array, mask: Array) -> Array:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import inspect
 import math
+import re
+import zlib
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsp.losses.checks import number
 from jaxsp.losses.divergence import (
@@ -19,94 +25,151 @@ from jaxsp.losses.divergence import (
 from jaxsp.losses.likelihood import negative_log_likelihood
 from jaxsp.losses.mismatch import rank_agreement, top_k_mismatch, zero_one
 from jaxsp.losses.similarity import cosine_similarity, distribution_cosine_similarity, hidden_mse
-from jaxsp.losses.topk import top_k, topk_kl_divergence, truncated_kl_divergence
+from jaxsp.losses.topk import TOP_K, top_k, topk_kl_divergence, truncated_kl_divergence
 from jaxsp.losses.uncertainty import confidence_shift, entropy
 from jaxsp.typing import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from jaxsp.typing import Array, Bool, Float
+    from jaxsp.losses.checks import Losses, Mask
+    from jaxsp.typing import Array
 
-# What an input asks of the teacher; those that are not here ask nothing.
+# What the teacher must give for an input; those that are not here ask nothing of it.
 _NEEDS = {
-    "teacher_logits": "hidden",  # the frozen head makes the one from the other
-    "teacher_hidden": "hidden",
-    "teacher_log_probs": "top-k",
-    "targets": "tokens",
+    "hidden": {"teacher_logits", "teacher_hidden"},  # the frozen head makes the one from the other
+    "top_k": {"teacher_log_probs", "teacher_ids"},
+    "tokens": {"targets"},
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Objective:
-    """One entry of ``OBJECTIVES``; call it with everything there is, it takes what it needs.
+    """One entry of ``OBJECTIVES``, or a function of your own; call it with everything there is.
+
+    ``str`` gives the text that ``parse`` reads back; for a function of your own its module and name.
 
     Attributes:
-      function: called ``function(*inputs, mask, **options)``; gives ``[*b, t]``.
+      function: called ``function(*inputs, mask, **options)``; gives float32 ``[*b, t]``, 0 where the mask
+        is False. The mask is boolean ``[*b, t]``, or ``None`` where all positions count.
       inputs: names of what it compares, in its order: ``teacher_logits``, ``student_logits``,
         ``teacher_hidden``, ``student_hidden``, ``teacher_log_probs``, ``teacher_ids``, ``targets``.
       sense: whether a good prompt makes it small, large, or brings it to zero from either side.
       differentiable: whether its gradient says anything.
-      reference: where it comes from.
-      options: keyword arguments of the function, by name.
+      reference: where it comes from; no part of what it is.
+      options: keyword arguments of the function, by name. Sorted pairs once stored, without those that
+        equal the function's defaults: equal objectives compile once.
+
+    Raises:
+      UserError: the function has no such option.
+
+    Example:
+      A divergence that the package does not have, Amari's α-divergence, between KL(q ‖ p) (α → 0) and
+      KL(p ‖ q) (α → 1):
+
+      >>> import jax, jax.numpy as jnp
+      >>> def alpha_divergence(teacher_logits, student_logits, mask, *, alpha=0.5):
+      ...     log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits))
+      ...     log_q = jax.nn.log_softmax(student_logits)
+      ...     overlap = jnp.sum(jnp.exp(alpha * log_p + (1 - alpha) * log_q), axis=-1)
+      ...     return jnp.where(mask, (1 - overlap) / (alpha * (1 - alpha)), 0.0)
+      >>> objective = Objective(alpha_divergence, options={"alpha": 0.3})
+
+      Evaluated and differentiated a chunk of positions at a time, as every entry of the table:
+
+      >>> from jaxsp.losses import fused_objective
+      >>> teacher, student, head = (jax.random.normal(jax.random.key(i), (3, 4)) for i in range(3))
+      >>> def loss(student):
+      ...     return jnp.sum(fused_objective(objective, student, head, teacher_hidden=teacher)[0])
+      >>> value, gradient = jax.value_and_grad(loss)(student)
+      >>> bool(value > 0), gradient.shape, float(loss(teacher)) < 1e-5
+      (True, (3, 4), True)
+
+    Reference:
+      Amari 2009, α-Divergence Is Unique, Belonging to Both f-Divergence and Bregman Divergence Classes
+      (doi:10.1109/TIT.2009.2030485); in this form: Minka 2005, Divergence Measures and Message Passing.
     """
 
     function: Callable[..., Array]
     inputs: tuple[str, ...] = ("teacher_logits", "student_logits")
     sense: Literal["minimise", "maximise", "zero"] = "minimise"
     differentiable: bool = True
-    reference: str = ""
-    options: tuple[tuple[str, Any], ...] = ()
+    reference: str = dataclasses.field(default="", compare=False)
+    options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self):
+        given: dict[str, Any] = dict(self.options)
+        known, others = _options_of(self) if given else ({}, False)
+        for name, value in given.items():
+            if name not in known and not others:
+                has = f"it has {_choices(name, known)}" if known else "it has none"
+                raise UserError(f"{_qualified(self.function)} has no option {name!r}; {has}.")
+            if isinstance(known.get(name), float):
+                given[name] = number(**{name: value})
+            elif isinstance(value, np.generic):
+                given[name] = value.item()
+        kept = sorted(pair for pair in given.items() if pair not in known.items())
+        object.__setattr__(self, "options", tuple(kept))
+
+    def __str__(self) -> str:
+        plain = dataclasses.replace(self, options=())
+        for name, entry in OBJECTIVES.items():
+            if entry == plain:
+                return name + _listed(self.options)
+        told = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)[1:4])
+        unusual = ",".join(f"{name}={value}" for name, value, usual in told if value != usual)
+        name = _qualified(self.function) + (unusual and f"[{unusual}]")
+        return name + _listed(self.options)
+
+    def __repr__(self) -> str:
+        return f"Objective({self})"
 
     @property
-    def needs(self) -> str:
-        """What it needs from the teacher: ``hidden`` states, ``top-k`` entries, ``tokens`` or ``nothing``.
+    def needs(self) -> tuple[str, ...]:
+        """What it needs from the teacher, out of ``hidden``, ``top_k`` and ``tokens``, in this order."""
+        return tuple(name for name, makes in _NEEDS.items() if makes.intersection(self.inputs))
 
-        A mixture's needs are joined by `` + ``.
-        """
-        found = dict.fromkeys(_NEEDS[name] for name in self.inputs if name in _NEEDS)
-        return " + ".join(found) or "nothing"
-
-    def __call__(
-        self, *, mask: Bool[Array, "*b t"] | None = None, **available: Array | None
-    ) -> Float[Array, "*b t"]:
+    def __call__(self, *, mask: Mask = None, **available: Array | None) -> Losses:
         """The unreduced values ``[*b, t]`` of this objective, as they are reported.
 
         Args:
           mask: True where a position counts; all if ``None``.
           **available: arrays by the names of ``inputs``; more than it needs will do. Where the
-            teacher's top-k entries are not given, they are taken from ``teacher_logits``.
+            teacher's top-k entries are not given, they are taken from ``teacher_logits``: as many as
+            the option k says, else 64.
 
         Raises:
           ValueError: an input is missing or does not fit.
         """
-        logits = available.get("teacher_logits")
-        absent = all(available.get(name) is None for name in _TOP_K[:2])
+        options, logits = dict(self.options), available.get("teacher_logits")
+        absent = all(available.get(name) is None for name in TEACHER_TOP_K)
         if "teacher_ids" in self.inputs and absent and logits is not None:
-            available = {**available, **dict(zip(_TOP_K, top_k(logits), strict=False))}
+            best = top_k(logits, options.get("k", TOP_K))
+            available = {**available, **dict(zip(TEACHER_TOP_K, best, strict=True))}
         for name in self.inputs:
             if available.get(name) is None:
                 raise ValueError(f"This objective needs {name}; it was not given.")
-        arrays = (available[name] for name in self.inputs)
-        return self.function(*arrays, mask, **dict(self.options))
+        return self.function(*(available[name] for name in self.inputs), mask, **options)
 
     def check_differentiable(self) -> None:
         """Raises ``UserError`` if there is no gradient to train on."""
         if not self.differentiable:
             choices = ", ".join(name for name, entry in OBJECTIVES.items() if entry.differentiable)
-            name = getattr(self.function, "__name__", "this objective")
             raise UserError(
-                f"One can't train on {name}: it is piecewise constant, so its gradient is zero almost"
-                f" everywhere. Train on one of {choices}; {name} can be measured all the same."
+                f"One can't train on {self}: it is piecewise constant, so its gradient is zero almost"
+                f" everywhere. Train on one of {choices}; {self} can be measured all the same."
             )
 
-    def cost(self, values: Float[Array, "*b t"]) -> Float[Array, "*b t"]:
+    def cost(self, values: Losses) -> Losses:
         """The values turned so that less is better: what a trainer minimises."""
         turn = {"minimise": lambda v: v, "maximise": lambda v: -v, "zero": jnp.abs}
         return turn[self.sense](values)
 
 
-_TOP_K = ("teacher_log_probs", "teacher_ids", "student_logits")
+TEACHER_TOP_K = ("teacher_log_probs", "teacher_ids")
+"""Inputs that can be taken from the teacher's logits."""
+_TOP_K = (*TEACHER_TOP_K, "student_logits")
+_HIDDEN = ("teacher_hidden", "student_hidden")
 
 OBJECTIVES: dict[str, Objective] = {
     "kl": Objective(kl_divergence, reference="arXiv:1503.02531"),
@@ -129,18 +192,27 @@ OBJECTIVES: dict[str, Objective] = {
     "entropy": Objective(entropy, ("student_logits",), reference="Grandvalet & Bengio 2004"),
     "confidence_shift": Objective(confidence_shift, sense="zero", reference="arXiv:1706.04599"),
     "cosine_similarity": Objective(
-        cosine_similarity,
-        ("teacher_hidden", "student_hidden"),
-        sense="maximise",
-        reference="arXiv:1910.01108",
+        cosine_similarity, _HIDDEN, sense="maximise", reference="arXiv:1910.01108"
     ),
     "distribution_cosine_similarity": Objective(
         distribution_cosine_similarity, sense="maximise", reference="Salton, Wong & Yang 1975"
     ),
-    "hidden_mse": Objective(
-        hidden_mse, ("teacher_hidden", "student_hidden"), reference="arXiv:1412.6550"
-    ),
+    "hidden_mse": Objective(hidden_mse, _HIDDEN, reference="arXiv:1412.6550"),
 }
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Mixture(Objective):
+    """A weighted sum of objectives, each given all there is; equal ones are equal, and compile once."""
+
+    terms: tuple[tuple[float, Objective], ...] = ()
+
+    def __call__(self, *, mask: Mask = None, **available: Array | None) -> Losses:
+        costs = (w * entry.cost(entry(mask=mask, **available)) for w, entry in self.terms)
+        return sum(costs, start=jnp.float32(0))
+
+    def __str__(self) -> str:
+        return ",".join(f"{entry}={_plain(weight)}" for weight, entry in self.terms)
 
 
 def mixture(*, temperature: float = 1.0, **weights: float) -> Objective:
@@ -164,94 +236,187 @@ def mixture(*, temperature: float = 1.0, **weights: float) -> Objective:
       >>> p, q = jnp.log(jnp.array([[0.6, 0.3, 0.1]])), jnp.log(jnp.array([[0.8, 0.1, 0.1]]))
       >>> both = mixture(kl=0.7, nll=0.3)
       >>> both.needs
-      'hidden + tokens'
+      ('hidden', 'tokens')
       >>> both(teacher_logits=p, student_logits=q, targets=jnp.array([0])).round(4)
       Array([0.1768], dtype=float32)
 
     Reference:
       Hinton et al. 2015 (arXiv:1503.02531) mix the teacher's distribution and the gold label.
     """
-    if not weights:
-        raise UserError("A mixture needs at least one objective, such as kl=0.7.")
-    parts = []
-    temperature = number(temperature=temperature)
-    if not 0 < temperature < math.inf:
-        raise UserError(f"The temperature must be positive, not {temperature}.")
-    for name, weight in weights.items():
-        weight = number(**{name: weight})
-        entry = _differentiable(name)
-        if not (weight > 0 and math.isfinite(weight)):
-            raise UserError(f"The weight of {name} must be positive, not {weight}.")
-        if "temperature" in inspect.signature(entry.function).parameters:
-            entry = dataclasses.replace(entry, options=(("temperature", temperature),))
-        parts.append((weight, entry))
-    if temperature != 1.0 and not any(entry.options for _, entry in parts):
-        raise UserError(f"None of {', '.join(weights)} has a temperature.")
-    if len(parts) == 1 and parts[0][0] == 1 and parts[0][1].sense == "minimise":
-        return parts[0][1]  # which compiles to less
-    inputs = dict.fromkeys(name for _, entry in parts for name in entry.inputs)
-    return Objective(_Mixture(tuple(parts), tuple(inputs)), tuple(inputs))
+    terms = [(name, {}, number(**{name: weight})) for name, weight in weights.items()]
+    return _mixed(terms, number(temperature=temperature))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Mixture:
-    """The function of a mixture; equal mixtures are equal, so that they compile once."""
-
-    parts: tuple[tuple[float, Objective], ...]
-    inputs: tuple[str, ...]
-
-    def __call__(self, *arrays_and_mask: Array) -> Array:
-        *arrays, mask = arrays_and_mask
-        available = dict(zip(self.inputs, arrays, strict=True))
-        costs = (w * entry.cost(entry(mask=mask, **available)) for w, entry in self.parts)
-        return sum(costs, start=jnp.float32(0))
-
-
-def trainable(name: str) -> Objective:
-    """The objective of that name, if a prompt can be trained on it.
+def parse(text: str) -> Objective:
+    """The objective that a text names.
 
     Args:
-      name: a key of ``OBJECTIVES``, or a mixture written ``kl=0.7,nll=0.3`` or
-        ``kl=1,temperature=2``.
+      text: keys of ``OBJECTIVES``, each with options and a weight if wanted:
+        ``NAME(option=value,...)=WEIGHT``, joined by commas. One without a weight is the entry itself;
+        of several, a weight that is not written is 1. ``temperature=2`` among them sets the temperature
+        of all that have one.
+
+    Returns:
+      The ``Objective``; ``str`` of it gives such a text again.
+
+    Raises:
+      UserError: the text names nothing, or an option or a weight is not allowed.
+
+    Example:
+      >>> parse("kl") is OBJECTIVES["kl"]
+      True
+      >>> parse("topk_kl(k=20)").options
+      (('k', 20),)
+      >>> parse("kl(temperature=2)=0.7, nll(label_smoothing=0.1)=0.3")
+      Objective(kl(temperature=2)=0.7,nll(label_smoothing=0.1)=0.3)
+      >>> parse("kl=0.7,nll=0.3") == mixture(kl=0.7, nll=0.3)
+      True
+    """
+    terms = []
+    for part in re.split(r",(?![^()]*\))", text):  # at commas that stand outside parentheses
+        name = re.split(r"[(=]", part)[0].strip()
+        known = {} if name == "temperature" else _options_of(named(name))[0]
+        try:
+            _, listed, weight = _TERM.fullmatch(part).groups()  # type: ignore[union-attr]
+            pairs = [pair.split("=") for pair in listed.split(",")] if listed else []
+            options = {option.strip(): _number(value) for option, value in pairs}
+            weight = None if weight is None else _number(weight)
+            if len(options) < len(pairs) or (name == "temperature" and (options or weight is None)):
+                raise ValueError
+        except (AttributeError, ValueError):
+            form = f" or {name}(OPTION=NUMBER,...), with {_choices('', known)}" if known else ""
+            raise UserError(
+                f"Objective {part.strip()!r} can't be read; it should read like {name}=0.7{form}."
+            ) from None
+        terms.append((name, options, weight))
+    temperatures = [weight for name, _, weight in terms if name == "temperature"]
+    if len(temperatures) > 1:
+        raise UserError(f"Objective {text!r} has temperature twice.")
+    return _mixed([term for term in terms if term[0] != "temperature"], *temperatures)
+
+
+def as_objective(objective: str | Objective) -> Objective:
+    """The objective to train on, from a text or as it is.
+
+    Args:
+      objective: a text that ``parse`` reads, or an ``Objective``.
 
     Returns:
       The ``Objective``.
 
     Raises:
-      UserError: there is none, or its gradient is zero almost everywhere.
+      UserError: it is neither, the text can't be read, or its gradient is zero almost everywhere.
 
     Example:
-      >>> trainable("kl").sense
-      'minimise'
-      >>> trainable("kl=0.7,nll=0.3") == mixture(kl=0.7, nll=0.3)
+      >>> as_objective("js(beta=0.3)")
+      Objective(js(beta=0.3))
+      >>> as_objective(OBJECTIVES["kl"]) is OBJECTIVES["kl"]
       True
     """
-    if "=" not in name:
-        return _differentiable(name)
-    weights = {}
-    for part in name.split(","):
-        key, _, value = part.partition("=")
-        if key.strip() in weights:
-            raise UserError(f"Objective {name!r} has {key.strip()} twice.")
-        try:
-            weights[key.strip()] = float(value)
-        except ValueError:
-            raise UserError(
-                f"Objective {name!r} is no mixture: {part!r} should read like kl=0.7."
-            ) from None
-    return mixture(**weights)
+    if isinstance(objective, str):
+        objective = parse(objective)
+    if not isinstance(objective, Objective):
+        raise UserError(
+            f"The objective must be a text such as 'kl' or a jaxsp.losses.Objective, not"
+            f" {objective!r}; a function of your own becomes one by Objective(function)."
+        )
+    objective.check_differentiable()
+    return objective
 
 
 def named(name: str) -> Objective:
     """The entry of ``OBJECTIVES``; raises ``UserError`` with the choices if there is none."""
     if name not in OBJECTIVES:
-        raise UserError(f"Unknown objective {name!r}; choose one of {', '.join(OBJECTIVES)}.")
+        raise UserError(f"Unknown objective {name!r}; choose one of {_choices(name, OBJECTIVES)}.")
     return OBJECTIVES[name]
 
 
-def _differentiable(name: str) -> Objective:
-    choices = ", ".join(key for key, entry in OBJECTIVES.items() if entry.differentiable)
-    if name not in OBJECTIVES:
-        raise UserError(f"Unknown objective {name!r}; choose one of {choices}.")
-    OBJECTIVES[name].check_differentiable()
-    return OBJECTIVES[name]
+_OPTION = r"\s*\w+\s*=[^,=()]+"
+_TERM = re.compile(rf"\s*(\w+)\s*(?:\(({_OPTION}(?:,{_OPTION})*)\)\s*)?(?:=([^,=()]+))?")
+
+
+def _number(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _mixed(terms: Sequence[tuple[str, dict, float | None]], temperature: float = 1.0) -> Objective:
+    """The sum of (name, options, weight); of a single one without a weight, the entry itself."""
+    if not terms:
+        raise UserError("A mixture needs at least one objective, such as kl=0.7.")
+    heated = [name for name, *_ in terms if "temperature" in _options_of(named(name))[0]]
+    if temperature != 1 and not heated:
+        raise UserError(f"None of {', '.join(name for name, *_ in terms)} has a temperature.")
+    parts: list[tuple[float, Objective]] = []
+    for name, options, weight in terms:
+        shared = {"temperature": temperature} if temperature != 1 and name in heated else {}
+        entry = _checked(named(name), {**shared, **options})
+        if weight is None and len(terms) == 1:
+            return entry
+        entry.check_differentiable()
+        weight = 1.0 if weight is None else float(weight)
+        if not (weight > 0 and math.isfinite(weight)):
+            raise UserError(f"The weight of {entry} must be positive, not {weight}.")
+        if entry in (other for _, other in parts):
+            raise UserError(f"The mixture has {entry} twice; add up its weights.")
+        parts.append((weight, entry))
+    if len(parts) == 1 and parts[0][0] == 1 and parts[0][1].sense == "minimise":
+        return parts[0][1]  # which compiles to less
+    inputs = dict.fromkeys(name for _, entry in parts for name in entry.inputs)
+    return _Mixture(sum, tuple(inputs), terms=tuple(parts))
+
+
+def _checked(entry: Objective, options: dict[str, Any]) -> Objective:
+    """The entry with these options, if its function takes their values; nothing is computed."""
+    inputs = ("teacher_logits", "student_logits", *_HIDDEN)
+    shapes = {name: jax.ShapeDtypeStruct((1, 2), jnp.float32) for name in inputs}
+    shapes["targets"] = jax.ShapeDtypeStruct((1,), jnp.int32)
+    try:
+        changed = dataclasses.replace(entry, options=options)
+        if changed == entry:
+            return entry
+        jax.eval_shape(lambda arrays: changed(**arrays), shapes)
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"Objective {entry}{_listed(options)}: {error}") from None
+    return changed
+
+
+def _options_of(objective: Objective) -> tuple[dict[str, Any], bool]:
+    """The function's options with their defaults (all after the inputs and the mask); whether it
+    takes any others."""
+    parameters = list(inspect.signature(objective.function).parameters.values())
+    rest = parameters[len(objective.inputs) + 1 :]
+    known = {p.name: p.default for p in rest if p.kind is not p.VAR_KEYWORD}
+    return known, len(known) < len(rest)
+
+
+def _choices(wrong: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(wrong, known, n=1)
+    return ", ".join(known) + (f"; did you mean {close[0]}?" if close else "")
+
+
+def _qualified(function: Callable[..., Any]) -> str:
+    """Module and name of a function, so that two of them are not written alike."""
+    if isinstance(function, functools.partial):
+        return _qualified(function.func) + _listed(function.keywords)
+    name = getattr(function, "__qualname__", None)
+    if name is None:  # an object that can be called: a dataclass says all that it holds
+        return f"{type(function).__module__}.{function!r}"
+    if "<" in name:  # a lambda or an inner function: its code, and what it closes over
+        inner = inspect.unwrap(function)
+        code = inner.__code__
+        constants = [value for value in code.co_consts if not hasattr(value, "co_code")]
+        digest = zlib.crc32(repr((code.co_code, code.co_names, constants)).encode())
+        name += f"@{digest:08x}" + _listed(inspect.getclosurevars(inner).nonlocals)
+    return f"{function.__module__}.{name}"
+
+
+def _listed(options: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> str:
+    told = ",".join(f"{name}={_plain(value)}" for name, value in dict(options).items())
+    return told and f"({told})"
+
+
+def _plain(value: Any) -> str:
+    return repr(value).removesuffix(".0")

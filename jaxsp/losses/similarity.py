@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_floating, check_mask, check_positive
+from jaxsp.losses.checks import prepare
 
 if TYPE_CHECKING:
-    from jaxsp.typing import Array, Bool, Float
+    from jaxsp.losses.checks import Hidden, Logits, Losses, Mask
+    from jaxsp.typing import Array
 
 
-def cosine_similarity(
-    teacher: Float[Array, "*b t d"],
-    student: Float[Array, "*b t d"],
-    mask: Bool[Array, "*b t"] | None = None,
-) -> Float[Array, "*b t"]:
+def cosine_similarity(teacher: Hidden, student: Hidden, mask: Mask = None) -> Losses:
     r"""Cosine of the angle between two vectors: hidden states, or probabilities.
 
     .. math:: \frac{x \cdot y}{\|x\| \|y\|}
@@ -42,19 +39,13 @@ def cosine_similarity(
     Reference:
       For distilling hidden states: Sanh et al. 2019, DistilBERT (arXiv:1910.01108).
     """
-    check_floating("d", teacher=teacher, student=student)
-    mask = check_mask(mask, student.shape[:-1])
-    x, y = _units(jax.lax.stop_gradient(teacher), mask), _units(student, mask)
-    return jnp.where(mask, jnp.sum(x * y, axis=-1), 0.0)
+    mask, x, y = prepare(mask, 1.0, "d", teacher=teacher, student=student)
+    return jnp.where(mask, jnp.sum(_units(x) * _units(y), axis=-1), 0.0)
 
 
 def distribution_cosine_similarity(
-    teacher_logits: Float[Array, "*b t v"],
-    student_logits: Float[Array, "*b t v"],
-    mask: Bool[Array, "*b t"] | None = None,
-    *,
-    temperature: float = 1.0,
-) -> Float[Array, "*b t"]:
+    teacher_logits: Logits, student_logits: Logits, mask: Mask = None, *, temperature: float = 1.0
+) -> Losses:
     r"""Cosine similarity of the two token distributions.
 
     .. math:: \frac{\sum_v p_v q_v}{\|p\|_2 \|q\|_2}
@@ -80,23 +71,12 @@ def distribution_cosine_similarity(
     Reference:
       Salton, Wong & Yang 1975, A Vector Space Model for Automatic Indexing.
     """
-    check_floating(teacher_logits=teacher_logits, student_logits=student_logits)
-    check_positive(temperature=temperature)
-    mask = check_mask(mask, student_logits.shape[:-1])
-    p, q = (
-        jax.nn.softmax(
-            jnp.where(mask[..., None], logits.astype(jnp.float32) / temperature, 0.0), axis=-1
-        )
-        for logits in (teacher_logits, student_logits)
-    )
-    return cosine_similarity(p, q, mask)
+    sides = {"teacher_logits": teacher_logits, "student_logits": student_logits}
+    mask, teacher, student = prepare(mask, temperature, **sides)
+    return cosine_similarity(jax.nn.softmax(teacher), jax.nn.softmax(student), mask)
 
 
-def hidden_mse(
-    teacher_hidden: Float[Array, "*b t d"],
-    student_hidden: Float[Array, "*b t d"],
-    mask: Bool[Array, "*b t"] | None = None,
-) -> Float[Array, "*b t"]:
+def hidden_mse(teacher_hidden: Hidden, student_hidden: Hidden, mask: Mask = None) -> Losses:
     r"""Mean squared difference of hidden states.
 
     .. math:: \frac1D \sum_d (x_d - y_d)^2
@@ -120,18 +100,13 @@ def hidden_mse(
     Reference:
       Romero et al. 2014, FitNets (arXiv:1412.6550); Jiao et al. 2019, TinyBERT (arXiv:1909.10351).
     """
-    check_floating("d", teacher_hidden=teacher_hidden, student_hidden=student_hidden)
-    mask = check_mask(mask, student_hidden.shape[:-1])
-    x, y = (
-        jnp.where(mask[..., None], side.astype(jnp.float32), 0.0)
-        for side in (jax.lax.stop_gradient(teacher_hidden), student_hidden)
-    )
+    sides = {"teacher_hidden": teacher_hidden, "student_hidden": student_hidden}
+    _, x, y = prepare(mask, 1.0, "d", **sides)
     return jnp.mean((x - y) ** 2, axis=-1)
 
 
-def _units(x: Array, mask: Array) -> Array:
-    """Vectors of length 1, float32; zero vectors stay zero, with zero gradient."""
-    x = jnp.where(mask[..., None], x.astype(jnp.float32), 0.0)
+def _units(x: Array) -> Array:
+    """Vectors of length 1; zero vectors stay zero, with zero gradient."""
     # Divided by the largest entry first: squares of large or tiny entries would over- or underflow.
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1, keepdims=True)
     some = largest != 0  # or NaN, which stays

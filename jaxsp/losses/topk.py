@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_count, check_floating, check_ids, check_mask
+from jaxsp.losses.checks import check_batch, check_count, check_floating, check_ids, prepare
 from jaxsp.losses.divergence import kl_terms
 
 if TYPE_CHECKING:
-    from jaxsp.typing import Array, Bool, Float, Int
+    from jaxsp.losses.checks import Logits, Losses, Mask
+    from jaxsp.typing import Array, Float, Int
 
 TOP_K = 64
 """Entries kept where none are given but the whole distribution is at hand."""
@@ -26,7 +27,7 @@ class TopK(NamedTuple):
     ids: Int[Array, "*b t k"]
 
 
-def top_k(logits: Float[Array, "*b t v"], k: int = TOP_K) -> TopK:
+def top_k(logits: Logits, k: int = TOP_K) -> TopK:
     """The k most likely tokens and their log-probabilities, which sum to less than 1 (no renormalising).
 
     Args:
@@ -56,9 +57,11 @@ def top_k(logits: Float[Array, "*b t v"], k: int = TOP_K) -> TopK:
 def topk_kl_divergence(
     teacher_log_probs: Float[Array, "*b t k"],
     teacher_ids: Int[Array, "*b t k"],
-    student_logits: Float[Array, "*b t v"],
-    mask: Bool[Array, "*b t"] | None = None,
-) -> Float[Array, "*b t"]:
+    student_logits: Logits,
+    mask: Mask = None,
+    *,
+    k: int | None = None,
+) -> Losses:
     r"""KL divergence over the teacher's k best tokens and one bucket for all the others (the tail).
 
     .. math:: \sum_{v \in K} p_v \log \frac{p_v}{q_v} + p_{tail} \log \frac{p_{tail}}{q_{tail}},
@@ -73,12 +76,13 @@ def topk_kl_divergence(
       teacher_ids: ``[*b, t, k]``, their tokens, in ``[0, v)``, each once.
       student_logits: ``[*b, t, v]``, any float dtype.
       mask: ``[*b, t]``, True where a position counts; all if ``None``.
+      k: entries used, the first ones, of those given; all if ``None``.
 
     Returns:
       ``[*b, t]`` float32, in nats.
 
     Raises:
-      ValueError: shapes, dtypes or ids don't fit.
+      ValueError: shapes, dtypes or ids don't fit, or k < 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -90,7 +94,7 @@ def topk_kl_divergence(
     Reference:
       The data-processing inequality: Cover & Thomas 2006, Elements of Information Theory, ch. 2.
     """
-    log_p, ids, logits, mask = _prepared(teacher_log_probs, teacher_ids, student_logits, mask)
+    log_p, ids, logits, mask = _prepared(teacher_log_probs, teacher_ids, student_logits, mask, k)
     log_q, log_q_tail = _listed_and_tail(logits, ids)
     p_tail = -jnp.expm1(jax.nn.logsumexp(log_p, axis=-1))
     some = p_tail > 0
@@ -104,9 +108,11 @@ def topk_kl_divergence(
 def truncated_kl_divergence(
     teacher_log_probs: Float[Array, "*b t k"],
     teacher_ids: Int[Array, "*b t k"],
-    student_logits: Float[Array, "*b t v"],
-    mask: Bool[Array, "*b t"] | None = None,
-) -> Float[Array, "*b t"]:
+    student_logits: Logits,
+    mask: Mask = None,
+    *,
+    k: int | None = None,
+) -> Losses:
     r"""The k best tokens' terms of the KL divergence, the others dropped: *not* a divergence.
 
     .. math:: \sum_{v \in K} p_v \log \frac{p_v}{q_v}
@@ -121,12 +127,13 @@ def truncated_kl_divergence(
       teacher_ids: ``[*b, t, k]``, their tokens, in ``[0, v)``, each once.
       student_logits: ``[*b, t, v]``, any float dtype.
       mask: ``[*b, t]``, True where a position counts; all if ``None``.
+      k: entries used, the first ones, of those given; all if ``None``.
 
     Returns:
       ``[*b, t]`` float32, in nats.
 
     Raises:
-      ValueError: shapes, dtypes or ids don't fit.
+      ValueError: shapes, dtypes or ids don't fit, or k < 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -138,35 +145,28 @@ def truncated_kl_divergence(
     Reference:
       Eyuboglu et al. 2025, Cartridges (arXiv:2506.06266), trains on the top tokens of the teacher.
     """
-    log_p, ids, logits, mask = _prepared(teacher_log_probs, teacher_ids, student_logits, mask)
+    log_p, ids, logits, mask = _prepared(teacher_log_probs, teacher_ids, student_logits, mask, k)
     log_q = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), ids, axis=-1, mode="fill")
     return jnp.where(mask, jnp.sum(kl_terms(log_p, log_q), axis=-1), 0.0)
 
 
 def _prepared(
-    teacher_log_probs: Array, teacher_ids: Array, student_logits: Array, mask: Array | None
+    teacher_log_probs: Array, teacher_ids: Array, student_logits: Array, mask: Mask, k: int | None
 ) -> tuple[Array, Array, Array, Array]:
     """Checked; under the mask all is replaced by numbers, so that no NaN there reaches a gradient."""
-    check_floating(student_logits=student_logits)
+    mask, logits = prepare(mask, student_logits=student_logits)
     check_floating("k", teacher_log_probs=teacher_log_probs)
-    *batch, vocabulary = student_logits.shape
-    mask = check_mask(mask, tuple(batch))
-    if teacher_log_probs.shape[:-1] != tuple(batch):
-        raise ValueError(
-            f"teacher_log_probs must have shape {[*batch, 'k']}, not {list(teacher_log_probs.shape)}."
-        )
+    check_batch(mask.shape, "k", teacher_log_probs=teacher_log_probs)
+    if k is not None:
+        check_count(k=k)
+    vocabulary = logits.shape[-1]
     log_p = jax.lax.stop_gradient(teacher_log_probs).astype(jnp.float32)
     there = mask[..., None] & (log_p != -jnp.inf)
     check_ids(teacher_ids, teacher_log_probs.shape, vocabulary, there, name="teacher_ids")
     ids = teacher_ids.astype(jnp.int32)
     # Out of range on either side reads NaN; an entry that is not there takes no token from the tail.
     ids = jnp.where(there & (ids >= 0), ids, vocabulary)
-    return (
-        jnp.where(mask[..., None], log_p, -jnp.inf),
-        ids,
-        jnp.where(mask[..., None], student_logits.astype(jnp.float32), 0.0),
-        mask,
-    )
+    return jnp.where(mask[..., None], log_p, -jnp.inf)[..., :k], ids[..., :k], logits, mask
 
 
 def _listed_and_tail(logits: Array, ids: Array) -> tuple[Array, Array]:

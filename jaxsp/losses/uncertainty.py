@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_floating, check_mask, check_positive
+from jaxsp.losses.checks import prepare
 
 if TYPE_CHECKING:
-    from jaxsp.typing import Array, Bool, Float
+    from jaxsp.losses.checks import Logits, Losses, Mask
 
 
-def entropy(
-    logits: Float[Array, "*b t v"],
-    mask: Bool[Array, "*b t"] | None = None,
-    *,
-    temperature: float = 1.0,
-) -> Float[Array, "*b t"]:
+def entropy(logits: Logits, mask: Mask = None, *, temperature: float = 1.0) -> Losses:
     r"""Shannon entropy of a token distribution.
 
     .. math:: H(p) = -\sum_v p_v \log p_v
@@ -43,19 +38,14 @@ def entropy(
       Shannon 1948; as an objective (entropy minimisation): Grandvalet & Bengio 2004, Semi-supervised
       Learning by Entropy Minimization.
     """
-    check_positive(temperature=temperature)
-    mask, (logits,) = _prepared(mask, logits=logits)
-    log_p = jax.nn.log_softmax((logits / temperature).astype(jnp.float32), axis=-1)
+    mask, logits = prepare(mask, temperature, logits=logits)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
     possible = log_p > -jnp.inf
     terms = jnp.exp(log_p) * jnp.where(possible, log_p, 0.0)
     return jnp.where(mask, -jnp.sum(terms, axis=-1), 0.0)
 
 
-def confidence_shift(
-    teacher_logits: Float[Array, "*b t v"],
-    student_logits: Float[Array, "*b t v"],
-    mask: Bool[Array, "*b t"] | None = None,
-) -> Float[Array, "*b t"]:
+def confidence_shift(teacher_logits: Logits, student_logits: Logits, mask: Mask = None) -> Losses:
     r"""How much surer of its first token the student is than the teacher of its own.
 
     .. math:: \max_v q_v - \max_v p_v
@@ -81,17 +71,6 @@ def confidence_shift(
     Reference:
       Confidence as the first token's probability: Guo et al. 2017 (arXiv:1706.04599).
     """
-    logits = {"teacher_logits": jax.lax.stop_gradient(teacher_logits)}
-    mask, sides = _prepared(mask, **logits, student_logits=student_logits)
+    mask, *sides = prepare(mask, teacher_logits=teacher_logits, student_logits=student_logits)
     teacher, student = (jnp.max(jax.nn.softmax(side, axis=-1), axis=-1) for side in sides)
     return jnp.where(mask, student - teacher, 0.0)
-
-
-def _prepared(mask: Array | None, **named: Array) -> tuple[Array, list[Array]]:
-    """The mask and the logits, float32; masked ones are replaced, so that no NaN is differentiated."""
-    check_floating(**named)
-    shape = next(iter(named.values())).shape
-    mask = check_mask(mask, shape[:-1])
-    return mask, [
-        jnp.where(mask[..., None], logits.astype(jnp.float32), 0.0) for logits in named.values()
-    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from typing import Any, Literal
 
 import jax
@@ -73,15 +74,8 @@ class DecoderConfig:
     """The attention backend, a key of ``jaxsp.models.attention.BACKENDS``, or ``auto``."""
 
     def __post_init__(self) -> None:
-        for name in [
-            "vocab_size",
-            "width",
-            "layers",
-            "heads",
-            "kv_heads",
-            "head_width",
-            "mlp_width",
-        ]:
+        sizes = "vocab_size width layers heads kv_heads head_width mlp_width"
+        for name in sizes.split():
             if getattr(self, name) < 1:
                 raise UserError(f"A decoder can't have {name} {getattr(self, name)}.")
         if self.heads % self.kv_heads:
@@ -89,6 +83,21 @@ class DecoderConfig:
                 f"{self.heads} attention heads can't share {self.kv_heads} key/value heads: the"
                 " first must be a multiple of the second."
             )
+
+    def __repr__(self) -> str:
+        """The fields that differ from their default, a value that all layers share written once."""
+        shown = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and value != ():
+                text = _per_layer(value) if isinstance(value, tuple) else repr(value)
+                shown.append(f"{field.name}={text}")
+        return textwrap.fill(
+            f"DecoderConfig({', '.join(shown)})",
+            100,
+            subsequent_indent="    ",
+            break_on_hyphens=False,
+        )
 
     def check_length(self, tokens: int) -> None:
         """Raises ``UserError`` if a sequence of so many tokens is longer than the window."""
@@ -105,3 +114,11 @@ class DecoderConfig:
 
     def replace(self, **changes: Any) -> DecoderConfig:
         return dataclasses.replace(self, **changes)
+
+
+def _per_layer(values: tuple[Any, ...]) -> str:
+    """Each layer's value, told by its number where there are several."""
+    kinds = list(dict.fromkeys(values))
+    if len(kinds) == 1:
+        return f"{len(values)} × {kinds[0]}"
+    return f"{kinds}[{' '.join(str(kinds.index(value)) for value in values)}]"

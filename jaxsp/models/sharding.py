@@ -154,24 +154,33 @@ def put(tree: PyTree, mesh: Mesh, spec: PartitionSpec) -> PyTree:
 
 
 def over_data(
-    function: Callable[..., Any], mesh: Mesh | None, arguments: tuple[bool, ...], *, out: bool
+    function: Callable[..., Any],
+    mesh: Mesh | None,
+    axes: tuple[int | None, ...],
+    *,
+    out: int | None,
 ) -> Callable[..., Any]:
     """``function`` run by each part of ``data`` on its own share; over ``model`` XLA splits the work.
 
     Args:
-      function: of arrays, each with a share of their first axis.
+      function: of arrays, or trees of them.
       mesh: the devices; without one ``function`` itself is given back.
-      arguments: of each argument whether it is cut along its first axis, or whole everywhere.
-      out: whether the results are shares, too; if not they must be the same everywhere.
+      axes: of each argument the axis that is cut, or ``None`` if it is whole everywhere.
+      out: likewise of the results; whole ones must be the same everywhere.
     """
     if mesh is None:
         return function
-    specs = [PartitionSpec(DATA) if cut else PartitionSpec() for cut in (*arguments, out)]
+    *inputs, outputs = (along(DATA, axis) for axis in (*axes, out))
     return jax.shard_map(
         function,
         mesh=mesh,
-        in_specs=tuple(specs[:-1]),
-        out_specs=specs[-1],
+        in_specs=tuple(inputs),
+        out_specs=outputs,
         axis_names={DATA},
         check_vma=False,
     )
+
+
+def along(name: str, axis: int | None) -> PartitionSpec:
+    """The layout that cuts one axis of an array over the mesh's axis of this name; ``None``: whole."""
+    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, name)

@@ -26,6 +26,8 @@ from jaxsp.typing import Params, UserError
 READ_BYTES = 8 * 2**20
 """Longest piece of a tensor read at once: beside the parameters, loading holds two of it."""
 
+_Index = tuple[slice, ...] | None  # what is cut out of an array; None: all of it
+
 # Buffers that old checkpoints carry and that follow from the config: rotary frequencies, GPT-2's masks.
 _DERIVED = re.compile(
     r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
@@ -142,7 +144,7 @@ def load_params(
     for path, leaf in _leaves(config).items():
         place = places[path.replace("/scale", "/kernel")]
         if config.weights == "int8" and path.endswith(("/kernel", "/scale")):
-            read = functools.partial(_read_int8, place, leaf, checkpoint)
+            read = functools.partial(place.read_int8, leaf, checkpoint)
         else:
             read = functools.partial(place.read, checkpoint)
         # Without a wish the arrays stay uncommitted: they follow what they are used with.
@@ -201,7 +203,7 @@ class _Place:
                     f" {expected}."
                 )
 
-    def read(self, checkpoint: Checkpoint, index: tuple[slice, ...] | None) -> np.ndarray:
+    def read(self, checkpoint: Checkpoint, index: _Index) -> np.ndarray:
         """The part of the parameter that ``index`` cuts out."""
         cut = _cut(index, self.leaf.shape)
         out = _aligned([part.stop - part.start for part in cut], self.leaf.dtype)
@@ -225,35 +227,31 @@ class _Place:
                 target[rows] = data
         return out
 
+    def read_int8(self, leaf: Any, checkpoint: Checkpoint, index: _Index) -> np.ndarray:
+        """The part of a quantised kernel, or of its scales, that ``index`` cuts out.
 
-def _read_int8(
-    place: _Place,
-    leaf: jax.ShapeDtypeStruct,
-    checkpoint: Checkpoint,
-    index: tuple[slice, ...] | None,
-) -> np.ndarray:
-    """The part of a quantised kernel, or of its scales, that ``index`` cuts out.
-
-    An output's scale needs all its inputs, so whole columns are read, a few at a time.
-    """
-    exact = dataclasses.replace(place, leaf=jax.ShapeDtypeStruct(place.leaf.shape, jnp.float32))
-    layers, *inputs, outputs = _cut(index, leaf.shape)
-    out = _aligned([part.stop - part.start for part in (layers, *inputs, outputs)], leaf.dtype)
-    step = max(1, READ_BYTES // (4 * place.leaf.shape[1]))
-    for i, layer in enumerate(range(layers.start, layers.stop)):
-        for first in range(outputs.start, outputs.stop, step):
-            columns = slice(first, min(first + step, outputs.stop))
-            kernel = exact.read(checkpoint, (slice(layer, layer + 1), slice(None), columns))[0]
-            largest = np.abs(kernel).max(axis=0)
-            if not np.isfinite(largest).all():
-                name = place.names[layer]
-                raise UserError(
-                    f"Tensor {name} holds NaN or infinity, which int8 can't; load it full."
-                )
-            scale = np.maximum(largest, np.finfo(np.float32).tiny) / 127  # an output may be all 0
-            target = out[i, ..., first - outputs.start : columns.stop - outputs.start]
-            target[:] = np.rint(kernel[inputs[0]] / scale) if inputs else scale
-    return out
+        An output's scale needs all its inputs, so whole columns are read, a few at a time.
+        """
+        exact = dataclasses.replace(self, leaf=jax.ShapeDtypeStruct(self.leaf.shape, jnp.float32))
+        layers, *inputs, outputs = _cut(index, leaf.shape)
+        out = _aligned([part.stop - part.start for part in (layers, *inputs, outputs)], leaf.dtype)
+        step = max(1, READ_BYTES // (4 * self.leaf.shape[1]))
+        for i, layer in enumerate(range(layers.start, layers.stop)):
+            for first in range(outputs.start, outputs.stop, step):
+                columns = slice(first, min(first + step, outputs.stop))
+                kernel = exact.read(checkpoint, (slice(layer, layer + 1), slice(None), columns))[0]
+                largest = np.abs(kernel).max(axis=0)
+                if not np.isfinite(largest).all():
+                    name = self.names[layer]
+                    raise UserError(
+                        f"Tensor {name} holds NaN or infinity, which int8 can't; load it full."
+                    )
+                scale = (
+                    np.maximum(largest, np.finfo(np.float32).tiny) / 127
+                )  # an output may be all 0
+                target = out[i, ..., first - outputs.start : columns.stop - outputs.start]
+                target[:] = np.rint(kernel[inputs[0]] / scale) if inputs else scale
+        return out
 
 
 @functools.cache  # tracing the model takes longer than reading a small one
@@ -261,7 +259,7 @@ def _leaves(config: DecoderConfig) -> dict[str, Any]:
     return flatten_dict(parameter_shapes(config), sep="/")
 
 
-def _cut(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> list[slice]:
+def _cut(index: _Index, shape: tuple[int, ...]) -> list[slice]:
     index = index or (slice(None),) * len(shape)
     return [slice(*part.indices(n)[:2]) for part, n in zip(index, shape, strict=True)]
 

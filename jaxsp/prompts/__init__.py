@@ -1,13 +1,6 @@
 """The kinds of soft prompt: one file each, one line each in ``PROMPT_KINDS``.
 
-A kind is a module with:
-
-* ``initial(embeddings_KD) -> σ``: the parameters (float32) that start as these input vectors;
-* ``prefix(sigma, before, prefill) -> KeyValues``: what the model attends to, built after ``before`` by
-  ``prefill(inputs_1KD, before)``;
-* ``length(sigma) -> K``.
-
-Kinds read dimensions, never weights.
+A kind is a module with the three functions of ``PromptKind``. It reads dimensions, never weights.
 """
 
 from __future__ import annotations
@@ -16,19 +9,31 @@ from collections.abc import Callable
 from typing import Protocol
 
 from jaxsp.prompts import embedding
-from jaxsp.typing import Array, KeyValues, PyTree
+from jaxsp.typing import Array, Float, KeyValues, PyTree
 
-Prefill = Callable[[Array, KeyValues], KeyValues]
+Prefill = Callable[[Float[Array, "1 k d"], KeyValues], KeyValues]
 
 
 class PromptKind(Protocol):
-    """What a module in this folder provides."""
+    """What a module in this folder provides. σ is a pytree of float32 arrays of any rank, in nested dicts."""
 
-    def initial(self, embeddings: Array) -> PyTree: ...
+    def initial(self, vectors: Float[Array, "k d"], key_values: Callable[[], KeyValues]) -> PyTree:
+        """σ that starts as these input vectors ``[K, D]``, or as their keys and values.
 
-    def prefix(self, sigma: PyTree, before: KeyValues, prefill: Prefill) -> KeyValues: ...
+        ``key_values()`` reads the vectors after the preamble: K slots in every layer.
+        """
+        ...
 
-    def length(self, sigma: PyTree) -> int: ...
+    def prefix(self, sigma: PyTree, preamble: KeyValues, prefill: Prefill) -> KeyValues:
+        """``preamble`` followed by σ's K slots; differentiable in σ.
+
+        ``prefill(inputs [1, K, D], preamble)`` reads input vectors.
+        """
+        ...
+
+    def length(self, sigma: PyTree) -> int:
+        """K, in slots."""
+        ...
 
 
 PROMPT_KINDS: dict[str, PromptKind] = {

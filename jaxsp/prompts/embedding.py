@@ -13,20 +13,23 @@ import jax.numpy as jnp
 from jaxsp.typing import Array, Float, KeyValues
 
 
-def initial(embeddings: Float[Array, "k d"]) -> dict[str, Float[Array, "k d"]]:
+def initial(
+    vectors: Float[Array, "k d"], key_values: Callable[[], KeyValues]
+) -> dict[str, Float[Array, "k d"]]:
     """σ that starts as these input vectors, float32."""
-    return {"embeddings": jnp.asarray(embeddings, jnp.float32)}
+    del key_values
+    return {"embeddings": jnp.asarray(vectors, jnp.float32)}
 
 
 def prefix(
     sigma: dict[str, Float[Array, "k d"]],
-    before: KeyValues,
+    preamble: KeyValues,
     prefill: Callable[[Array, KeyValues], KeyValues],
 ) -> KeyValues:
-    """``before`` followed by σ, read by the model; differentiable in σ."""
-    return prefill(sigma["embeddings"][None], before)
+    """``preamble`` followed by σ, read by the model; differentiable in σ."""
+    return prefill(sigma["embeddings"][None], preamble)
 
 
 def length(sigma: dict[str, Float[Array, "k d"]]) -> int:
-    """K, in tokens."""
+    """K, in slots."""
     return sigma["embeddings"].shape[0]

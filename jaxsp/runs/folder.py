@@ -1,106 +1,143 @@
-"""The folder of a run: what is where, and whether a run may start or go on there."""
+"""The folder of a run: what lies where, and whether a run may start or go on there."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from jaxsp.artifact import ARRAYS, CONTEXT, MANIFEST
+from jaxsp.artifact import ARRAYS, CONTEXT, MANIFEST, SoftPrompt
+from jaxsp.evaluation import report as reports
+from jaxsp.files import atomic_write
 from jaxsp.typing import UserError
 
-_OURS = ("report.json", "report.md", "plots", "metrics.jsonl", "run", ARRAYS, MANIFEST, CONTEXT)
+VERSION = 2
+"""Of what lies in a run's folder; 0.1 wrote none."""
+
+REPORT, RESULTS = "report.json", "results.parquet"
+_OURS = (REPORT, "report.md", "plots", "metrics.jsonl", "run", ARRAYS, MANIFEST, CONTEXT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A compressed context.
+
+    Attributes:
+      prompt: the trained soft prompt.
+      report: what was measured (``report.json`` as a dict).
+      lines: the training's metrics, a dict a step.
+    """
+
+    prompt: SoftPrompt
+    report: dict[str, Any]
+    lines: list[dict[str, Any]]
+
+    @property
+    def error(self) -> str | None:
+        """Why training failed: the prompt is the best until then, nothing is measured."""
+        return self.report.get("error")
+
+    def save(self, directory: str | Path) -> None:
+        """Writes prompt, manifest, metrics, plots and report into ``directory``, ``report.json`` last."""
+        folder = Path(directory)
+        self.prompt.save(folder)
+        lines = "".join(json.dumps(line) + "\n" for line in self.lines)
+        atomic_write(folder / "metrics.jsonl", lines)
+        if self.error is None:
+            reports.write(self.report, self.lines, folder)
+        else:
+            atomic_write(folder / REPORT, reports.as_json(self.report))
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Result:
+        """Reads what ``save`` wrote."""
+        folder = Path(directory)
+        report = json.loads((folder / REPORT).read_text("utf-8"))
+        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+        return cls(SoftPrompt.load(folder), report, [json.loads(line) for line in lines])
 
 
 class RunFolder:
-    """Paths of a run; made by ``open_run``."""
+    """Paths of a run, or of one of its jobs."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.metrics = directory / "metrics.jsonl"
-        self.settings = directory / "run" / "settings.json"
-        self.teacher = directory / "run" / "teacher.safetensors"
-        self.checkpoints = directory / "run" / "checkpoints"
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.report = self.directory / REPORT
+        self.results = self.directory / RESULTS
+        self.metrics = self.directory / "metrics.jsonl"
+        self.settings = self.directory / "run" / "settings.json"
+        self.teachers = self.directory / "run" / "teachers"
+        self.checkpoints = self.directory / "run" / "checkpoints"
 
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Raises ``UserError`` if a run can't start (or go on) here; touches nothing.
 
-def check_folder(directory: str | Path, *, resume: bool, overwrite: bool) -> None:
-    """Raises ``UserError`` if a run can't start (or go on) there; touches nothing.
+        Called before any work, so that a mistake costs no time.
+        """
+        if resume and overwrite:
+            raise UserError("Give either --resume or --overwrite, not both.")
+        path = self.directory
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; give a folder.")
+        if resume and not self.settings.is_file():
+            raise UserError(
+                f"There is no run to resume in {path}; leave --resume away to start one."
+            )
+        if not resume and not overwrite and path.is_dir() and any(path.iterdir()):
+            raise UserError(
+                f"The folder {path} is not empty; go on with --resume, replace what is there with"
+                " --overwrite, or choose another with --out."
+            )
+        existing = path.absolute()
+        while not existing.exists():
+            existing = existing.parent
+        if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
+            raise UserError(f"The folder {path} can't be written to; choose another with --out.")
 
-    Called before any work, so that a mistake costs no time.
-    """
-    if resume and overwrite:
-        raise UserError("Give either --resume or --overwrite, not both.")
-    folder = RunFolder(Path(directory))
-    path = folder.directory
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; give a folder.")
-    if resume and not folder.settings.is_file():
-        raise UserError(f"There is no run to resume in {path}; leave --resume away to start one.")
-    if not resume and not overwrite and path.is_dir() and any(path.iterdir()):
-        raise UserError(
-            f"The folder {path} is not empty; go on with --resume, replace what is there with"
-            " --overwrite, or choose another with --out."
-        )
-    existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
-        raise UserError(f"The folder {path} can't be written to; choose another with --out.")
+    def start(self, settings: dict[str, Any]) -> None:
+        """Makes the folder ready for a run with these settings: an earlier run's files go, others stay.
 
+        Raises:
+          UserError: it can't be written to.
+        """
+        try:
+            for name in _OURS:
+                old = self.directory / name
+                if old.is_dir():
+                    shutil.rmtree(old)
+                else:
+                    old.unlink(missing_ok=True)
+            self.settings.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.settings, reports.as_json({"version": VERSION, **settings}))
+        except OSError as error:
+            raise UserError(
+                f"The folder {self.directory} can't be written to ({error.strerror}); choose another"
+                " with --out."
+            ) from error
 
-def open_run(
-    directory: str | Path, settings: dict[str, Any], *, resume: bool, overwrite: bool
-) -> RunFolder:
-    """The folder, ready for a run with these settings.
-
-    Args:
-      directory: where.
-      settings: everything that decides the result.
-      resume: go on with the run that is there; its settings must be the same.
-      overwrite: remove an earlier run's files first; others are left alone.
-
-    Raises:
-      UserError: as ``check_folder``, or the settings differ from those of the run to resume.
-    """
-    check_folder(directory, resume=resume, overwrite=overwrite)
-    folder = RunFolder(Path(directory))
-    if resume:
-        _check_same(folder.settings, settings)
-        return folder
-    try:
-        for name in _OURS:
-            old = folder.directory / name
-            if old.is_dir():
-                shutil.rmtree(old)
-            else:
-                old.unlink(missing_ok=True)
-        folder.settings.parent.mkdir(parents=True, exist_ok=True)
-        scratch = folder.settings.with_suffix(".part")
-        scratch.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        scratch.replace(folder.settings)
-    except OSError as error:
-        raise UserError(
-            f"The folder {directory} can't be written to ({error.strerror}); choose another with"
-            " --out."
-        ) from error
-    return folder
-
-
-def _check_same(file: Path, settings: dict[str, Any]) -> None:
-    try:
-        before = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}); start anew with --overwrite.") from error
-    settings = json.loads(json.dumps(settings))  # as they were written: tuples are lists
-    changed = [
-        f"{name} was {before.get(name)!r} and is now {settings.get(name)!r}"
-        for name in sorted({*before, *settings})
-        if before.get(name) != settings.get(name)
-    ]
-    if changed:
-        raise UserError(
-            f"The run in {file.parent.parent} can't be resumed with other settings:"
-            f" {'; '.join(changed)}. Give the same, or start anew with --overwrite."
-        )
+    def check_same(self, settings: dict[str, Any]) -> None:
+        """Raises ``UserError`` with the differences if the run here has other settings."""
+        file, folder = self.settings, self.directory
+        try:
+            before = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise UserError(f"{file} is damaged ({error}); start anew with --overwrite.") from error
+        if before.pop("version", 1) != VERSION:
+            raise UserError(
+                f"The run in {folder} was made by another version of jaxsp, whose files this one can't go"
+                " on with; finish it with that version, or start anew with --overwrite."
+            )
+        settings = json.loads(json.dumps(settings))  # as they were written: tuples are lists
+        changed = [
+            f"{name} was {before.get(name)!r} and is now {settings.get(name)!r}"
+            for name in sorted({*before, *settings})
+            if before.get(name) != settings.get(name)
+        ]
+        if changed:
+            raise UserError(
+                f"The run in {folder} can't be resumed with other settings: {'; '.join(changed)}. Give"
+                " the same, or start anew with --overwrite."
+            )

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsp import stages
+import numpy as np
+
 from jaxsp.data.documents import Query, as_queries, read_text, split_queries
+from jaxsp.losses import as_objective
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.settings import Settings, make_settings
+from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.prompts.initializers import INITIALIZERS
+from jaxsp.settings import Settings, decides_result, make_settings, side_by_side
+from jaxsp.teacher.problem import TokenizedJob, tokenize
+from jaxsp.training.drivers import DRIVERS
+from jaxsp.training.optimizers import make_optimizer
 from jaxsp.typing import UserError
 
 _KEYS = ("id", "context", "queries", "held_out")
+
+
+ALIKE = 1.25
+"""Prompts train side by side if their batches differ in tokens by this factor at most: more is padding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +42,7 @@ class Job:
       train: queries to train on.
       held_out: queries to measure on.
       settings: those of the run, but for what the row says otherwise.
-      query_lengths: tokens of each query.
-      longest: tokens that a query with its answer may take.
+      tokens: of a query with its answer, about, as far as is known before the teacher speaks.
     """
 
     id: str
@@ -37,12 +50,69 @@ class Job:
     train: list[Query]
     held_out: list[Query]
     settings: Settings
-    query_lengths: tuple[int, ...]
-    longest: int
+    tokens: float
 
-    def encoded(self, model: LanguageModel) -> stages.Task:
+    def tokenized(self, model: LanguageModel) -> TokenizedJob:
         """Its texts as token ids, which take more memory than the texts."""
-        return stages.encode_task(model, self.context, self.train, self.held_out, self.settings)
+        return tokenize(model, self.context, self.train, self.held_out, self.settings)
+
+    def identity(self, model: LanguageModel) -> dict[str, Any]:
+        """Everything that decides the result: a resumed run must have the same."""
+        return {
+            **decides_result(self.settings),
+            **model_identity(model),
+            "context": _digest(self.tokenized(model).context_ids.tolist()),
+            "queries": _digest([[query.text, query.answer] for query in self.train]),
+            "held_out": _digest([[query.text, query.answer] for query in self.held_out]),
+        }
+
+
+def groups(jobs: Sequence[Job]) -> dict[str, list[Job]]:
+    """The jobs that can train side by side, in their order, each group by a key that names its checkpoints.
+
+    One compiled update serves a group, in batches of one shape: so a group's own batches are of like size.
+    """
+    found: dict[str, list[Job]] = {}
+    alike: dict[tuple, list[Job]] = {}
+    for job in jobs:
+        alike.setdefault(side_by_side(job.settings), []).append(job)
+    for shared, some in alike.items():
+        sizes = sorted({job.tokens for job in some})
+        starts = [sizes[0]]  # of each group
+        for size in sizes:
+            if size > ALIKE * starts[-1]:
+                starts.append(size)
+        for start, end in itertools.pairwise([*starts, math.inf]):
+            key = _digest([str(shared), start])
+            found[key] = [job for job in some if start <= job.tokens < end]
+    return found
+
+
+def model_identity(model: LanguageModel) -> dict[str, Any]:
+    """The model, its weights and their dtype."""
+    return {"model": model.name, "weights": model.fingerprint, "dtype": model.config.dtype}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises ``UserError`` on a name that is in none of the tables, or on parts that don't fit together."""
+    as_objective(settings.training.objective)
+    make_optimizer(settings.training)
+    for name, value, table in (
+        ("kind", settings.prompt.kind, PROMPT_KINDS),
+        ("initial", settings.prompt.initial, INITIALIZERS),
+        ("parallel", settings.devices.parallel, DRIVERS),
+        ("keep", settings.training.keep, ("best", "last")),
+    ):
+        if value not in table:
+            raise UserError(f"Unknown {name} {value!r}; choose one of {', '.join(table)}.")
+    if settings.devices.mesh and settings.devices.parallel != "mesh":
+        raise UserError(
+            f"--mesh {settings.devices.mesh} needs --parallel mesh, not {settings.devices.parallel}."
+        )
 
 
 def read_rows(path: str | Path) -> list[tuple[str, Any]]:
@@ -73,23 +143,18 @@ def check_jobs(
     problems = []
     for where, row in rows:
         try:
-            job = _job(model, row, defaults)
+            job = make_job(model, row, defaults)
             name = job.id.casefold()  # as some file systems see it
             if name in jobs:
                 raise UserError(f"the id {job.id!r} is given twice")
-            shape = job.settings.batch_shape
-            if shape is not None and job.longest > shape[1]:
-                raise UserError(
-                    f"--batch-shape has rows of {shape[1]} tokens, and a query may take {job.longest}"
-                    " with its answer; give it longer ones"
-                )
             jobs[name] = job
         except UserError as error:
             problems.append(f"{where}: {str(error).rstrip('.')}.")
     return list(jobs.values()), problems
 
 
-def _job(model: LanguageModel, row: Any, defaults: Mapping[str, Any]) -> Job:
+def make_job(model: LanguageModel, row: Any, defaults: Mapping[str, Any]) -> Job:
+    """The job of one row; raises ``UserError`` with what is wrong with it."""
     if isinstance(row, UserError):
         raise row
     try:
@@ -121,16 +186,14 @@ def _job(model: LanguageModel, row: Any, defaults: Mapping[str, Any]) -> Job:
             "a row can't have devices of its own; give parallel and mesh for the whole run"
         )
     settings = make_settings({**defaults, **own})
-    settings.check()
-    if settings.parallel == "pmap":
-        raise UserError("many prompts go over devices with --parallel mesh, not pmap")
+    check_settings(settings)
     train, held_out = split_queries(
         as_queries(row["queries"]),
         float(held_out) if isinstance(held_out, float | int) else as_queries(held_out),
-        settings.seed,
+        settings.training.seed,
     )
-    task = stages.encode_task(model, context, train, held_out, settings)
-    lengths = tuple(len(ids) for ids in task.query_ids)
-    answers = (max(settings.max_answer_tokens, len(given or ())) for given in task.given_ids)
-    longest = max(map(sum, zip(lengths, answers, strict=True))) - 1
-    return Job(name, context, train, held_out, settings, lengths, longest)
+    tokenized = tokenize(model, context, train, held_out, settings)
+    usual = settings.teacher.max_answer_tokens / 2
+    answers = [usual if ids is None else len(ids) for ids in tokenized.given_ids]
+    tokens = float(np.mean([*map(len, tokenized.query_ids)]) + np.mean(answers))
+    return Job(name, context, train, held_out, settings, tokens)

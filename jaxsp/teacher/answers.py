@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-from jaxsp.models.generation.engine import Sampling, generate
+from jaxsp.models.generation import Sampling, generate
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.typing import KeyValues
 
@@ -19,15 +19,17 @@ def answer_ids(
     queries: Sequence[Sequence[int]],
     *,
     max_tokens: int,
+    after: Sequence[int] | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
     """Greedy answers, each with its end-of-turn token if it reached one.
 
     Args:
       model: the frozen model.
-      prefix: what is read before every query.
+      prefix: what is read before every query; one row, or several to choose from.
       queries: token ids from after the prefix up to where the answer starts.
       max_tokens: longest answer.
+      after: the row of ``prefix`` that each query is read after; needed if there are several.
       on_batch: told how many queries are answered.
 
     Returns:
@@ -41,5 +43,6 @@ def answer_ids(
         queries,
         Sampling(stop_ids=model.stop_ids, max_tokens=max_tokens),
         slots=SLOTS,
+        after=after,
         on_finished=lambda index, ids: on_batch(next(done)),
     )

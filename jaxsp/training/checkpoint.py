@@ -1,14 +1,16 @@
-"""Checkpoints of a training run (orbax): written whole or not at all, so any moment is a safe one to die."""
+"""Checkpoints of prompts in training (orbax): written whole or not at all, so a run may die at any moment."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jaxsp import processes
 from jaxsp.models.sharding import put
 from jaxsp.training.state import TrainState
 from jaxsp.typing import PyTree, UserError
@@ -17,52 +19,75 @@ KEPT = 2  # the newest, and the one before it in case the newest can't be read
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest last."""
+    """The checkpoints of the prompts that train side by side, newest last."""
 
     def __init__(self, directory: Path) -> None:
         # orbax takes seconds to import, so only when a run writes checkpoints.
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
+        self._directory = directory
+        self._shared = processes.are_several()
+        options: dict[str, Any] = {"max_to_keep": KEPT}
+        if jax.process_count() > 1 and not self._shared:  # this process alone has these prompts
+            own = jax.process_index()
+            directory.mkdir(parents=True, exist_ok=True)
+            options["create"] = False  # orbax makes no folder for one process of several
+            options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+                primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"own{own}"
+            )
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=KEPT),
-            item_handlers=ocp.StandardCheckpointHandler(),
+            options=ocp.CheckpointManagerOptions(**options),
+            item_names=("states", "block"),
         )
 
     @property
     def _sharding(self) -> Sharding:
-        """One device; of several processes, a copy on each device: orbax then writes together."""
-        if jax.process_count() == 1:
+        """One device; of processes that share the prompts, a copy on each: orbax then writes together."""
+        if not self._shared:
             return SingleDeviceSharding(jax.local_devices()[0])
         return NamedSharding(_every_device(), PartitionSpec())
 
     @property
-    def latest_step(self) -> int | None:
-        """The step of the newest whole checkpoint; ``None`` if there is none."""
+    def latest(self) -> int | None:
+        """The number of the newest whole checkpoint; ``None`` if there is none."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState) -> None:
-        """Writes the state, unless its step is there already; it is safe when this returns."""
-        step = int(state.step)
-        if step != self.latest_step:
-            saved = vars(state)
-            if jax.process_count() > 1:
-                saved = put(saved, _every_device(), PartitionSpec())
-            self._manager.save(step, args=self._ocp.args.StandardSave(saved))
-            self._manager.wait_until_finished()
-
-    def restore(self, like: TrainState) -> TrainState:
-        """The newest checkpoint.
+    def save(self, number: int, states: TrainState, block: dict[str, Any]) -> None:
+        """Writes the stacked states and what belongs to them; it is safe when this returns.
 
         Args:
-          like: a state of the same shapes and dtypes; its values are not used.
+          number: above that of any before; an equal one is there already, and left alone.
+          states: of all prompts.
+          block: what else is needed to go on, as JSON carries it.
+        """
+        if number == self.latest:
+            return
+        saved = vars(states)
+        if self._shared:
+            saved = put(saved, _every_device(), PartitionSpec())
+        args = self._ocp.args
+        self._manager.save(
+            number, args=args.Composite(states=args.StandardSave(saved), block=args.JsonSave(block))
+        )
+        self._manager.wait_until_finished()
+
+    def block(self) -> dict[str, Any]:
+        """What was saved beside the states of the newest checkpoint."""
+        args = self._ocp.args
+        return self._restored(args.Composite(block=args.JsonRestore()))["block"]
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The states of the newest checkpoint.
+
+        Args:
+          like: states of the same shapes and dtypes; their values are not used.
 
         Raises:
-          UserError: there is none, or it is of another shape.
+          UserError: it can't be read, or is of another shape.
         """
-        if self.latest_step is None:
-            raise UserError("There is no checkpoint to resume from; start anew with --overwrite.")
+        args = self._ocp.args
         # Devices of this run: the one that wrote it may have had others.
         shapes = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(
@@ -70,24 +95,36 @@ class Checkpoints:
             ),
             vars(like),
         )
-        step, here = self.latest_step, _shapes(like.sigma)
-        try:
-            there = _shapes(self._manager.item_metadata(step)["sigma"])
-            restore = self._ocp.args.StandardRestore(shapes)
-            saved = self._manager.restore(step, args=restore) if there == here else None
-        except (ValueError, KeyError, OSError) as error:
+        here, there = _shapes(like.sigma), self._saved_shapes()
+        if there != here:
             raise UserError(
-                f"The checkpoint of step {step} can't be read ({error}); start anew with --overwrite."
-            ) from error
-        if saved is None:
-            raise UserError(
-                f"The checkpoint of step {step} is of another model or prompt length: its prompt has the"
-                f" shape {there}, this run's {here}. Resume with the same, or start anew with --overwrite."
+                f"The checkpoint in {self._directory} is of another model or prompt length: its prompts"
+                f" have the shape {there}, this run's {here}. Resume with the same, or start anew with"
+                " --overwrite."
             )
+        saved = self._restored(args.Composite(states=args.StandardRestore(shapes)))["states"]
         return TrainState(**jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), saved))
 
     def close(self) -> None:
+        """Ends orbax's own threads."""
         self._manager.close()
+
+    def _saved_shapes(self) -> PyTree:
+        try:
+            return _shapes(self._manager.item_metadata(self.latest or 0)["states"]["sigma"])
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise self._unreadable(error) from error
+
+    def _restored(self, items: Any) -> Any:
+        try:
+            return self._manager.restore(self.latest, args=items)
+        except (ValueError, KeyError, OSError) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(
+            f"The checkpoint in {self._directory} can't be read ({error}); start anew with --overwrite."
+        )
 
 
 def _shapes(sigma: PyTree) -> PyTree:

@@ -1,167 +1,328 @@
-"""The training loop: batches in, evaluations, checkpoints and a line of metrics a step out."""
+"""The training loop: M slots for prompts, the next of the queue as soon as one has ended."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import functools
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp import processes as hosts
-from jaxsp.data.packing import Packing
+from jaxsp import processes
 from jaxsp.data.examples import Rows
+from jaxsp.data.packing import Packing
 from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.drivers import Driver
-from jaxsp.training.state import TrainState
-from jaxsp.typing import EMPTY, Interrupted, PyTree, UserError
+from jaxsp.training.slots import (
+    Callback,
+    Slot,
+    Step,
+    TrainingJob,
+    TrainingResult,
+    all_lengths,
+    next_batches,
+)
+from jaxsp.training.state import TrainState, stack, unstack
+from jaxsp.typing import EMPTY, Float, Interrupted, PyTree
+
+Evaluate = Callable[[PyTree, Sequence[Rows]], Float[np.ndarray, " m"]]
 
 
-@dataclasses.dataclass(frozen=True)
-class LoopSettings:
-    """How long and how often.
-
-    Attributes:
-      steps: updates in all.
-      packing: the shape of every batch.
-      evaluate_every: steps between held-out evaluations (there is one before the first step and one
-        after the last, too).
-      checkpoint_every: steps between checkpoints.
-      patience: evaluations without a better one after which it stops; 0: it goes on to the end.
-    """
-
-    steps: int
-    packing: Packing
-    evaluate_every: int
-    checkpoint_every: int
-    patience: int = 0
-
-
-class NonFiniteLoss(UserError):
-    """The loss or its gradient became infinite or NaN.
-
-    Attributes:
-      state: the last good state.
-    """
-
-    def __init__(self, message: str, state: TrainState) -> None:
-        super().__init__(message)
-        self.state = state
-
-
-@dataclasses.dataclass
-class Watcher:
-    """What wants to hear of the run as it goes; each field is optional.
-
-    Attributes:
-      metrics: a JSON-lines file that gets one line a step.
-      checkpoints: where the state is saved.
-      on_step: called with each line as a dict, e.g. to draw a progress bar.
-    """
-
-    metrics: Path | None = None
-    checkpoints: Checkpoints | None = None
-    on_step: Callable[[dict[str, Any]], None] = lambda line: None
-
-
-def train(
-    driver: Driver,
-    state: TrainState,
-    rows: Rows,
-    settings: LoopSettings,
-    *,
-    evaluate: Callable[[PyTree], float],
-    watcher: Watcher,
-) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Updates σ for ``settings.steps`` steps, keeping the one with the lowest held-out KL.
+class Block:
+    """Prompts that train side by side, one a slot, by one compiled update.
 
     Args:
-      driver: runs the update.
-      state: where to start; not at step 0 when a run is resumed.
-      rows: training rows with the teacher's hidden states.
-      settings: how long and how often.
-      evaluate: held-out KL of a σ, in nats.
-      watcher: hears of every step.
-
-    Returns:
-      The final state, and the lines of ``metrics.jsonl`` (those of a resumed run's past included).
-
-    Raises:
-      Interrupted: on Ctrl-C.
-      NonFiniteLoss: the loss or the gradient is no longer finite.
+      queue: further prompts; one may make its rows when it is asked for.
+      make_driver: from the number of slots to the driver.
+      evaluate: from M prompts and their packed batches to their mean held-out KL, in nats.
+      slots: M.
+      evaluate_every: steps between held-out evaluations; there is one before the first step and one after
+        the last, too. Slots are filled again when the others are evaluated: one evaluation serves all.
+      checkpoints: where the states are saved.
+      checkpoint_every: steps between checkpoints.
+      callbacks: hear of every step.
+      compile_seconds: a clock of the seconds spent compiling.
     """
-    lines = hosts.first(lambda: _past_lines(watcher.metrics, int(state.step)))
-    packing = settings.packing
-    spread = packing.over(driver.multiple, int(rows.lengths.max()))
-    placed = driver.place(state)
-    order = np.asarray(state.key)
 
-    def save(state: TrainState) -> None:
-        if watcher.checkpoints:
-            watcher.checkpoints.save(state)
+    def __init__(
+        self,
+        queue: Iterator[TrainingJob],
+        make_driver: Callable[[int], Driver],
+        evaluate: Evaluate,
+        *,
+        slots: int,
+        evaluate_every: int,
+        checkpoints: Checkpoints | None = None,
+        checkpoint_every: int = 10,
+        callbacks: Sequence[Callback] = (),
+        compile_seconds: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self.queue, self.evaluate, self.callbacks = queue, evaluate, callbacks
+        self.evaluate_every, self.checkpoint_every = evaluate_every, checkpoint_every
+        self.checkpoints, self.compile_seconds = checkpoints, compile_seconds
+        self.slots: list[Slot | None] = [None] * slots
+        self.driver = make_driver(slots)
+        self.packing: Packing | None = None
+        self.tick = 0
+        self.longest = 0  # tokens of the longest sequence there has been
+        self.states: TrainState | None = None  # as the driver places them
+        self.recent: deque[TrainState] = deque(
+            maxlen=2
+        )  # before the last step, and the one before it
+        self.ahead: Rows | None = None  # the next batches
 
-    def measured(state: TrainState) -> TrainState:
-        kl = hosts.first(lambda: float(evaluate(state.sigma)))
-        if not math.isfinite(kl):
-            raise NonFiniteLoss(non_finite(int(state.step), {"held-out KL": kl}), good)
-        if kl < float(state.best_kl):
-            state = dataclasses.replace(state, best_sigma=state.sigma, best_kl=jnp.float32(kl))
-        lines[-1]["held_out_kl"] = kl
-        return state
+    def resume(self, jobs: Sequence[TrainingJob | None], tick: int, packing: Packing) -> None:
+        """Goes on with a saved block, each prompt in its slot: the same programs on the same numbers."""
+        self.slots = [job and Slot(job) for job in jobs]
+        self.tick, self.packing = tick, packing
+        self.longest = max(int(all_lengths(slot).max()) for slot in self._live())
+        (some, *_) = (job.state for job in jobs if job is not None)
+        self._put(stack([some if job is None else job.state for job in jobs]))
+        self._pack_held_out()
 
-    good = state
-    try:
-        with _interrupts_between_steps() as check_interrupt:
-            if not lines:
-                lines.append({"step": 0})
-                good = state = measured(state)
-                placed = driver.place(state)
-                save(state)
-                _write(watcher.metrics, lines)
-                watcher.on_step(lines[-1])
-            for step in range(int(state.step), settings.steps):
-                if out_of_patience(lines, settings.patience):
-                    save(state)
-                    break
-                started = time.perf_counter()
-                drawn = packing.draw(rows.lengths, int(state.cursor), order)
-                batch = spread.pack(rows, drawn)
-                placed, metrics = driver.step(placed, batch)
-                values = {name: float(value) for name, value in metrics.items()}
-                if not all(math.isfinite(value) for value in values.values()):
-                    raise NonFiniteLoss(non_finite(step + 1, values), good)
-                good, state = state, driver.fetch(placed)
-                lines.append(
-                    {
-                        "step": step + 1,
-                        **values,
-                        "tokens": int(np.sum(batch.offsets != EMPTY)),
-                        "seconds": time.perf_counter() - started,
-                    }
-                )
-                last = step + 1 == settings.steps
-                if last or (step + 1) % settings.evaluate_every == 0:
-                    state = measured(state)
-                    placed = driver.place(state)
-                _write(watcher.metrics, lines[-1:])
-                if last or (step + 1) % settings.checkpoint_every == 0:
-                    save(state)
-                watcher.on_step(lines[-1])
-                check_interrupt()
-    except KeyboardInterrupt:
-        save(state)
-        raise Interrupted(
-            f"Interrupted after step {int(state.step)} of {settings.steps}."
-        ) from None
-    return state, lines
+    def run(self) -> Iterator[TrainingResult]:
+        """Trains until the queue is empty; gives each prompt as its training ends.
+
+        Raises:
+          Interrupted: on Ctrl-C, between two steps; the states are then saved.
+        """
+        while True:
+            try:
+                self._fill()
+                if not self._live():
+                    return
+                with _interrupts_between_steps() as check:
+                    if not any(slot.finished for slot in self._live()):
+                        self._step()
+                    check()
+            except KeyboardInterrupt:
+                self._save()
+                raise Interrupted(self._where()) from None
+            for place, slot in enumerate(self.slots):
+                if slot is not None and slot.finished:
+                    yield self._result(place, slot)
+                    self.slots[place] = self.ahead = None
+
+    def _live(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot is not None]
+
+    def _running(self) -> list[Slot]:
+        return [slot for slot in self._live() if not slot.ended]
+
+    def _where(self) -> str:
+        """Says how far it has come."""
+        slots = self._live()
+        if len(slots) == 1:
+            return f"Interrupted after step {slots[0].step} of {slots[0].steps}."
+        return f"Interrupted with {len(slots)} prompts in training."
+
+    def _at_evaluation(self) -> bool:
+        """Whether the prompts here stand at one of their evaluations: all have the same ones."""
+        running = self._running()
+        return not running or running[0].step % self.evaluate_every == 0
+
+    def _fill(self) -> None:
+        """Puts the next prompts of the queue into the slots that are free."""
+        if not self._at_evaluation():
+            return
+        fresh = {}
+        for place, slot in enumerate(self.slots):
+            if slot is None and (job := next(self.queue, None)) is not None:
+                fresh[place] = Slot(job)
+        if not fresh:
+            return
+        with _interrupts_between_steps() as check:
+            if self.states is None:
+                # Slots that stay empty hold a copy, which nothing is drawn for and nobody looks at.
+                some = next(iter(fresh.values()))
+                states = stack([fresh.get(i, some).job.state for i in range(len(self.slots))])
+            else:
+                states = self.driver.fetch(self.states)
+                for place, slot in fresh.items():
+                    states = jax.tree.map(
+                        lambda all_M, leaf, at=place: all_M.at[at].set(leaf), states, slot.job.state
+                    )
+            for place, slot in fresh.items():
+                self.slots[place] = slot
+            self.ahead = None  # it lacks theirs
+            self._put(states)
+            self._fit()
+            self._evaluate({place for place, slot in fresh.items() if slot.fresh})
+            self._save()
+            check()
+
+    def _put(self, states: TrainState) -> None:
+        self.states = self.driver.place(states)
+        self.recent = deque([self.states], maxlen=2)
+
+    def _fit(self) -> None:
+        """Finds a shape for the batches of all prompts here; what each draws does not depend on it."""
+        slots = self._live()
+        longest = [max(all_lengths(slot).max() for slot in slots)]
+        self.longest = max(self.longest, int(longest[0]))
+        if self.packing is None:
+            ahead = [lengths for slot in slots for lengths in next_batches(slot)]
+            own = [slot.job.packing for slot in slots]
+            self.packing = Packing.shared(own, [*ahead, np.array(longest)])
+        self.packing = self.packing.grown(np.array(longest))
+        self._pack_held_out()
+
+    def _pack_held_out(self) -> None:
+        """The held-out batches of all prompts side by side; those that have fewer get empty ones."""
+        assert self.packing is not None
+        own = [
+            []
+            if slot is None
+            else [
+                self.packing.pack(slot.job.held_out, i)
+                for i in self.packing.in_order(slot.job.held_out)
+            ]
+            for slot in self.slots
+        ]
+        blank = self.packing.pack(self._live()[0].job.held_out, np.zeros(0, int))
+        most = max(map(len, own))
+        self.held_out = [
+            _stacked([batches[i] if i < len(batches) else blank for batches in own])
+            for i in range(most)
+        ]
+
+    def _batches(self) -> Rows:
+        """The next batches of all prompts, stacked, in a shape that the driver's devices can share."""
+        assert self.packing is not None
+        drawn = [np.zeros(0, int) if slot is None else slot.drawn() for slot in self.slots]
+        packing = self.packing
+        for slot, index in zip(self.slots, drawn, strict=True):
+            if slot is not None:
+                packing = packing.grown(slot.job.train.lengths[index])
+        if packing != self.packing:
+            self.packing = packing
+            self._pack_held_out()
+        grid, some = packing.over(self.driver.multiple, self.longest), self._live()[0]
+        rows = [(some if slot is None else slot).job.train for slot in self.slots]
+        return _stacked([grid.pack(*own) for own in zip(rows, drawn, strict=True)])
+
+    def _step(self) -> None:
+        """One step of all prompts, and the evaluation if it is due."""
+        batches = self._batches() if self.ahead is None else self.ahead
+        started, compiled = time.perf_counter(), self.compile_seconds()
+        assert self.states is not None
+        self.recent.append(self.states)
+        self.states, metrics = self.driver.step(self.states, batches)
+        tokens_M = (batches.offsets != EMPTY).sum(axis=(1, 2)).tolist()
+        stepping = [i for i, slot in enumerate(self.slots) if slot is not None and not slot.ended]
+        values = jax.device_get(metrics)
+        self.tick += 1
+        compiled = self.compile_seconds() - compiled
+        seconds = (time.perf_counter() - started - compiled) / len(stepping)
+        for place in stepping:
+            own = {name: float(value_M[place]) for name, value_M in values.items()}
+            self._note(place, own, tokens_M[place], seconds, compiled / len(stepping))
+        due = [i for i in stepping if self._at_evaluation() or self._slot(i).ended]
+        self._evaluate(set(due))
+        if self.tick % self.checkpoint_every == 0 or any(slot.finished for slot in self._live()):
+            self._save()
+        self._tell(set(stepping) - set(due))
+        self.ahead = self._batches() if self._running() else None
+
+    def _slot(self, place: int) -> Slot:
+        slot = self.slots[place]
+        assert slot is not None
+        return slot
+
+    def _note(
+        self, place: int, values: dict[str, Any], tokens: int, seconds: float, compiled: float
+    ) -> None:
+        """One prompt's step is done, or has failed."""
+        slot = self._slot(place)
+        slot.compile_seconds += compiled
+        if all(math.isfinite(value) for value in values.values()):
+            slot.advance({"step": slot.step + 1, **values, "tokens": tokens, "seconds": seconds})
+        else:
+            self._fail(place, slot.step + 1, values)
+
+    def _fail(self, place: int, step: int, values: dict[str, float]) -> None:
+        """Ends a prompt: σ before the step may be what was wrong, the one before that was good."""
+        slot = self._slot(place)
+        told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        slot.error = f"Training stopped: step {step} is not finite ({told}). Lower --learning-rate."
+        assert self.states is not None
+        before, now = (
+            unstack(self.driver.fetch(states), place) for states in (self.recent[0], self.states)
+        )
+        slot.good = dataclasses.replace(before, best_sigma=now.best_sigma, best_kl=now.best_kl)
+
+    def _evaluate(self, places: set[int]) -> None:
+        """Measures the held-out KL of the prompts in these places, and keeps the best σ."""
+        if not places:
+            return
+        assert self.states is not None
+        states = self.driver.fetch(self.states)
+        kl_M = processes.on_first_process(
+            lambda: np.asarray(self.evaluate(states.sigma, self.held_out)).tolist()
+        )
+        for place in sorted(places):
+            slot = self._slot(place)
+            if slot.error is None and math.isfinite(kl_M[place]):
+                slot.lines[-1]["held_out_kl"] = kl_M[place]
+            elif slot.error is None:
+                self._fail(place, slot.step, {"held-out KL": kl_M[place]})
+        good = [i in places and self._slot(i).error is None for i in range(len(self.slots))]
+        kl_M = np.where(good, np.array(kl_M, np.float32), np.nan)
+        self.states = self.driver.place(_keep_best(states, kl_M.astype(np.float32)))
+        self._tell(places)
+
+    def _tell(self, places: set[int]) -> None:
+        """Writes the new lines of these prompts, and calls the callbacks."""
+        for place in sorted(places):
+            slot = self._slot(place)
+            for line in slot.new_lines():
+                metrics = {name: value for name, value in line.items() if name != "step"}
+                sigma = functools.partial(self._sigma, place)
+                step = Step(slot.job.id, line["step"], slot.steps, metrics, sigma)
+                answers = [callback(step) for callback in self.callbacks]  # each hears of it
+                slot.stopped |= True in answers
+
+    def _sigma(self, place: int) -> PyTree:
+        assert self.states is not None
+        return unstack(self.driver.fetch(self.states), place).sigma
+
+    def _save(self) -> None:
+        if self.checkpoints is not None and self.states is not None:
+            assert self.packing is not None
+            ids = [None if slot is None else slot.job.id for slot in self.slots]
+            block = {"jobs": ids, "tick": self.tick, "packing": dataclasses.astuple(self.packing)}
+            self.checkpoints.save(self.tick, self.driver.fetch(self.states), block)
+
+    def _result(self, place: int, slot: Slot) -> TrainingResult:
+        assert self.states is not None
+        state = slot.good if slot.error else unstack(self.driver.fetch(self.states), place)
+        return TrainingResult(slot.job.id, state, slot.lines, slot.compile_seconds, slot.error)
+
+
+def _stacked(batches: Sequence[Rows]) -> Rows:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+
+@jax.jit
+def _keep_best(states: TrainState, kl_M: Float[np.ndarray, " m"]) -> TrainState:
+    def one(state: TrainState, kl: Any) -> TrainState:
+        better = kl < state.best_kl
+        best = jax.tree.map(
+            lambda new, old: jnp.where(better, new, old), state.sigma, state.best_sigma
+        )
+        best_kl = jnp.where(better, kl, state.best_kl)
+        return dataclasses.replace(state, best_sigma=best, best_kl=best_kl)
+
+    return jax.vmap(one)(states, kl_M)
 
 
 @contextlib.contextmanager
@@ -188,42 +349,3 @@ def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
         yield check
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def out_of_patience(lines: list[dict[str, Any]], patience: int) -> bool:
-    """Whether the last ``patience`` held-out evaluations were no better than one before them."""
-    held_out = [line["held_out_kl"] for line in lines if "held_out_kl" in line]
-    if not patience or len(held_out) <= patience:
-        return False
-    return min(held_out[-patience:]) >= min(held_out[:-patience])
-
-
-def non_finite(step: int, values: dict[str, float]) -> str:
-    """What to say of a step whose metrics are not finite."""
-    told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-    return f"Training stopped: step {step} is not finite ({told}). Lower --learning-rate."
-
-
-def _past_lines(file: Path | None, step: int) -> list[dict[str, Any]]:
-    """The lines up to ``step``; later ones, of steps that a resumed run repeats, are dropped."""
-    if file is None or not file.exists():
-        return []
-    lines = []
-    for text in file.read_text("utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break  # half a line: the run was killed while writing it
-        if line["step"] > step:
-            break
-        lines.append(line)
-    scratch = file.with_suffix(".part")
-    scratch.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    scratch.replace(file)
-    return lines
-
-
-def _write(file: Path | None, lines: list[dict[str, Any]]) -> None:
-    if file is not None and hosts.is_first():
-        with file.open("a", encoding="utf-8") as out:
-            out.writelines(json.dumps(line) + "\n" for line in lines)

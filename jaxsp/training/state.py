@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsp.training.optimizers import Pace
+from jaxsp.training.optimizers.schedule import Schedule, constant
 from jaxsp.typing import Array, Float, Int, PyTree
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The state of a training run.
+    """The training state of one prompt; or of M, stacked: every array has a leading axis M.
 
     Attributes:
       sigma: the prompt's parameters, float32.
@@ -25,7 +26,7 @@ class TrainState:
       cursor: training rows drawn so far; it fixes which come next.
       best_sigma: the σ with the lowest held-out KL so far.
       best_kl: that KL, in nats; infinite before the first evaluation.
-      pace: the learning rate over the run; 1 at every step if ``None``.
+      schedule: the number of steps, and the learning rate of each.
     """
 
     sigma: PyTree
@@ -35,7 +36,7 @@ class TrainState:
     cursor: Int[Array, ""]
     best_sigma: PyTree
     best_kl: Float[Array, ""]
-    pace: Pace | None = None
+    schedule: Schedule
 
 
 def initial_state(
@@ -43,9 +44,16 @@ def initial_state(
     optimizer: optax.GradientTransformation,
     *,
     key: Array,
-    pace: Pace | None = None,
+    schedule: Schedule | None = None,
 ) -> TrainState:
-    """The state before the first step."""
+    """The state of one prompt before the first step.
+
+    Args:
+      sigma: float32 arrays.
+      optimizer: as in ``UpdateSettings``.
+      key: random key of the run.
+      schedule: the learning rate; by default 1 at every step, for an optimizer that has its own.
+    """
     return TrainState(
         sigma=sigma,
         optimizer_state=optimizer.init(sigma),
@@ -54,5 +62,15 @@ def initial_state(
         cursor=jnp.int32(0),
         best_sigma=sigma,
         best_kl=jnp.float32(jnp.inf),
-        pace=pace,
+        schedule=constant() if schedule is None else schedule,
     )
+
+
+def stack(states: Sequence[TrainState]) -> TrainState:
+    """The states of M prompts side by side, as ``update`` takes them."""
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *states)
+
+
+def unstack(states: TrainState, place: int) -> TrainState:
+    """The state of one of several prompts."""
+    return jax.tree.map(lambda leaf: leaf[place], states)

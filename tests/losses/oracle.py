@@ -56,14 +56,20 @@ def log_divergence(log_p, log_q):
     return (np.exp(log_p) * terms).sum(axis=-1)
 
 
-def top(inputs):
-    ids = np.asarray(inputs["teacher_ids"])
-    log_p = np.asarray(inputs["teacher_log_probs"], np.float64)
+def top(inputs, k):
+    """The teacher's entries, the first k of them; taken from its logits where they are not given."""
+    if "teacher_ids" in inputs:
+        ids = np.asarray(inputs["teacher_ids"])[..., :k]
+        log_p = np.asarray(inputs["teacher_log_probs"], np.float64)[..., :k]
+    else:
+        log_p = log_softmax(np.asarray(inputs["teacher_logits"], np.float64), axis=-1)
+        ids = np.argsort(-log_p, axis=-1, kind="stable")[..., : k or 64]
+        log_p = np.take_along_axis(log_p, ids, axis=-1)
     return ids, log_p, log_softmax(np.asarray(inputs["student_logits"], np.float64), axis=-1)
 
 
-def topk_kl(inputs):
-    ids, log_p, log_q = top(inputs)
+def topk_kl(inputs, k=None):
+    ids, log_p, log_q = top(inputs, k)
     out = np.zeros(ids.shape[:-1])
     for place in np.ndindex(out.shape):
         rest = logsumexp(np.delete(log_q[place], ids[place]))
@@ -74,8 +80,8 @@ def topk_kl(inputs):
     return out
 
 
-def truncated_kl(inputs):
-    ids, log_p, log_q = top(inputs)
+def truncated_kl(inputs, k=None):
+    ids, log_p, log_q = top(inputs, k)
     return log_divergence(log_p, np.take_along_axis(log_q, ids, axis=-1))
 
 

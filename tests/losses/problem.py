@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 
 import jax
 import numpy as np
 from scipy.special import log_softmax
+
+from jaxsp.losses import OBJECTIVES
 
 B, T, V, D, K = 3, 4, 7, 5, 3
 
@@ -49,4 +52,20 @@ def make_inputs(seed: int = 0, shape: tuple[int, ...] = (B, T), vocabulary: int 
 
 
 INPUTS = make_inputs()
+
+# A value of every option, other than its default.
+OPTIONS = {"temperature": 2.5, "beta": 0.3, "label_smoothing": 0.1, "k": 2, "n": 4}
+
+
+def option_names(entry) -> list[str]:
+    """The options of an objective: its function's parameters after the inputs and the mask."""
+    return list(inspect.signature(entry.function).parameters)[len(entry.inputs) + 1 :]
+
+
+# Every entry with each of its options: (name, {option: value}).
+VARIANTS = [
+    (name, {option: OPTIONS[option]})
+    for name, entry in OBJECTIVES.items()
+    for option in option_names(entry)
+]
 MASK = np.random.RandomState(1).uniform(size=(B, T)) < 0.6

@@ -19,9 +19,11 @@ from jaxsp.losses import (
     fused_negative_log_likelihood,
     fused_objective,
     mixture,
+    parse,
 )
 from jaxsp.losses.chunked_head import _in_chunks
-from tests.losses.problem import x64
+from tests.losses import oracle
+from tests.losses.problem import VARIANTS, x64
 
 B, T, D, V = 3, 7, 5, 24
 random = np.random.RandomState(0)
@@ -81,6 +83,39 @@ def test_equals_the_plain_path(name, mask, chunk):
     if mask is not None:
         assert (np.asarray(ours())[~mask] == 0).all()
         assert (np.asarray(gradient(ours))[~mask] == 0).all()
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_each_option_equals_the_plain_path(name, options):
+    """Also as metrics, and where the gradient is written out."""
+    entry = dataclasses.replace(OBJECTIVES[name], options=options)
+    ours = functools.partial(fused, str(entry), mask=MASK, chunk_size=4)
+    theirs = functools.partial(plain, entry, mask=MASK)
+    same(ours(), theirs())
+    same(gradient(ours), gradient(theirs))
+    assert not np.allclose(ours(), fused(name, mask=MASK)), "the option changes nothing"
+    measured = fused_objective(
+        "entropy", jnp.asarray(STUDENT), jnp.asarray(HEAD), jnp.asarray(MASK), chunk_size=4,
+        teacher_hidden=jnp.asarray(TEACHER), targets=jnp.asarray(TARGETS), metrics=(str(entry),),
+    )[1]  # fmt: skip
+    same(measured[str(entry)], theirs())
+
+
+@pytest.mark.parametrize("name", ["topk_kl", "truncated_kl"])
+@pytest.mark.parametrize("k", [1, 5, 20, 99])
+def test_k_entries_are_taken(name, k):
+    """The k that the text says, against the float64 oracle; alone and within a mixture."""
+    teacher, student = (np.asarray(side, np.float64) @ HEAD.T for side in (TEACHER, STUDENT))
+    inputs = {"teacher_logits": teacher, "student_logits": student}
+    expected = oracle.ORACLES[name](inputs, k=k)
+    slope = oracle.gradient(name, inputs, "student_logits", k=k) @ HEAD * WEIGHTS[..., None]
+    entry = parse(f"{name}(k={k})")
+    for function in (functools.partial(fused, chunk_size=4), plain):
+        same(function(entry), expected, rtol=4e-6)
+        same(gradient(functools.partial(function, entry)), slope, rtol=4e-6)
+        mixed = parse(f"{name}(k={k})=2, topk_kl(k=3), nll")
+        rest = oracle.topk_kl(inputs, k=3) + oracle.nll({**inputs, "targets": TARGETS})
+        same(function(mixed), 2 * expected + rest, rtol=4e-6)
 
 
 @names
@@ -376,6 +411,32 @@ def test_nan_where_it_counts_stays_nan(name):
     assert np.isnan(out).sum() == 1
 
 
+def alpha_divergence(teacher_logits, student_logits, mask, *, alpha=0.5):
+    p, q = (jax.nn.log_softmax(side) for side in (teacher_logits, student_logits))
+    overlap = jnp.sum(jnp.exp(alpha * p + (1 - alpha) * q), axis=-1)
+    return jnp.where(True if mask is None else mask, (1 - overlap) / (alpha * (1 - alpha)), 0.0)
+
+
+def test_a_divergence_that_the_package_does_not_have():
+    """Amari's, against float64 finite differences."""
+
+    def reference(student):
+        p, q = (oracle.probabilities(side @ HEAD.T) for side in (TEACHER, student))
+        return MASK * (1 - np.sum(p**0.3 * q**0.7, axis=-1)) / 0.21
+
+    mine = Objective(alpha_divergence, options={"alpha": 0.3})
+    slope = np.zeros_like(STUDENT, np.float64)
+    for place in np.ndindex(slope.shape):
+        step = np.zeros_like(slope)
+        step[place] = 1e-5
+        sides = (np.sum(reference(STUDENT + sign * step) * WEIGHTS) for sign in (1, -1))
+        slope[place] = np.subtract(*sides) / 2e-5
+    for function in (functools.partial(fused, chunk_size=4), plain):
+        own = functools.partial(function, mine, mask=MASK)
+        same(own(), reference(STUDENT.astype(np.float64)), rtol=4e-6)
+        same(gradient(own), slope, rtol=4e-6)
+
+
 def test_an_objective_of_ones_own():
     """The same function on other inputs is another objective, whatever is written out for it."""
     for mine in (
@@ -509,7 +570,7 @@ def test_bad_arguments_are_named():
         "teacher and student must share the vocabulary": {"teacher_unembedding": HEAD[1:]},
         "mask must have shape": {"mask": jnp.ones(T, bool)},
         "mask must be boolean": {"mask": jnp.ones((B, T))},
-        "chunk_size must be at least 1, not 0": {"chunk_size": 0},
+        "chunk_size must be a whole number of at least 1, not 0": {"chunk_size": 0},
         "softcap must be positive, not -1": {"softcap": -1.0},
         r"targets must lie in \[0, 24\); got 24": {"targets": np.full((B, T), V)},
         "targets must have shape": {"targets": TARGETS[0]},

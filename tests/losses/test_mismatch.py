@@ -98,5 +98,5 @@ def test_a_zero_vector_has_similarity_zero_and_no_gradient():
 @pytest.mark.parametrize("function", ["top_k_mismatch", "rank_agreement"])
 def test_counts_must_be_positive(function):
     option = {"top_k_mismatch": "k", "rank_agreement": "n"}[function]
-    with pytest.raises(ValueError, match=f"{option} must be at least 1, not 0"):
+    with pytest.raises(ValueError, match=f"{option} must be a whole number of at least 1, not 0"):
         getattr(losses, function)(TEACHER, STUDENT, **{option: 0})

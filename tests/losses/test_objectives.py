@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,51 +12,182 @@ import optax
 import pytest
 
 from jaxsp import losses
-from jaxsp.losses import OBJECTIVES, mixture, trainable
+from jaxsp.losses import OBJECTIVES, Objective, as_objective, mixture, parse
 from jaxsp.typing import UserError
 from tests.losses.problem import INPUTS, MASK
 
 ARRAYS = {name: jnp.asarray(array) for name, array in INPUTS.items()}
 
 
-def test_trainable():
-    assert trainable("kl") is OBJECTIVES["kl"]
-    with pytest.raises(UserError, match="Unknown objective 'kll'; choose one of kl, "):
-        trainable("kll")
-    with pytest.raises(UserError, match=r"piecewise constant.* Train on one of kl, "):
-        trainable("zero_one")
-    for text, mixed in {
-        "kl=0.7,nll=0.3": mixture(kl=0.7, nll=0.3),
-        " kl = 1, temperature=2": mixture(kl=1, temperature=2),
-    }.items():
-        assert trainable(text) == mixed
-        assert hash(trainable(text)) == hash(mixed)
+def with_options(name, **options):
+    return dataclasses.replace(OBJECTIVES[name], options=options)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "written"),
+    [
+        ("kl=0.7,nll=0.3", mixture(kl=0.7, nll=0.3), "kl=0.7,nll=0.3"),
+        (" kl = 1, temperature=2", mixture(kl=1, temperature=2), "kl(temperature=2)"),
+        ("kl=1", OBJECTIVES["kl"], "kl"),
+        ("kl, nll", mixture(kl=1, nll=1), "kl=1,nll=1"),
+        ("kl=2e-3", mixture(kl=0.002), "kl=0.002"),
+        ("cosine_similarity=1", mixture(cosine_similarity=1), "cosine_similarity=1"),
+        ("kl(temperature=1.0)", OBJECTIVES["kl"], "kl"),
+        (
+            "js( temperature=2 ,beta = 0.3)",
+            with_options("js", beta=0.3, temperature=2),
+            "js(beta=0.3,temperature=2)",
+        ),
+        (
+            "kl(temperature=2)=0.7,nll=0.3",
+            mixture(kl=0.7, nll=0.3, temperature=2),
+            "kl(temperature=2)=0.7,nll=0.3",
+        ),
+        (
+            "kl(temperature=1)=1,js=1,temperature=3",
+            parse("kl,js(temperature=3)"),
+            "kl=1,js(temperature=3)=1",
+        ),
+    ],
+)
+def test_text_means_and_is_written(text, expected, written):
+    objective = parse(text)
+    assert objective == expected
+    assert hash(objective) == hash(expected)
+    assert str(objective) == written
+    assert repr(objective) == f"Objective({written})"
+    assert parse(written) == objective
+
+
+def test_counts_are_whole_numbers():
+    assert dict(parse("topk_kl(k=20)").options) == {"k": 20}
+    assert type(dict(parse("topk_kl(k=20)").options)["k"]) is int
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("kl=0.7,nll", "'nll' should read like kl=0.7"),
-        ("kl=a", "'kl=a' should read like kl=0.7"),
-        ("kl=0.7,zero_one=1", "piecewise constant"),
+        ("kll", "Unknown objective 'kll'; choose one of kl, .*, hidden_mse; did you mean kl?"),
+        ("", "Unknown objective ''; choose one of kl, "),
+        ("kl=0.7,", "Unknown objective ''; choose one of kl, "),
+        ("kl=a", r"'kl=a' can't be read; it should read like kl=0.7 or kl\(OPTION=NUMBER"),
+        ("kl=", "'kl=' can't be read"),
+        ("0.7*kl", r"Unknown objective '0.7\*kl'"),
+        ("nll,js(0.3)", r"'js\(0.3\)' can't be read; .* js\(OPTION=NUMBER,...\), with beta, temp"),
+        ("js(beta=0.3,beta=0.4)", "can't be read"),
+        ("js(beta=0.3", r"'js\(beta=0.3' can't be read"),
+        ("js(beta=0.3)x", "can't be read"),
+        ("zero_one(k=1)", "zero_one has no option 'k'; it has none"),
+        (
+            "js(betta=0.3)=1,nll=1",
+            "js_.* has no option 'betta'; it has beta, temperature; did you me",
+        ),
+        ("js(beta=2)", r"Objective js\(beta=2\): beta must lie between 0 and 1, not 2"),
+        ("js(beta=nan)", "beta must lie between 0 and 1, not nan"),
+        ("topk_kl(k=0)", r"topk_kl\(k=0\): k must be a whole number of at least 1, not 0"),
+        ("topk_kl(k=2.5)", "k must be a whole number of at least 1, not 2.5"),
+        ("nll(label_smoothing=1.5)", "label_smoothing must lie between 0 and 1, not 1.5"),
+        ("kl(temperature=-1)=1,nll", "temperature must be positive, not -1"),
+        (f"kl(temperature=1{400 * '0'})", "int too large"),
+        ("kl,zero_one=1", "piecewise constant"),
         ("kl=0.7,kll=1", "Unknown objective 'kll'"),
+        ("kl(temperature=2)=0.3,kl(temperature=2.0)=0.3", r"has kl\(temperature=2\) twice"),
+        ("kl,temperature", "'temperature' can't be read; it should read like temperature=0.7"),
+        ("kl,temperature=2,temperature=3", "has temperature twice"),
         ("kl=-1", "The weight of kl must be positive, not -1"),
         ("kl=inf", "The weight of kl must be positive, not inf"),
-        ("kl=1,temperature=0", "The temperature must be positive, not 0"),
+        ("kl=1,temperature=0", "temperature must be positive, not 0"),
         ("nll=1,temperature=2", "None of nll has a temperature"),
         ("temperature=2", "needs at least one objective"),
         ("kl=0.7,kl=0.3", "has kl twice"),
-        ("kl=1,temperature=inf", "The temperature must be positive, not inf"),
+        ("kl=1,temperature=inf", "temperature must be positive, not inf"),
     ],
 )
-def test_mixtures_that_make_no_sense(text, message):
+def test_text_that_makes_no_sense(text, message):
     with pytest.raises(UserError, match=message):
-        trainable(text)
+        as_objective(text)
+
+
+def test_text_is_read_without_a_device(python):
+    """Before the processes of a cluster have met, none of them may start its backend."""
+    code = (
+        "from jax._src import xla_bridge; from jaxsp.losses import parse;"
+        "parse('js(beta=0.3)=0.5,topk_kl(k=3),nll(label_smoothing=0.1)');"
+        "print(xla_bridge.backends_are_initialized())"
+    )
+    assert python("-c", code).stdout.strip() == "False"
+
+
+def test_as_objective():
+    assert as_objective("kl") is OBJECTIVES["kl"]
+    mine = Objective(losses.kl_divergence, options={"temperature": np.float64(2)})
+    assert as_objective(mine) is mine
+    assert mine == parse("kl(temperature=2)")
+    for wrong in ("zero_one", OBJECTIVES["zero_one"]):
+        with pytest.raises(UserError, match=r"piecewise constant.* Train on one of kl, "):
+            as_objective(wrong)
+    with pytest.raises(UserError, match=r"must be a text such as 'kl' or a jaxsp.losses.Objective"):
+        as_objective(losses.kl_divergence)
+    with pytest.raises(
+        UserError, match=r"own has no option 'alfa'; it has alpha; did you mean alpha"
+    ):
+        Objective(own, options={"alfa": 1.0})
+    with pytest.raises(ValueError, match="alpha must be a number that is known when"):
+        jax.jit(lambda x: Objective(own, options={"alpha": x})(**ARRAYS))(2.0)
+
+
+def own(teacher_logits, student_logits, mask, alpha=0.5):
+    return alpha * losses.kl_divergence(teacher_logits, student_logits, mask)
+
+
+def anything(teacher_logits, student_logits, mask, **options):
+    return losses.kl_divergence(teacher_logits, student_logits, mask, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    factor: float
+
+    def __call__(self, *arrays):
+        return self.factor * losses.kl_divergence(*arrays)
+
+
+def scaled(factor):
+    return lambda *arrays: factor * losses.kl_divergence(*arrays)
+
+
+def test_objectives_of_ones_own_are_told_apart_by_their_text():
+    here = __name__
+    expected = {
+        f"{here}.own": Objective(own),
+        f"{here}.own(alpha=0.3)": Objective(own, options={"alpha": 0.3}),
+        f"{here}.own[sense=maximise](alpha=0.3)": Objective(
+            own, sense="maximise", options={"alpha": 0.3}
+        ),
+        f"{here}.own[inputs=('student_logits', 'teacher_logits')]": Objective(
+            own, ("student_logits", "teacher_logits")
+        ),
+        f"{here}.anything(temperature=2)": Objective(anything, options={"temperature": 2}),
+        f"{here}.own(alpha=0.1)[differentiable=False]": Objective(
+            functools.partial(own, alpha=0.1), differentiable=False
+        ),
+        f"{here}.Scaled(factor=2.0)": Objective(Scaled(2.0)),
+    }
+    for text, objective in expected.items():
+        assert str(objective) == text
+    nameless = [Objective(scaled(2.0)), Objective(scaled(3.0))]
+    nameless += [Objective(lambda *a: 2 * own(*a)), Objective(lambda *a: 3 * own(*a))]
+    texts = [str(objective) for objective in nameless]
+    assert all(text.startswith(here) for text in texts)
+    assert len(set(texts)) == len(texts)
+    assert str(Objective(scaled(2.0))) == texts[0]
+    value = expected[f"{here}.anything(temperature=2)"](**ARRAYS)
+    np.testing.assert_allclose(value, parse("kl(temperature=2)")(**ARRAYS))
 
 
 def test_a_mixture_is_the_weighted_sum_of_its_parts_turned_one_way():
     mixed = mixture(kl=0.7, nll=0.3, cosine_similarity=2.0, confidence_shift=0.5, temperature=3.0)
-    assert mixed.needs == "hidden + tokens"
+    assert mixed.needs == ("hidden", "tokens")
     assert mixed.sense == "minimise"
     mask = jnp.asarray(MASK)
     kl = losses.kl_divergence(
@@ -82,9 +216,10 @@ def test_half_a_top_k_is_refused():
 
 def test_needs_and_senses():
     needs = {name: entry.needs for name, entry in OBJECTIVES.items()}
-    assert {"hidden", "top-k", "tokens", "nothing"} == set(needs.values())
-    assert (needs["kl"], needs["topk_kl"], needs["nll"]) == ("hidden", "top-k", "tokens")
-    assert needs["entropy"] == "nothing"
+    assert {("hidden",), ("top_k",), ("tokens",), ()} == set(needs.values())
+    assert (needs["kl"], needs["topk_kl"], needs["nll"]) == (("hidden",), ("top_k",), ("tokens",))
+    assert needs["entropy"] == ()
+    assert parse("nll,topk_kl,hidden_mse").needs == ("hidden", "top_k", "tokens")
     values = jnp.array([-1.0, 2.0])
     for sense, cost in (("minimise", [-1, 2]), ("maximise", [1, -2]), ("zero", [1, 2])):
         entry = losses.Objective(losses.kl_divergence, sense=sense)

@@ -19,7 +19,7 @@ def test_top_k_is_of_the_whole_distribution():
     np.testing.assert_array_equal(best.ids, np.argsort(-log_probs, kind="stable")[:, :4])
     np.testing.assert_allclose(best.log_probs, -np.sort(-log_probs)[:, :4], rtol=1e-6)
     assert top_k(TEACHER, 99).ids.shape == (6, 50)
-    with pytest.raises(ValueError, match="k must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="k must be a whole number of at least 1, not 0"):
         top_k(TEACHER, 0)
 
 

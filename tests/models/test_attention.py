@@ -10,38 +10,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsp.models.attention import BACKENDS, Call, Slots, attention, chunked, cudnn
+from jaxsp.models.attention import BACKENDS, AttentionInputs, Slots, attention, chunked, cudnn
 from jaxsp.typing import EMPTY, UserError
 
 B, T, H, G, F = 2, 10, 4, 2, 8
 
 
-def reference(call: Call):
+def reference(inputs: AttentionInputs):
     """Full scores, one head of keys a query head, nothing clever."""
     scores, values = [], []
-    for slots in call.slots:
+    for slots in inputs.slots:
         k, v, where = (
             jnp.broadcast_to(x, (B, *x.shape[1:]))
             for x in (slots.keys, slots.values, slots.positions)
         )
-        group = call.q_BTHF.shape[2] // k.shape[2]
+        group = inputs.q_BTHF.shape[2] // k.shape[2]
         k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-        score = jnp.einsum("bthf,bshf->bhts", call.q_BTHF, k, preferred_element_type=jnp.float32)
-        score = score * call.scale
-        if call.softcap is not None:
-            score = call.softcap * jnp.tanh(score / call.softcap)
-        t, s = call.positions_BT[:, None, :, None], where[:, None, None, :]
+        score = jnp.einsum("bthf,bshf->bhts", inputs.q_BTHF, k, preferred_element_type=jnp.float32)
+        score = score * inputs.scale
+        if inputs.softcap is not None:
+            score = inputs.softcap * jnp.tanh(score / inputs.softcap)
+        t, s = inputs.positions_BT[:, None, :, None], where[:, None, None, :]
         seen = (s != EMPTY) & (s <= t)
-        if call.window is not None:
-            seen &= t - s < call.window
+        if inputs.window is not None:
+            seen &= t - s < inputs.window
         if slots.segment_ids is not None:
-            own = call.segment_ids_BT[:, None, :, None]
+            own = inputs.segment_ids_BT[:, None, :, None]
             seen &= own == jnp.broadcast_to(slots.segment_ids, where.shape)[:, None, None, :]
         scores.append(jnp.where(seen, score, -jnp.inf))
         values.append(v)
     weights = jnp.nan_to_num(jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1))
     out = jnp.einsum("bhts,bshf->bthf", weights, jnp.concatenate(values, axis=1).astype(float))
-    return out.astype(call.q_BTHF.dtype)
+    return out.astype(inputs.q_BTHF.dtype)
 
 
 def numbers(*shape: int, seed: int, dtype="float32"):
@@ -67,11 +67,11 @@ def row(start: int, kept=range(T)):
 
 def make(
     where, *past: Slots, groups=G, segment_ids=None, dtype="float32", seed=0, **options
-) -> Call:
+) -> AttentionInputs:
     where = jnp.asarray(where, jnp.int32)
     own = piece(where, segment_ids, seed=seed + 1, groups=groups, dtype=dtype)
     settings = {"scale": 0.4, "softcap": None, "window": None, **options}
-    return Call(
+    return AttentionInputs(
         numbers(*where.shape, H, F, seed=seed, dtype=dtype), where, (*past, own),
         segment_ids_BT=segment_ids, precision=jax.lax.Precision.DEFAULT, **settings,
     )  # fmt: skip
@@ -119,36 +119,36 @@ REFUSED = {
 }
 
 
-def value_and_gradient(attend, call: Call):
+def value_and_gradient(attend, inputs: AttentionInputs):
     """The outputs of real queries; the gradient of all that is differentiable."""
 
     def loss(q, key_values):
         slots = tuple(
-            s._replace(keys=k, values=v) for s, (k, v) in zip(call.slots, key_values, strict=True)
+            s._replace(keys=k, values=v) for s, (k, v) in zip(inputs.slots, key_values, strict=True)
         )
-        out = attend(dataclasses.replace(call, q_BTHF=q, slots=slots))
-        real = jnp.where((call.positions_BT != EMPTY)[..., None, None], out, 0)
+        out = attend(dataclasses.replace(inputs, q_BTHF=q, slots=slots))
+        real = jnp.where((inputs.positions_BT != EMPTY)[..., None, None], out, 0)
         weights = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
         return jnp.sum(weights * real), (out, real)
 
-    arguments = call.q_BTHF, [(s.keys, s.values) for s in call.slots]
+    arguments = inputs.q_BTHF, [(s.keys, s.values) for s in inputs.slots]
     gradient, (out, real) = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(*arguments)
     assert np.isfinite(np.asarray(out, np.float32)).all()  # padding too
-    assert out.dtype == call.q_BTHF.dtype
+    assert out.dtype == inputs.q_BTHF.dtype
     return [np.asarray(x, np.float32) for x in (real, *jax.tree.leaves(gradient))]
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_the_reference(backend, case):
-    call = CASES[case]()
+    inputs = CASES[case]()
     if reason := REFUSED.get((backend, case)):
         half = CASES[case](dtype="bfloat16")
-        assert reason in str(BACKENDS[backend].refusal(half))
+        assert reason in str(BACKENDS[backend].unsupported_reason(half))
         return
     # Without asking leave: cuDNN's formulation is exact in float32, its kernels refuse it.
-    got = value_and_gradient(BACKENDS[backend].attend, call)
-    for x, y in zip(got, value_and_gradient(reference, call), strict=True):
+    got = value_and_gradient(BACKENDS[backend].attend, inputs)
+    for x, y in zip(got, value_and_gradient(reference, inputs), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6)
 
 
@@ -158,46 +158,40 @@ def test_equals_the_reference(backend, case):
     + [("chunked", "window"), ("cudnn", "window")],
 )
 def test_bfloat16_is_as_near_as_bfloat16_can_be(backend, case):
-    call = CASES[case](dtype="bfloat16")
-    assert BACKENDS[backend].refusal(call) is None
+    inputs = CASES[case](dtype="bfloat16")
+    assert BACKENDS[backend].unsupported_reason(inputs) is None
     wide = dataclasses.replace(
-        call,
-        q_BTHF=call.q_BTHF.astype(jnp.float32),
+        inputs,
+        q_BTHF=inputs.q_BTHF.astype(jnp.float32),
         slots=tuple(
             s._replace(keys=s.keys.astype(jnp.float32), values=s.values.astype(jnp.float32))
-            for s in call.slots
+            for s in inputs.slots
         ),
     )
-    got = value_and_gradient(BACKENDS[backend].attend, call)
+    got = value_and_gradient(BACKENDS[backend].attend, inputs)
     for x, y in zip(got, value_and_gradient(reference, wide), strict=True):
         assert np.linalg.norm(x - y) < 2**-7 * np.linalg.norm(y)
 
 
-def serve(call: Call, **options):
-    return attention(
-        call.q_BTHF, call.positions_BT, call.slots, scale=call.scale, softcap=call.softcap,
-        window=call.window, segment_ids_BT=call.segment_ids_BT, precision=call.precision, **options,
-    )  # fmt: skip
-
-
 def test_a_backend_that_is_asked_for_serves_or_says_why_not():
-    call = CASES["shared prefix"](dtype="bfloat16")
+    inputs = CASES["shared prefix"](dtype="bfloat16")
     for name in BACKENDS:
-        np.testing.assert_array_equal(serve(call, backend=name), BACKENDS[name].attend(call))
+        np.testing.assert_array_equal(
+            attention(inputs, backend=name), BACKENDS[name].attend(inputs)
+        )
     for (name, case), reason in REFUSED.items():
         with pytest.raises(UserError, match=reason):
-            serve(CASES[case](dtype="bfloat16"), backend=name)
+            attention(CASES[case](dtype="bfloat16"), backend=name)
     with pytest.raises(UserError, match="'flash'; choose one of auto, chunked, splash, cudnn"):
-        serve(call, backend="flash")
+        attention(inputs, backend="flash")
     with pytest.raises(UserError, match="pass segment_ids_BT"):
-        serve(dataclasses.replace(CASES["packing"](), segment_ids_BT=None))
+        attention(dataclasses.replace(CASES["packing"](), segment_ids_BT=None))
 
 
 def test_auto_takes_what_suits_the_machine(monkeypatch):
     called = []
     for name, backend in BACKENDS.items():
-        spy = backend._replace(attend=lambda call, name=name: called.append(name))
-        monkeypatch.setitem(BACKENDS, name, spy)
+        monkeypatch.setattr(backend, "attend", lambda inputs, name=name: called.append(name))
     monkeypatch.setattr(cudnn, "_compute_capability", lambda: 9)
     half, capped = CASES["row alone"](dtype="bfloat16"), CASES["softcap"](dtype="bfloat16")
     one = dataclasses.replace(
@@ -205,9 +199,9 @@ def test_auto_takes_what_suits_the_machine(monkeypatch):
     )
     for machine in ("cpu", "gpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda machine=machine: machine)
-        for call in (half, capped, one):
-            serve(call)
-    serve(one, backend="splash")  # a decoding step, whatever the model is set to
+        for inputs in (half, capped, one):
+            attention(inputs)
+    attention(one, backend="splash")  # a decoding step, whatever the model is set to
     assert called == [
         "chunked", "chunked", "chunked",
         "cudnn", "chunked", "chunked",
@@ -217,28 +211,28 @@ def test_auto_takes_what_suits_the_machine(monkeypatch):
 
 
 def test_refusals_by_dtype_width_order_and_machine(monkeypatch):
-    call = CASES["shared prefix"](dtype="bfloat16")
-    wide = dataclasses.replace(call, q_BTHF=jnp.zeros((B, T, H, 12), jnp.bfloat16))
+    inputs = CASES["shared prefix"](dtype="bfloat16")
+    wide = dataclasses.replace(inputs, q_BTHF=jnp.zeros((B, T, H, 12), jnp.bfloat16))
     single = dataclasses.replace(CASES["shared prefix"](), precision=jax.lax.Precision.HIGHEST)
-    turned = dataclasses.replace(call, slots=call.slots[::-1])
-    assert "not 12" in str(cudnn.refusal(wide))
-    assert "not float32" in str(cudnn.refusal(single))
-    assert "fewer bits" in str(BACKENDS["splash"].refusal(single))
-    assert "own slots" in str(BACKENDS["splash"].refusal(turned))
+    turned = dataclasses.replace(inputs, slots=inputs.slots[::-1])
+    assert "not 12" in str(cudnn.unsupported_reason(wide))
+    assert "not float32" in str(cudnn.unsupported_reason(single))
+    assert "fewer bits" in str(BACKENDS["splash"].unsupported_reason(single))
+    assert "own slots" in str(BACKENDS["splash"].unsupported_reason(turned))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # but the device has no capability
-    assert "Ampere" in str(cudnn.refusal(call))
+    assert "Ampere" in str(cudnn.unsupported_reason(inputs))
 
 
 def test_splash_leaves_meshes_to_shard_map():
     """XLA can't partition its kernels: a batch over two devices is refused, its shards are not."""
-    call = CASES["row alone"](dtype="bfloat16")
+    inputs = CASES["row alone"](dtype="bfloat16")
     mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.PartitionSpec("rows")
-    q = jax.device_put(call.q_BTHF, jax.sharding.NamedSharding(mesh, rows))
+    q = jax.device_put(inputs.q_BTHF, jax.sharding.NamedSharding(mesh, rows))
     reasons = []
 
     def look(q):
-        reasons.append(BACKENDS["splash"].refusal(dataclasses.replace(call, q_BTHF=q)))
+        reasons.append(BACKENDS["splash"].unsupported_reason(dataclasses.replace(inputs, q_BTHF=q)))
         return q
 
     jax.jit(look)(q)
@@ -255,19 +249,19 @@ def long_call():
 
 @pytest.mark.parametrize("backend", ["chunked", "splash"])
 def test_long_rows(backend, monkeypatch):
-    call = long_call()
+    inputs = long_call()
     monkeypatch.setattr(chunked, "SCORE_BYTES", 1)  # chunks of 15
-    got = value_and_gradient(BACKENDS[backend].attend, call)
-    for x, y in zip(got, value_and_gradient(reference, call), strict=True):
+    got = value_and_gradient(BACKENDS[backend].attend, inputs)
+    for x, y in zip(got, value_and_gradient(reference, inputs), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=5e-6)
 
 
 def test_chunks_bound_the_scores(monkeypatch):
-    call = long_call()
+    inputs = long_call()
 
     def largest_chunk():
-        jaxpr = jax.make_jaxpr(lambda q: chunked.attend(dataclasses.replace(call, q_BTHF=q)))
-        scores = re.findall(rf"f32\[{B},{G},(\d+),150\]", str(jaxpr(call.q_BTHF)))
+        jaxpr = jax.make_jaxpr(lambda q: chunked.attend(dataclasses.replace(inputs, q_BTHF=q)))
+        scores = re.findall(rf"f32\[{B},{G},(\d+),150\]", str(jaxpr(inputs.q_BTHF)))
         return max(map(int, scores)) * G // H  # a row a query head
 
     assert largest_chunk() == 150
@@ -290,18 +284,18 @@ def test_memory_of_value_and_gradient_is_linear_in_the_length():
 
 
 def test_gradient_is_causal():
-    call = CASES["shared prefix"]()
+    inputs = CASES["shared prefix"]()
 
     @jax.jit
     def influence(t):
         def output(key_values):
             slots = tuple(
                 s._replace(keys=k, values=v)
-                for s, (k, v) in zip(call.slots, key_values, strict=True)
+                for s, (k, v) in zip(inputs.slots, key_values, strict=True)
             )
-            return serve(dataclasses.replace(call, slots=slots))[:, t].sum()
+            return attention(dataclasses.replace(inputs, slots=slots))[:, t].sum()
 
-        return jax.grad(output)([(s.keys, s.values) for s in call.slots])
+        return jax.grad(output)([(s.keys, s.values) for s in inputs.slots])
 
     for t in (0, 4, T - 1):
         for of_prefix, of_row in zip(*influence(t), strict=True):
@@ -312,12 +306,12 @@ def test_gradient_is_causal():
 
 def test_many_prefixes_at_once():
     """vmap over prefixes, as over soft prompts, equals one after the other."""
-    call = CASES["shared prefix"]()
+    inputs = CASES["shared prefix"]()
     keys = numbers(3, 1, 5, G, F, seed=20)
 
     def loss(keys):
-        prefix = call.slots[0]._replace(keys=keys)
-        return jnp.sum(serve(dataclasses.replace(call, slots=(prefix, call.slots[1]))) ** 2)
+        prefix = inputs.slots[0]._replace(keys=keys)
+        return jnp.sum(attention(dataclasses.replace(inputs, slots=(prefix, inputs.slots[1]))) ** 2)
 
     gradient = jax.grad(loss)
     one_by_one = jax.jit(lambda keys: jax.lax.map(gradient, keys))(keys)
@@ -328,12 +322,14 @@ def test_many_prefixes_at_once():
 def test_splash_lowers_for_a_tpu(monkeypatch):
     """The kernels of both passes pass Mosaic's checks of shapes and layouts."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    call = CASES["shared prefix"](dtype="bfloat16")
+    inputs = CASES["shared prefix"](dtype="bfloat16")
 
     def loss(q, keys):
-        slots = (call.slots[0]._replace(keys=keys), call.slots[1])
-        return serve(dataclasses.replace(call, q_BTHF=q, slots=slots)).astype(jnp.float32).sum()
+        slots = (inputs.slots[0]._replace(keys=keys), inputs.slots[1])
+        return (
+            attention(dataclasses.replace(inputs, q_BTHF=q, slots=slots)).astype(jnp.float32).sum()
+        )
 
-    program = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(call.q_BTHF, call.slots[0].keys)
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(inputs.q_BTHF, inputs.slots[0].keys)
     # One for the forward pass, one for the queries' gradient, one for that of keys and values.
     assert program.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == 3

@@ -53,7 +53,8 @@ def test_dtypes(tiny_directory):
         jaxsp.load_model(tiny_directory, dtype="int3")
 
 
-def test_default_dtype_follows_the_hardware(monkeypatch):
+def test_default_dtype_is_the_fastest_of_the_device(monkeypatch):
+    monkeypatch.setattr(language_model.jax, "__version_info__", (0, 11, 0))
     for flags, expected in (
         ("fpu avx512f avx512_bf16", "bfloat16"),
         ("amx_bf16", "bfloat16"),
@@ -61,13 +62,24 @@ def test_default_dtype_follows_the_hardware(monkeypatch):
     ):
         monkeypatch.setattr(language_model.Path, "read_text", lambda *_, flags=flags: flags)
         assert language_model.default_dtype() == expected
+    monkeypatch.setattr(language_model.Path, "read_text", lambda *_: "avx512_bf16")
+    monkeypatch.setattr(language_model.jax, "__version_info__", (0, 10, 2))
+    assert language_model.default_dtype() == "float32"  # slower in bfloat16 there
     monkeypatch.setattr(language_model.jax, "default_backend", lambda: "tpu")
     assert language_model.default_dtype() == "bfloat16"
 
 
-def test_old_jax_on_a_cpu_means_float32(monkeypatch, tiny_directory):
-    monkeypatch.setattr(language_model.jax, "__version_info__", (0, 7, 2))
+def test_a_cpu_without_a_list_of_its_features_means_float32(monkeypatch):
+    def absent(*_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(language_model.jax, "__version_info__", (0, 11, 0))
+    monkeypatch.setattr(language_model.Path, "read_text", absent)
     assert language_model.default_dtype() == "float32"
+
+
+def test_old_jax_on_a_cpu_has_only_float32(monkeypatch, tiny_directory):
+    monkeypatch.setattr(language_model.jax, "__version_info__", (0, 7, 2))
     with pytest.raises(
         UserError, match=r"can't train in bfloat16 on a CPU .*; choose dtype float32"
     ):

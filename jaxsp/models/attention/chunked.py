@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsp.models.attention.call import Call, Slots, visible
-from jaxsp.typing import EMPTY, Array
+from jaxsp.models.attention.inputs import AttentionInputs, Slots, visible
+from jaxsp.typing import EMPTY, Array, ceil_div
 
 SCORE_BYTES = 64 * 2**20
 """Bound of a chunk's scores, ``[B, H, chunk, S]`` in float32. At S = 8192 a quarter of it was slower."""
@@ -45,21 +45,21 @@ class _Rule(NamedTuple):
         )
 
 
-def refusal(call: Call) -> str | None:
-    """None: this backend serves every call."""
-    del call
+def unsupported_reason(inputs: AttentionInputs) -> str | None:
+    """None: this backend serves all inputs."""
+    del inputs
 
 
-def attend(call: Call) -> Array:
+def attend(inputs: AttentionInputs) -> Array:
     """Attention in chunks of queries; its memory is linear in the number of slots."""
-    B, T, H, F = call.q_BTHF.shape
-    G = call.slots[0].keys.shape[2]
+    B, T, H, F = inputs.q_BTHF.shape
+    G = inputs.slots[0].keys.shape[2]
     R = H // G
-    query_bytes = 4 * B * H * sum(s.keys.shape[1] for s in call.slots)
-    N = -(-T // max(SMALLEST_CHUNK, SCORE_BYTES // query_bytes))
-    C = -(-T // N)
+    query_bytes = 4 * B * H * sum(s.keys.shape[1] for s in inputs.slots)
+    N = ceil_div(T, max(SMALLEST_CHUNK, SCORE_BYTES // query_bytes))
+    C = ceil_div(T, N)
     if N > 1:
-        call = _mask_with_scores(call)
+        inputs = _mask_with_scores(inputs)
 
     def split(x_BT: Array, fill: int) -> Array:
         padding = [(0, 0), (0, N * C - T)] + [(0, 0)] * (x_BT.ndim - 2)
@@ -69,25 +69,25 @@ def attend(call: Call) -> Array:
     def per_head(x_BT: Array) -> Array:
         return jnp.tile(split(x_BT, EMPTY), (1, 1, R))
 
-    q_NBCGRF = split(call.q_BTHF, 0).reshape(N, B, C, G, R, F)
+    q_NBCGRF = split(inputs.q_BTHF, 0).reshape(N, B, C, G, R, F)
     queries_N = _Queries(
         q_NBCGRF.transpose(0, 1, 3, 4, 2, 5).reshape(N, B, G, R * C, F),
-        per_head(call.positions_BT),
-        None if call.segment_ids_BT is None else per_head(call.segment_ids_BT),
+        per_head(inputs.positions_BT),
+        None if inputs.segment_ids_BT is None else per_head(inputs.segment_ids_BT),
     )
-    slots = tuple(_without_batch(s, B) for s in call.slots)
-    rule = _Rule(call.scale, call.softcap, call.precision)
-    out_NBGXF: Any = _attend(rule, queries_N, slots, call.window)  # older jax types it as object
+    slots = tuple(_without_batch(s, B) for s in inputs.slots)
+    rule = _Rule(inputs.scale, inputs.softcap, inputs.precision)
+    out_NBGXF: Any = _attend(rule, queries_N, slots, inputs.window)  # older jax types it as object
     out_NBGRCF = out_NBGXF.reshape(N, B, G, R, C, F)
     return out_NBGRCF.transpose(1, 0, 4, 2, 3, 5).reshape(B, N * C, H, F)[:, :T]
 
 
-def _mask_with_scores(call: Call) -> Call:
+def _mask_with_scores(inputs: AttentionInputs) -> AttentionInputs:
     # A mask depends on positions alone, the same in every layer. In a scan over layers jax's derivative would
     # compute all chunks' masks beforehand and keep them: 9 GiB at 32k tokens. Tied to the queries, it can't.
     names = ("q_BTHF", "positions_BT", "segment_ids_BT")
-    tied = jax.lax.optimization_barrier([getattr(call, name) for name in names])
-    return dataclasses.replace(call, **dict(zip(names, tied, strict=True)))
+    tied = jax.lax.optimization_barrier([getattr(inputs, name) for name in names])
+    return dataclasses.replace(inputs, **dict(zip(names, tied, strict=True)))
 
 
 def _without_batch(slots: Slots, batch: int) -> Slots:

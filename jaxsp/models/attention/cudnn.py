@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxsp.models.attention.call import Call, joined, padded, visible
+from jaxsp.models.attention.inputs import AttentionInputs, joined, padded, visible
 from jaxsp.typing import Array
 
 WIDEST = 128
@@ -14,16 +14,16 @@ WIDEST = 128
 AMPERE = 8  # the first compute capability (its major number) with them
 
 
-def refusal(call: Call) -> str | None:
-    """Why the kernels can't serve a call."""
-    F = call.q_BTHF.shape[-1]
+def unsupported_reason(inputs: AttentionInputs) -> str | None:
+    """Why the kernels can't serve a inputs."""
+    F = inputs.q_BTHF.shape[-1]
     if jax.default_backend() == "gpu" and _compute_capability() < AMPERE:
         return "cuDNN's attention needs an NVIDIA GPU of the Ampere generation or later"
-    if call.q_BTHF.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"cuDNN's attention takes bfloat16 or float16, not {call.q_BTHF.dtype}"
+    if inputs.q_BTHF.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN's attention takes bfloat16 or float16, not {inputs.q_BTHF.dtype}"
     if F % 8 or F > WIDEST:
         return f"cuDNN takes head widths that are multiples of 8 up to {WIDEST}, not {F}"
-    if call.softcap is not None:
+    if inputs.softcap is not None:
         return "cuDNN's attention has no softcap"
     return None
 
@@ -34,24 +34,26 @@ def _compute_capability() -> int:
     return int(major) if major.isdigit() else 0
 
 
-def attend(call: Call) -> Array:
+def attend(inputs: AttentionInputs) -> Array:
     """Attention over all slots in one row, shared ones copied to each row, under an explicit mask.
 
     The mask ``[B, 1, T, S]`` has no head axis. Where there is no GPU, XLA computes the same.
     """
-    B, T, _, _ = call.q_BTHF.shape
-    keys_BSGF = joined([s.keys for s in call.slots], B)
-    values_BSGF = joined([s.values for s in call.slots], B)
-    seen = [visible(call.positions_BT, call.segment_ids_BT, s, call.window) for s in call.slots]
+    B, T, _, _ = inputs.q_BTHF.shape
+    keys_BSGF = joined([s.keys for s in inputs.slots], B)
+    values_BSGF = joined([s.values for s in inputs.slots], B)
+    seen = [
+        visible(inputs.positions_BT, inputs.segment_ids_BT, s, inputs.window) for s in inputs.slots
+    ]
     mask_BTS = jnp.concatenate(seen, axis=-1)
     # The backward kernel takes even lengths only; what is added sees nothing and is seen by nobody.
     mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, T % 2), (0, keys_BSGF.shape[1] % 2)))
     out_BTHF = jax.nn.dot_product_attention(
-        padded(call.q_BTHF, 2),
+        padded(inputs.q_BTHF, 2),
         padded(keys_BSGF, 2),
         padded(values_BSGF, 2),
         mask=mask_BTS[:, None],
-        scale=call.scale,
+        scale=inputs.scale,
         implementation="cudnn" if jax.default_backend() == "gpu" else "xla",
     )
     return out_BTHF[:, :T]

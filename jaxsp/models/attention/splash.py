@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxsp.models.attention.call import Call, joined, padded
+from jaxsp.models.attention.inputs import AttentionInputs, joined, padded
 from jaxsp.typing import EMPTY, Array
 
 LANES = 128
@@ -20,42 +20,42 @@ BLOCKS = (512, 256, LANES)
 NO_SEGMENT = -(2**31)  # of slots that hold nothing: no query has it
 
 
-def refusal(call: Call) -> str | None:
-    """Why the kernels can't serve a call: they know a slot by its order and one id, not its position."""
-    if call.window is not None:
+def unsupported_reason(inputs: AttentionInputs) -> str | None:
+    """Why the kernels can't serve a inputs: they know a slot by its order and one id, not its position."""
+    if inputs.window is not None:
         return "a sliding window counts positions, Splash counts slots"
-    if call.slots[-1].positions is not call.positions_BT:
+    if inputs.slots[-1].positions is not inputs.positions_BT:
         return "Splash needs the queries' own slots (with the same array of positions) last"
-    if call.segment_ids_BT is not None and any(s.segment_ids is None for s in call.slots):
+    if inputs.segment_ids_BT is not None and any(s.segment_ids is None for s in inputs.slots):
         return "Splash can't show slots without segment ids to every segment"
-    if call.q_BTHF.dtype == jnp.float32 and call.precision != jax.lax.Precision.DEFAULT:
+    if inputs.q_BTHF.dtype == jnp.float32 and inputs.precision != jax.lax.Precision.DEFAULT:
         return "Splash multiplies float32 in fewer bits than asked for"
-    mesh = jax.typeof(call.q_BTHF).sharding.mesh
+    mesh = jax.typeof(inputs.q_BTHF).sharding.mesh
     if mesh.size > 1 and not mesh.are_all_axes_manual:
         return "XLA can't spread Splash over a mesh by itself, only shard_map or pmap can"
     return None
 
 
-def attend(call: Call) -> Array:
+def attend(inputs: AttentionInputs) -> Array:
     """Attention over all slots in one row, shared ones copied to each row.
 
     The kernel is interpreted where there is no TPU: the same arithmetic, slowly.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    B, T, H, _ = call.q_BTHF.shape
-    keys_BSGF = joined([s.keys for s in call.slots], B)
-    values_BSGF = joined([s.values for s in call.slots], B)
-    positions_BS = joined([s.positions for s in call.slots], B)
-    if call.segment_ids_BT is None:
+    B, T, H, _ = inputs.q_BTHF.shape
+    keys_BSGF = joined([s.keys for s in inputs.slots], B)
+    values_BSGF = joined([s.values for s in inputs.slots], B)
+    positions_BS = joined([s.positions for s in inputs.slots], B)
+    if inputs.segment_ids_BT is None:
         ids_BT, ids_BS = jnp.zeros((B, T), jnp.int32), jnp.zeros_like(positions_BS)
     else:
-        ids_BT = call.segment_ids_BT
-        ids_BS = joined([s.segment_ids for s in call.slots if s.segment_ids is not None], B)
+        ids_BT = inputs.segment_ids_BT
+        ids_BS = joined([s.segment_ids for s in inputs.slots if s.segment_ids is not None], B)
     ids_BS = jnp.where(positions_BS == EMPTY, NO_SEGMENT, ids_BS)
     S = keys_BSGF.shape[1]
 
-    q_BTHF = padded(call.q_BTHF * jnp.asarray(call.scale, call.q_BTHF.dtype), LANES)
+    q_BTHF = padded(inputs.q_BTHF * jnp.asarray(inputs.scale, inputs.q_BTHF.dtype), LANES)
     keys_BSGF, values_BSGF = padded(keys_BSGF, LANES), padded(values_BSGF, LANES)
     # Slots added at the end come after every query: the causal mask hides them.
     ids = splash.SegmentIds(padded(ids_BT, LANES), padded(ids_BS, LANES))
@@ -71,7 +71,7 @@ def attend(call: Call) -> Array:
             block_q_dq=q_block,
             block_kv_dq=slot_block,
         ),
-        attn_logits_soft_cap=call.softcap,
+        attn_logits_soft_cap=inputs.softcap,
         head_shards=1,
         q_seq_shards=1,
         interpret=jax.default_backend() != "tpu",

@@ -97,10 +97,12 @@ def usual_tensors(**norms: str) -> dict[str, Tensor]:
     return out
 
 
-PRE_NORMS = {
-    "attention_pre_norm": "input_layernorm",
-    "mlp_pre_norm": "post_attention_layernorm",
-}
-"""Llama's norms: one before attention, one before the MLP."""
-
 QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+
+
+def llama_tensors(config: DecoderConfig) -> dict[str, Tensor]:
+    """The tensors of a checkpoint with Llama's norms, one before attention, one before the MLP; and maybe
+    norms of queries and keys."""
+    del config
+    norms = {"attention_pre_norm": "input_layernorm", "mlp_pre_norm": "post_attention_layernorm"}
+    return usual_tensors(**norms, **QK_NORMS)

@@ -11,7 +11,6 @@ from jaxsp.models.config import DecoderConfig
 from jaxsp.models.families import gemma2
 from jaxsp.models.families.common import layer_kinds
 from jaxsp.models.rope import make_rope
-from jaxsp.models.weights import Tensor
 
 
 def config(hf: Any, dtype: str) -> DecoderConfig:
@@ -24,7 +23,3 @@ def config(hf: Any, dtype: str) -> DecoderConfig:
         attention_softcap=None,  # configurations may have one, which the model ignores
         ropes=tuple(ropes[kind] for kind in kinds),
     )
-
-
-def tensors(config: DecoderConfig) -> dict[str, Tensor]:
-    return gemma2.tensors(config)

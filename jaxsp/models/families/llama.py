@@ -8,13 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.families.common import PRE_NORMS, attention_biases, read_config, usual_tensors
-from jaxsp.models.weights import Tensor
+from jaxsp.models.families.common import attention_biases, read_config
 
 
 def config(hf: Any, dtype: str) -> DecoderConfig:
     return read_config(hf, dtype, mlp_bias=hf.mlp_bias, **attention_biases(hf))
-
-
-def tensors(config: DecoderConfig) -> dict[str, Tensor]:
-    return usual_tensors(**PRE_NORMS)

@@ -8,13 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.families.common import PRE_NORMS, read_config, usual_tensors
-from jaxsp.models.weights import Tensor
+from jaxsp.models.families.common import read_config
 
 
 def config(hf: Any, dtype: str) -> DecoderConfig:
     return read_config(hf, dtype, sliding_windows=(hf.sliding_window,) * hf.num_hidden_layers)
-
-
-def tensors(config: DecoderConfig) -> dict[str, Tensor]:
-    return usual_tensors(**PRE_NORMS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.families.common import PRE_NORMS, read_config, usual_tensors
+from jaxsp.models.families.common import llama_tensors, read_config
 from jaxsp.models.rope import make_rope
 from jaxsp.models.weights import Tensor
 
@@ -32,7 +32,7 @@ def tensors(config: DecoderConfig) -> dict[str, Tensor]:
         "self_attn.qkv_proj": {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)},
         "mlp.gate_up_proj": {"gate": (0, mlp), "up": (mlp, 2 * mlp)},
     }
-    return usual_tensors(**PRE_NORMS) | {
+    return llama_tensors(config) | {
         f"layers/{name}_proj/kernel": Tensor(f"model.layers.{{layer}}.{stored}.weight", rows)
         for stored, parts in fused.items()
         for name, rows in parts.items()

@@ -8,15 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.families.common import (
-    PRE_NORMS,
-    QK_NORMS,
-    attention_biases,
-    read_config,
-    sliding_windows,
-    usual_tensors,
-)
-from jaxsp.models.weights import Tensor
+from jaxsp.models.families.common import attention_biases, read_config, sliding_windows
 
 
 def config(hf: Any, dtype: str) -> DecoderConfig:
@@ -24,7 +16,3 @@ def config(hf: Any, dtype: str) -> DecoderConfig:
     if hf.model_type == "qwen3":
         own = {"qk_norm": "head", **attention_biases(hf)}
     return read_config(hf, dtype, sliding_windows=sliding_windows(hf), **own)
-
-
-def tensors(config: DecoderConfig) -> dict[str, Tensor]:
-    return usual_tensors(**PRE_NORMS, **QK_NORMS)

@@ -8,14 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.families.common import (
-    PRE_NORMS,
-    attention_biases,
-    read_config,
-    sliding_windows,
-    usual_tensors,
-)
-from jaxsp.models.weights import Tensor
+from jaxsp.models.families.common import attention_biases, read_config, sliding_windows
 
 
 def config(hf: Any, dtype: str) -> DecoderConfig:
@@ -30,7 +23,3 @@ def config(hf: Any, dtype: str) -> DecoderConfig:
     return usual.replace(
         ropes=tuple(rope if has else rope.without_positions() for rope, has in turned)
     )
-
-
-def tensors(config: DecoderConfig) -> dict[str, Tensor]:
-    return usual_tensors(**PRE_NORMS)

@@ -1,4 +1,4 @@
-"""Generation after a shared prefix, with continuous batching.
+"""Generation after a prefix, shared or one of several, with continuous batching.
 
 A fixed number of slots (rows of the batch) decode together in one compiled loop. As soon as a sequence
 ends, the next request in the queue is read into its slot. So answers of uneven length cost about their sum
@@ -20,27 +20,16 @@ import numpy as np
 
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.generation.sampling import Choices, Sampling, choose, column, round_up, tabulate
+from jaxsp.models.generation.requests import Requests, check, make_table
+from jaxsp.models.generation.sampling import Sampling, choose, round_up
 from jaxsp.models.generation.stop_strings import Decode, certain, stop_at
-from jaxsp.typing import EMPTY, Array, Bool, Float, Int, KeyValues, Params, UserError
-
-CHUNK = 128
-"""Longest run of query tokens read at once; a longer query takes several."""
+from jaxsp.typing import EMPTY, Array, Bool, Float, Int, KeyValues, Params
 
 GROUP = 8
 """Requests read at once where at least half as many slots are free; the others are read one by one."""
 
 STEPS = 8
 """Decoding steps between two looks of the host: for stop strings, for progress."""
-
-
-class _Requests(NamedTuple):
-    """All requests as arrays; or, taken by index, those that the slots serve."""
-
-    ids_BZ: Int[Array, "b z"]
-    length_B: Int[Array, " b"]
-    max_B: Int[Array, " b"]
-    choices: Choices
 
 
 class _State(NamedTuple):
@@ -55,6 +44,18 @@ class _State(NamedTuple):
     count_R: Int[Array, " r"]
     query_LBZGF: tuple[Array, Array]  # keys and values of the queries
     answer_LBAGF: tuple[Array, Array]  # and of the answers, a ring: column = step % A
+    prefix: KeyValues | None  # each slot's own, where there are several
+
+
+class _Given(NamedTuple):
+    """What the loop is given, the same at every step."""
+
+    params: Params
+    config: DecoderConfig
+    prefix: KeyValues
+    table: Requests
+    chunk: int
+    total: Array
 
 
 def generate(
@@ -64,6 +65,7 @@ def generate(
     requests: Sequence[Sequence[int]],
     sampling: Sampling | Sequence[Sampling],
     *,
+    after: Sequence[int] | None = None,
     slots: int = 16,
     key: Array | None = None,
     decode: Decode | None = None,
@@ -77,9 +79,11 @@ def generate(
     Args:
       params: the frozen weights.
       config: of the model.
-      prefix: read before every request; batch size 1, never copied per slot.
+      prefix: read before every request: one row, never copied per slot; or several rows, which may hold
+        ``EMPTY`` slots, each read before the requests that name it. Of these each slot keeps a copy.
       requests: token ids to read after the prefix, none empty; lists or arrays.
       sampling: for all requests, or one for each.
+      after: the row of ``prefix`` that each request is read after; needed if there are several.
       slots: how many sequences decode together.
       key: of the random draws; needed if any temperature is above 0.
       decode: the text of token ids; needed if there are stop strings.
@@ -89,8 +93,8 @@ def generate(
       The tokens of each answer, in the order of the requests; a stop id that ended it is its last.
 
     Raises:
-      UserError: a request that is empty, too long for the model's window or no token ids; a prefix of
-        several rows; a missing argument.
+      UserError: a request that is empty, too long for the model's window or no token ids; a row that
+        the prefix doesn't have; a missing argument.
 
     Example:
       >>> import jaxsp
@@ -104,9 +108,18 @@ def generate(
       [' Paris.', ' four,']
     """
     samplings = [sampling] * len(requests) if isinstance(sampling, Sampling) else list(sampling)
-    _check(config, prefix, requests, samplings, slots, key, decode)
     answers: list[list[int]] = [[] for _ in requests]
-    events = _run(params, config, prefix, requests, samplings, slots=slots, key=key, decode=decode)
+    events = _run(
+        params,
+        config,
+        prefix,
+        requests,
+        samplings,
+        after=after,
+        slots=slots,
+        key=key,
+        decode=decode,
+    )
     for index, ids, ended in events:
         if ended:
             answers[index] = ids
@@ -140,7 +153,6 @@ def stream(
     Raises:
       UserError: as ``generate``.
     """
-    _check(config, prefix, [request], [sampling], 1, key, decode)
     events = _run(
         params, config, prefix, [request], [sampling], slots=1, key=key, decode=decode, steps=1
     )
@@ -155,73 +167,6 @@ def stream(
     return tokens()
 
 
-def _check(
-    config: DecoderConfig,
-    prefix: KeyValues,
-    requests: Sequence[Sequence[int]],
-    samplings: Sequence[Sampling],
-    slots: int,
-    key: Array | None,
-    decode: Decode | None,
-) -> None:
-    if slots < 1:
-        raise UserError(f"slots must be at least 1; got {slots}.")
-    if len(samplings) != len(requests):
-        raise UserError(f"There are {len(requests)} requests, but {len(samplings)} samplings.")
-    if len(prefix.positions) != 1:
-        raise UserError(
-            f"The prefix must have one row (batch size 1); got {len(prefix.positions)}."
-        )
-    if key is not None and not _is_key(key):
-        raise UserError(f"key must be one random key, as jax.random.key(0); got {key!r}.")
-    before = int(prefix.next_position[0])
-    for index, (request, sampling) in enumerate(zip(requests, samplings, strict=True)):
-        _check_ids(f"Request {index}", request, config.vocab_size)
-        needed = before + len(request) + sampling.max_tokens
-        if needed > config.window:
-            raise UserError(
-                f"Request {index} has {len(request)} tokens; with the prefix ({before}) and max_tokens"
-                f" ({sampling.max_tokens}) that is {needed}, more than the model's window of"
-                f" {config.window}. Shorten one of them."
-            )
-        if max(sampling.stop_ids, default=0) >= config.vocab_size:
-            raise UserError(
-                f"Stop id {max(sampling.stop_ids)} is not a token: the vocabulary has"
-                f" {config.vocab_size}."
-            )
-        if sampling.temperature and key is None:
-            raise UserError(
-                f"Temperature {sampling.temperature} needs a key, as jax.random.key(0)."
-            )
-        if sampling.stop_strings and decode is None:
-            raise UserError(
-                f"Stop strings {sampling.stop_strings} need decode, to read the answer."
-            )
-
-
-def _check_ids(name: str, request: Sequence[int], vocab: int) -> None:
-    ids = np.asarray(request)
-    if ids.ndim == 1 and not len(ids):
-        raise UserError(f"{name} is empty; give at least one token to read.")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise UserError(f"{name} must be a list of token ids; got {request!r:.60}.")
-    outside = np.flatnonzero((ids < 0) | (ids >= vocab))
-    if len(outside):
-        at = outside[0]
-        raise UserError(
-            f"{name} has the token id {ids[at]} at place {at}; the vocabulary has {vocab}: give ids from"
-            f" 0 to {vocab - 1}."
-        )
-
-
-def _is_key(key: Array) -> bool:
-    try:
-        jax.random.fold_in(key, 0)  # jax's own check
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
 def _run(
     params: Params,
     config: DecoderConfig,
@@ -229,64 +174,59 @@ def _run(
     requests: Sequence[Sequence[int]],
     samplings: Sequence[Sampling],
     *,
+    after: Sequence[int] | None = None,
     slots: int,
     key: Array | None,
     decode: Decode | None,
     steps: int = STEPS,
 ) -> Iterator[tuple[int, list[int], bool]]:
-    """The host's loop: (request, its tokens so far, whether it has ended), after every ``steps``."""
-    if not len(requests):
-        return
-    key = jax.random.key(0) if key is None else key
-    table, chunk = _table(requests, samplings, key)
-    # Rounded, as the table's sizes are: calls with other limits can share the compiled loop.
-    A = round_up(max(sampling.max_tokens for sampling in samplings), 16)
-    B = min(slots, round_up(len(requests), GROUP)) if len(requests) > 1 else 1
-    state = _start(params, config, table, B, A)
-    total = np.int32(len(requests))
-    cut_B = np.zeros(B, bool)
-    pending: list[int] = []
-    known = 0
-    while pending or known < total:
-        state = _advance(params, config, prefix, table, state, chunk, total, cut_B, np.int32(steps))
-        started, index_B, running_B, count_R, tokens_RA = jax.device_get(
-            (state.started, state.index_B, state.running_B, state.count_R, state.tokens_RA)
-        )
-        pending += range(known, started)
-        known = int(started)
-        slot_of = {int(index_B[slot]): slot for slot in np.flatnonzero(running_B)}
+    """Checks, then the host's loop: (request, its tokens so far, whether it has ended) every ``steps``."""
+    check(config, prefix, requests, samplings, after, slots, key, decode)
+
+    def events() -> Iterator[tuple[int, list[int], bool]]:
+        several = len(prefix.positions) > 1
+        seed = jax.random.key(0) if key is None else key
+        table, chunk = make_table(requests, samplings, seed, after if several else None)
+        # Rounded, as the table's sizes are: calls with other limits can share the compiled loop.
+        A = round_up(max(sampling.max_tokens for sampling in samplings), 16)
+        B = min(slots, round_up(len(requests), GROUP)) if len(requests) > 1 else 1
+        state = _start(params, config, prefix if several else None, table, B, A)
+        total = np.int32(len(requests))
         cut_B = np.zeros(B, bool)
-        for index in tuple(pending):
-            ids = tokens_RA[index, : count_R[index]].tolist()
-            end = stop_at(ids, samplings[index].stop_strings, decode)
-            if end is not None and index in slot_of:
-                cut_B[slot_of.pop(index)] = True
-            if index not in slot_of:
-                pending.remove(index)
-            yield index, ids[:end], index not in slot_of
+        pending: list[int] = []
+        known = 0
+        while pending or known < total:
+            state = _advance(
+                params, config, prefix, table, state, chunk, total, cut_B, np.int32(steps)
+            )
+            started, index_B, running_B, count_R, tokens_RA = jax.device_get(
+                (state.started, state.index_B, state.running_B, state.count_R, state.tokens_RA)
+            )
+            pending += range(known, started)
+            known = int(started)
+            slot_of = {int(index_B[slot]): slot for slot in np.flatnonzero(running_B)}
+            cut_B = np.zeros(B, bool)
+            for index in tuple(pending):
+                ids = tokens_RA[index, : count_R[index]].tolist()
+                end = stop_at(ids, samplings[index].stop_strings, decode)
+                if end is not None and index in slot_of:
+                    cut_B[slot_of.pop(index)] = True
+                if index not in slot_of:
+                    pending.remove(index)
+                yield index, ids[:end], index not in slot_of
 
-
-def _table(
-    requests: Sequence[Sequence[int]], samplings: Sequence[Sampling], key: Array
-) -> tuple[_Requests, int]:
-    """The requests as arrays, and the size of the chunks that they are read in."""
-    R = round_up(len(requests), 64)
-    longest = max(len(request) for request in requests)
-    chunk = min(CHUNK, round_up(longest, 16))
-    ids_RZ = np.zeros((R, round_up(longest, chunk)), np.int32)
-    for ids_Z, request in zip(ids_RZ, requests, strict=False):
-        ids_Z[: len(request)] = request
-    table = _Requests(
-        ids_BZ=jnp.asarray(ids_RZ),
-        length_B=column([len(request) for request in requests], R),
-        max_B=column([sampling.max_tokens for sampling in samplings], R),
-        choices=tabulate(samplings, R, key),
-    )
-    return table, chunk
+    return events() if len(requests) else iter(())
 
 
 @functools.partial(jax.jit, static_argnames=("config", "B", "A"), keep_unused=True)
-def _start(params: Params, config: DecoderConfig, table: _Requests, B: int, A: int) -> _State:
+def _start(
+    params: Params,
+    config: DecoderConfig,
+    several: KeyValues | None,
+    table: Requests,
+    B: int,
+    A: int,
+) -> _State:
     # The weights as an argument put the state on their device, as ``_advance`` does with those that
     # follow: with another placement jax would compile it a second time.
     del params
@@ -301,6 +241,7 @@ def _start(params: Params, config: DecoderConfig, table: _Requests, B: int, A: i
         count_R=jnp.zeros(R, jnp.int32),
         query_LBZGF=_room(config, B, Z),
         answer_LBAGF=_room(config, B, A),
+        prefix=None if several is None else _rows(several, jnp.zeros(B, jnp.int32)),
     )
 
 
@@ -309,12 +250,16 @@ def _room(config: DecoderConfig, rows: int, size: int) -> tuple[Array, Array]:
     return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
 
+def _rows(kv: KeyValues, index_N: Array) -> KeyValues:
+    return KeyValues(kv.keys[:, index_N], kv.values[:, index_N], kv.positions[index_N])
+
+
 @functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames="state")
 def _advance(
     params: Params,
     config: DecoderConfig,
     prefix: KeyValues,
-    table: _Requests,
+    table: Requests,
     state: _State,
     chunk: int,
     total: Array,
@@ -324,13 +269,13 @@ def _advance(
     """Ends the slots to ``cut``, then decodes so many ``steps``, or until every request has ended."""
     last = state.step + steps
     group = min(GROUP, len(cut_B))
-    step = functools.partial(_step, params, config, prefix, table)
+    given = _Given(params, config, prefix, table, chunk, total)
 
     def read(rows: int, least: int, state: _State) -> _State:
         """Reads so many requests at a time, while there are at least so few to read."""
         return jax.lax.while_loop(
             lambda state: jnp.minimum(total - state.started, jnp.sum(~state.running_B)) >= least,
-            functools.partial(_read, params, config, prefix, table, chunk, total, rows),
+            functools.partial(_read, given, rows),
             state,
         )
 
@@ -343,36 +288,28 @@ def _advance(
 
     return jax.lax.while_loop(
         unfinished,
-        lambda state: step(refill(state)),
+        lambda state: _step(given, refill(state)),
         state._replace(running_B=state.running_B & ~cut_B),
     )
 
 
-def _read(
-    params: Params,
-    config: DecoderConfig,
-    prefix: KeyValues,
-    table: _Requests,
-    chunk: int,
-    total: Array,
-    rows: int,
-    state: _State,
-) -> _State:
+def _read(given: _Given, rows: int, state: _State) -> _State:
     """Reads up to ``rows`` requests, the next of the queue, each into a slot that is free."""
+    params, config, prefix, table, chunk, total = given
     (B,), Z = state.running_B.shape, table.ids_BZ.shape[1]
     slot_N = jnp.argsort(state.running_B)[:rows]  # the free ones first
     index_N = state.started + jnp.arange(rows, dtype=jnp.int32)
     served_N = ~state.running_B[slot_N] & (index_N < total)
     slot_N = jnp.where(served_N, slot_N, B)  # B: nowhere
     length_N = jnp.where(served_N, table.length_B[index_N], 0)
+    if table.after_B is not None:
+        prefix = _rows(prefix, table.after_B[index_N])
 
     def read_chunk(n: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         last_ND, *caches = carry
         start = n * chunk
         offsets_W = start + jnp.arange(chunk)
-        positions_NW = jnp.where(
-            offsets_W < length_N[:, None], prefix.next_position + offsets_W, EMPTY
-        )
+        positions_NW = jnp.where(offsets_W < length_N[:, None], _first(prefix) + offsets_W, EMPTY)
         earlier = _queries(prefix, jnp.minimum(start, length_N), *caches)
         ids_NW = jax.lax.dynamic_slice_in_dim(table.ids_BZ[index_N], start, chunk, axis=1)
         inputs = decoder.embed(params, config, ids_NW)
@@ -389,25 +326,34 @@ def _read(
     chunks = jnp.max(length_N + chunk - 1) // chunk
     carry = (jnp.zeros((rows, config.width), config.dtype), *_room(config, rows, Z))
     last_ND, *queries = jax.lax.fori_loop(0, chunks, read_chunk, carry)
-    keys, values = (
-        cache.at[:, slot_N].set(rows, mode="drop")
-        for cache, rows in zip(state.query_LBZGF, queries, strict=True)
-    )
+
+    def put(cache: Array, rows: Array) -> Array:
+        return cache.at[:, slot_N].set(rows, mode="drop")
+
+    own = state.prefix
+    if own is not None:
+        own = KeyValues(
+            put(own.keys, prefix.keys),
+            put(own.values, prefix.values),
+            put(own.positions[None], prefix.positions)[0],
+        )
+    keys, values = map(put, state.query_LBZGF, queries)
     return state._replace(
         started=state.started + jnp.sum(served_N, dtype=jnp.int32),
         index_B=state.index_B.at[slot_N].set(index_N, mode="drop"),
         running_B=state.running_B.at[slot_N].set(True, mode="drop"),
         last_BD=state.last_BD.at[slot_N].set(last_ND, mode="drop"),
         query_LBZGF=(keys, values),
+        prefix=own,
     )
 
 
-def _step(
-    params: Params, config: DecoderConfig, prefix: KeyValues, table: _Requests, state: _State
-) -> _State:
+def _step(given: _Given, state: _State) -> _State:
     """Chooses the next token of each slot and reads it; the ring is written in place."""
+    params, config, prefix, table, *_ = given
+    prefix = prefix if state.prefix is None else state.prefix
     R, A = state.tokens_RA.shape
-    requests: _Requests = jax.tree.map(lambda all_R: all_R[state.index_B], table)
+    requests: Requests = jax.tree.map(lambda all_R: all_R[state.index_B], table)
     count_B = state.count_R[state.index_B]
     logits_BV = decoder.unembed(params, config, state.last_BD)
     token_B = choose(logits_BV, requests.choices, count_B)
@@ -433,15 +379,18 @@ def _step(
         last_BD=states_B1D[:, 0],
         tokens_RA=state.tokens_RA.at[index_B, count_B].set(token_B, mode="drop"),
         count_R=state.count_R.at[index_B].add(1, mode="drop"),
-        answer_LBAGF=(
-            write(keys, new.keys),
-            write(values, new.values),
-        ),
+        answer_LBAGF=(write(keys, new.keys), write(values, new.values)),
     )
 
 
 def _queries(prefix: KeyValues, read_B: Array, keys: Array, values: Array) -> KeyValues:
     """The cached queries, of which ``read_B`` tokens are there."""
     at_Z = jnp.arange(keys.shape[2])
-    positions_BZ = jnp.where(at_Z < read_B[:, None], prefix.next_position + at_Z, EMPTY)
+    positions_BZ = jnp.where(at_Z < read_B[:, None], _first(prefix) + at_Z, EMPTY)
     return KeyValues(keys, values, positions_BZ)
+
+
+def _first(prefix: KeyValues) -> Array:
+    """The position after the prefix, ``[1]`` or ``[B, 1]``: to be added to places in a query."""
+    next_B = prefix.next_position
+    return next_B if len(next_B) == 1 else next_B[:, None]

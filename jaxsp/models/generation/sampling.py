@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp.typing import EMPTY, Array, Float, Int, UserError
+from jaxsp.typing import EMPTY, Array, Float, Int, UserError, ceil_div
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def column(values: Sequence[float], rows: int, dtype: type = np.int32) -> Array:
 
 def round_up(number: int, to: int) -> int:
     """The least multiple of ``to`` that isn't below the number."""
-    return -(-number // to) * to
+    return ceil_div(number, to) * to
 
 
 def choose(

@@ -1,4 +1,4 @@
-"""A ``.gguf`` file, written out once as an ordinary model directory in the cache.
+"""A ``.gguf`` file, written out as an ordinary model directory.
 
 Tensors get the names, the order of rows and the norm weights of Hugging Face checkpoints. Float
 tensors keep their precision; quantised ones become float32, as 16 bits would round them a second time.
@@ -8,13 +8,9 @@ All is done in pieces, so that memory does not grow with the model.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
-from jaxsp.models.gguf import tokenizer as gguf_tokenizer
+from jaxsp.models.gguf import tokenizer
 from jaxsp.models.gguf.reader import Metadata, StoredTensor, read
+from jaxsp.models.rope import ROPE_TYPES
 from jaxsp.typing import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-CONVERSION = 2  # raise when what is written changes: older conversions are then not reused
 
 _PIECE = 1 << 20  # elements written at a time
 
@@ -55,26 +50,21 @@ _MODEL = {
     "output_norm.weight": ("model.norm.weight", "D"),
 }
 _HEAD = {"output.weight": ("lm_head.weight", "VD")}  # absent when it is the embedding
-_LAYER = {
-    "attn_norm.weight": ("input_layernorm.weight", "D"),
-    "attn_q.weight": ("self_attn.q_proj.weight", "QD"),
-    "attn_k.weight": ("self_attn.k_proj.weight", "KD"),
-    "attn_v.weight": ("self_attn.v_proj.weight", "KD"),
-    "attn_output.weight": ("self_attn.o_proj.weight", "DQ"),
-    "ffn_gate.weight": ("mlp.gate_proj.weight", "MD"),
-    "ffn_up.weight": ("mlp.up_proj.weight", "MD"),
-    "ffn_down.weight": ("mlp.down_proj.weight", "DM"),
+_PROJECTIONS = {
+    "attn_q": ("self_attn.q_proj", "QD"),
+    "attn_k": ("self_attn.k_proj", "KD"),
+    "attn_v": ("self_attn.v_proj", "KD"),
+    "attn_output": ("self_attn.o_proj", "DQ"),
+    "ffn_gate": ("mlp.gate_proj", "MD"),
+    "ffn_up": ("mlp.up_proj", "MD"),
+    "ffn_down": ("mlp.down_proj", "DM"),
 }
-_QKV_BIAS = {
-    "attn_q.bias": ("self_attn.q_proj.bias", "Q"),
-    "attn_k.bias": ("self_attn.k_proj.bias", "K"),
-    "attn_v.bias": ("self_attn.v_proj.bias", "K"),
+_BIASES = {
+    f"{ours}.bias": (f"{theirs}.bias", shape[0]) for ours, (theirs, shape) in _PROJECTIONS.items()
 }
-_OTHER_BIAS = {
-    "attn_output.bias": ("self_attn.o_proj.bias", "D"),
-    "ffn_gate.bias": ("mlp.gate_proj.bias", "M"),
-    "ffn_up.bias": ("mlp.up_proj.bias", "M"),
-    "ffn_down.bias": ("mlp.down_proj.bias", "D"),
+_QKV_BIAS = {name: _BIASES[name] for name in ("attn_q.bias", "attn_k.bias", "attn_v.bias")}
+_LAYER = {"attn_norm.weight": ("input_layernorm.weight", "D")} | {
+    f"{ours}.weight": (f"{theirs}.weight", shape) for ours, (theirs, shape) in _PROJECTIONS.items()
 }
 _QK_NORM = {
     "attn_q_norm.weight": ("self_attn.q_norm.weight", "F"),
@@ -88,9 +78,7 @@ _FOUR_NORMS = {
 }
 
 ARCHITECTURES = {
-    "llama": Architecture(
-        "llama", "LlamaForCausalLM", _LAYER | _MLP_NORM, _QKV_BIAS | _OTHER_BIAS, paired=True
-    ),
+    "llama": Architecture("llama", "LlamaForCausalLM", _LAYER | _MLP_NORM, _BIASES, paired=True),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _LAYER | _MLP_NORM | _QKV_BIAS),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _LAYER | _MLP_NORM | _QK_NORM),
     "gemma3": Architecture(
@@ -147,49 +135,13 @@ class _Output:
             yield piece
 
 
-def cache_root() -> Path:
-    """Where conversions are kept: ``$JAXSP_CACHE``, else ``jaxsp`` in the user's cache folder."""
-    if chosen := os.environ.get("JAXSP_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxsp"
-
-
-def converted(path: Path) -> Path:
-    """The model directory made from a GGUF file; made now if the cache does not have it.
-
-    Args:
-      path: the ``.gguf`` file.
-
-    Returns:
-      A folder with ``config.json``, ``model.safetensors`` and the tokenizer's files.
+def convert(path: Path, directory: Path) -> None:
+    """Writes ``config.json``, ``model.safetensors`` and the tokenizer's files into a folder.
 
     Raises:
-      UserError: the file is damaged, of an architecture, tokenizer or rope type not supported, or the
-        disk is full.
+      UserError: the file is damaged, or of an architecture, tokenizer or rope type not supported.
+      OSError: the disk is full.
     """
-    stat = path.stat()
-    identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {CONVERSION}"
-    target = cache_root() / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-    try:
-        try:
-            _convert(path, scratch)
-        except (UserError, OSError) as error:
-            raise UserError(f"{path} can't be converted: {error}.") from error
-        try:
-            scratch.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was first, with the same result
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
-
-
-def _convert(path: Path, directory: Path) -> None:
     metadata, tensors = read(path)
     name = metadata.read("general.architecture", str)
     if name not in ARCHITECTURES:
@@ -328,12 +280,9 @@ def _llama3(factors: StoredTensor, theta: float, head: int) -> dict[str, Any]:
         raise UserError(f"its {_ROPE_FACTORS} is not one float32 for each rotary pair")
     found = factors.rows.view(np.float32)[:, 0]
     parameters = {"rope_type": "llama3", "factor": float(found.max()), **_LLAMA3}
-    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     frequencies = theta ** -(np.arange(0, head, 2) / head)
-    turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
     with np.errstate(all="ignore"):
-        expected = 1 / ((1 - keep) / parameters["factor"] + keep)
+        expected = frequencies / ROPE_TYPES["llama3"](frequencies, parameters)[0]
     if not np.allclose(found, expected, rtol=1e-4, atol=0.0):
         raise UserError(f"its {_ROPE_FACTORS} scales the rope in a way that is not Llama 3's")
     return parameters
@@ -347,7 +296,7 @@ def _positive(metadata: Metadata, field: str, default: float | None = None) -> f
 
 
 def _stops(metadata: Metadata, words: list[str]) -> int | list[int] | None:
-    named = [gguf_tokenizer.special_token(metadata, words, role) for role in ("eos", "eot")]
+    named = [tokenizer.special_token(metadata, words, role) for role in ("eos", "eot")]
     found = {word: i for i, word in enumerate(words) if word in named or word in _TURN_ENDS}
     stops = sorted(found.values())
     return stops[0] if len(stops) == 1 else stops or None
@@ -419,12 +368,12 @@ def _tokenizer(metadata: Metadata, config: dict[str, Any]) -> PreTrainedTokenize
     words = metadata.read("tokenizer.ggml.tokens", list)
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     return PreTrainedTokenizerFast(
-        tokenizer_object=gguf_tokenizer.build(metadata),
+        tokenizer_object=tokenizer.build(metadata),
         chat_template=metadata.read("tokenizer.chat_template", str, "") or None,
         model_max_length=config["max_position_embeddings"],
         clean_up_tokenization_spaces=False,
         **{
-            f"{theirs}_token": gguf_tokenizer.special_token(metadata, words, ours)
+            f"{theirs}_token": tokenizer.special_token(metadata, words, ours)
             for theirs, ours in roles.items()
         },
     )

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import gguf
 import numpy as np
 
-from jaxsp.typing import UserError
+from jaxsp.typing import UserError, ceil_div
 
 _T = TypeVar("_T")
 
@@ -88,7 +88,7 @@ def read(path: Path) -> tuple[Metadata, dict[str, StoredTensor]]:
     alignment = metadata.read("general.alignment", int, 32)
     if alignment < 1 or alignment & (alignment - 1):
         raise UserError(f"the alignment {alignment} is not a power of two")
-    start = -(-cursor.at // alignment) * alignment
+    start = ceil_div(cursor.at, alignment) * alignment
     tensors = {name: _tensor(data, name, start, *header) for name, header in headers.items()}
     spans = sorted((start + header[2], tensors[name].rows.size) for name, header in headers.items())
     for (offset, size), (following, _) in itertools.pairwise(spans):

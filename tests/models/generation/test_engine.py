@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import logging
 
 import jax
@@ -14,11 +15,11 @@ import pytest
 import jaxsp
 from jaxsp import distributions
 from jaxsp.models import decoder
-from jaxsp.models.generation import engine as generate
 from jaxsp.models.families import FAMILIES
-from jaxsp.models.generation.engine import Sampling
+from jaxsp.models.generation import Sampling, engine, generate, stream
+from jaxsp.models.generation.requests import make_table
 from jaxsp.teacher import answers
-from jaxsp.typing import EMPTY, UserError
+from jaxsp.typing import EMPTY, KeyValues, UserError
 from tests import tiny
 
 CONTEXT = [5, 100, 7, 9, 200, 31]
@@ -33,9 +34,7 @@ def prefix(tiny_model):
 @pytest.fixture(scope="module")
 def run(tiny_model, prefix):
     def run(requests, sampling, **options):
-        return generate.generate(
-            tiny_model.params, tiny_model.config, prefix, requests, sampling, **options
-        )
+        return generate(tiny_model.params, tiny_model.config, prefix, requests, sampling, **options)
 
     return run
 
@@ -43,9 +42,7 @@ def run(tiny_model, prefix):
 @pytest.fixture(scope="module")
 def streamed(tiny_model, prefix):
     def streamed(request, sampling, **options):
-        tokens = generate.stream(
-            tiny_model.params, tiny_model.config, prefix, request, sampling, **options
-        )
+        tokens = stream(tiny_model.params, tiny_model.config, prefix, request, sampling, **options)
         return list(tokens)
 
     return streamed
@@ -75,14 +72,14 @@ def slowly(tiny_model):
 def steps(monkeypatch):
     """The decoding steps done after every call of the compiled loop."""
     steps = []
-    advance = generate._advance
+    advance = engine._advance
 
     def recording(*arguments):
         state = advance(*arguments)
         steps.append(int(state.step))
         return state
 
-    monkeypatch.setattr(generate, "_advance", recording)
+    monkeypatch.setattr(engine, "_advance", recording)
     return steps
 
 
@@ -107,7 +104,7 @@ def test_greedy_equals_full_forward_passes(run, slowly, slots):
 
 
 def test_a_query_longer_than_a_chunk_is_read_in_several(run, slowly, monkeypatch):
-    monkeypatch.setattr(generate, "CHUNK", 16)
+    monkeypatch.setattr("jaxsp.models.generation.requests.CHUNK", 16)
     expected = [slowly(query, 9) for query in QUERIES]
     assert run(QUERIES, Sampling(max_tokens=9), slots=3) == expected
 
@@ -124,7 +121,7 @@ def test_without_a_prefix(tiny_model, run):
     arguments = (tiny_model.params, tiny_model.config, nothing)
     whole = [[*CONTEXT, *query] for query in QUERIES]
     sampling = Sampling(max_tokens=6)
-    assert generate.generate(*arguments, whole, sampling) == run(QUERIES, sampling)
+    assert generate(*arguments, whole, sampling) == run(QUERIES, sampling)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,7 +132,7 @@ def test_after_a_prefix_with_empty_slots(tmp_path, family):
     context = np.random.RandomState(1).randint(3, 259, 19)
     prefix = decoder.read_long(model.params, model.config, context[None], longest=8)
     assert (prefix.positions == EMPTY).sum() == 2
-    found = generate.generate(
+    found = generate(
         model.params, model.config, prefix, QUERIES[:3], Sampling(max_tokens=3), slots=1
     )
     for query, answer in zip(QUERIES, found, strict=False):
@@ -149,7 +146,7 @@ def test_with_64_bit_types(tiny_model, run, x64):
     expected = run(QUERIES, sampling, slots=3, key=jax.random.key(0))
     x64(True)
     prefix = distributions.context_prefix(tiny_model.params, tiny_model.config, np.array([CONTEXT]))
-    found = generate.generate(
+    found = generate(
         tiny_model.params,
         tiny_model.config,
         prefix,
@@ -172,13 +169,13 @@ def test_requests_may_be_any_sequences(run):
 @pytest.mark.parametrize("group", [3, 8])
 def test_requests_read_together_are_those_read_one_by_one(run, steps, monkeypatch, group):
     """Whatever the length of each, in chunks; and in the order of the queue."""
-    monkeypatch.setattr(generate, "CHUNK", 16)
+    monkeypatch.setattr("jaxsp.models.generation.requests.CHUNK", 16)
     jax.clear_caches()  # the sizes are no arguments
     random = np.random.RandomState(2)
     requests = [random.randint(3, 259, n).tolist() for n in (1, 40, 16, 17, 33, 2, 32, 5, 48, 9, 3)]
     samplings = [Sampling(max_tokens=n) for n in (3, 3, 3, 3, 9, 3, 3, 3, 9, 3, 3)]
     expected = run(requests, samplings, slots=1)
-    monkeypatch.setattr(generate, "GROUP", group)
+    monkeypatch.setattr(engine, "GROUP", group)
     steps.clear()
     assert run(requests, samplings, slots=6) == expected
     assert steps[-1] == 12
@@ -278,16 +275,76 @@ def test_nothing_is_compiled_anew(run, caplog):
 def test_decoding_does_not_copy_the_caches(tiny_model):
     config = tiny_model.config.replace(layers=16)
     params = decoder.parameter_shapes(config)
-    table, chunk = generate._table([[1, 2, 3]] * 4, [Sampling()] * 4, jax.random.key(0))
-    state = generate._start({}, config, table, 4, 4096)
+    table, chunk = make_table([[1, 2, 3]] * 4, [Sampling()] * 4, jax.random.key(0))
+    state = engine._start({}, config, None, table, 4, 4096)
     before = decoder.empty_prefix(config, 6)
-    compiled = generate._advance.lower(
+    compiled = engine._advance.lower(
         params, config, before, table, state, chunk, np.int32(4), np.zeros(4, bool), np.int32(9)
     ).compile()
     cache = state.answer_LBAGF[0].nbytes
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes > 2 * cache
     assert memory.temp_size_in_bytes < cache / 4  # slices of a layer, its scores
+
+
+# Several prefixes.
+
+
+def join(prefixes: list[KeyValues]) -> KeyValues:
+    """One row each."""
+    return KeyValues(
+        jnp.concatenate([prefix.keys for prefix in prefixes], axis=1),
+        jnp.concatenate([prefix.values for prefix in prefixes], axis=1),
+        jnp.concatenate([prefix.positions for prefix in prefixes]),
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_several_prefixes_answer_as_each_alone(tiny_model, prefix, temperature):
+    """Of other content and length, with ``EMPTY`` slots before, behind, or nothing else."""
+    params, config = tiny_model.params, tiny_model.config
+    long = np.random.RandomState(1).randint(3, 259, (1, 19))
+    alone = [
+        prefix,
+        distributions.context_prefix(params, config, long),
+        decoder.empty_prefix(config),
+    ]
+    requests, samplings = uneven(20)
+    samplings = [dataclasses.replace(s, temperature=temperature) for s in samplings]
+    options = {"slots": 3, "key": jax.random.key(5)}
+    expected = [generate(params, config, one, requests, samplings, **options) for one in alone]
+    assert all(a != b for a, b in itertools.combinations(expected, 2))
+
+    padded = [
+        prefix.append(decoder.empty_prefix(config, 17)),
+        decoder.empty_prefix(config, 4).append(alone[1]),
+        decoder.empty_prefix(config, 23),
+    ]
+    after = np.random.RandomState(2).randint(0, 3, 20)
+    found = generate(params, config, join(padded), requests, samplings, after=after, **options)
+    assert found == [expected[row][i] for i, row in enumerate(after)]
+
+
+def test_one_prefix_may_be_named(tiny_model, prefix, run):
+    sampling = Sampling(max_tokens=9)
+    assert run(QUERIES, sampling, after=[0] * 5) == run(QUERIES, sampling)
+
+
+def test_decoding_does_not_copy_the_prefixes(tiny_model):
+    config = tiny_model.config.replace(layers=16)
+    params = decoder.parameter_shapes(config)
+    after = [0, 1, 2, 0]
+    table, chunk = make_table([[1, 2, 3]] * 4, [Sampling()] * 4, jax.random.key(0), after)
+    several = join([decoder.empty_prefix(config, 4096)] * 3)
+    state = engine._start({}, config, several, table, 4, 16)
+
+    def step(params, prefix, state):
+        return engine._step(engine._Given(params, config, prefix, table, chunk, np.int32(4)), state)
+
+    compiled = jax.jit(step, donate_argnums=2).lower(params, several, state).compile()
+    memory, copies = compiled.memory_analysis(), state.prefix.keys.nbytes
+    assert memory.alias_size_in_bytes > 2 * copies
+    assert memory.temp_size_in_bytes < copies / 4  # slices of a layer, its scores
 
 
 # Sampling.
@@ -335,7 +392,7 @@ def test_a_stop_string_frees_its_slot(run, slowly, steps):
     sampling = Sampling(stop_strings=(stop,), max_tokens=16)
     found = run(QUERIES, sampling, slots=1, decode=as_letters)
     assert found == [free[0][:3], *free[1:]]
-    assert steps[-1] == generate.STEPS + 4 * 16
+    assert steps[-1] == engine.STEPS + 4 * 16
 
 
 # What can't be meant.
@@ -361,15 +418,23 @@ def test_mistakes_are_found_before_any_work(run, steps, requests, sampling, opti
     assert not steps
 
 
-def test_a_prefix_of_several_rows_is_a_mistake(tiny_model, prefix):
-    several = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0 if x.ndim == 2 else 1), prefix)
-    with pytest.raises(UserError, match=r"one row \(batch size 1\); got 3"):
-        generate.generate(tiny_model.params, tiny_model.config, several, QUERIES, Sampling())
+def test_a_prefix_of_several_rows_needs_to_know_which(tiny_model, prefix):
+    several = join([prefix] * 3)
+    arguments = tiny_model.params, tiny_model.config, several, QUERIES
+    with pytest.raises(UserError, match=r"one row \(batch size 1\); got 3, which need after"):
+        generate(*arguments, Sampling())
+    for after in ([0], [0, 1, 2, 3, 0], [0, 1, 2, -1, 0], [0.0] * 5):
+        with pytest.raises(UserError, match=r"from 0 to 2, for each of the 5 requests; got \[0"):
+            generate(*arguments, Sampling(), after=after)
+    longer = decoder.prefill(*arguments[:2], tiny_model.embed([[9]]), prefix)
+    uneven = join([decoder.empty_prefix(tiny_model.config, 7), longer])
+    with pytest.raises(UserError, match=r"Request 1 .* prefix \(7\) .* 513, more"):
+        generate(*arguments[:2], uneven, [[4] * 6] * 2, Sampling(max_tokens=500), after=[0, 1])
 
 
 def test_a_mistake_in_a_stream_is_found_when_it_is_made(tiny_model, prefix):
     with pytest.raises(UserError, match="Request 0 is empty"):
-        generate.stream(tiny_model.params, tiny_model.config, prefix, [], Sampling())
+        stream(tiny_model.params, tiny_model.config, prefix, [], Sampling())
 
 
 def test_the_window_can_be_filled(run):

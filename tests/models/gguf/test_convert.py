@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
 
 import jaxsp
-from jaxsp.models.gguf import convert as ours
+from jaxsp.models.gguf import convert, converted
 from jaxsp.typing import UserError
 from tests import tiny
 from tests.gguf_files import SPM, config_of, write_gguf
@@ -23,7 +23,7 @@ from tests.gguf_files import SPM, config_of, write_gguf
 # Architectures
 
 
-@pytest.mark.parametrize("architecture", ours.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", convert.ARCHITECTURES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_gguf_gives_the_logits_of_the_original(tmp_path, cache, architecture, tied):
     config = write_gguf(tmp_path / "m.gguf", architecture, tie_word_embeddings=tied)
@@ -139,7 +139,7 @@ UP = "blk.0.ffn_up.weight"
 def read_up(path: Path) -> tuple[np.ndarray, str]:
     """What became of the tensor ``UP``, as float32, and its type in the checkpoint."""
     name = "model.layers.0.mlp.up_proj.weight"
-    with safe_open(ours.converted(path) / "model.safetensors", "numpy") as file:
+    with safe_open(converted(path) / "model.safetensors", "numpy") as file:
         dtype = file.get_slice(name).get_dtype()
         return np.asarray(file.get_tensor(name), np.float32), dtype
 
@@ -230,7 +230,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, cache, frugal):
     width = "llama.feed_forward_length"
     write_gguf(tmp_path / "m.gguf", fields={width: wide}, tensors=tensors)
     tracemalloc.reset_peak()  # from here on it is the conversion's
-    directory = ours.converted(tmp_path / "m.gguf")
+    directory = converted(tmp_path / "m.gguf")
     assert (directory / "model.safetensors").stat().st_size > 96 << 20
 
 
@@ -239,12 +239,12 @@ def test_memory_does_not_grow_with_the_model(tmp_path, cache, frugal):
 
 def test_conversion_is_reused_until_the_file_changes(tmp_path, cache):
     write_gguf(tmp_path / "m.gguf")
-    first = ours.converted(tmp_path / "m.gguf")
+    first = converted(tmp_path / "m.gguf")
     stamp = (first / "model.safetensors").stat().st_mtime_ns
-    assert ours.converted(tmp_path / "m.gguf") == first
+    assert converted(tmp_path / "m.gguf") == first
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
     os.utime(tmp_path / "m.gguf", ns=(1, 1))
-    assert ours.converted(tmp_path / "m.gguf") != first
+    assert converted(tmp_path / "m.gguf") != first
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, cache, monkeypatch):
@@ -253,9 +253,9 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, cache, monkeypatch):
         raise OSError(28, "No space left on device")
 
     write_gguf(tmp_path / "m.gguf")
-    monkeypatch.setattr(ours, "_write_safetensors", full)
+    monkeypatch.setattr(convert, "_write_safetensors", full)
     with pytest.raises(UserError, match="No space left"):
-        ours.converted(tmp_path / "m.gguf")
+        converted(tmp_path / "m.gguf")
     assert not any(cache.iterdir())
 
 

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 
 import jaxsp
-from jaxsp.models.gguf import convert as ours
-from jaxsp.models.gguf import reader as gguf_file
+from jaxsp.models.gguf import convert, reader
 from jaxsp.typing import UserError
 from tests.gguf_files import SPM, write_gguf
 
@@ -91,14 +90,14 @@ def numbers(valid, tmp_path_factory) -> list[tuple[int, int]]:
     path = tmp_path_factory.mktemp("numbers") / "m.gguf"
     path.write_bytes(valid)
     with pytest.MonkeyPatch.context() as patch:
-        number = gguf_file._Cursor.number
+        number = reader._Cursor.number
 
         def noted(self, code: str):
             found.append((self.at, struct.calcsize(f"<{code}")))
             return number(self, code)
 
-        patch.setattr(gguf_file._Cursor, "number", noted)
-        gguf_file.read(path)
+        patch.setattr(reader._Cursor, "number", noted)
+        reader.read(path)
     return found
 
 
@@ -153,7 +152,7 @@ def test_odd_metadata(tmp_path, cache, monkeypatch, architecture):
     path = tmp_path / "m.gguf"
     fields = SPM if architecture == "gemma3" else {}
     write_gguf(path, architecture, fields, num_hidden_layers=1, layer_types=["full_attention"])
-    sound, tensors = gguf_file.read(path)
+    sound, tensors = reader.read(path)
     names = [*sound, *(f"{architecture}.{name}" for name in MORE)]
     names += [f"tokenizer.ggml.{name}" for name in TOKENIZER]
     data = path.read_bytes()
@@ -161,8 +160,8 @@ def test_odd_metadata(tmp_path, cache, monkeypatch, architecture):
     @settings(max_examples=150, derandomize=True, deadline=None, database=None)
     @given(st.lists(st.tuples(st.sampled_from(names), VALUES), min_size=1, max_size=2))
     def run(changes):
-        odd = gguf_file.Metadata({**sound, **dict(changes)})
-        monkeypatch.setattr(ours, "read", lambda path: (odd, dict(tensors)))
+        odd = reader.Metadata({**sound, **dict(changes)})
+        monkeypatch.setattr(convert, "read", lambda path: (odd, dict(tensors)))
         outcome(tmp_path, data)
 
     run()

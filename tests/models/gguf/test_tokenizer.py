@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxsp.models.gguf import reader as gguf_file
-from jaxsp.models.gguf import tokenizer as gguf_tokenizer
+from jaxsp.models.gguf.reader import Metadata
+from jaxsp.models.gguf.tokenizer import build
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 IDS = json.loads((GOLDENS / "token_ids.json").read_text("utf-8"))
@@ -23,7 +23,7 @@ def test_token_ids_are_those_of_llama_cpp(smollm2, row):
     assert smollm2.tokenizer.decode(row["ids"]) == row["text"]
 
 
-def tokenizer_fields(**fields: Any) -> gguf_file.Metadata:
+def tokenizer_fields(**fields: Any) -> Metadata:
     """Metadata with one of the golden vocabularies."""
     all_ = {
         **KINDS["vocabularies"][fields["model"]],
@@ -32,27 +32,25 @@ def tokenizer_fields(**fields: Any) -> gguf_file.Metadata:
         **fields,
     }
     arrays = {name: np.array(all_[name]) for name in ("scores", "token_type") if name in all_}
-    return gguf_file.Metadata(
-        {f"tokenizer.ggml.{name}": value for name, value in (all_ | arrays).items()}
-    )
+    return Metadata({f"tokenizer.ggml.{name}": value for name, value in (all_ | arrays).items()})
 
 
 @pytest.mark.parametrize(
     "row", KINDS["rows"], ids=lambda row: "-".join(map(str, row["fields"].values()))
 )
 def test_every_kind_gives_the_ids_of_llama_cpp(row):
-    tokenizer = gguf_tokenizer.build(tokenizer_fields(**row["fields"]))
+    tokenizer = build(tokenizer_fields(**row["fields"]))
     for its, ids in zip(IDS, row["ids"], strict=True):
         assert tokenizer.encode(its["text"], add_special_tokens=False).ids == ids, its["text"]
 
 
 def test_sentence_piece_reads_back_what_it_wrote():
     fields = {"model": "llama", "add_space_prefix": False}
-    tokenizer = gguf_tokenizer.build(tokenizer_fields(**fields))
+    tokenizer = build(tokenizer_fields(**fields))
     for row in IDS:
         ids = tokenizer.encode(row["text"], add_special_tokens=False).ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == row["text"]
-    prefixed = gguf_tokenizer.build(tokenizer_fields(model="llama"))
+    prefixed = build(tokenizer_fields(model="llama"))
     assert prefixed.decode(prefixed.encode("a b").ids) == "a b"
 
 
@@ -68,6 +66,6 @@ def test_sentence_piece_reads_back_what_it_wrote():
     ],
 )
 def test_first_and_last_token(fields, first, last):
-    tokenizer = gguf_tokenizer.build(tokenizer_fields(**fields))
+    tokenizer = build(tokenizer_fields(**fields))
     plain = tokenizer.encode("some text", add_special_tokens=False).ids
     assert tokenizer.encode("some text").ids == [*first, *plain, *last]

@@ -24,17 +24,28 @@ class Slots(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """The arguments of :func:`jaxsp.models.attention.attention`, as one value."""
+class AttentionInputs:
+    """What attention is computed of.
 
-    q_BTHF: Array
-    positions_BT: Array
+    Attributes:
+      q_BTHF: rotated queries; ``H`` is a multiple of ``G``.
+      positions_BT: int32; ``EMPTY`` for padding, whose output is finite and meaningless.
+      slots: keys and values in the order of their positions (padding aside), the queries' own last.
+      scale: of the products of queries and keys.
+      softcap: bound of the scores: ``softcap * tanh(scores / softcap)``, before the mask.
+      window: how many positions back a query sees, itself included; it may be traced. None: all.
+      segment_ids_BT: of the queries, where several sequences are packed in one row.
+      precision: of the matrix products.
+    """
+
+    q_BTHF: Float[Array, "b t h f"]
+    positions_BT: Int[Array, "b t"]
     slots: tuple[Slots, ...]
     scale: float
-    softcap: float | None
-    window: int | Array | None
-    segment_ids_BT: Array | None
-    precision: jax.lax.Precision
+    softcap: float | None = None
+    window: int | Int[Array, ""] | None = None
+    segment_ids_BT: Int[Array, "b t"] | None = None
+    precision: jax.lax.Precision = jax.lax.Precision.DEFAULT
 
 
 def visible(

@@ -1,0 +1,139 @@
+"""What the commands print on standard output, as tables (rich)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxsp.artifact import SoftPrompt
+from jaxsp.evaluation.brackets import CONDITIONS
+from jaxsp.plan import Plan
+from jaxsp.runs.folder import Result
+
+
+def print_plan(plan: Plan, steps: int, query_tokens: int, advice: str) -> None:
+    """Prints what a compression will need.
+
+    Args:
+      plan: its needs.
+      steps: updates to be done.
+      query_tokens: tokens of a query with its answer, about: they turn rows into a batch size.
+      advice: how to need less memory, said if no batch fits.
+    """
+    memory, largest = plan.memory, plan.largest_rows * plan.row_tokens // query_tokens
+    fits = "" if plan.fits else ": does not fit"
+    rows = {
+        "devices": f"{plan.devices} ({plan.device})",
+        "batch": f"{plan.rows} rows of {plan.row_tokens} tokens",
+        "memory of a device": f"{size(memory.total)} of {size(plan.memory_limit)}{fits}",
+        "  weights, batch, σ": size(memory.arguments),
+        "  temporaries": size(memory.temporaries),
+        "  output": size(memory.output),
+        "  the context": size(memory.context),
+        "a step": f"{plan.flops / 1e9:,.1f} GFLOP, {plan.step_seconds:,.3g} s",
+        "  matrix products": f"{plan.matmul_rate / 1e9:,.0f} GFLOP/s, measured",
+        "  of which used": f"{plan.utilisation:g}, assumed (SmolLM2's on a CPU)",
+        f"{steps} steps": f"{steps * plan.step_seconds / 60:,.1f} min, without teacher and evaluation",
+        "largest batch": f"--batch-size {largest}" if largest else f"none fits; {advice}",
+    }
+    _print_pairs(rows)
+
+
+def print_prompt(prompt: SoftPrompt) -> None:
+    """Prints what a saved prompt is, and what was measured of it."""
+    manifest = prompt.manifest
+    model, training, tokens = manifest["model"], manifest["training"], manifest["context_tokens"]
+    rows = {
+        "kind": f"{prompt.kind}, {prompt.length} vectors, {manifest['dtype']}",
+        "stands for": f"{tokens} tokens ({tokens / prompt.length:.1f}×)",
+        "model": f"{model['name']} ({model['fingerprint'][:12]})",
+        "tokenizer": manifest["tokenizer"]["fingerprint"][:12],
+        "position": manifest["slots"]["position_offset"],
+        "text before": repr(manifest["slots"]["before"]),
+        "trained by": f"{training['objective']}, {training['steps']} steps,"
+        f" learning rate {training['learning_rate']:g}, seed {training['seed']}",
+        "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
+    }
+    for name, value in manifest.get("held_out", {}).items():
+        number = value["value"] if isinstance(value, dict) else value
+        rows[f"held-out {name}"] = f"{number:.3f}"
+    _print_pairs(rows)
+
+
+def print_brackets(report: Mapping[str, Any]) -> None:
+    """Prints the held-out figures of every condition, and the verdict."""
+    columns = {"kl": "KL", "nll": "NLL", "zero_one": "0/1", "rouge_l": "ROUGE-L"}
+    table = Table("held-out queries", *columns.values(), box=None, padding=(0, 2, 0, 0))
+    for name, row in report["held_out"]["conditions"].items():
+        table.add_row(CONDITIONS[name], *(f"{row[metric]:.3f}" for metric in columns))
+    _print(table, report["verdict"]["text"])
+
+
+def print_summary(result: Result, out: str, started: float) -> None:
+    """Prints what a run gave, where it lies and how long it took since ``started`` (``perf_counter``)."""
+    report, folder = result.report, Path(out)
+    print_brackets(report)
+    _print(
+        f"{report['prompt_length']} vectors for {report['context_tokens']} tokens"
+        f" ({report['compression']:.1f}×), {time.perf_counter() - started:.0f} s in all.",
+        f"Report: {folder / 'report.md'}   Prompt: {folder / 'prompt.safetensors'}",
+    )
+
+
+def print_answers(report: Mapping[str, Any], most: int) -> None:
+    """Prints the answers to some held-out queries beside each other."""
+    table = Table("question", "full context", "soft prompt σ", "no context", title="Held-out")
+    held_out = [query for query in report["queries"] if query["split"] == "held_out"]
+    names = "query", "answer_full_context", "answer_prompt", "answer_no_context"
+    for query in held_out[:most]:
+        table.add_row(*(query[name] for name in names))
+    _print(table)
+
+
+def result_row(result: Result) -> list[str]:
+    """A row of ``print_results``: light, so that the result itself need not be kept."""
+    report = result.report
+    row = [str(report[name]) for name in ("id", "objective", "prompt_length", "context_tokens")]
+    if result.error:
+        return [*row, result.error]
+    held_out = report["held_out"]["conditions"]
+    kl = [f"{held_out[name]['kl']:.3f}" for name in ("prompt", "no_context")]
+    return [*row, f"{report['gap_closed']['value']:.1%}", *kl]
+
+
+def print_results(rows: Iterable[list[str]]) -> None:
+    """Prints the rows of many prompts."""
+    table = Table("id", "objective", "K", "tokens", "gap closed", "σ: KL", "none: KL", box=None)
+    for row in rows:
+        table.add_row(*row)
+    _print(table)
+
+
+def size(count: int) -> str:
+    """A number of bytes for people.
+
+    Example:
+      >>> size(3 * 2**20), size(5 * 2**30)
+      ('3.0 MiB', '5.00 GiB')
+    """
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def _print_pairs(rows: Mapping[str, object]) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    _print(table)
+
+
+def _print(*things: Table | str) -> None:
+    console = Console(
+        highlight=False, markup=False, emoji=False
+    )  # a model's [text] is shown as it is
+    for thing in things:
+        console.print(thing)

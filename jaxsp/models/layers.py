@@ -1,0 +1,91 @@
+"""What the decoder's layers are built of: norms, activations, dense layers with int8 kernels."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxsp.models.config import DecoderConfig
+from jaxsp.typing import Array
+
+
+def _silu(x: Array) -> Array:
+    # x · sigmoid(x) to the last bit. jax.nn.silu computes the sigmoid from a tanh on CPU, which loses the
+    # relative precision of its negative tail: on SmolLM2 that alone moved logits by 1e-4. Below -40 the
+    # result is 0 in float32; the bound keeps the derivative finite.
+    return x / (1 + jnp.exp(-jnp.maximum(x, -40)))
+
+
+ACTIVATIONS = {"silu": _silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) or LayerNorm (Ba et al. 2016, arXiv:1607.06450).
+
+    Weights and arithmetic are float32 in every model.
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        if self.config.layer_norm:
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(variance + self.config.norm_epsilon)
+        wide = wide * self.param("weight", nn.initializers.ones, x.shape[-1:])
+        if self.config.layer_norm:
+            wide = wide + self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return wide.astype(self.config.dtype)
+
+
+class Int8Dense(nn.Module):
+    """``nn.Dense`` with an int8 kernel and a float32 scale for each output.
+
+    Reference: absmax quantisation in Dettmers et al. 2022, arXiv:2208.07339; here of weights alone.
+    """
+
+    config: DecoderConfig
+    size: int
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c, zeros = self.config, nn.initializers.zeros
+        kernel = self.param("kernel", zeros, (x.shape[-1], self.size), jnp.int8)
+        scale = self.param("scale", nn.initializers.ones, (self.size,), jnp.float32)
+        y: Any = _int8_product(x, kernel, scale, c.precision)  # older jax types it as object
+        return y + self.param("bias", zeros, (self.size,), c.dtype) if self.use_bias else y
+
+
+# Autodiff would keep every layer's kernel in floats until the backward pass, and multiply in float32
+# there. The kernel is frozen: the gradient goes to x alone.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _int8_product(x: Array, kernel: Array, scale: Array, precision: jax.lax.Precision) -> Array:
+    whole = kernel.astype(x.dtype)
+    y = jnp.dot(x, whole, precision=precision, preferred_element_type=jnp.float32)
+    return (y * scale).astype(x.dtype)
+
+
+def _int8_forward(
+    x: Array, kernel: Array, scale: Array, precision: jax.lax.Precision
+) -> tuple[Array, tuple[Array, Array]]:
+    return _int8_product(x, kernel, scale, precision), (kernel, scale)
+
+
+def _int8_backward(
+    precision: jax.lax.Precision, kept: tuple[Array, Array], gradient: Array
+) -> tuple[Array, None, None]:
+    kernel, scale = kept
+    # 128 is exact in any dtype; without it the scaled gradient could vanish in float16.
+    scaled = (gradient * (128 * scale)).astype(gradient.dtype)
+    kernel = kernel.astype(gradient.dtype) / 128
+    return jnp.einsum("...o,io->...i", scaled, kernel, precision=precision), None, None
+
+
+_int8_product.defvjp(_int8_forward, _int8_backward)

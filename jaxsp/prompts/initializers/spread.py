@@ -1,0 +1,18 @@
+"""Tokens spread over the context."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxsp.typing import Array, Float
+
+if TYPE_CHECKING:
+    from jaxsp.prompts.initializers import Source
+
+
+def start(source: Source) -> Float[Array, "k d"]:
+    """The embeddings of K tokens spread evenly over the context."""
+    places = np.linspace(0, len(source.context_ids) - 1, source.length).round().astype(int)
+    return source.embed(source.context_ids[places])

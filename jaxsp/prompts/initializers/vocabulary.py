@@ -1,0 +1,20 @@
+"""Random tokens of the vocabulary.
+
+Reference: Lester et al. 2021 (arXiv:2104.08691), section 3.2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+
+from jaxsp.typing import Array, Float
+
+if TYPE_CHECKING:
+    from jaxsp.prompts.initializers import Source
+
+
+def start(source: Source) -> Float[Array, "k d"]:
+    """The embeddings of K random tokens of the vocabulary."""
+    return source.embed(jax.random.randint(source.key, (source.length,), 0, source.vocab_size))

@@ -1,0 +1,427 @@
+"""The conductor of a run: jobs → teacher → training side by side → measuring → saving; and resuming."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import jax
+import numpy as np
+
+from jaxsp import plan, processes
+from jaxsp.artifact import environment, make_artifact
+from jaxsp.data.packing import Packing
+from jaxsp.evaluation import brackets, table
+from jaxsp.evaluation import report as reports
+from jaxsp.evaluation.brackets import CONDITIONS, Measured
+from jaxsp.evaluation.metrics import mean_kl_function
+from jaxsp.models.language_model import LanguageModel
+from jaxsp.models.sharding import DATA, local
+from jaxsp.progress import Display, compile_seconds
+from jaxsp.runs.folder import Result, RunFolder
+from jaxsp.runs.job import Job, groups
+from jaxsp.settings import Settings, plain
+from jaxsp.teacher.problem import Problem, read_preamble, run_teacher, teacher_key
+from jaxsp.training.checkpoint import Checkpoints
+from jaxsp.training.drivers import DRIVERS, Driver, mesh_of
+from jaxsp.training.loop import Block
+from jaxsp.training.slots import Callback, Step, TrainingJob, TrainingResult
+from jaxsp.training.start import start_state
+from jaxsp.training.state import stack
+from jaxsp.training.update import Frozen, UpdateSettings
+from jaxsp.typing import Interrupted, PyTree, UserError, ceil_div
+
+T = TypeVar("T")
+
+STEP_TOKENS = {"cpu": 2048}
+"""Tokens of one step, of all prompts together; a CPU gains nothing from more."""
+ACCELERATOR_STEP_TOKENS = 32768
+
+KEPT = 128
+"""Contexts whose problem and brackets are kept in memory, for other jobs on the same."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """What the display wants to hear of."""
+
+    on_step: Callback
+    finished: Callable[[str], None]
+
+
+class Runner:
+    """A run of jobs; ``results`` does them.
+
+    Args:
+      model: the frozen model.
+      jobs: all of them, also those that are finished.
+      folder: of the run, ready; ``None`` to write nothing.
+      at_once: prompts in one step; by default as many as suit the device and its memory.
+      callbacks: hear of every step.
+      display: shows what goes on.
+      single: the run is its only job, whose folder is the run's own.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        jobs: Sequence[Job],
+        folder: RunFolder | None,
+        *,
+        at_once: int | None,
+        callbacks: Sequence[Callback],
+        display: Display,
+        single: bool = False,
+    ) -> None:
+        mesh = mesh_of(jobs[0].settings)
+        # One job is done by all processes together; of many, each does some by itself.
+        self.divided = processes.are_several() and not single
+        if self.divided and folder is None:
+            raise UserError("Several processes need a folder that all can reach: pass out=....")
+        self.mesh = local(mesh) if mesh is not None and self.divided else mesh
+        self.model = model if mesh is None else model.on(mesh)
+        self.jobs, self.folder, self.single = list(jobs), folder, single
+        self.at_once, self.callbacks, self.display = at_once, callbacks, display
+        self.preamble = read_preamble(self.model)
+        self.problems = _Kept[Problem]()
+        self.brackets = _Kept[dict[str, Measured]]()
+        self.running: dict[str, Problem] = {}
+        # They keep the seconds of each job under way.
+        self.displays = collections.defaultdict[str, Display](lambda: Display(visible=False))
+        if single:
+            self.displays[jobs[0].id] = display
+
+    def results(self) -> Iterator[Result]:
+        """Every job's result, in order; each as soon as it and all before it are finished."""
+        unfinished = set(processes.on_first_process(self._unfinished))
+        rows = {j.id: table.row(self._load(j).report) for j in self.jobs if j.id not in unfinished}
+        to_do = [job for job in self.jobs if job.id in unfinished]
+        mine = processes.contiguous_shard(to_do) if self.divided else to_do
+        waiting = collections.deque(self.jobs)
+        early: dict[str, Result] = {}  # finished before one that comes first; not kept if on disk
+
+        def next_ones() -> Iterator[Result]:
+            while waiting and waiting[0].id in rows:
+                job = waiting.popleft()
+                yield early.pop(job.id) if job.id in early else self._load(job)
+
+        try:
+            with processes.peer_failure_as_user_error(), self._progress(len(rows)) as told:
+                yield from next_ones()
+                done = self._train_all(mine, told)
+                for job, result in processes.alone_while(done) if self.divided else done:
+                    rows[job.id] = table.row(result.report)
+                    self._write_table(rows)
+                    told.finished(f"{job.id}: {_summary(result)}")
+                    if self.folder is None or waiting[0].id == job.id:
+                        early[job.id] = result
+                    yield from next_ones()
+                for job in to_do:
+                    if job.id not in rows:
+                        rows[job.id] = table.row(self._made_elsewhere(job).report)
+                        told.finished(f"{job.id}: from another process")
+                        yield from next_ones()
+        except (KeyboardInterrupt, Interrupted) as error:
+            saved = (
+                ""
+                if self.folder is None
+                else " It is saved; go on with the same command and --resume."
+            )
+            where = f"Interrupted with {len(rows)} of {len(self.jobs)} prompts finished."
+            if self.single:
+                where = str(error) or "Interrupted."
+            raise Interrupted(f"{where}{saved}") from None
+        self._write_table(rows)
+        if self.folder is not None and not self.single and processes.is_first():
+            self.display.say(f"Results: {self.folder.results}")
+
+    # What is finished
+
+    def _folder(self, job: Job) -> RunFolder | None:
+        if self.folder is None or self.single:
+            return self.folder
+        return RunFolder(self.folder.directory / job.id)
+
+    def _unfinished(self) -> list[str]:
+        """The ids of jobs that are not finished; a report of an earlier trial goes."""
+        left = [job for job in self.jobs if not self._is_finished(job)]
+        for job in left:
+            if (folder := self._folder(job)) is not None:
+                folder.report.unlink(missing_ok=True)
+        return [job.id for job in left]
+
+    def _is_finished(self, job: Job) -> bool:
+        """Whether an earlier run finished the job; raises ``UserError`` if that was another job."""
+        folder = self._folder(job)
+        if folder is None or not folder.report.is_file():
+            return False
+        try:
+            folder.check_same(job.identity(self.model))
+        except UserError:
+            if self._load(job).error:
+                return False  # it failed, and is to be tried with other settings
+            raise
+        return not (self.single and self._load(job).error)
+
+    def _load(self, job: Job) -> Result:
+        folder = self._folder(job)
+        assert folder is not None
+        return Result.load(folder.directory)
+
+    def _made_elsewhere(self, job: Job) -> Result:
+        """The result of another process's job, waited for; jax ends this process if the other dies."""
+        while not self._is_finished(job):
+            time.sleep(1)
+        return self._load(job)
+
+    def _write_table(self, rows: dict[str, dict[str, Any]]) -> None:
+        if self.folder is not None and not self.single and processes.is_first():
+            ordered = [rows[job.id] for job in self.jobs if job.id in rows]
+            table.write(ordered, self.folder.results)
+
+    @contextlib.contextmanager
+    def _progress(self, done: int) -> Iterator[_Told]:
+        if self.single:
+            steps = self.jobs[0].settings.training.steps
+            with self.display.training(steps) as on_line:
+                yield _Told(
+                    lambda step: on_line({"step": step.number, **step.metrics}), lambda text: None
+                )
+            return
+        newest: dict[str, float] = {}
+        with self.display.jobs(len(self.jobs), done) as show:
+
+            def on_step(step: Step) -> None:
+                if "held_out_kl" in step.metrics:
+                    newest[step.job] = step.metrics["held_out_kl"]
+                    some = [newest[name] for name in self.running if name in newest]
+                    told = ", ".join(f"{kl:.3f}" for kl in some[:3])
+                    more = " …" if some[3:] else ""
+                    show(0, f"{len(some)} in training, held-out KL {told}{more}")
+
+            yield _Told(on_step, lambda text: show(1, text))
+
+    # Training
+
+    def _train_all(self, jobs: Sequence[Job], told: _Told) -> Iterator[tuple[Job, Result]]:
+        rank = f"-{processes.rank_and_count()[0]}" if self.divided else ""
+        for key, group in groups(self.jobs).items():
+            if mine := [job for job in group if job in jobs]:
+                yield from self._train(key + rank, mine, told)
+
+    def _train(self, key: str, jobs: Sequence[Job], told: _Told) -> Iterator[tuple[Job, Result]]:
+        """The results of jobs that can train side by side, as they finish."""
+        settings, by_id = jobs[0].settings, {job.id: job for job in jobs}
+        checkpoints = saved = folder = None
+        if self.folder is not None:
+            folder = self.folder.checkpoints / key
+            checkpoints = Checkpoints(folder)
+            saved = checkpoints.block() if checkpoints.latest is not None else None
+            if saved is not None and not any(name in by_id for name in saved["jobs"]):
+                saved = None  # of jobs that are no longer asked for
+        inside = saved["jobs"] if saved else []
+        queue = (self._training_job(job) for job in jobs if job.id not in inside)
+        slots = len(inside) or self._slots(jobs)
+        over_prompts = self.mesh is not None and slots % self.mesh.shape[DATA] == 0
+        block = Block(
+            queue,
+            lambda slots: self._driver(settings, slots),
+            mean_kl_function(
+                self.model,
+                self.preamble,
+                settings.prompt.kind,
+                self.mesh if over_prompts else None,
+            ),
+            slots=slots,
+            evaluate_every=settings.training.evaluate_every,
+            checkpoints=checkpoints,
+            checkpoint_every=settings.devices.checkpoint_every,
+            callbacks=[told.on_step, *self.callbacks],
+            compile_seconds=compile_seconds,
+        )
+        if saved and checkpoints is not None:
+            self._resume(block, checkpoints, saved, by_id)
+        for result in block.run():
+            job = by_id[result.id]
+            yield job, self._finish(job, result)
+        if checkpoints is not None and folder is not None:
+            checkpoints.close()
+            if processes.is_first():  # everything is in the jobs' folders
+                shutil.rmtree(folder)
+
+    def _resume(
+        self, block: Block, checkpoints: Checkpoints, saved: dict[str, Any], by_id: dict[str, Job]
+    ) -> None:
+        """Puts the prompts of a checkpoint back into their slots."""
+        jobs = [
+            by_id.get(name) and self._training_job(by_id[name], fresh=False)
+            for name in saved["jobs"]
+        ]
+        (some, *_) = (job.state for job in jobs if job is not None)
+        states = checkpoints.restore(stack([some] * len(jobs)))
+        placed = [
+            job
+            and dataclasses.replace(job, state=jax.tree.map(lambda leaf, at=i: leaf[at], states))
+            for i, job in enumerate(jobs)
+        ]
+        block.resume(placed, saved["tick"], Packing(*saved["packing"]))
+        if self.single:
+            self.display.say(f"Resuming after step {int(states.step[0])}.")
+
+    def _slots(self, jobs: Sequence[Job]) -> int:
+        """How many prompts train in one step."""
+        if self.single:
+            return 1
+        problem, settings = self._problem(jobs[0]), jobs[0].settings
+        packing = Packing.of(problem.rows.lengths, settings.training.batch_size)
+        parts = 1 if self.mesh is None else self.mesh.shape[DATA]
+        if settings.devices.parallel == "pmap":
+            parts = jax.local_device_count()
+        at_once = self.at_once
+        if at_once is None:
+            tokens = STEP_TOKENS.get(jax.default_backend(), ACCELERATOR_STEP_TOKENS)
+            enough = min(
+                max(1, tokens // (packing.rows * packing.length)), ceil_div(len(jobs), parts)
+            )
+            at_once = plan.prompts_at_once(
+                self.model.config, settings, packing, self.mesh, most=parts * enough
+            )
+        rounds = ceil_div(len(jobs), at_once)
+        slots = ceil_div(len(jobs), rounds)  # as evenly filled as can be
+        return ceil_div(slots, parts) * parts
+
+    def _driver(self, settings: Settings, slots: int) -> Driver:
+        frozen = Frozen(self.model.params, self.preamble)
+        chosen = UpdateSettings.of(self.model.config, settings)
+        return DRIVERS[settings.devices.parallel](frozen, chosen, slots=slots, mesh=self.mesh)
+
+    def _training_job(self, job: Job, *, fresh: bool = True) -> TrainingJob:
+        """The job as training takes it, once the teacher has spoken; its folder is made ready."""
+        self.running[job.id] = problem = self._problem(job)
+        folder, settings = self._folder(job), job.settings
+        if folder is not None and fresh and processes.is_first():
+            if not self.single:
+                folder.start(job.identity(self.model))
+            folder.metrics.unlink(missing_ok=True)
+        return TrainingJob(
+            job.id,
+            start_state(self.model, problem, settings),
+            problem.train,
+            problem.held_out,
+            Packing.of(problem.rows.lengths, settings.training.batch_size),
+            settings.training.patience,
+            folder and folder.metrics,
+        )
+
+    # Teacher and evaluation
+
+    def _problem(self, job: Job) -> Problem:
+        """The job with what the teacher said, which other jobs that ask the same share."""
+        tokenized = job.tokenized(self.model)
+        key = teacher_key(self.model, tokenized, job.settings.teacher)
+        file = self.folder and self.folder.teachers / f"{key}.safetensors"
+        split = tokenized.is_train.tobytes()
+        known = self.problems.get((key, split))
+        if known is not None:
+            return known
+        problem = run_teacher(
+            self.model, tokenized, job.settings.teacher, self.preamble, self.displays[job.id], file
+        )
+        return self.problems.keep((key, split), problem)
+
+    def _finish(self, job: Job, trained: TrainingResult) -> Result:
+        """The result of a job whose training has ended, saved if there is a folder."""
+        problem, display = self.running.pop(job.id), self.displays.pop(job.id)
+        settings, state = job.settings, trained.state
+        kept = state.sigma if settings.training.keep == "last" else state.best_sigma
+        prompt = make_artifact(
+            self.model, problem.job, settings, kept, job.context, steps=trained.lines[-1]["step"]
+        )
+        report = {
+            "id": job.id,
+            "error": trained.error,
+            "settings": plain(settings),
+            **reports.header(self.model, prompt),
+        }
+        if trained.error is None:
+            measured = processes.on_first_process(
+                lambda: self._measured(job, problem, prompt.sigma, display)
+            )
+            prompt.manifest["held_out"] = {
+                "gap_closed": measured["gap_closed"],
+                **measured["held_out"]["conditions"]["prompt"],
+            }
+            report |= measured
+        display.add("load", self.model.load_seconds)
+        display.add("compile", trained.compile_seconds)
+        display.add("train", sum(line.get("seconds", 0.0) for line in trained.lines))
+        order = ("load", "answers", "signals", "compile", "train", "evaluate")
+        seconds = {name: display.seconds.get(name, 0.0) for name in order}
+        report |= {
+            "seconds": {**seconds, "total": sum(seconds.values())},
+            "environment": environment(),
+        }
+        result = Result(prompt, report, trained.lines)
+        if (folder := self._folder(job)) is not None and processes.is_first():
+            result.save(folder.directory)
+        return result
+
+    def _measured(
+        self, job: Job, problem: Problem, sigma: PyTree, display: Display
+    ) -> dict[str, Any]:
+        """What the report says of the queries: all conditions, the gap closed, the verdict.
+
+        The brackets, which σ has no part in, are measured once for all jobs that have the same.
+        """
+        prompt, settings = job.settings.prompt, job.settings
+        initial = start_state(self.model, problem, settings).sigma
+        start = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(initial))
+        asked = teacher_key(self.model, problem.job, settings.teacher)
+        key = asked, tuple(plain(prompt).items()), start
+        with display.phase("evaluate", "Evaluation"):
+            sigmas = {"prompt": sigma, "initial": initial}
+            found = brackets.prefixes(self.model, problem, sigmas, prompt.kind)
+            known = self.brackets.get(key)
+            if known is not None:
+                found = {"prompt": found["prompt"]}
+            measured = brackets.measure(
+                self.model, problem, found, settings.teacher.max_answer_tokens
+            )
+            if known is None:
+                measured["full_context"] = brackets.measure_full_context(self.model, problem)
+                known = {name: measured[name] for name in CONDITIONS if name != "prompt"}
+                self.brackets.keep(key, known)
+            every = {**known, "prompt": measured["prompt"]}
+            return reports.summarise(
+                self.model,
+                problem,
+                {name: every[name] for name in CONDITIONS},
+                settings.training.seed,
+            )
+
+
+class _Kept(Generic[T]):
+    """Things by their keys; the ones not used for longest go."""
+
+    def __init__(self) -> None:
+        self._things: collections.OrderedDict[Any, T] = collections.OrderedDict()
+
+    def get(self, key: Any) -> T | None:
+        if key in self._things:
+            self._things.move_to_end(key)
+        return self._things.get(key)
+
+    def keep(self, key: Any, thing: T) -> T:
+        self._things[key] = thing
+        while len(self._things) > KEPT:
+            self._things.popitem(last=False)
+        return thing
+
+
+def _summary(result: Result) -> str:
+    return result.error or f"{result.report['gap_closed']['value']:.1%} of the gap closed"

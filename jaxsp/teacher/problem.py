@@ -1,0 +1,188 @@
+"""A job as token ids, and with what the teacher said: the problem that a prompt is trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxsp import processes
+from jaxsp.data.documents import Query
+from jaxsp.data.examples import Rows, make_rows
+from jaxsp.data.packing import Packing
+from jaxsp.models import decoder
+from jaxsp.models.chat import ChatSlots, encode
+from jaxsp.models.language_model import LanguageModel
+from jaxsp.progress import Display
+from jaxsp.settings import Settings, TeacherSettings, plain
+from jaxsp.teacher import targets
+from jaxsp.teacher.answers import answer_ids
+from jaxsp.teacher.signals import SIGNALS
+from jaxsp.typing import Bool, Int, KeyValues, UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenizedJob:
+    """The texts of a job as token ids; N queries.
+
+    Attributes:
+      chat: the texts around the context and the query.
+      preamble_ids: what stands before the context.
+      context_ids: ``[C]``.
+      queries: as texts.
+      is_train: ``[N]`` True for those to train on, False for those held out.
+      query_ids: of each query, up to where the answer starts.
+      given_ids: of the user's own answers, where there are any.
+    """
+
+    chat: ChatSlots
+    preamble_ids: Int[np.ndarray, " p"]
+    context_ids: Int[np.ndarray, " c"]
+    queries: list[Query]
+    is_train: Bool[np.ndarray, " n"]
+    query_ids: list[list[int]]
+    given_ids: list[list[int] | None]
+
+    def longest(self, settings: TeacherSettings) -> int:
+        """Tokens that a query with its answer may take."""
+        room = (max(settings.max_answer_tokens, len(given or ())) for given in self.given_ids)
+        lengths = (len(ids) for ids in self.query_ids)
+        return max(map(sum, zip(lengths, room, strict=True))) - 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """A job with the teacher's outputs.
+
+    Attributes:
+      job: what was asked.
+      preamble: the prefix before the context, and before σ.
+      rows: all queries with their answers and targets, in the order of the job's.
+      answers: the teacher's own answer to each query, as token ids.
+      packing: shape of the batches in which all rows are read once.
+    """
+
+    job: TokenizedJob
+    preamble: KeyValues
+    rows: Rows
+    answers: list[list[int]]
+
+    @property
+    def packing(self) -> Packing:
+        return Packing.for_all(self.rows.lengths)
+
+    @property
+    def train(self) -> Rows:
+        """The rows to train on."""
+        return self.rows.take(np.flatnonzero(self.job.is_train))
+
+    @property
+    def held_out(self) -> Rows:
+        """The rows to measure on."""
+        return self.rows.take(np.flatnonzero(~self.job.is_train))
+
+
+def tokenize(
+    model: LanguageModel,
+    context: str,
+    train: Sequence[Query],
+    held_out: Sequence[Query],
+    settings: Settings,
+) -> TokenizedJob:
+    """The job as token ids.
+
+    Raises:
+      UserError: it fits neither the model's window nor the prompt.
+    """
+    queries = [*train, *held_out]
+    context_ids = model.encode_context(context)
+    query_ids = [model.encode_query(query.text).tolist() for query in queries]
+    tokenizer: Any = model.tokenizer
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    given_ids = [
+        None if q.answer is None else [*encode(tokenizer, q.answer, control=False), *end]
+        for q in queries
+    ]
+    for ids in filter(None, given_ids):
+        model.check_ids(ids)
+    room = max(settings.teacher.max_answer_tokens, *(len(ids or ()) for ids in given_ids))
+    longest, before = max(map(len, query_ids)), len(model.preamble_ids)
+    needed = before + len(context_ids) + longest + room
+    if needed > model.config.window:
+        raise UserError(
+            f"The context has {len(context_ids)} tokens; with the chat's text ({before}),"
+            f" the longest query ({longest}) and the answer ({room}) that is {needed}, more than the"
+            f" model's window of {model.config.window}. Shorten the context."
+        )
+    if not settings.prompt.length < len(context_ids):
+        raise UserError(
+            f"The prompt must be shorter than the context: --length is {settings.prompt.length}, the"
+            f" context has {len(context_ids)} tokens."
+        )
+    is_train = np.arange(len(queries)) < len(train)
+    return TokenizedJob(
+        model.chat, model.preamble_ids, context_ids, queries, is_train, query_ids, given_ids
+    )
+
+
+def read_preamble(model: LanguageModel) -> KeyValues:
+    """The prefix before the context."""
+    return decoder.read_long(model.params, model.config, model.preamble_ids[None])
+
+
+def teacher_key(model: LanguageModel, job: TokenizedJob, settings: TeacherSettings) -> str:
+    """Equal where the teacher says the same: of its weights, the texts, and all of its settings."""
+    asked = (
+        model.fingerprint,
+        model.config.dtype,
+        job.preamble_ids.tolist(),
+        job.context_ids.tolist(),
+        job.query_ids,
+        job.given_ids,
+        plain(settings),
+    )
+    return hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
+
+
+def run_teacher(
+    model: LanguageModel,
+    job: TokenizedJob,
+    settings: TeacherSettings,
+    preamble: KeyValues,
+    display: Display,
+    file: Path | None = None,
+) -> Problem:
+    """The teacher's answers and signals; those kept in ``file`` are read, new ones kept there.
+
+    Several processes share the work: each answers every n-th query.
+    """
+    if file is not None and file.is_file():
+        return Problem(job, preamble, *targets.read(file))
+    count = len(job.queries)
+    with display.phase("answers", f"Answers to {count} queries") as note:
+        context = decoder.read_long(model.params, model.config, job.context_ids[None], preamble)
+        answers = answer_ids(
+            model,
+            context,
+            [job.query_ids[i] for i in processes.strided_shard(count)],
+            max_tokens=settings.max_answer_tokens,
+            on_batch=lambda done: note(f"{done} done"),
+        )
+        answers = processes.gather_strided(answers, count)
+    with display.phase("signals", "Teacher's distributions"):
+        pairs = zip(job.given_ids, answers, strict=True)
+        rows = make_rows(job.query_ids, [given or own for given, own in pairs])
+        own, packing = rows.take(processes.strided_shard(count)), Packing.for_all(rows.lengths)
+        for name in SIGNALS:
+            signal = targets.compute(model, context, own, packing, name)
+            whole = jax.tree.map(lambda leaf: processes.gather_strided(leaf, count), signal)
+            rows = rows.with_targets(**{name: whole})
+        if file is not None and processes.is_first():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            targets.write(file, rows, answers)
+    return Problem(job, preamble, rows, answers)

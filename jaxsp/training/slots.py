@@ -1,0 +1,180 @@
+"""A prompt in training: what goes in, what the host keeps of it while it trains, and what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxsp import processes
+from jaxsp.data.examples import Rows
+from jaxsp.data.packing import Packing
+from jaxsp.files import atomic_write
+from jaxsp.training.state import TrainState
+from jaxsp.typing import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingJob:
+    """A prompt to train.
+
+    Attributes:
+      id: its name, for callbacks and checkpoints.
+      state: where it starts.
+      train: rows with the teacher's targets.
+      held_out: likewise.
+      packing: the shape that decides what is drawn for each step.
+      patience: evaluations without a better one after which it stops; 0: it goes on to the end.
+      metrics: a JSON-lines file that gets one line a step; those of steps beyond ``state`` are dropped.
+    """
+
+    id: str
+    state: TrainState
+    train: Rows
+    held_out: Rows
+    packing: Packing
+    patience: int = 0
+    metrics: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+    """A prompt whose training has ended.
+
+    Attributes:
+      id: of its job.
+      state: at the end; of a failed one, the last that was good.
+      lines: a dict of metrics a step; ``seconds`` is this prompt's share of the step.
+      compile_seconds: its share of what was compiled meanwhile.
+      error: why it failed, if it did.
+    """
+
+    id: str
+    state: TrainState
+    lines: list[dict[str, Any]]
+    compile_seconds: float
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step of one prompt, as callbacks hear of it.
+
+    Attributes:
+      job: id of the prompt.
+      number: steps done, 0 before the first.
+      steps: of the run.
+      metrics: ``loss``, ``gradient_norm``, ``learning_rate``, ``answer_tokens``, ``tokens``, ``seconds``; and
+        ``held_out_kl`` where it was evaluated.
+      sigma: gives the prompt after the step.
+    """
+
+    job: str
+    number: int
+    steps: int
+    metrics: dict[str, Any]
+    sigma: Callable[[], PyTree]
+
+
+Callback = Callable[[Step], bool | None]
+"""Called after every step of every prompt; if it returns ``True`` the prompt stops at its next evaluation. Of
+several processes each calls its own, and they must say the same."""
+
+
+class Slot:
+    """A prompt in training, as the host sees it."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self.job = job
+        self.step, self.cursor = int(job.state.step), int(job.state.cursor)
+        self.steps = int(job.state.schedule.steps)
+        self.order = np.asarray(job.state.key)
+        self.lines = _past_lines(job.metrics, self.step)
+        self.fresh = not self.lines
+        self.stopped = False
+        self.error: str | None = None
+        self.good = job.state  # of a failed one: the last state that was good
+        self.compile_seconds = 0.0
+        self._written = len(self.lines)
+        self._drawn: np.ndarray | None = None
+        if self.fresh:
+            self.lines.append({"step": self.step})
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is no further step for it."""
+        return self.error is not None or self.step >= self.steps
+
+    @property
+    def finished(self) -> bool:
+        """Whether it can leave its slot; if it stops before its last step, at an evaluation."""
+        if self.ended or "held_out_kl" not in self.lines[-1]:
+            return self.ended
+        return self.stopped or out_of_patience(self.lines, self.job.patience)
+
+    def drawn(self) -> np.ndarray:
+        """The rows of the next step, which its own shape decides; none if it has ended."""
+        if self.ended:
+            return np.zeros(0, int)
+        if self._drawn is None:
+            self._drawn = self.job.packing.draw(self.job.train.lengths, self.cursor, self.order)
+        return self._drawn
+
+    def advance(self, line: dict[str, Any]) -> None:
+        """Notes that the step on the rows drawn is done."""
+        self.cursor += len(self.drawn())
+        self._drawn = None
+        self.step += 1
+        self.lines.append(line)
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        """The lines not yet given out; they are also written."""
+        lines, self._written = self.lines[self._written :], len(self.lines)
+        if self.job.metrics is not None and lines and processes.is_first():
+            with self.job.metrics.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        return lines
+
+
+def all_lengths(slot: Slot) -> np.ndarray:
+    """The lengths of all of a prompt's sequences."""
+    return np.concatenate([slot.job.train.lengths, slot.job.held_out.lengths])
+
+
+def next_batches(slot: Slot, count: int = 8) -> Iterator[np.ndarray]:
+    """The lengths of the sequences of a prompt's next batches."""
+    lengths, cursor = slot.job.train.lengths, slot.cursor
+    for _ in range(count):
+        index = slot.job.packing.draw(lengths, cursor, slot.order)
+        cursor += len(index)
+        yield lengths[index]
+
+
+def out_of_patience(lines: list[dict[str, Any]], patience: int) -> bool:
+    """Whether the last ``patience`` held-out evaluations were no better than one before them."""
+    held_out = [line["held_out_kl"] for line in lines if "held_out_kl" in line]
+    if not patience or len(held_out) <= patience:
+        return False
+    return min(held_out[-patience:]) >= min(held_out[:-patience])
+
+
+def _past_lines(file: Path | None, step: int) -> list[dict[str, Any]]:
+    """The lines up to ``step``; later ones, of steps that a resumed run repeats, are dropped."""
+    if file is None or not file.exists():
+        return []
+    lines = []
+    for text in file.read_text("utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break  # half a line: the run was killed while writing it
+        if line["step"] > step:
+            break
+        lines.append(line)
+    if processes.is_first():
+        atomic_write(file, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines

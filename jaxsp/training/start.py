@@ -1,0 +1,31 @@
+"""The training state of a problem before the first step."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxsp import distributions
+from jaxsp.models.language_model import LanguageModel
+from jaxsp.settings import Settings
+from jaxsp.teacher.problem import Problem
+from jaxsp.training.optimizers import make_optimizer, make_schedule
+from jaxsp.training.state import TrainState, initial_state
+
+
+def start_state(model: LanguageModel, problem: Problem, settings: Settings) -> TrainState:
+    """The state that the settings ask for: σ, optimizer, schedule, key."""
+    key = jax.random.key(settings.training.seed)
+    sigma = distributions.initial_prompt(
+        model.params,
+        model.config,
+        problem.job.context_ids,
+        problem.preamble,
+        key=jax.random.fold_in(key, 1),
+        length=settings.prompt.length,
+        initial=settings.prompt.initial,
+        kind=settings.prompt.kind,
+    )
+    optimizer = make_optimizer(settings.training)
+    return initial_state(
+        sigma, optimizer, key=key, schedule=make_schedule(settings.training, sigma)
+    )
