@@ -256,7 +256,9 @@ def test_help_is_shown(jaxsp_command):
     code, out, _ = jaxsp_command("compress", "--help")
     assert code == 0
     assert "--learning-rate" in out
-    parts = [f"{part} options" for part in ("", "prompt", "teacher", "training", "devices", "output")]
+    parts = [
+        f"{part} options" for part in ("", "prompt", "teacher", "training", "devices", "output")
+    ]
     assert sorted(parts, key=out.index) == parts
     assert out.index("--queries") < out.index("--length")  # what must be given comes first
 
@@ -269,7 +271,9 @@ def test_plan_says_what_a_run_will_need(jaxsp_command, tiny_directory, tmp_path,
     assert code == 0, err
     for words in ("rows of", "MiB of", "temporaries", "GFLOP/s, measured", "40 steps", "assumed"):
         assert words in out
-    rows, tokens = map(int, re.search(r"batch +(\d+) rows of (\d+) tokens", out).groups())
+    batch = re.search(r"batch +(\d+) rows of (\d+) tokens", out)
+    assert batch is not None
+    rows, tokens = map(int, batch.groups())
     assert rows < 9
     assert f"--batch-size {9 * tokens // 64}" in out  # 64: a query's tokens, unless told otherwise
     given = plan.Memory(2**40, 2**41, 3, 4)

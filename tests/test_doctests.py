@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import jaxsp
+from jaxsp.artifact import make_artifact
 from jaxsp.data.documents import Query
-from jaxsp.settings import Settings
-from jaxsp.stages import encode_task, manifest
+from jaxsp.settings import make_settings
+from jaxsp.teacher.problem import tokenize
 from tests.conftest import CONTEXT
 
 MODULES = [
@@ -25,11 +26,11 @@ MODULES = [
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory):
     """A saved prompt of two vectors for the embedded model: the context's first two, untrained."""
-    model, settings = jaxsp.load_model("smollm2-135m-instruct"), Settings(length=2)
-    task = encode_task(model, CONTEXT, [Query("How long is the cable?")], [], settings)
-    sigma = {"embeddings": np.asarray(model.embed(task.context_ids[:2]), np.float32)}
+    model, settings = jaxsp.load_model("smollm2-135m-instruct"), make_settings({"length": 2})
+    job = tokenize(model, CONTEXT, [Query("How long is the cable?")], [], settings)
+    sigma = {"embeddings": np.asarray(model.embed(job.context_ids[:2]), np.float32)}
     out = tmp_path_factory.mktemp("doctest") / "prompt"
-    jaxsp.SoftPrompt(sigma, manifest(model, task, settings, steps=0), CONTEXT).save(out)
+    make_artifact(model, job, settings, sigma, CONTEXT, steps=0).save(out)
     return out
 
 

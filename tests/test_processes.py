@@ -18,7 +18,6 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxsp
-from jaxsp.many import TEACHERS
 from tests.conftest import CONTEXT, QUERIES
 
 STEPS = 12
@@ -30,6 +29,7 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
+TEACHERS = "run/teachers"
 SETTINGS = {"length": 4, "steps": STEPS, "max_answer_tokens": 6}
 
 

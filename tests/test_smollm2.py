@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import jax
@@ -11,12 +10,12 @@ import pytest
 
 import jaxsp
 from jaxsp import distributions
-from jaxsp.data.packing import Packing
 from jaxsp.data.examples import make_rows
+from jaxsp.data.packing import Packing
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.models import decoder
 from jaxsp.prompts import PROMPT_KINDS
-from jaxsp.teacher.signals import hidden_states
+from jaxsp.teacher import targets
 from tests.conftest import CONTEXT
 
 
@@ -29,13 +28,15 @@ def test_the_contexts_own_embeddings_give_kl_zero(kind, dtype):
     context = distributions.context_prefix(model.params, model.config, ids[None], before)
     rows = make_rows([[504, 3575], [282]], [[4649, 314, 2], [504, 2]])
     packing = Packing(2, 8)
-    rows = dataclasses.replace(rows, teacher_hidden=hidden_states(model, context, rows, packing))
-    sigma = PROMPT_KINDS[kind].initial(model.embed(ids))
+    rows = rows.with_targets(hidden=targets.compute(model, context, rows, packing, "hidden"))
+    sigma = distributions.initial_prompt(
+        model.params, model.config, ids, before, key=jax.random.key(0), length=len(ids), kind=kind
+    )
     prompt = distributions.prompt_prefix(model.params, model.config, sigma, before, kind)
     values = at_positions(model, prompt, rows, packing)
     assert np.abs(values["kl"]).max() < 1e-5
     assert (values["zero_one"] == 0).all()
-    other = {name: array + 0.05 for name, array in sigma.items()}
+    other = jax.tree.map(lambda array: array + 0.05, sigma)
     other = distributions.prompt_prefix(model.params, model.config, other, before, kind)
     assert at_positions(model, other, rows, packing)["kl"].max() > 1e-2  # the test can fail
 

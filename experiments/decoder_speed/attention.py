@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from jaxsp.models.attention import Slots, attention
+from jaxsp.models.attention import AttentionInputs, Slots, attention
 from jaxsp.stages import environment
 
 HERE = Path(__file__).parent
@@ -54,9 +54,10 @@ class Run:
     out: Path = HERE
 
 
-def full(q, where, slots, *, scale, precision):
+def full(inputs: AttentionInputs):
     """As one would write it: all slots in one row, the prefix copied to each, all scores at once."""
-    rows = q.shape[0]
+    q, where, slots = inputs.q_BTHF, inputs.positions_BT, inputs.slots
+    scale, precision, rows = inputs.scale, inputs.precision, q.shape[0]
     k, v, at = (
         jnp.concatenate([jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in parts], axis=1)
         for parts in zip(*(s[:3] for s in slots), strict=True)
@@ -81,7 +82,10 @@ def program(form: Any, case: Case) -> Any:
             if case.prefix:
                 slots.insert(0, Slots(prefix[0], prefix[1], before))
             precise = precision or jax.lax.Precision.DEFAULT
-            return form(q, where, slots, scale=case.width**-0.5, precision=precise), None
+            inputs = AttentionInputs(
+                q, where, tuple(slots), scale=case.width**-0.5, precision=precise
+            )
+            return form(inputs), None
 
         q, *stacked = arrays
         return jnp.sum(jax.lax.scan(layer, q, stacked)[0].astype(jnp.float32) ** 2)

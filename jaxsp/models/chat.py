@@ -18,9 +18,18 @@ _SEPARATOR = "\n\n"
 
 @dataclasses.dataclass(frozen=True)
 class ChatSlots:
-    """The fixed texts around a context and a query, and the ids that end an answer.
+    """The fixed texts around a context and a query.
 
     The sequence is ``before · context · between · query · after · answer``.
+
+    Example:
+      >>> import jaxsp
+      >>> tokenizer = jaxsp.load_model("smollm2-135m-instruct").tokenizer
+      >>> slots = ChatSlots.of(tokenizer)
+      >>> slots.between, slots.after
+      ('\\n\\n', '<|im_end|>\\n<|im_start|>assistant\\n')
+      >>> tokenizer.decode(slots.query_ids(tokenizer, "How long?"))
+      '\\n\\nHow long?<|im_end|>\\n<|im_start|>assistant\\n'
     """
 
     before: str
@@ -65,5 +74,13 @@ def encode(tokenizer, text: str, *, control: bool) -> list[int]:
       text: what to encode.
       control: whether control tokens spelled out in the text (``<|im_end|>``) are meant as such; in
         the user's text they are not.
+
+    Example:
+      >>> import jaxsp
+      >>> tokenizer = jaxsp.load_model("smollm2-135m-instruct").tokenizer
+      >>> encode(tokenizer, "<|im_end|>", control=True)
+      [2]
+      >>> len(encode(tokenizer, "<|im_end|>", control=False)) > 1
+      True
     """
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not control)

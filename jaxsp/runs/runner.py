@@ -26,13 +26,13 @@ from jaxsp.progress import Display, compile_seconds
 from jaxsp.runs.folder import Result, RunFolder
 from jaxsp.runs.job import Job, groups
 from jaxsp.settings import Settings, plain
-from jaxsp.teacher.problem import Problem, read_preamble, run_teacher, teacher_key
+from jaxsp.teacher.problem import Problem, TokenizedJob, read_preamble, run_teacher, teacher_key
 from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.drivers import DRIVERS, Driver, mesh_of
 from jaxsp.training.loop import Block
 from jaxsp.training.slots import Callback, Step, TrainingJob, TrainingResult
 from jaxsp.training.start import start_state
-from jaxsp.training.state import stack
+from jaxsp.training.state import stack, unstack
 from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import Interrupted, PyTree, UserError, ceil_div
 
@@ -265,9 +265,7 @@ class Runner:
         (some, *_) = (job.state for job in jobs if job is not None)
         states = checkpoints.restore(stack([some] * len(jobs)))
         placed = [
-            job
-            and dataclasses.replace(job, state=jax.tree.map(lambda leaf, at=i: leaf[at], states))
-            for i, job in enumerate(jobs)
+            job and dataclasses.replace(job, state=unstack(states, i)) for i, job in enumerate(jobs)
         ]
         block.resume(placed, saved["tick"], Packing(*saved["packing"]))
         if self.single:
@@ -378,14 +376,12 @@ class Runner:
 
         The brackets, which σ has no part in, are measured once for all jobs that have the same.
         """
-        prompt, settings = job.settings.prompt, job.settings
+        settings, kind = job.settings, job.settings.prompt.kind
         initial = start_state(self.model, problem, settings).sigma
-        start = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(initial))
-        asked = teacher_key(self.model, problem.job, settings.teacher)
-        key = asked, tuple(plain(prompt).items()), start
+        key = bracket_key(self.model, problem.job, settings, initial)
         with display.phase("evaluate", "Evaluation"):
             sigmas = {"prompt": sigma, "initial": initial}
-            found = brackets.prefixes(self.model, problem, sigmas, prompt.kind)
+            found = brackets.prefixes(self.model, problem, sigmas, kind)
             known = self.brackets.get(key)
             if known is not None:
                 found = {"prompt": found["prompt"]}
@@ -403,6 +399,14 @@ class Runner:
                 {name: every[name] for name in CONDITIONS},
                 settings.training.seed,
             )
+
+
+def bracket_key(
+    model: LanguageModel, job: TokenizedJob, settings: Settings, initial: PyTree
+) -> tuple[Any, ...]:
+    """Equal where the brackets are: of the teacher, all settings of the prompt, and σ before training."""
+    start = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(initial))
+    return teacher_key(model, job, settings.teacher), tuple(plain(settings.prompt).items()), start
 
 
 class _Kept(Generic[T]):

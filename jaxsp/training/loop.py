@@ -31,7 +31,7 @@ from jaxsp.training.slots import (
     all_lengths,
     next_batches,
 )
-from jaxsp.training.state import TrainState, stack, unstack
+from jaxsp.training.state import TrainState, put, stack, unstack
 from jaxsp.typing import EMPTY, Float, Interrupted, PyTree
 
 Evaluate = Callable[[PyTree, Sequence[Rows]], Float[np.ndarray, " m"]]
@@ -148,9 +148,7 @@ class Block:
             else:
                 states = self.driver.fetch(self.states)
                 for place, slot in fresh.items():
-                    states = jax.tree.map(
-                        lambda all_M, leaf, at=place: all_M.at[at].set(leaf), states, slot.job.state
-                    )
+                    states = put(states, np.int32(place), slot.job.state)
             for place, slot in fresh.items():
                 self.slots[place] = slot
             self.ahead = None  # it lacks theirs

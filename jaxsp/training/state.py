@@ -71,6 +71,13 @@ def stack(states: Sequence[TrainState]) -> TrainState:
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *states)
 
 
-def unstack(states: TrainState, place: int) -> TrainState:
+@jax.jit
+def put(states: TrainState, place: Int[Array, ""], state: TrainState) -> TrainState:
+    """The states of several prompts with this one in its place."""
+    return jax.tree.map(lambda all_M, leaf: all_M.at[place].set(leaf), states, state)
+
+
+@jax.jit
+def unstack(states: TrainState, place: Int[Array, ""] | int) -> TrainState:
     """The state of one of several prompts."""
     return jax.tree.map(lambda leaf: leaf[place], states)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxsp.models.chat import ChatSlots, encode
 from jaxsp.data.documents import Query, as_queries, read_context, read_queries, split_queries
 from jaxsp.data.examples import batch_indices, make_rows
+from jaxsp.models.chat import ChatSlots, encode
 from jaxsp.typing import EMPTY, UserError
 from tests import tiny
 
@@ -72,7 +72,7 @@ def test_rows_read_the_query_and_all_but_the_last_answer_token():
     assert rows.tokens.tolist() == [[5, 6, 8, 0], [7, 9, 10, 11]]
     assert rows.offsets.tolist() == [[0, 1, 2, EMPTY], [0, 1, 2, 3]]
     assert rows.answer_index.tolist() == [[1, 2, 0, 0], [0, 1, 2, 3]]
-    assert rows.targets.tolist() == [[8, 2, 0, 0], [9, 10, 11, 2]]
+    assert rows.targets["tokens"].tolist() == [[8, 2, 0, 0], [9, 10, 11, 2]]
     assert rows.mask.tolist() == [[True, True, False, False], [True] * 4]
     blank = rows.take([1, 5])
     assert blank.tokens[0].tolist() == [7, 9, 10, 11]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxsp.data.packing import Packing
 from jaxsp.data.examples import batch_indices, make_rows
+from jaxsp.data.packing import Packing
 from jaxsp.typing import EMPTY
 
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=60).map(np.array)
@@ -51,6 +49,30 @@ def test_a_batch_fits_and_is_the_streams_next_part(lengths, batch_size, cursor):
     assert packing.rows * packing.length - lengths[drawn].sum() < packing.rows * lengths.max()
 
 
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(jobs=st.lists(LENGTHS, min_size=1, max_size=4), batch_size=st.integers(1, 20))
+def test_a_shared_shape_holds_the_batches_of_all(jobs, batch_size):
+    """What each job draws is decided by its own shape; the shared one only has room for it."""
+    own = [Packing.of(lengths, batch_size) for lengths in jobs]
+    batches = []
+    for lengths, packing in zip(jobs, own, strict=True):
+        batches += [lengths[packing.draw(lengths, cursor, [1])] for cursor in (0, 9, 55)]
+    shared = Packing.shared(own, batches)
+    assert all(shared.places(batch.tolist()) is not None for batch in batches)
+    if len(set(own)) == 1:
+        assert shared == own[0]
+    longer = np.array([shared.length + 5])
+    grown = shared.grown(longer)
+    assert grown.places(longer.tolist()) is not None
+    assert grown.rows == shared.rows
+    assert shared.grown(batches[0]) == shared
+
+
+def test_few_shapes_serve_all_that_is_read_once():
+    shapes = {Packing.for_all(np.full(n, size)) for n in range(20, 60) for size in range(50, 64)}
+    assert len(shapes) <= 6
+
+
 def test_what_does_not_fit_is_refused():
     assert Packing(2, 10).places([10, 5, 5]) is not None
     assert Packing(2, 10).places([6, 6, 6]) is None
@@ -62,15 +84,15 @@ def test_what_does_not_fit_is_refused():
 def test_packed_rows_hold_the_sequences():
     rows = make_rows([[5, 6], [7], [20, 21, 22]], [[8, 2], [9, 10, 11, 2], [4]])
     hidden = np.arange(3 * 4 * 2, dtype=np.float32).reshape(3, 4, 2)
-    rows = dataclasses.replace(rows, teacher_hidden=hidden)
+    rows = rows.with_targets(hidden=hidden)
     packed = Packing(1, 11).pack(rows, np.array([0, 1, 2]))
     assert packed.tokens[0].tolist() == [5, 6, 8, 7, 9, 10, 11, 20, 21, 22, 0]
     assert packed.offsets[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, EMPTY]
     assert packed.segment_ids[0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, EMPTY]
     assert packed.answer_index[0, :7].tolist() == [1, 2, 3, 4, 5, 6, 9]
-    assert packed.targets[0, :7].tolist() == [8, 2, 9, 10, 11, 2, 4]
+    assert packed.targets["tokens"][0, :7].tolist() == [8, 2, 9, 10, 11, 2, 4]
     assert packed.mask[0].tolist() == [True] * 7 + [False] * 4
-    np.testing.assert_array_equal(packed.teacher_hidden[0, :7], hidden[rows.mask])
+    np.testing.assert_array_equal(packed.targets["hidden"][0, :7], hidden[rows.mask])
     assert (len(packed), packed.sequences) == (1, 3)
     assert rows.sequences == 3
     blank = packed.take([0, 1])
@@ -83,11 +105,11 @@ def test_packed_rows_hold_the_sequences():
 def test_what_is_packed_comes_back(sizes):
     rows = make_rows([[3] * query for query, _ in sizes], [[5] * answer for _, answer in sizes])
     hidden = np.random.RandomState(0).randn(*rows.mask.shape, 2) * rows.mask[..., None]
-    rows = dataclasses.replace(rows, teacher_hidden=hidden)
+    rows = rows.with_targets(hidden=hidden)
     packing = Packing(2, 45)
     batches = packing.in_order(rows)
     assert np.concatenate(batches).tolist() == list(range(len(sizes)))
-    values = [packing.pack(rows, index).teacher_hidden for index in batches]
+    values = [packing.pack(rows, index).targets["hidden"] for index in batches]
     np.testing.assert_array_equal(packing.unpack(values, rows, batches), hidden)
     fewest = -(-int(rows.lengths.sum()) // 90)
     assert fewest <= len(batches) <= 2 * fewest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxsp.evaluation.metrics import answer_mismatch, gap_closed, rouge_l
+from jaxsp.evaluation.metrics import ANSWER_METRICS, Answer, gap_closed, rouge_l
 from jaxsp.evaluation.report import _verdict
 
 
@@ -18,10 +18,22 @@ def test_rouge_l():
     assert rouge_l("", "!") == 1.0
 
 
-def test_answer_mismatch():
-    assert answer_mismatch([1, 2], [1, 2]) == 0.0
-    assert answer_mismatch([1, 2], [1, 2, 3]) == 1.0
-    assert answer_mismatch([1, 2], [1, 3]) == 1.0
+@pytest.mark.parametrize("name", ANSWER_METRICS)
+def test_metrics_of_answers_lie_between_the_same_answer_and_another(name):
+    """The contract over the table: what it says of equal answers, it says of no others."""
+    metric = ANSWER_METRICS[name]
+    same, other = Answer([1, 2], "a b"), Answer([7, 8, 9], "c d e")
+    best, worst = metric(same, same), metric(same, other)
+    assert {best, worst} == {0.0, 1.0}
+    assert metric(other, other) == best
+    assert metric(same, Answer([], "")) == worst
+    assert isinstance(best, float)
+
+
+def test_sequence_mismatch():
+    mismatch = ANSWER_METRICS["sequence_mismatch"]
+    for ids, expected in (([1, 2], 0.0), ([1, 2, 3], 1.0), ([1, 3], 1.0)):
+        assert mismatch(Answer([1, 2], "x"), Answer(ids, "x")) == expected
 
 
 def test_gap_closed_weighs_tokens_not_queries():

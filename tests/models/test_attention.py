@@ -277,7 +277,7 @@ def test_memory_of_value_and_gradient_is_linear_in_the_length():
     where = jax.ShapeDtypeStruct((1, 8192), jnp.int32)
 
     def loss(q, k, v, where):
-        return attention(q, where, [Slots(k, v, where)], scale=0.125).sum()
+        return attention(AttentionInputs(q, where, (Slots(k, v, where),), scale=0.125)).sum()
 
     program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(x, x, x, where).compile()
     assert program.memory_analysis().temp_size_in_bytes < 400 * 2**20

@@ -10,23 +10,35 @@ import pytest
 from jaxsp import distributions
 from jaxsp.data.examples import make_rows
 from jaxsp.prompts import PROMPT_KINDS
-from jaxsp.prompts.initializers import INITIALIZERS
+from jaxsp.prompts.initializers import INITIALIZERS, Source
 
 CONTEXT = np.array([5, 9, 77, 30, 200, 14, 3])
 kinds = pytest.mark.parametrize("kind", PROMPT_KINDS)
 
 
 @pytest.fixture(scope="module")
-def before(tiny_model):
+def preamble(tiny_model):
     return distributions.context_prefix(tiny_model.params, tiny_model.config, np.array([[1, 50]]))
 
 
+def initial(model, preamble, kind, length):
+    return distributions.initial_prompt(
+        model.params,
+        model.config,
+        CONTEXT,
+        preamble,
+        key=jax.random.key(0),
+        length=length,
+        kind=kind,
+    )
+
+
 @kinds
-def test_a_prompt_equal_to_the_context_is_the_context(tiny_model, before, kind):
+def test_a_prompt_equal_to_the_context_is_the_context(tiny_model, preamble, kind):
     params, config = tiny_model.params, tiny_model.config
-    sigma = PROMPT_KINDS[kind].initial(tiny_model.embed(CONTEXT))
-    prompt = distributions.prompt_prefix(params, config, sigma, before, kind)
-    context = distributions.context_prefix(params, config, CONTEXT[None], before)
+    sigma = initial(tiny_model, preamble, kind, len(CONTEXT))
+    prompt = distributions.prompt_prefix(params, config, sigma, preamble, kind)
+    context = distributions.context_prefix(params, config, CONTEXT[None], preamble)
     rows = make_rows([[8, 9], [10]], [[11, 12], [13, 2]])
     for a, b in zip(jax.tree.leaves(prompt), jax.tree.leaves(context), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -37,14 +49,14 @@ def test_a_prompt_equal_to_the_context_is_the_context(tiny_model, before, kind):
 
 
 @kinds
-def test_parameters_are_float32_and_all_of_them_matter(tiny_model, before, kind):
+def test_parameters_are_float32_and_all_of_them_matter(tiny_model, preamble, kind):
     params, config = tiny_model.params, tiny_model.config
-    sigma = PROMPT_KINDS[kind].initial(tiny_model.embed(CONTEXT[:4]).astype(jnp.bfloat16))
+    sigma = initial(tiny_model, preamble, kind, 4)
     assert PROMPT_KINDS[kind].length(sigma) == 4
     rows = make_rows([[8, 9]], [[11, 12]])
 
     def log_prob(sigma):
-        prefix = distributions.prompt_prefix(params, config, sigma, before, kind)
+        prefix = distributions.prompt_prefix(params, config, sigma, preamble, kind)
         return distributions.log_probs(params, config, prefix, rows)[0, :, 11].sum()
 
     for leaf, gradient in zip(
@@ -54,23 +66,27 @@ def test_parameters_are_float32_and_all_of_them_matter(tiny_model, before, kind)
         assert (np.abs(gradient) > 0).all()
 
 
-@pytest.mark.parametrize("name", INITIALIZERS)
-def test_initializers_have_the_right_shape_and_follow_the_key(tiny_model, name):
-    def start(seed):
-        return INITIALIZERS[name](
-            jax.random.key(seed), CONTEXT, 4, tiny_model.embed, tiny_model.config.vocab_size
-        )
+@pytest.fixture(scope="module")
+def start(tiny_model):
+    """The vectors that an initializer gives."""
 
-    assert start(0).shape == (4, tiny_model.config.width)
-    np.testing.assert_array_equal(start(0), start(0))
-    assert (name in ("first", "spread")) == np.array_equal(start(0), start(1))
-
-
-def test_initializers_are_what_they_say(tiny_model):
-    def start(name, length):
+    def vectors(name, length, seed=0):
         vocabulary = tiny_model.config.vocab_size
-        return INITIALIZERS[name](jax.random.key(0), CONTEXT, length, tiny_model.embed, vocabulary)
+        source = Source(jax.random.key(seed), CONTEXT, length, tiny_model.embed, vocabulary)
+        return INITIALIZERS[name](source)
 
+    return vectors
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_initializers_have_the_right_shape_and_follow_the_key(tiny_model, start, name):
+    assert start(name, 4).shape == (4, tiny_model.config.width)
+    np.testing.assert_array_equal(start(name, 4), start(name, 4))
+    same = np.array_equal(start(name, 4), start(name, 4, seed=1))
+    assert same == (name in ("first", "spread"))
+
+
+def test_initializers_are_what_they_say(tiny_model, start):
     np.testing.assert_array_equal(start("first", 3), tiny_model.embed(CONTEXT[:3]))
     np.testing.assert_array_equal(start("spread", 3), tiny_model.embed(CONTEXT[[0, 3, 6]]))
     embeddings = np.asarray(tiny_model.params["embed_tokens"]["embedding"])

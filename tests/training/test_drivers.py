@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 
 import jaxsp
-from jaxsp import stages
-from jaxsp.progress import Display
 from jaxsp.data.documents import as_queries
 from jaxsp.data.packing import Packing
-from jaxsp.evaluation.brackets import read_context
 from jaxsp.models.sharding import as_mesh
+from jaxsp.progress import Display
 from jaxsp.settings import make_settings
-from jaxsp.training.drivers import DRIVERS, MeshDriver
-from jaxsp.training.update import Frozen
+from jaxsp.teacher.problem import read_preamble, run_teacher, tokenize
+from jaxsp.training.drivers import DRIVERS, MeshDriver, sharded_update
+from jaxsp.training.start import start_state
+from jaxsp.training.state import stack
+from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import UserError
 from tests import tiny
 from tests.conftest import CONTEXT, QUERIES
@@ -39,66 +40,77 @@ def model(tmp_path_factory):
     return jaxsp.load_model(directory, dtype="float32")
 
 
+SETTINGS = make_settings({"length": 4, "steps": 10, "max_answer_tokens": 6})
+
+
 @pytest.fixture(scope="module")
-def lesson(model):
-    settings = make_settings({"length": 4, "steps": 10, "max_answer_tokens": 6})
+def problem(model):
     queries = as_queries(QUERIES)
-    task = stages.encode_task(model, CONTEXT, queries[:8], queries[8:], settings)
-    before = read_context(model, task.before_ids)
-    return stages.teach(model, task, settings, before, None, Display(visible=False))[0]
+    job = tokenize(model, CONTEXT, queries[:8], queries[8:], SETTINGS)
+    return run_teacher(model, job, SETTINGS.teacher, read_preamble(model), Display(visible=False))
 
 
-def driver_of(model, lesson, parallel, mesh=None):
-    settings = stages.update_settings(model.config, lesson.settings)
-    frozen = Frozen(model.params, lesson.before)
-    return DRIVERS[parallel](frozen, settings, mesh and as_mesh(mesh))
+def driver_of(model, problem, parallel, mesh=None):
+    settings = UpdateSettings.of(model.config, SETTINGS)
+    frozen = Frozen(model.params, problem.preamble)
+    return DRIVERS[parallel](frozen, settings, mesh=mesh and as_mesh(mesh))
 
 
-def trained(model, lesson, driver):
-    rows, packing = lesson.train_rows, lesson.packing
-    spread = packing.over(driver.multiple, int(rows.lengths.max()))
-    state = driver.place(stages.initial_state_of(model, lesson))
+def packing_of(problem):
+    return Packing.of(problem.rows.lengths, SETTINGS.training.batch_size)
+
+
+def batch_of(problem, driver, drawn):
+    """A batch of one prompt, in a shape that the driver's devices can share."""
+    rows = problem.train
+    packing = packing_of(problem).over(driver.multiple, int(rows.lengths.max()))
+    return jax.tree.map(lambda leaf: leaf[None], packing.pack(rows, drawn))
+
+
+def trained(model, problem, driver):
+    rows, packing = problem.train, packing_of(problem)
+    states = driver.place(stack([start_state(model, problem, SETTINGS)]))
     losses = []
-    for _ in range(lesson.settings.steps):
-        fetched = driver.fetch(state)
-        drawn = packing.draw(rows.lengths, int(fetched.cursor), np.asarray(fetched.key))
-        state, metrics = driver.step(state, spread.pack(rows, drawn))
-        losses.append(float(metrics["loss"]))
-    return losses, np.asarray(driver.fetch(state).sigma["embeddings"])
+    for _ in range(SETTINGS.training.steps):
+        fetched = driver.fetch(states)
+        drawn = packing.draw(rows.lengths, int(fetched.cursor[0]), np.asarray(fetched.key[0]))
+        states, metrics = driver.step(states, batch_of(problem, driver, drawn))
+        losses.append(float(metrics["loss"][0]))
+    return losses, np.asarray(driver.fetch(states).sigma["embeddings"][0])
 
 
 @pytest.fixture(scope="module")
-def on_one_device(model, lesson):
-    return trained(model, lesson, driver_of(model, lesson, "jit"))
+def on_one_device(model, problem):
+    return trained(model, problem, driver_of(model, problem, "jit"))
 
 
 @pytest.mark.parametrize("mesh", [None, *LAYOUTS])
-def test_every_layout_trains_like_one_device(model, lesson, on_one_device, mesh):
-    driver = driver_of(model, lesson, "mesh" if mesh else "pmap", mesh)
-    losses, sigma = trained(model, lesson, driver)
+def test_every_layout_trains_like_one_device(model, problem, on_one_device, mesh):
+    driver = driver_of(model, problem, "mesh" if mesh else "pmap", mesh)
+    losses, sigma = trained(model, problem, driver)
     np.testing.assert_allclose(losses, on_one_device[0], rtol=1e-5)
     expected = on_one_device[1]
     np.testing.assert_allclose(sigma, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def collectives(model, lesson, mesh):
-    driver = driver_of(model, lesson, "mesh", mesh)
+def collectives(model, problem, mesh):
+    driver = driver_of(model, problem, "mesh", mesh)
     assert isinstance(driver, MeshDriver)
-    rows = lesson.train_rows
-    batch = lesson.packing.over(driver.multiple, int(rows.lengths.max())).pack(rows, np.arange(8))
-    state = driver.place(stages.initial_state_of(model, lesson))
-    compiled = driver.lower(state, batch).compile().as_text()
+    states = driver.place(stack([start_state(model, problem, SETTINGS)]))
+    batches = batch_of(problem, driver, np.arange(8))
+    lowered = sharded_update.lower(states, batches, **driver._step.keywords)
+    compiled = lowered.compile().as_text()
     kinds = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     return Counter(re.findall(rf" ({kinds})(?:-start)?\(", compiled))
 
 
-def test_of_a_data_parallel_step_only_the_gradient_is_exchanged(model, lesson):
-    assert collectives(model, lesson, "data=8") == {"all-reduce": 1}
+def test_of_a_data_parallel_step_only_the_gradient_is_exchanged(model, problem):
+    assert collectives(model, problem, "data=8") == {"all-reduce": 1}
 
 
 @pytest.mark.parametrize("mesh", ["data=2,model=4", "model=4"])
-def test_weights_are_never_gathered(model, lesson, mesh):
-    assert set(collectives(model, lesson, mesh)) == {"all-reduce"}
+def test_weights_are_never_gathered(model, problem, mesh):
+    assert set(collectives(model, problem, mesh)) == {"all-reduce"}
 
 
 def test_a_whole_compression_on_a_mesh(model, tmp_path):
@@ -118,9 +130,17 @@ def test_a_whole_compression_on_a_mesh(model, tmp_path):
     assert [q["answer_full_context"] for q in spread.report["queries"]] == [
         q["answer_full_context"] for q in expected.report["queries"]
     ]
-    stopped = tmp_path / "a" / "run" / "checkpoints" / "6"
-    shutil.rmtree(stopped)
-    resumed = jaxsp.compress(model, CONTEXT, QUERIES, out=tmp_path / "a", resume=True, **options)
+
+    def stop(step):
+        if step.number == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(jaxsp.Interrupted, match="after step 3 of 6"):
+        jaxsp.compress(
+            model, CONTEXT, QUERIES, out=tmp_path / "b", callbacks=[stop], **mesh, **options
+        )
+    resumed = jaxsp.compress(model, CONTEXT, QUERIES, out=tmp_path / "b", resume=True, **options)
+    assert [line["step"] for line in resumed.lines] == list(range(7))
     np.testing.assert_allclose(resumed.prompt.sigma["embeddings"], sigma, **close)
 
 
@@ -137,11 +157,12 @@ def many_on_one_device(model):
     return list(jaxsp.compress_many(model, MANY, **options)), options
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "data=2,model=4"])
-def test_many_prompts_over_a_mesh(model, many_on_one_device, mesh):
+@pytest.mark.parametrize("mesh", ["data=8", "data=2,model=4", None])
+def test_many_prompts_over_devices(model, many_on_one_device, mesh):
     """One of them with other objectives has empty slots beside it; each is what it is on one device."""
     expected, options = many_on_one_device
-    spread = jaxsp.compress_many(model, MANY, parallel="mesh", mesh=mesh, **options)
+    layout = {"parallel": "mesh", "mesh": mesh} if mesh else {"parallel": "pmap"}
+    spread = jaxsp.compress_many(model, MANY, **layout, **options)
     for ours, theirs in zip(spread, expected, strict=True):
         sigma = theirs.prompt.sigma["embeddings"]
         np.testing.assert_allclose(
@@ -151,13 +172,13 @@ def test_many_prompts_over_a_mesh(model, many_on_one_device, mesh):
         assert gaps[0] == pytest.approx(gaps[1], abs=1e-4)
 
 
-def test_a_batch_that_the_mesh_does_not_divide(model, lesson):
-    """``train`` rounds the rows up; who calls the driver is told."""
-    driver = driver_of(model, lesson, "mesh", "data=4,model=2")
-    state = driver.place(stages.initial_state_of(model, lesson))
-    batch = Packing(6, lesson.packing.length).pack(lesson.train_rows, np.arange(2))
+def test_a_batch_that_the_mesh_does_not_divide(model, problem):
+    """The loop rounds the rows up; who calls the driver is told."""
+    driver = driver_of(model, problem, "mesh", "data=4,model=2")
+    states = driver.place(stack([start_state(model, problem, SETTINGS)]))
+    batch = Packing(6, packing_of(problem).length).pack(problem.train, np.arange(2))
     with pytest.raises(UserError, match="batch size 6 can't be divided over 4 devices"):
-        driver.step(state, batch)
+        driver.step(states, jax.tree.map(lambda leaf: leaf[None], batch))
 
 
 @pytest.mark.parametrize(

@@ -7,133 +7,201 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
-from jaxsp.data.packing import Packing
 from jaxsp.data.examples import make_rows
+from jaxsp.data.packing import Packing
 from jaxsp.training.checkpoint import Checkpoints
-from jaxsp.training.loop import LoopSettings, NonFiniteLoss, Watcher, train
-from jaxsp.training.state import initial_state
+from jaxsp.training.loop import Block
+from jaxsp.training.optimizers import constant
+from jaxsp.training.slots import TrainingJob
+from jaxsp.training.state import initial_state, stack, unstack
 from jaxsp.typing import Interrupted, UserError
 
 ROWS = make_rows([[3, 4]] * 5, [[5, 2]] * 5)
 
 
 class CountingDriver:
-    """σ counts the steps; the loss is scripted."""
+    """Each σ counts its steps; the losses are scripted, by prompt and step."""
 
     multiple = 1
 
     def __init__(self, losses=None):
         self.losses = losses or {}
 
-    def place(self, state):
-        return state
+    def place(self, states):
+        return states
 
-    def fetch(self, state):
-        return state
+    def fetch(self, states):
+        return states
 
-    def step(self, state, batch):
-        step = int(state.step) + 1
-        loss = self.losses.get(step, 1.0)
-        if isinstance(loss, BaseException):
-            raise loss
-        state = dataclasses.replace(
-            state,
-            sigma={"x": state.sigma["x"] + 1},
-            step=state.step + 1,
-            cursor=state.cursor + batch.sequences,
+    def step(self, states, batches):
+        losses = []
+        for place, step in enumerate(states.step.tolist()):
+            loss = self.losses.get(step + 1, 1.0) if place == 0 else 1.0
+            if isinstance(loss, BaseException):
+                raise loss
+            losses.append(loss)
+        going = states.step < states.schedule.steps
+        states = dataclasses.replace(
+            states,
+            sigma={"x": states.sigma["x"] + going},
+            step=states.step + going,
+            cursor=states.cursor + jax.vmap(lambda rows: rows.sequences)(batches),
         )
-        return state, {"loss": jnp.float32(loss)}
+        return states, {"loss": jnp.array(losses, jnp.float32)}
 
 
-def run(driver, steps, *, state=None, kl=lambda x: 1.0, watcher=None, every=1, patience=0):
-    state = state or initial_state({"x": jnp.zeros(())}, optax.sgd(1.0), key=jax.random.key(0))
-    return train(
-        driver,
-        state,
-        ROWS,
-        LoopSettings(
-            steps,
-            Packing.of(ROWS.lengths, 2),
-            evaluate_every=every,
-            checkpoint_every=2,
-            patience=patience,
-        ),
-        evaluate=lambda sigma: kl(float(sigma["x"])),
-        watcher=watcher or Watcher(),
+def job(steps, name="only", *, state=None, **more):
+    start = initial_state(
+        {"x": jnp.zeros(())}, optax.sgd(1.0), key=jax.random.key(0), schedule=constant(steps)
+    )
+    return TrainingJob(name, state or start, ROWS, ROWS, Packing.of(ROWS.lengths, 2), **more)
+
+
+def block(jobs, driver=None, *, slots=1, kl=lambda x: 1.0, every=1, **more):
+    return Block(
+        iter(jobs),
+        lambda slots: driver or CountingDriver(),
+        lambda sigmas, batches: np.array([kl(float(x)) for x in sigmas["x"]]),
+        slots=slots,
+        evaluate_every=every,
+        checkpoint_every=2,
+        **more,
     )
 
 
+def run(steps, driver=None, **options):
+    own = {name: options.pop(name) for name in ("patience", "metrics", "state") if name in options}
+    (result,) = block([job(steps, **own)], driver, **options).run()
+    return result
+
+
 def test_the_best_prompt_is_kept_not_the_last():
-    state, lines = run(CountingDriver(), 6, kl=lambda x: abs(x - 4))
-    assert float(state.best_sigma["x"]) == 4.0
-    assert float(state.best_kl) == 0.0
-    assert float(state.sigma["x"]) == 6.0
-    assert [line["held_out_kl"] for line in lines] == [4, 3, 2, 1, 0, 1, 2]
-    worse, _ = run(CountingDriver(), 3, kl=lambda x: x)
-    assert float(worse.best_sigma["x"]) == 0.0  # never worse than where it started
+    result = run(6, kl=lambda x: abs(x - 4))
+    assert float(result.state.best_sigma["x"]) == 4.0
+    assert float(result.state.best_kl) == 0.0
+    assert float(result.state.sigma["x"]) == 6.0
+    assert [line["held_out_kl"] for line in result.lines] == [4, 3, 2, 1, 0, 1, 2]
+    worse = run(3, kl=lambda x: x)
+    assert float(worse.state.best_sigma["x"]) == 0.0  # never worse than where it started
 
 
 def test_evaluations_come_before_the_first_step_every_n_and_after_the_last():
-    _, lines = run(CountingDriver(), 7, every=3)
+    lines = run(7, every=3).lines
     assert [line["step"] for line in lines if "held_out_kl" in line] == [0, 3, 6, 7]
 
 
 def test_it_stops_when_evaluations_no_longer_improve(tmp_path):
-    watcher = Watcher(tmp_path / "metrics.jsonl", Checkpoints(tmp_path / "checkpoints"))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
     script = dict(enumerate([9, 8, 9, 7, 8, 7, 9, 1, 0]))
-    options = {"kl": lambda x: script[int(x)], "watcher": watcher, "patience": 3}
-    state, lines = run(CountingDriver(), 8, **options)
-    assert int(state.step) == lines[-1]["step"] == watcher.checkpoints.latest_step == 6
-    assert float(state.best_kl) == 7.0
-    again, lines = run(CountingDriver(), 8, state=state, **options)  # resumed: nothing more to do
-    assert int(again.step) == lines[-1]["step"] == 6
-    watcher.checkpoints.close()
+    options = {"kl": lambda x: script[int(x)], "patience": 3, "metrics": tmp_path / "m.jsonl"}
+    result = run(8, checkpoints=checkpoints, **options)
+    assert int(result.state.step) == result.lines[-1]["step"] == checkpoints.latest == 6
+    assert float(result.state.best_kl) == 7.0
+    again = run(8, state=result.state, **options)  # resumed: nothing more to do
+    assert int(again.state.step) == again.lines[-1]["step"] == 6
+    checkpoints.close()
+
+
+def test_prompts_of_all_lengths_share_the_slots():
+    """Each has its own evaluations and end, and a slot is filled again at the others' evaluation."""
+    asked, results, block_ = [], [], None
+
+    def queue():
+        for name, steps in (("a", 7), ("b", 3), ("c", 9), ("d", 0), ("e", 1)):
+            asked.append((name, block_.tick))
+            yield job(steps, name)
+
+    block_ = block([], slots=2, every=4, kl=lambda x: 20 - x)
+    block_.queue = queue()
+    results = list(block_.run())
+    assert sorted(result.id for result in results) == ["a", "b", "c", "d", "e"]
+    steps = {"a": [0, 4, 7], "b": [0, 3], "c": [0, 4, 8, 9], "d": [0], "e": [0, 1]}
+    for result in results:
+        last = steps[result.id][-1]
+        assert float(result.state.sigma["x"]) == int(result.state.step) == last
+        assert [line["step"] for line in result.lines] == list(range(last + 1))
+        evaluated = [line["step"] for line in result.lines if "held_out_kl" in line]
+        assert evaluated == steps[result.id]
+        assert float(result.state.best_kl) == 20 - last
+    assert asked == [("a", 0), ("b", 0), ("c", 4), ("d", 8), ("e", 8)]
+
+
+def test_callbacks_hear_of_every_step_and_may_stop_a_prompt():
+    heard = []
+
+    def callback(step):
+        heard.append((step.job, step.number, step.steps, float(step.sigma()["x"])))
+        return step.job == "a" and step.number == 2
+
+    jobs = [job(6, "a"), job(3, "b")]
+    results = list(block(jobs, slots=2, every=4, callbacks=[callback]).run())
+    assert [(r.id, int(r.state.step)) for r in results] == [("b", 3), ("a", 4)]
+    for name, steps, last in (("a", 6, 4), ("b", 3, 3)):
+        own = [step for step in heard if step[0] == name]
+        assert own == [(name, i, steps, float(i)) for i in range(last + 1)]
 
 
 def test_an_error_in_between_leaves_a_checkpoint_and_whole_lines(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    watcher = Watcher(tmp_path / "metrics.jsonl", checkpoints)
+    checkpoints, metrics = Checkpoints(tmp_path / "checkpoints"), tmp_path / "metrics.jsonl"
+    options = {"metrics": metrics, "checkpoints": checkpoints}
     with pytest.raises(Interrupted, match="after step 4 of 9"):
-        run(CountingDriver({5: KeyboardInterrupt()}), 9, watcher=watcher)
-    assert checkpoints.latest_step == 4
+        run(9, CountingDriver({5: KeyboardInterrupt()}), **options)
+    assert checkpoints.latest == 4
     # A line that was cut off, and one of a step beyond the checkpoint.
-    with watcher.metrics.open("a") as file:
+    with metrics.open("a") as file:
         file.write('{"step": 5, "loss": 9}\n{"step": 6, "lo')
-    template = initial_state({"x": jnp.zeros(())}, optax.sgd(1.0), key=jax.random.key(3))
-    state = checkpoints.restore(template)
+    saved = checkpoints.block()
+    assert saved == {"jobs": ["only"], "tick": 4, "packing": [1, 8]}
+    states = checkpoints.restore(stack([job(9).state]))
+    state = unstack(states, 0)
     assert (float(state.sigma["x"]), int(state.cursor)) == (4.0, 8)
-    state, lines = run(CountingDriver(), 9, state=state, watcher=watcher)
-    assert [line["step"] for line in lines] == list(range(10))
-    stored = [json.loads(line) for line in watcher.metrics.read_text().splitlines()]
+    resumed = block([], checkpoints=checkpoints)
+    resumed.resume([job(9, state=state, metrics=metrics)], 4, Packing(*saved["packing"]))
+    (result,) = resumed.run()
+    assert [line["step"] for line in result.lines] == list(range(10))
+    stored = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in stored] == list(range(10))
     assert stored[5]["loss"] == 1.0
+    assert checkpoints.latest == 9
     checkpoints.close()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_at_the_state_that_was_good(bad):
-    with pytest.raises(NonFiniteLoss, match="step 4 is not finite") as caught:
-        run(CountingDriver({4: bad}), 9)
+def test_a_loss_that_is_not_finite_ends_one_prompt_at_the_state_that_was_good(bad):
+    jobs = [job(9, "bad"), job(9, "good")]
+    results = {r.id: r for r in block(jobs, CountingDriver({4: bad}), slots=2).run()}
+    assert "step 4 is not finite" in results["bad"].error
     # σ after step 3 gave the bad loss; the one before it gave a good one.
-    assert int(caught.value.state.step) == 2
+    assert int(results["bad"].state.step) == 2
+    assert results["bad"].lines[-1]["step"] == 3
+    assert results["good"].error is None
+    assert int(results["good"].state.step) == 9
 
 
-def test_checkpoints_of_another_shape_or_none_are_refused(tmp_path):
+def test_a_held_out_kl_that_is_not_finite_ends_it_with_the_best_until_then():
+    result = run(9, kl=lambda x: 5 - x if x < 4 else float("nan"))
+    assert "step 4 is not finite (held-out KL nan)" in result.error
+    assert float(result.state.best_sigma["x"]) == 3.0
+    assert float(result.state.best_kl) == 2.0
+
+
+def test_checkpoints_of_another_shape_or_damaged_are_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    state = initial_state({"x": jnp.zeros((3,))}, optax.adam(1.0), key=jax.random.key(0))
-    with pytest.raises(UserError, match="no checkpoint"):
-        checkpoints.restore(state)
-    checkpoints.save(state)
-    other = initial_state({"x": jnp.zeros((4,))}, optax.adam(1.0), key=jax.random.key(0))
-    shapes = r"another model or prompt length.* \{'x': \(3,\)\}, this run's \{'x': \(4,\)\}"
+
+    def states(size, optimizer):
+        return stack([initial_state({"x": jnp.zeros((size,))}, optimizer, key=jax.random.key(0))])
+
+    assert checkpoints.latest is None
+    checkpoints.save(0, states(3, optax.adam(1.0)), {})
+    shapes = r"another model or prompt length.* \{'x': \(1, 3\)\}, this run's \{'x': \(1, 4\)\}"
     with pytest.raises(UserError, match=shapes):
-        checkpoints.restore(other)
-    other = initial_state({"x": jnp.zeros((3,))}, optax.sgd(1.0), key=jax.random.key(0))
+        checkpoints.restore(states(4, optax.adam(1.0)))
     with pytest.raises(UserError, match="can't be read"):
-        checkpoints.restore(other)
+        checkpoints.restore(states(3, optax.sgd(1.0)))
     checkpoints.close()
 
 
@@ -141,10 +209,12 @@ def test_a_checkpoint_keeps_every_bit(tmp_path):
     key = jax.random.key(7)
     state = initial_state({"x": jax.random.normal(key, (3, 5))}, optax.adam(1.0), key=key)
     state = dataclasses.replace(state, step=jnp.int32(11), best_kl=jnp.float32(0.3))
+    states = stack([state, state])
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(state)
-    back = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(back), strict=True):
+    checkpoints.save(11, states, {"jobs": ["a", None]})
+    assert checkpoints.block() == {"jobs": ["a", None]}
+    back = checkpoints.restore(jax.tree.map(jnp.zeros_like, states))
+    for a, b in zip(jax.tree.leaves(states), jax.tree.leaves(back), strict=True):
         assert a.dtype == b.dtype
         assert (a == b).all()
     checkpoints.close()

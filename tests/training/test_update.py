@@ -12,17 +12,17 @@ import pytest
 
 import jaxsp
 from jaxsp import distributions
-from jaxsp.data.packing import Packing
 from jaxsp.data.examples import make_rows
+from jaxsp.data.packing import Packing
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.losses import OBJECTIVES, cosine_similarity, masked_mean
 from jaxsp.models import decoder
 from jaxsp.models.sharding import as_mesh
-from jaxsp.prompts import PROMPT_KINDS
-from jaxsp.training.optimizers import OptimizerSettings, make_optimizer, make_pace
+from jaxsp.settings import TrainingSettings
 from jaxsp.training.drivers import DRIVERS
-from jaxsp.training.state import initial_state
-from jaxsp.training.update import Frozen, UpdateSettings, loss_total, update, update_many
+from jaxsp.training.optimizers import make_optimizer, warmup_cosine
+from jaxsp.training.state import initial_state, stack, unstack
+from jaxsp.training.update import Frozen, UpdateSettings, loss_totals, update
 from jaxsp.typing import UserError
 from tests import tiny
 
@@ -43,27 +43,45 @@ def problem(tiny_model):
     teacher = distributions.context_prefix(params, config, context, before)
     rows = make_rows([ids(2 + i % 4) for i in range(16)], [ids(1 + i % 5) for i in range(16)])
     hidden = distributions.answer_hidden(params, config, teacher, rows)
-    rows = dataclasses.replace(rows, teacher_hidden=np.asarray(hidden))
-    sigma = PROMPT_KINDS["embedding"].initial(decoder.embed(params, config, context[:, :4])[0])
+    rows = rows.with_targets(hidden=np.asarray(hidden))
+    sigma = {"embeddings": decoder.embed(params, config, context[:, :4])[0]}
     return Frozen(params, before), config, rows, sigma, context
 
 
 def settings_for(config, objective="kl", optimizer=None):
-    optimizer = optimizer or make_optimizer(OptimizerSettings())
+    optimizer = optimizer or make_optimizer(TrainingSettings())
     return UpdateSettings(config, "embedding", OBJECTIVES[objective], optimizer)
 
 
-def state_for(sigma, settings, pace=None):
-    return initial_state(sigma, settings.optimizer, key=jax.random.key(0), pace=pace)
+def state_for(sigma, settings, schedule=None):
+    """The stacked state of one prompt."""
+    key = jax.random.key(0)
+    return stack([initial_state(sigma, settings.optimizer, key=key, schedule=schedule)])
 
 
-PACE = make_pace(OptimizerSettings(learning_rate=0.01), 10)
+def one(tree):
+    """A batch of one prompt, as several are stacked."""
+    return jax.tree.map(lambda leaf: leaf[None], tree)
+
+
+def loss_of(sigma, frozen, rows, settings):
+    total, count = loss_totals(one(sigma), frozen, one(rows), settings)
+    return total[0], count[0]
+
+
+def step(driver, states, rows):
+    """A step of one prompt, and its metrics as numbers."""
+    states, metrics = driver.step(states, one(rows))
+    return states, {name: float(value[0]) for name, value in metrics.items()}
+
+
+SCHEDULE = warmup_cosine(0.01, 10, 0.05)
 
 
 def test_the_contexts_own_embeddings_give_kl_zero(problem):
     frozen, config, rows, _, context = problem
-    sigma = PROMPT_KINDS["embedding"].initial(decoder.embed(frozen.params, config, context)[0])
-    total, count = loss_total(sigma, frozen, rows, settings_for(config))
+    sigma = {"embeddings": decoder.embed(frozen.params, config, context)[0]}
+    total, count = loss_of(sigma, frozen, rows, settings_for(config))
     assert count == rows.mask.sum()
     assert abs(total / count) < 1e-6
 
@@ -80,11 +98,11 @@ def test_the_loss_of_other_families(tmp_path, family):
     teacher = distributions.context_prefix(params, config, context, before)
     rows = make_rows([[4, 8], [15]], [[16, 23, 42], [7]])
     hidden = distributions.answer_hidden(params, config, teacher, rows)
-    rows = dataclasses.replace(rows, teacher_hidden=np.asarray(hidden))
+    rows = rows.with_targets(hidden=np.asarray(hidden))
     expected = distributions.log_probs(params, config, teacher, rows)
     for ids, zero in ((context, True), (other, False)):
         sigma = {"embeddings": model.embed(ids)[0]}
-        total, count = loss_total(sigma, Frozen(params, before), rows, settings_for(config))
+        total, count = loss_of(sigma, Frozen(params, before), rows, settings_for(config))
         prefix = distributions.prompt_prefix(params, config, sigma, before)
         log_q = distributions.log_probs(params, config, prefix, rows)
         kl = jnp.sum(jnp.exp(expected) * (expected - log_q), axis=-1)
@@ -103,15 +121,15 @@ def test_gradient_is_that_of_the_mean_over_all_positions(problem, objective):
     """Against the loss written out with whole logits; and that, where smooth, against its slope."""
     frozen, config, rows, sigma, _ = problem
     plain = settings_for(config, objective, optax.sgd(1.0))
-    new, metrics = DRIVERS["jit"](frozen, plain).step(state_for(sigma, plain), rows)
-    gradient = sigma["embeddings"] - new.sigma["embeddings"]
+    new, metrics = step(DRIVERS["jit"](frozen, plain), state_for(sigma, plain), rows)
+    gradient = sigma["embeddings"] - new.sigma["embeddings"][0]
 
     @jax.jit
     def loss(vectors):
         prefix = distributions.prompt_prefix(
-            frozen.params, config, {"embeddings": vectors}, frozen.before
+            frozen.params, config, {"embeddings": vectors}, frozen.preamble
         )
-        mask, teacher = jnp.asarray(rows.mask), jnp.asarray(rows.teacher_hidden)
+        mask, teacher = jnp.asarray(rows.mask), jnp.asarray(rows.targets["hidden"])
         student = distributions.answer_hidden(frozen.params, config, prefix, rows)
         entry = OBJECTIVES[objective]
         values = entry(
@@ -119,7 +137,7 @@ def test_gradient_is_that_of_the_mean_over_all_positions(problem, objective):
             student_hidden=student,
             teacher_logits=decoder.unembed(frozen.params, config, teacher),
             student_logits=decoder.unembed(frozen.params, config, student),
-            targets=jnp.asarray(rows.targets),
+            targets=jnp.asarray(rows.targets["tokens"]),
             mask=mask,
         )
         return masked_mean(entry.cost(values), mask)
@@ -145,8 +163,8 @@ def test_training_improves_the_objective(problem, objective):
     driver, state = DRIVERS["jit"](frozen, settings), state_for(sigma, settings)
     costs = []
     for _ in range(30):
-        state, metrics = driver.step(state, rows)
-        costs.append(float(metrics["loss"]))
+        state, metrics = step(driver, state, rows)
+        costs.append(metrics["loss"])
     assert costs[-1] < costs[0] - 0.02 * max(abs(costs[0]), 0.1)
 
 
@@ -156,16 +174,16 @@ def test_training_on_a_similarity_makes_it_rise(problem):
     settings = settings_for(config, "cosine_similarity", optax.adam(0.02))
 
     def similarity(sigma):
-        prefix = distributions.prompt_prefix(frozen.params, config, sigma, frozen.before)
+        prefix = distributions.prompt_prefix(frozen.params, config, sigma, frozen.preamble)
         student = distributions.answer_hidden(frozen.params, config, prefix, rows)
-        values = cosine_similarity(jnp.asarray(rows.teacher_hidden), student)
+        values = cosine_similarity(jnp.asarray(rows.targets["hidden"]), student)
         return float(masked_mean(values, jnp.asarray(rows.mask)))
 
     driver, state = DRIVERS["jit"](frozen, settings), state_for(sigma, settings)
     for _ in range(30):
-        state, metrics = driver.step(state, rows)
+        state, metrics = step(driver, state, rows)
     assert metrics["loss"] < 0  # the cost is the similarity turned round
-    assert similarity(state.sigma) > similarity(sigma) + 0.1
+    assert similarity(unstack(state, 0).sigma) > similarity(sigma) + 0.1
 
 
 def test_pmap_on_eight_devices_equals_jit_on_one(problem):
@@ -177,10 +195,10 @@ def test_pmap_on_eight_devices_equals_jit_on_one(problem):
     for name in ("jit", "pmap"):
         settings = settings_for(config)
         driver = DRIVERS[name](frozen, settings)
-        state = driver.place(state_for(sigma, settings, PACE))
+        state = driver.place(state_for(sigma, settings, SCHEDULE))
         for _ in range(5):
-            state, metrics = driver.step(state, rows)
-        results[name] = (driver.fetch(state), {k: float(v) for k, v in metrics.items()})
+            state, metrics = step(driver, state, rows)
+        results[name] = (unstack(driver.fetch(state), 0), metrics)
     one, eight = results["jit"], results["pmap"]
     # Adam divides by the gradient's size, so rounding in tiny gradients shows: 1e-5 all the same.
     np.testing.assert_allclose(one[0].sigma["embeddings"], eight[0].sigma["embeddings"], atol=1e-5)
@@ -199,8 +217,8 @@ def test_a_packed_batch_gives_the_update_of_its_sequences(problem, shape, device
     states = []
     for name, batch in (("jit", rows), ("pmap" if devices > 1 else "jit", packed)):
         driver = DRIVERS[name](frozen, settings)
-        state, metrics = driver.step(driver.place(state_for(sigma, settings)), batch)
-        states.append((driver.fetch(state), metrics))
+        state, metrics = step(driver, driver.place(state_for(sigma, settings)), batch)
+        states.append((unstack(driver.fetch(state), 0), metrics))
     (one, metrics), (two, packed_metrics) = states
     np.testing.assert_allclose(packed_metrics["loss"], metrics["loss"], rtol=1e-5)
     gradient = one.sigma["embeddings"] - sigma["embeddings"]
@@ -218,7 +236,8 @@ def undivided(problem):
     """A step on all rows in one go."""
     frozen, config, rows, sigma, _ = problem
     settings = settings_for(config, optimizer=optax.sgd(1.0))
-    return DRIVERS["jit"](frozen, settings).step(state_for(sigma, settings), rows)
+    states, metrics = step(DRIVERS["jit"](frozen, settings), state_for(sigma, settings), rows)
+    return unstack(states, 0), metrics
 
 
 @pytest.mark.parametrize(
@@ -237,13 +256,13 @@ def test_a_batch_in_parts_gives_the_update_of_the_whole(
     frozen, config, batch, sigma, _ = problem
     settings = settings_for(config, optimizer=optax.sgd(1.0))
     settings = dataclasses.replace(settings, accumulate=parts)
-    driver = DRIVERS[parallel](frozen, settings, mesh and as_mesh(mesh))
+    driver = DRIVERS[parallel](frozen, settings, mesh=mesh and as_mesh(mesh))
     if packing:
         packing = packing.over(driver.multiple, int(batch.lengths.max()))
         assert packing.rows % parts == 0
         batch = packing.pack(batch, np.arange(16))
-    state, metrics = driver.step(driver.place(state_for(sigma, settings)), batch)
-    state, (whole, whole_metrics) = driver.fetch(state), undivided
+    state, metrics = step(driver, driver.place(state_for(sigma, settings)), batch)
+    state, (whole, whole_metrics) = unstack(driver.fetch(state), 0), undivided
     moved = whole.sigma["embeddings"] - sigma["embeddings"]
     np.testing.assert_allclose(
         state.sigma["embeddings"] - sigma["embeddings"], moved, atol=1e-5 * np.abs(moved).max()
@@ -256,13 +275,12 @@ def test_a_batch_in_parts_gives_the_update_of_the_whole(
 def test_many_prompts_in_parts(problem):
     frozen, config, rows, sigma, _ = problem
     whole = settings_for(config, optimizer=optax.sgd(1.0))
-    state = state_for(sigma, whole)
-    states = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
+    states = stack([unstack(state_for(sigma, whole), 0)] * 2)
     packing = Packing(3, 60)
     batches = [packing.pack(rows, index) for index in (np.arange(16), np.arange(5))]
     batches = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
     (one, metrics), (two, in_parts) = (
-        jax.jit(update_many, static_argnames="settings")(
+        jax.jit(update, static_argnames="settings")(
             states, batches, frozen=frozen, settings=dataclasses.replace(whole, accumulate=parts)
         )
         for parts in (1, 2)
@@ -275,6 +293,37 @@ def test_many_prompts_in_parts(problem):
     assert two.cursor.tolist() == [16, 5]
 
 
+@pytest.mark.parametrize(
+    ("name", "slots"), [("jit", 3), ("pmap", 8), ("pmap", 3), ("mesh", 8), ("mesh", 3)]
+)
+def test_prompts_or_rows_are_shared_by_the_devices(problem, name, slots):
+    """Every driver gives each of many prompts what it gives the one; one at its last step stays."""
+    frozen, config, rows, sigma, _ = problem
+    settings = settings_for(config, optimizer=optax.sgd(1.0))
+    starts = [unstack(state_for(sigma, settings, SCHEDULE), 0) for _ in range(slots)]
+    done = dataclasses.replace(starts[0], step=jnp.int32(10))
+    driver = DRIVERS[name](frozen, settings, slots=slots)
+    assert driver.multiple == (8 if name != "jit" and slots == 3 else 1)
+    own = [rows.take([*range(i, 16), *range(i)]) for i in range(slots - 1)]
+    own = [
+        dataclasses.replace(r, mask=r.mask & (np.arange(16) > i)[:, None])
+        for i, r in enumerate(own)
+    ]
+    batches = jax.tree.map(lambda *leaves: np.stack(leaves), *own, rows)
+    states, metrics = driver.step(driver.place(stack([*starts[1:], done])), batches)
+    states = driver.fetch(states)
+    assert states.step.tolist() == [1] * (slots - 1) + [10]
+    np.testing.assert_array_equal(states.sigma["embeddings"][-1], sigma["embeddings"])
+    alone = DRIVERS["jit"](frozen, settings)
+    for i in (0, slots - 2):
+        expected, numbers = step(alone, stack([starts[1]]), own[i])
+        np.testing.assert_allclose(
+            states.sigma["embeddings"][i], expected.sigma["embeddings"][0], atol=1e-6
+        )
+        for key, value in numbers.items():
+            np.testing.assert_allclose(np.asarray(metrics[key])[i], value, rtol=1e-5, atol=1e-6)
+
+
 def test_a_batch_in_parts_needs_less_memory(problem):
     frozen, config, rows, sigma, _ = problem
     batch = Packing(32, 96).pack(rows, np.arange(16))
@@ -282,9 +331,10 @@ def test_a_batch_in_parts_needs_less_memory(problem):
     def temporary(parts):
         settings = settings_for(config, optimizer=optax.sgd(1.0))
         settings = dataclasses.replace(settings, accumulate=parts)
-        step = jax.jit(update, static_argnames="settings")
+        program = jax.jit(update, static_argnames="settings")
         state = state_for(sigma, settings)
-        compiled = step.lower(state, batch, frozen=frozen, settings=settings).compile()
+        lowered = program.lower(state, one(batch), frozen=frozen, settings=settings)
+        compiled = lowered.compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(8) < 0.25 * temporary(1)
@@ -295,7 +345,7 @@ def test_pmap_refuses_a_batch_it_cannot_divide(problem):
     settings = settings_for(config)
     driver = DRIVERS["pmap"](frozen, settings)
     with pytest.raises(UserError, match="batch size 6 can't be divided over 8 devices"):
-        driver.step(driver.place(state_for(sigma, settings)), rows.take(range(6)))
+        step(driver, driver.place(state_for(sigma, settings)), rows.take(range(6)))
 
 
 @pytest.mark.parametrize("name", list(DRIVERS))
@@ -304,16 +354,16 @@ def test_weights_stay_bit_identical_and_nothing_retraces(problem, name):
     copy = jax.tree.map(lambda a: np.array(a), frozen.params)
     settings = settings_for(config)
     driver = DRIVERS[name](frozen, settings)
-    state = driver.place(state_for(sigma, settings, PACE))
-    state, _ = driver.step(state, rows)
+    state = driver.place(state_for(sigma, settings, SCHEDULE))
+    state, _ = step(driver, state, rows)
     driver.fetch(state)
     with _no_compilation():
         for i in range(3):
-            state, _ = driver.step(state, rows.take([*range(i, 16), *range(i)]))
+            state, _ = step(driver, state, rows.take([*range(i, 16), *range(i)]))
             driver.fetch(state)
     same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), frozen.params, copy)
     assert all(jax.tree.leaves(same))
-    changed = np.abs(driver.fetch(state).sigma["embeddings"] - sigma["embeddings"])
+    changed = np.abs(driver.fetch(state).sigma["embeddings"][0] - sigma["embeddings"])
     assert (changed > 0).all()
 
 

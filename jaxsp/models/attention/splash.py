@@ -60,16 +60,11 @@ def attend(inputs: AttentionInputs) -> Array:
     # Slots added at the end come after every query: the causal mask hides them.
     ids = splash.SegmentIds(padded(ids_BT, LANES), padded(ids_BS, LANES))
     mask = splash.CausalMask((q_BTHF.shape[1], keys_BSGF.shape[1]), offset=S - T)
-    q_block, slot_block = _block(q_BTHF.shape[1]), _block(keys_BSGF.shape[1])
+    q, kv = _block(q_BTHF.shape[1]), _block(keys_BSGF.shape[1])
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * H),
         block_sizes=splash.BlockSizes(
-            block_q=q_block,
-            block_kv=slot_block,
-            block_q_dkv=q_block,
-            block_kv_dkv=slot_block,
-            block_q_dq=q_block,
-            block_kv_dq=slot_block,
+            block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=q, block_kv_dq=kv
         ),
         attn_logits_soft_cap=inputs.softcap,
         head_shards=1,

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.generation.requests import Requests, check, make_table
+from jaxsp.models.generation.requests import Requests, Work
 from jaxsp.models.generation.sampling import Sampling, choose, round_up
 from jaxsp.models.generation.stop_strings import Decode, certain, stop_at
 from jaxsp.typing import EMPTY, Array, Bool, Float, Int, KeyValues, Params
@@ -109,18 +109,8 @@ def generate(
     """
     samplings = [sampling] * len(requests) if isinstance(sampling, Sampling) else list(sampling)
     answers: list[list[int]] = [[] for _ in requests]
-    events = _run(
-        params,
-        config,
-        prefix,
-        requests,
-        samplings,
-        after=after,
-        slots=slots,
-        key=key,
-        decode=decode,
-    )
-    for index, ids, ended in events:
+    work = Work(config, prefix, requests, samplings, slots, key, decode, after)
+    for index, ids, ended in _run(params, work):
         if ended:
             answers[index] = ids
             on_finished(index, ids)
@@ -153,9 +143,8 @@ def stream(
     Raises:
       UserError: as ``generate``.
     """
-    events = _run(
-        params, config, prefix, [request], [sampling], slots=1, key=key, decode=decode, steps=1
-    )
+    work = Work(config, prefix, [request], [sampling], 1, key, decode)
+    events = _run(params, work, steps=1)
 
     def tokens() -> Iterator[int]:
         shown = 0
@@ -167,31 +156,17 @@ def stream(
     return tokens()
 
 
-def _run(
-    params: Params,
-    config: DecoderConfig,
-    prefix: KeyValues,
-    requests: Sequence[Sequence[int]],
-    samplings: Sequence[Sampling],
-    *,
-    after: Sequence[int] | None = None,
-    slots: int,
-    key: Array | None,
-    decode: Decode | None,
-    steps: int = STEPS,
-) -> Iterator[tuple[int, list[int], bool]]:
-    """Checks, then the host's loop: (request, its tokens so far, whether it has ended) every ``steps``."""
-    check(config, prefix, requests, samplings, after, slots, key, decode)
+def _run(params: Params, work: Work, steps: int = STEPS) -> Iterator[tuple[int, list[int], bool]]:
+    """Checks; then the host's loop: (request, its tokens so far, whether it has ended) every ``steps``."""
+    work.check()
+    config, prefix, total = work.config, work.prefix, np.int32(len(work.requests))
 
     def events() -> Iterator[tuple[int, list[int], bool]]:
-        several = len(prefix.positions) > 1
-        seed = jax.random.key(0) if key is None else key
-        table, chunk = make_table(requests, samplings, seed, after if several else None)
+        table, chunk = work.table()
         # Rounded, as the table's sizes are: calls with other limits can share the compiled loop.
-        A = round_up(max(sampling.max_tokens for sampling in samplings), 16)
-        B = min(slots, round_up(len(requests), GROUP)) if len(requests) > 1 else 1
-        state = _start(params, config, prefix if several else None, table, B, A)
-        total = np.int32(len(requests))
+        A = round_up(max(sampling.max_tokens for sampling in work.samplings), 16)
+        B = min(work.slots, round_up(int(total), GROUP)) if total > 1 else 1
+        state = _start(params, config, prefix if work.several else None, table, B, A)
         cut_B = np.zeros(B, bool)
         pending: list[int] = []
         known = 0
@@ -208,14 +183,14 @@ def _run(
             cut_B = np.zeros(B, bool)
             for index in tuple(pending):
                 ids = tokens_RA[index, : count_R[index]].tolist()
-                end = stop_at(ids, samplings[index].stop_strings, decode)
+                end = stop_at(ids, work.samplings[index].stop_strings, work.decode)
                 if end is not None and index in slot_of:
                     cut_B[slot_of.pop(index)] = True
                 if index not in slot_of:
                     pending.remove(index)
                 yield index, ids[:end], index not in slot_of
 
-    return events() if len(requests) else iter(())
+    return events() if total else iter(())
 
 
 @functools.partial(jax.jit, static_argnames=("config", "B", "A"), keep_unused=True)
@@ -271,17 +246,17 @@ def _advance(
     group = min(GROUP, len(cut_B))
     given = _Given(params, config, prefix, table, chunk, total)
 
-    def read(rows: int, least: int, state: _State) -> _State:
-        """Reads so many requests at a time, while there are at least so few to read."""
-        return jax.lax.while_loop(
-            lambda state: jnp.minimum(total - state.started, jnp.sum(~state.running_B)) >= least,
-            functools.partial(_read, given, rows),
-            state,
-        )
-
     def refill(state: _State) -> _State:
-        state = read(group, (group + 1) // 2, state) if group > 1 else state
-        return read(1, 1, state)
+        """Reads several requests at a time while at least half as many can be, then one by one."""
+        for rows in dict.fromkeys((group, 1)):
+            state = jax.lax.while_loop(
+                lambda state, least=(rows + 1) // 2: (
+                    jnp.minimum(total - state.started, jnp.sum(~state.running_B)) >= least
+                ),
+                functools.partial(_read, given, rows),
+                state,
+            )
+        return state
 
     def unfinished(state: _State) -> Array:
         return (state.step < last) & ((state.started < total) | jnp.any(state.running_B))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,91 +30,92 @@ class Requests(NamedTuple):
     """Each one's row of the prefix; None where the prefix has one row."""
 
 
-def make_table(
-    requests: Sequence[Sequence[int]],
-    samplings: Sequence[Sampling],
-    key: Array,
-    after: Sequence[int] | None = None,
-) -> tuple[Requests, int]:
-    """The requests as arrays, and the size of the chunks that they are read in."""
-    R = round_up(len(requests), 64)
-    longest = max(map(len, requests))
-    chunk = min(CHUNK, round_up(longest, 16))
-    ids_RZ = np.zeros((R, round_up(longest, chunk)), np.int32)
-    for ids_Z, request in zip(ids_RZ, requests, strict=False):
-        ids_Z[: len(request)] = request
-    table = Requests(
-        ids_BZ=jnp.asarray(ids_RZ),
-        length_B=column([len(request) for request in requests], R),
-        max_B=column([sampling.max_tokens for sampling in samplings], R),
-        choices=tabulate(samplings, R, key),
-        after_B=None if after is None else column(after, R),
-    )
-    return table, chunk
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one run is asked for: the arguments of ``generate``, checked by ``check``."""
 
+    config: DecoderConfig
+    prefix: KeyValues
+    requests: Sequence[Sequence[int]]
+    samplings: Sequence[Sampling]
+    slots: int
+    key: Array | None
+    decode: Decode | None
+    after: Sequence[int] | None = None
 
-def check(
-    config: DecoderConfig,
-    prefix: KeyValues,
-    requests: Sequence[Sequence[int]],
-    samplings: Sequence[Sampling],
-    after: Sequence[int] | None,
-    slots: int,
-    key: Array | None,
-    decode: Decode | None,
-) -> None:
-    """Raises ``UserError`` for arguments of ``generate`` that can't be meant."""
-    if slots < 1:
-        raise UserError(f"slots must be at least 1; got {slots}.")
-    if len(samplings) != len(requests):
-        raise UserError(f"There are {len(requests)} requests, but {len(samplings)} samplings.")
-    if key is not None and not _is_key(key):
-        raise UserError(f"key must be one random key, as jax.random.key(0); got {key!r}.")
-    rows = _rows(len(prefix.positions), len(requests), after)
-    lengths = np.asarray(prefix.next_position)
-    for index, (request, sampling) in enumerate(zip(requests, samplings, strict=True)):
-        _check_ids(f"Request {index}", request, config.vocab_size)
-        before = int(lengths[rows[index]])
-        needed = before + len(request) + sampling.max_tokens
-        if needed > config.window:
-            raise UserError(
-                f"Request {index} has {len(request)} tokens; with the prefix ({before}) and max_tokens"
-                f" ({sampling.max_tokens}) that is {needed}, more than the model's window of"
-                f" {config.window}. Shorten one of them."
-            )
-        if max(sampling.stop_ids, default=0) >= config.vocab_size:
-            raise UserError(
-                f"Stop id {max(sampling.stop_ids)} is not a token: the vocabulary has"
-                f" {config.vocab_size}."
-            )
-        if sampling.temperature and key is None:
-            raise UserError(
-                f"Temperature {sampling.temperature} needs a key, as jax.random.key(0)."
-            )
-        if sampling.stop_strings and decode is None:
-            raise UserError(
-                f"Stop strings {sampling.stop_strings} need decode, to read the answer."
-            )
+    @property
+    def several(self) -> bool:
+        """Whether there are several prefixes."""
+        return len(self.prefix.positions) != 1
 
-
-def _rows(P: int, count: int, after: Sequence[int] | None) -> np.ndarray:
-    """The row of the prefix that each request is read after."""
-    if after is None and P == 1:
-        return np.zeros(count, int)
-    if after is None:
-        raise UserError(
-            f"The prefix must have one row (batch size 1); got {P}, which need after=..., the row of each"
-            " request."
+    def table(self) -> tuple[Requests, int]:
+        """The requests as arrays, and the size of the chunks that they are read in."""
+        R = round_up(len(self.requests), 64)
+        longest = max(map(len, self.requests))
+        chunk = min(CHUNK, round_up(longest, 16))
+        ids_RZ = np.zeros((R, round_up(longest, chunk)), np.int32)
+        for ids_Z, request in zip(ids_RZ, self.requests, strict=False):
+            ids_Z[: len(request)] = request
+        table = Requests(
+            ids_BZ=jnp.asarray(ids_RZ),
+            length_B=column([len(request) for request in self.requests], R),
+            max_B=column([sampling.max_tokens for sampling in self.samplings], R),
+            choices=tabulate(
+                self.samplings, R, jax.random.key(0) if self.key is None else self.key
+            ),
+            after_B=column(self._rows().tolist(), R) if self.several else None,
         )
-    rows = np.asarray(after)
-    if rows.shape != (count,) or (
-        count and (rows.dtype.kind not in "iu" or rows.min() < 0 or rows.max() >= P)
-    ):
-        raise UserError(
-            f"after must have a row of the prefix, from 0 to {P - 1}, for each of the {count} requests;"
-            f" got {after!r:.60}."
-        )
-    return rows
+        return table, chunk
+
+    def check(self) -> None:
+        """Raises ``UserError`` for what can't be meant."""
+        config, vocab = self.config, self.config.vocab_size
+        if self.slots < 1:
+            raise UserError(f"slots must be at least 1; got {self.slots}.")
+        if len(self.samplings) != len(self.requests):
+            raise UserError(
+                f"There are {len(self.requests)} requests, but {len(self.samplings)} samplings."
+            )
+        if self.key is not None and not _is_key(self.key):
+            raise UserError(f"key must be one random key, as jax.random.key(0); got {self.key!r}.")
+        before_R = np.asarray(self.prefix.next_position)[self._rows()]
+        each = zip(self.requests, self.samplings, before_R, strict=True)
+        for index, (request, sampling, before) in enumerate(each):
+            _check_ids(f"Request {index}", request, vocab)
+            needed = before + len(request) + sampling.max_tokens
+            if needed > config.window:
+                raise UserError(
+                    f"Request {index} has {len(request)} tokens; with the prefix ({before}) and max_tokens"
+                    f" ({sampling.max_tokens}) that is {needed}, more than the model's window of"
+                    f" {config.window}. Shorten one of them."
+                )
+            if (stop := max(sampling.stop_ids, default=0)) >= vocab:
+                raise UserError(f"Stop id {stop} is not a token: the vocabulary has {vocab}.")
+            if sampling.temperature and self.key is None:
+                raise UserError(
+                    f"Temperature {sampling.temperature} needs a key, as jax.random.key(0)."
+                )
+            if sampling.stop_strings and self.decode is None:
+                raise UserError(
+                    f"Stop strings {sampling.stop_strings} need decode, to read the answer."
+                )
+
+    def _rows(self) -> np.ndarray:
+        """The row of the prefix that each request is read after."""
+        rows, count = len(self.prefix.positions), len(self.requests)
+        if self.after is None and self.several:
+            raise UserError(
+                f"The prefix must have one row (batch size 1); got {rows}, which need after=..., the row"
+                " of each request."
+            )
+        after = np.zeros(count, int) if self.after is None else np.asarray(self.after)
+        good = after.shape == (count,) and (not count or after.dtype.kind in "iu")
+        if not good or np.any((after < 0) | (after >= rows)):
+            raise UserError(
+                f"after must have a row of the prefix, from 0 to {rows - 1}, for each of the {count}"
+                f" requests; got {self.after!r:.60}."
+            )
+        return after.astype(int)
 
 
 def _check_ids(name: str, request: Sequence[int], vocab: int) -> None:

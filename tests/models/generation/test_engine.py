@@ -17,7 +17,7 @@ from jaxsp import distributions
 from jaxsp.models import decoder
 from jaxsp.models.families import FAMILIES
 from jaxsp.models.generation import Sampling, engine, generate, stream
-from jaxsp.models.generation.requests import make_table
+from jaxsp.models.generation.requests import Work
 from jaxsp.teacher import answers
 from jaxsp.typing import EMPTY, KeyValues, UserError
 from tests import tiny
@@ -275,9 +275,9 @@ def test_nothing_is_compiled_anew(run, caplog):
 def test_decoding_does_not_copy_the_caches(tiny_model):
     config = tiny_model.config.replace(layers=16)
     params = decoder.parameter_shapes(config)
-    table, chunk = make_table([[1, 2, 3]] * 4, [Sampling()] * 4, jax.random.key(0))
-    state = engine._start({}, config, None, table, 4, 4096)
     before = decoder.empty_prefix(config, 6)
+    table, chunk = Work(config, before, [[1, 2, 3]] * 4, [Sampling()] * 4, 4, None, None).table()
+    state = engine._start({}, config, None, table, 4, 4096)
     compiled = engine._advance.lower(
         params, config, before, table, state, chunk, np.int32(4), np.zeros(4, bool), np.int32(9)
     ).compile()
@@ -304,25 +304,19 @@ def test_several_prefixes_answer_as_each_alone(tiny_model, prefix, temperature):
     """Of other content and length, with ``EMPTY`` slots before, behind, or nothing else."""
     params, config = tiny_model.params, tiny_model.config
     long = np.random.RandomState(1).randint(3, 259, (1, 19))
-    alone = [
-        prefix,
-        distributions.context_prefix(params, config, long),
-        decoder.empty_prefix(config),
+    prefixes = [
+        prefix.append(decoder.empty_prefix(config, 17)),
+        decoder.empty_prefix(config, 4).append(distributions.context_prefix(params, config, long)),
+        decoder.empty_prefix(config, 23),
     ]
     requests, samplings = uneven(20)
     samplings = [dataclasses.replace(s, temperature=temperature) for s in samplings]
     options = {"slots": 3, "key": jax.random.key(5)}
-    expected = [generate(params, config, one, requests, samplings, **options) for one in alone]
-    assert all(a != b for a, b in itertools.combinations(expected, 2))
-
-    padded = [
-        prefix.append(decoder.empty_prefix(config, 17)),
-        decoder.empty_prefix(config, 4).append(alone[1]),
-        decoder.empty_prefix(config, 23),
-    ]
+    alone = [generate(params, config, one, requests, samplings, **options) for one in prefixes]
+    assert all(a != b for a, b in itertools.combinations(alone, 2))
     after = np.random.RandomState(2).randint(0, 3, 20)
-    found = generate(params, config, join(padded), requests, samplings, after=after, **options)
-    assert found == [expected[row][i] for i, row in enumerate(after)]
+    found = generate(params, config, join(prefixes), requests, samplings, after=after, **options)
+    assert found == [alone[row][i] for i, row in enumerate(after)]
 
 
 def test_one_prefix_may_be_named(tiny_model, prefix, run):
@@ -333,9 +327,9 @@ def test_one_prefix_may_be_named(tiny_model, prefix, run):
 def test_decoding_does_not_copy_the_prefixes(tiny_model):
     config = tiny_model.config.replace(layers=16)
     params = decoder.parameter_shapes(config)
-    after = [0, 1, 2, 0]
-    table, chunk = make_table([[1, 2, 3]] * 4, [Sampling()] * 4, jax.random.key(0), after)
     several = join([decoder.empty_prefix(config, 4096)] * 3)
+    work = Work(config, several, [[1]] * 4, [Sampling()] * 4, 4, None, None, after=[0, 1, 2, 0])
+    table, chunk = work.table()
     state = engine._start({}, config, several, table, 4, 16)
 
     def step(params, prefix, state):

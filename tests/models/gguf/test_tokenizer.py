@@ -12,7 +12,7 @@ import pytest
 from jaxsp.models.gguf.reader import Metadata
 from jaxsp.models.gguf.tokenizer import build
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
+GOLDENS = Path(__file__).parents[2] / "goldens"
 IDS = json.loads((GOLDENS / "token_ids.json").read_text("utf-8"))
 KINDS = json.loads((GOLDENS / "token_ids_kinds.json").read_text("utf-8"))
 

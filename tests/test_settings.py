@@ -1,0 +1,107 @@
+"""Settings: read by name, checked, and the keys that are derived from their parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import optax
+import pytest
+
+from jaxsp import settings as module
+from jaxsp.losses import OBJECTIVES
+from jaxsp.settings import Options, Settings, decides_result, make_settings, plain, side_by_side
+from jaxsp.teacher import problem
+from jaxsp.typing import UserError
+
+PARTS = [part.name for part in dataclasses.fields(Settings)]
+
+
+def test_options_are_the_fields_of_all_parts():
+    """What an editor completes is what there is."""
+    assert list(typing.get_type_hints(Options)) == list(plain(Settings()))
+
+
+def test_values_find_their_part():
+    found = make_settings({"length": 3, "steps": 7, "mesh": "data=2", "max_answer_tokens": 5})
+    assert (found.prompt.length, found.training.steps) == (3, 7)
+    assert (found.devices.mesh, found.teacher.max_answer_tokens) == ("data=2", 5)
+    assert make_settings({"seed": 1}, base=found).prompt.length == 3
+    assert make_settings({"learning_rate": 1}).training.learning_rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"colour": 1}, "Unknown setting 'colour'; the settings are length, "),
+        ({"steps": "many"}, "--steps must be a whole number, not 'many'"),
+        ({"steps": True}, "--steps must be a whole number, not True"),
+        ({"objective": 3}, "--objective must be a text, not 3"),
+        ({"length": 0}, "--length must be at least 1, not 0"),
+        ({"learning_rate": 0.0}, "--learning-rate must be above 0, not 0.0"),
+        ({"warmup": 1.0}, "--warmup must be at least 0 and below 1, not 1.0"),
+        ({"clip": float("nan")}, "--clip must be a finite number, not nan"),
+        ({"weight_decay": -1.0}, "--weight-decay must be at least 0, not -1.0"),
+        ({"seed": 2**32}, "--seed must be at least 0 and below 4294967296, not 4294967296"),
+    ],
+)
+def test_refusals(values, message):
+    with pytest.raises(UserError, match=message):
+        make_settings(values)
+
+
+def test_objects_of_the_users_own_are_told_apart_as_texts():
+    own = make_settings({"objective": OBJECTIVES["js"], "optimizer": optax.adamw(0.1)})
+    told = plain(own)
+    assert told["objective"] == "js"
+    assert "GradientTransformation" in told["optimizer"]
+    assert "0x" not in told["optimizer"]
+    assert plain(make_settings({"optimizer": optax.adamw(0.1)}))["optimizer"] == told["optimizer"]
+
+
+def with_new_field(part: str, value: int, *, per_prompt: bool = False) -> Settings:
+    """Settings of which a part has one field more."""
+    base = Settings()
+    field = dataclasses.field(default=0, metadata={"per_prompt": per_prompt})
+    larger = dataclasses.make_dataclass(
+        "Larger", [("brand_new", int, field)], bases=(type(getattr(base, part)),), frozen=True
+    )
+    return dataclasses.replace(base, **{part: larger(brand_new=value)})
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_new_setting_is_forgotten_by_no_key(part, calm_model):
+    """Whatever is kept for reuse is kept apart for each value of it, and for nothing else."""
+    from jaxsp.data.documents import Query
+    from jaxsp.runs.runner import bracket_key
+    from tests.conftest import CONTEXT
+
+    def keys(value, **options):
+        settings = with_new_field(part, value, **options)
+        job = problem.tokenize(calm_model, CONTEXT, [Query("a?")], [Query("b?")], settings)
+        sigma = {"embeddings": calm_model.embed(job.context_ids[:4])}
+        return {
+            "teacher": problem.teacher_key(calm_model, job, settings.teacher),
+            "brackets": bracket_key(calm_model, job, settings, sigma),
+            "run": decides_result(settings),
+            "side by side": side_by_side(settings),
+        }
+
+    changed = {
+        "prompt": {"brackets", "run", "side by side"},
+        "teacher": {"teacher", "brackets", "run"},
+        "training": {"run", "side by side"},
+        "devices": {"side by side"},
+    }
+    before, after = keys(0), keys(1)
+    assert {name for name in before if before[name] != after[name]} == changed[part]
+    before, after = (keys(value, per_prompt=True) for value in (0, 1))
+    different = {name for name in before if before[name] != after[name]}
+    assert different == changed[part] - {"side by side"}
+
+
+def test_every_part_says_what_its_fields_are():
+    for part in PARTS:
+        kind = type(getattr(Settings(), part))
+        assert kind.__doc__, kind
+        assert kind.__module__ == module.__name__
