@@ -212,7 +212,7 @@ def test_unusable_queries(compress, tmp_path, lines, words):
         (("--length", 87), ("--length is 87", "87 tokens")),
         (("--objective", "klx"), ("Unknown objective 'klx'", "kl, reverse_kl")),
         (("--objective", "zero_one"), ("piecewise constant",)),
-        (("--objective", "kl=0.7,nll"), ("'nll' should read like kl=0.7",)),
+        (("--objective", "kl=0.7,nll=x"), ("'nll=x' can't be read", "like nll=0.7")),
         (("--dtype", "float8"), ("Unknown dtype 'float8'",)),
         (("--weights", "int3"), ("--weights", "int3", "int8")),
         (("--model", "gpt-17"), ("Unknown model 'gpt-17'",)),

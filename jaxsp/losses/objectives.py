@@ -102,8 +102,8 @@ class Objective:
         known, others = _options_of(self) if given else ({}, False)
         for name, value in given.items():
             if name not in known and not others:
-                has = f"it has {_choices(name, known)}" if known else "it has none"
-                raise UserError(f"{_qualified(self.function)} has no option {name!r}; {has}.")
+                has = f"it has {_choices(name, known)}" if known else "it has none."
+                raise UserError(f"{_qualified(self.function)} has no option {name!r}; {has}")
             if isinstance(known.get(name), float):
                 given[name] = number(**{name: value})
             elif isinstance(value, np.generic):
@@ -284,9 +284,9 @@ def parse(text: str) -> Objective:
             if len(options) < len(pairs) or (name == "temperature" and (options or weight is None)):
                 raise ValueError
         except (AttributeError, ValueError):
-            form = f" or {name}(OPTION=NUMBER,...), with {_choices('', known)}" if known else ""
+            form = f" or {name}(OPTION=NUMBER,...), with {_choices('', known)}" if known else "."
             raise UserError(
-                f"Objective {part.strip()!r} can't be read; it should read like {name}=0.7{form}."
+                f"Objective {part.strip()!r} can't be read; it should read like {name}=0.7{form}"
             ) from None
         terms.append((name, options, weight))
     temperatures = [weight for name, _, weight in terms if name == "temperature"]
@@ -327,7 +327,7 @@ def as_objective(objective: str | Objective) -> Objective:
 def named(name: str) -> Objective:
     """The entry of ``OBJECTIVES``; raises ``UserError`` with the choices if there is none."""
     if name not in OBJECTIVES:
-        raise UserError(f"Unknown objective {name!r}; choose one of {_choices(name, OBJECTIVES)}.")
+        raise UserError(f"Unknown objective {name!r}; choose one of {_choices(name, OBJECTIVES)}")
     return OBJECTIVES[name]
 
 
@@ -394,7 +394,7 @@ def _options_of(objective: Objective) -> tuple[dict[str, Any], bool]:
 
 def _choices(wrong: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(wrong, known, n=1)
-    return ", ".join(known) + (f"; did you mean {close[0]}?" if close else "")
+    return ", ".join(known) + (f"; did you mean {close[0]}?" if close else ".")
 
 
 def _qualified(function: Callable[..., Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a decoder is made of: the hyper-parameters that its code reads, and nothing else."""
+"""The hyper-parameters that the decoder's code reads, and nothing else."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DecoderConfig:
     ropes: tuple[Rope, ...] = ()
     """Each layer's rotary positions; empty if positions are learned vectors added to the inputs."""
     sliding_windows: tuple[int | None, ...] = ()
-    """How many positions back each layer sees, itself included; ``None`` or empty: all of them."""
+    """Number of positions that each layer sees back, its own included; ``None`` or empty: all of them."""
     qk_norm: Literal["head", "width"] | None = None
     """Normalise queries and keys: each head by itself, or all heads as one vector."""
     qkv_bias: bool = False
@@ -65,9 +65,9 @@ class DecoderConfig:
     logit_softcap: float | None = None
 
     dtype: str = "float32"
-    """Of matrices and activations; norms, softmax and logits are float32 whatever it is."""
+    """Dtype of matrices and activations; norms, softmax and logits are float32 whatever it is."""
     weights: Weights = "full"
-    """Of the layers' matrices: in ``dtype``, or int8 with a float32 scale for each output."""
+    """Form of the layers' matrices: in ``dtype``, or int8 with a float32 scale for each output."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     attention: str = "auto"

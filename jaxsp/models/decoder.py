@@ -24,7 +24,7 @@ from jaxsp.typing import EMPTY, Array, Float, Int, KeyValues, Params, ceil_div
 
 
 class LayerInputs(NamedTuple):
-    """What each layer has of its own: scanned over, where it differs from layer to layer."""
+    """Each layer's own inputs: scanned over, where they differ from layer to layer."""
 
     past_kv: tuple[tuple[Array, Array], ...]
     rope: Array | None
@@ -33,7 +33,7 @@ class LayerInputs(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What all layers share: where the tokens stand, and where those read before."""
+    """Inputs that all layers share: where the tokens stand, and where those read before."""
 
     positions_BT: Array
     segment_ids_BT: Array | None
@@ -64,7 +64,7 @@ class DecoderLayer(nn.Module):
     def _change(
         self, x_BTD: Array, own: LayerInputs, reading: Reading
     ) -> tuple[Array, tuple[Array, Array]]:
-        """What the layer adds to the residual stream."""
+        """The layer's change to the residual stream."""
         pre, post = self.config.pre_norm, self.config.post_norm
         x_BTD = x_BTD.astype(jnp.float32)
         y = self._norm("attention_pre_norm", x_BTD, wanted=pre)

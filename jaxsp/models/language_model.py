@@ -161,9 +161,8 @@ class LanguageModel:
         ids = np.asarray(ids, np.int64)
         odd = ids[(ids < 0) | (ids >= self.config.vocab_size)]
         if odd.size:
-            word = "?"
-            if self.tokenizer is not None and odd[0] >= 0:
-                word = self.tokenizer.convert_ids_to_tokens(int(odd[0]))
+            known = self.tokenizer is not None and odd[0] >= 0
+            word = self._tokenizer.convert_ids_to_tokens(int(odd[0])) if known else "?"
             raise UserError(
                 f"Token {word!r} has the id {odd[0]}, outside the model's vocabulary of"
                 f" {self.config.vocab_size}; take it out of the text."
@@ -236,9 +235,8 @@ def load_model(
     started = time.perf_counter()
     compile_cache.enable()
     directory, family, config = _located(name_or_path, dtype, weights)
-    where = (
-        None if mesh is None else sharding.shardings(config, sharding.local(sharding.as_mesh(mesh)))
-    )
+    own = None if mesh is None else sharding.local(sharding.as_mesh(mesh))
+    where = None if own is None else sharding.shardings(config, own)
     params = load_params(weight_files(directory), config, family.tensors(config), where)
     if isinstance(tokenizer, str):
         tokenizer = _load_tokenizer(directory)
@@ -427,17 +425,16 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def _stop_ids(directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
-    stops: set[int] = set()
+    own = getattr(tokenizer, "eos_token_id", None)
+    stops = {own} if isinstance(own, int) else set()
     for file in (directory / "config.json", directory / "generation_config.json"):
         ids = _json(file).get("eos_token_id") if file.is_file() else None
-        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if odd := [i for i in ids if not isinstance(i, int)]:
-            raise UserError(
-                f"{file}: eos_token_id must be a token id or a list of them, not {odd[0]!r}."
-            )
-        stops.update(ids)
-    if tokenizer is not None and isinstance(tokenizer.eos_token_id, int):
-        stops.add(tokenizer.eos_token_id)
+        for i in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+            if not isinstance(i, int):
+                raise UserError(
+                    f"{file}: eos_token_id must be a token id or a list of them, not {i!r}."
+                )
+            stops.add(i)
     return tuple(sorted(stops))
 
 

@@ -1,4 +1,4 @@
-"""What the decoder's layers are built of: norms, activations, dense layers with int8 kernels."""
+"""Parts of the decoder's layers: norms, activations, dense layers with int8 kernels."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from jaxsp.typing import Array, Float, Int, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """How far each pair of a head's coordinates turns from one position to the next.
+    """The angle that each pair of a head's coordinates turns by from one position to the next.
 
     Attributes:
       frequencies: radians per position, each exactly a float32 number; ``n`` of them turn the first

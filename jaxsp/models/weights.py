@@ -182,7 +182,7 @@ class _Place:
     tensor: Tensor
     transposed: bool
     outputs: int
-    """Of the whole stored tensor, which may hold other matrices, too."""
+    """Outputs of the whole stored tensor, which may hold other matrices, too."""
 
     @property
     def stacked(self) -> bool:

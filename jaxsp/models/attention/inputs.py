@@ -1,4 +1,4 @@
-"""What every attention backend is given, and which slots a query sees."""
+"""The inputs of every attention backend, and which slots a query sees."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Slots(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionInputs:
-    """What attention is computed of.
+    """Queries, keys and values, and the rule of their attention.
 
     Attributes:
       q_BTHF: rotated queries; ``H`` is a multiple of ``G``.

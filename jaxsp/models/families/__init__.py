@@ -21,7 +21,7 @@ from jaxsp.models.weights import Tensor
 
 
 class Family(NamedTuple):
-    """What there is to know of a family."""
+    """A family's two functions."""
 
     config: Callable[[Any, str], DecoderConfig]
     tensors: Callable[[DecoderConfig], dict[str, Tensor]] = llama_tensors

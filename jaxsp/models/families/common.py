@@ -1,4 +1,4 @@
-"""What the configurations and checkpoints of most families have in common."""
+"""Readers of configurations and checkpoint names that most families share."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def activation(name: str) -> Activation:
 
 
 def layer_kinds(hf: Any) -> list[str]:
-    """Of each layer, ``full_attention`` or ``sliding_attention``."""
+    """Each layer's kind: ``full_attention`` or ``sliding_attention``."""
     kinds = hf.layer_types
     if odd := set(kinds) - {"full_attention", "sliding_attention"}:
         raise UserError(f"Layers of the kind {min(odd)!r} are not supported.")

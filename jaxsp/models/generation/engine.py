@@ -48,7 +48,7 @@ class _State(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What the loop is given, the same at every step."""
+    """The loop's inputs, the same at every step."""
 
     params: Params
     config: DecoderConfig

@@ -32,7 +32,7 @@ class Requests(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one run is asked for: the arguments of ``generate``, checked by ``check``."""
+    """One run's work: the arguments of ``generate``, checked by ``check``."""
 
     config: DecoderConfig
     prefix: KeyValues

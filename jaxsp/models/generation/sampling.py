@@ -1,4 +1,4 @@
-"""How the tokens of an answer are chosen, for each row of a batch in its own way."""
+"""The choice of an answer's tokens, for each row of a batch in its own way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxsp.typing import EMPTY, Array, Float, Int, UserError, ceil_div
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the tokens of an answer are chosen, and when it ends.
+    """The rule by which the tokens of an answer are chosen, and when it ends.
 
     The distribution is the softmax of logits / temperature, cut to the ``top_k`` most probable tokens, then
     to the fewest of these that together reach ``top_p`` (Holtzman et al. 2020, arXiv:1904.09751).
@@ -75,7 +75,7 @@ class Sampling:
 
 
 class Choices(NamedTuple):
-    """What ``choose`` needs of every row's sampling, as arrays."""
+    """Each row's sampling as arrays, for ``choose``."""
 
     key_B: Array
     temperature_B: Float[Array, " b"]

@@ -8,7 +8,7 @@ Decode = Callable[[list[int]], str]
 
 
 def stop_at(ids: list[int], stop_strings: Sequence[str], decode: Decode | None) -> int | None:
-    """How many tokens stand before the stop string that is complete first, if there is one."""
+    """Number of tokens before the stop string that is complete first, if there is one."""
     if not stop_strings or decode is None:
         return None
     text = decode(ids)
@@ -18,7 +18,7 @@ def stop_at(ids: list[int], stop_strings: Sequence[str], decode: Decode | None) 
 
 
 def certain(ids: list[int], stop_strings: Sequence[str], decode: Decode | None) -> int:
-    """How many tokens stand before anything that more tokens could make a stop string."""
+    """Number of tokens before anything that more tokens could make a stop string."""
     if not stop_strings or decode is None:
         return len(ids)
     text = decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")  # the bytes of half a character
@@ -28,5 +28,5 @@ def certain(ids: list[int], stop_strings: Sequence[str], decode: Decode | None) 
 
 
 def _tokens_before(end: int, ids: list[int], decode: Decode) -> int:
-    """How many tokens decode to at most ``end`` characters."""
+    """Number of tokens that decode to at most ``end`` characters."""
     return next(n for n in range(len(ids), -1, -1) if len(decode(ids[:n])) <= end)

@@ -31,7 +31,7 @@ _PIECE = 1 << 20  # elements written at a time
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a family is called in ``config.json``, and how llama.cpp's converter stores it."""
+    """A family's names in ``config.json``, and its form in llama.cpp's files."""
 
     model_type: str
     class_name: str
@@ -42,7 +42,7 @@ class Architecture:
     paired: bool = False
     """Rows of queries and keys have the two coordinates of a rotary pair side by side."""
     norm_offset: float = 0.0
-    """What was added to the weights of norms."""
+    """Added to the weights of norms by the converter."""
 
 
 _MODEL = {
@@ -106,7 +106,7 @@ class _Output:
 
     stored: StoredTensor
     heads: int
-    """How many heads have their rows in pairs, to be put in halves; 0 for none."""
+    """Number of heads that have their rows in pairs, to be put in halves; 0 for none."""
     offset: float
     """To be taken off every element."""
 
@@ -157,7 +157,7 @@ def convert(path: Path, directory: Path) -> None:
 
 
 def _config(metadata: Metadata, name: str, tensors: dict[str, StoredTensor]) -> dict[str, Any]:
-    """What ``config.json`` says; takes the factors of the rotary pairs out of ``tensors``."""
+    """The content of ``config.json``; takes the factors of the rotary pairs out of ``tensors``."""
 
     def size(field: str, default: int | None = None) -> int:
         value = metadata.read(f"{name}.{field}", int, default)
