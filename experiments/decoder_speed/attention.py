@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from jaxsp.artifact import environment
 from jaxsp.models.attention import AttentionInputs, Slots, attention
-from jaxsp.stages import environment
 
 HERE = Path(__file__).parent
 MIB = 2**20

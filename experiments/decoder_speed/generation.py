@@ -17,9 +17,9 @@ import numpy as np
 import tyro
 
 import jaxsp
+from jaxsp.artifact import environment
 from jaxsp.models import decoder
 from jaxsp.models.generation import Sampling, generate
-from jaxsp.stages import environment
 
 HERE = Path(__file__).parent
 

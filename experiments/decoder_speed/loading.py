@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from jaxsp.stages import environment
+from jaxsp.artifact import environment
 from tests import tiny
 
 HERE = Path(__file__).parent

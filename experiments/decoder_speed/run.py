@@ -23,12 +23,12 @@ import numpy as np
 import tyro
 
 from experiments.decoder_speed.workload import SHAPES, Shape, flops
+from jaxsp.artifact import environment
 from jaxsp.losses import fused_kl_divergence, masked_mean
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation import Sampling, generate
 from jaxsp.models.rope import make_rope
-from jaxsp.stages import environment
 
 HERE = Path(__file__).parent
 

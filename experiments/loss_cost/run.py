@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import tyro
 
 from jaxsp import losses
-from jaxsp.stages import environment
+from jaxsp.artifact import environment
 
 HERE = Path(__file__).parent
 MIB = 2**20

@@ -19,9 +19,9 @@ import tyro
 import jaxsp
 from experiments.objectives import analysis, plots
 from experiments.objectives.narrativeqa import Passage, passages
+from jaxsp.artifact import environment
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.runs.folder import RunFolder
-from jaxsp.stages import environment
 from jaxsp.typing import Interrupted, UserError
 
 HERE = Path(__file__).parent
@@ -59,8 +59,6 @@ class Setting:
             "keep": "last",  # the best by held-out KL would favour kl, and look at held-out questions
             "evaluate_every": self.steps,
             "max_answer_tokens": self.max_answer_tokens,
-            # Eight questions, about; given, so that a job's batches don't depend on the others.
-            "batch_shape": (2, 240),
         }
 
 

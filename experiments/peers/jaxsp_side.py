@@ -5,12 +5,11 @@ python -m experiments.peers.jaxsp_side JOB VARIANT, started by run.py; VARIANT i
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,85 +18,90 @@ import numpy as np
 
 import jaxsp
 from experiments.peers.job import Job, end_turn
-from jaxsp import stages
-from jaxsp.progress import Display
+from jaxsp.data.examples import Rows, make_rows
+from jaxsp.data.packing import Packing
+from jaxsp.evaluation.metrics import at_positions, mean_kl_function
+from jaxsp.models import decoder
 from jaxsp.models.chat import ChatSlots
-from jaxsp.data.examples import make_rows
-from jaxsp.evaluation.brackets import read_context
-from jaxsp.evaluation.metrics import at_positions
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.settings import Settings
+from jaxsp.settings import make_settings
+from jaxsp.teacher import targets
 from jaxsp.teacher.answers import answer_ids
-from jaxsp.teacher.signals import hidden_states
-from jaxsp.teacher.store import TeacherData
+from jaxsp.teacher.problem import Problem, TokenizedJob
+from jaxsp.training.drivers import JitDriver
+from jaxsp.training.loop import Block
 from jaxsp.training.optimizers import root_mean_square
+from jaxsp.training.slots import Step, TrainingJob
+from jaxsp.training.start import start_state
+from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import KeyValues
 
 ADAM = 1e-2
 """The peers' learning rate."""
 
 
-class Turns(Display):
-    """Lets ``jaxsp.training.loop.train`` go on from one held-out evaluation to the next, a turn each."""
+def turns(first: dict[str, Any]) -> Callable[[Step], None]:
+    """A callback that lets training go on from one held-out evaluation to the next, a turn each."""
+    taken: list[dict[str, float]] = []
 
-    def __init__(self, first: dict[str, Any]) -> None:
-        super().__init__(visible=False)
-        self._first = first
+    def on_step(step: Step) -> None:
+        if step.number:
+            taken.append({key: step.metrics[key] for key in ("loss", "seconds")})
+        if "held_out_kl" in step.metrics:
+            result = {"steps": taken[:]} if step.number else first
+            end_turn(kl=step.metrics["held_out_kl"], **result)
+            taken.clear()
 
-    @contextlib.contextmanager
-    def training(self, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-        del steps  # a line says its own
-        taken: list[dict[str, float]] = []
-
-        def on_step(line: dict[str, Any]) -> None:
-            if line["step"]:
-                taken.append({key: line[key] for key in ("loss", "seconds")})
-            if "held_out_kl" in line:
-                result = {"steps": taken[:]} if line["step"] else self._first
-                end_turn(kl=line["held_out_kl"], **result)
-                taken.clear()
-
-        yield on_step
+    return on_step
 
 
 def train(optimizer: str, job: Job) -> None:
     """The first turn readies everything; every other takes some steps and measures."""
     model = load(job)
-    settings = Settings(
-        length=job.length,
-        steps=job.steps,
-        evaluate_every=job.evaluate_every,
-        optimizer=optimizer,
-    )
+    options = {"length": job.length, "steps": job.steps, "evaluate_every": job.evaluate_every}
+    settings = make_settings({**options, "optimizer": optimizer})
     rows = make_rows(job.queries, job.answers)
-    packing = stages.packing_of(rows, settings)
+    packing = Packing.for_all(rows.lengths)
+
+    def hidden(context: KeyValues, rows: Rows) -> np.ndarray:
+        return targets.compute(model, context, rows, packing, "hidden")
 
     def teach() -> tuple[KeyValues, KeyValues, np.ndarray]:
         before, context = read(model, job)
-        return before, context, hidden_states(model, context, rows.take(range(job.train)), packing)
+        return before, context, hidden(context, rows.take(range(job.train)))
 
     (before, context, _), setup = timed(teach)
     setup_warm = timed(teach)[1]
     # Once more, with the held-out queries, which are in nobody's seconds.
-    rows = dataclasses.replace(rows, teacher_hidden=hidden_states(model, context, rows, packing))
-    lesson = stages.Lesson(task_of(job), settings, before, TeacherData(rows, job.answers), packing)
-    state = stages.initial_state_of(model, lesson)
+    rows = rows.with_targets(hidden=hidden(context, rows))
+    problem = Problem(tokenized(job), before, rows, job.answers)
+    state = start_state(model, problem, settings)
     if optimizer == "adam":  # jaxsp's rate is relative to the size of σ's entries
         rate = ADAM / root_mean_square(state.sigma)
-        settings = dataclasses.replace(settings, learning_rate=rate)
-        lesson = dataclasses.replace(lesson, settings=settings)
-        state = stages.initial_state_of(model, lesson)
-    held_out = lesson.held_out_rows
+        settings = make_settings({"learning_rate": rate}, base=settings)
+        state = start_state(model, problem, settings)
+    held_out = problem.held_out
     kl = at_positions(model, before, held_out, packing, ("kl",))["kl"].sum() / held_out.mask.sum()
     first = {"setup": setup, "setup_warm": setup_warm, "no_context_kl": float(kl)}
-    stages.train_prompt(model, lesson, state, None, Turns(first))
+    frozen, chosen = Frozen(model.params, before), UpdateSettings.of(model.config, settings)
+    own = Packing.of(rows.lengths, settings.training.batch_size)
+    block = Block(
+        iter([TrainingJob("prompt", state, problem.train, held_out, own)]),
+        lambda slots: JitDriver(frozen, chosen, slots=slots),
+        mean_kl_function(model, before, settings.prompt.kind),
+        slots=1,
+        evaluate_every=job.evaluate_every,
+        callbacks=[turns(first)],
+    )
+    list(block.run())
 
 
-def task_of(job: Job) -> stages.Task:
-    """The job as jaxsp's stages know it; of its texts there are only the ids."""
+def tokenized(job: Job) -> TokenizedJob:
+    """The job as jaxsp knows it; of its texts there are only the ids."""
     given: list[list[int] | None] = [*job.answers]
     before, context = np.array(job.before, np.int32), np.array(job.context, np.int32)
-    return stages.Task(ChatSlots("", "", ""), before, context, [], job.train, job.queries, given)
+    is_train = np.arange(len(job.queries)) < job.train
+    return TokenizedJob(ChatSlots("", "", ""), before, context, [], is_train, job.queries, given)
 
 
 def template_too(job: Job) -> Job:
@@ -127,8 +131,12 @@ def load(job: Job) -> LanguageModel:
 
 def read(model: LanguageModel, job: Job) -> tuple[KeyValues, KeyValues]:
     """The prefixes of the chat template and of the whole context."""
-    before = read_context(model, np.array(job.before, np.int32))
-    return before, read_context(model, np.array(job.context, np.int32), before)
+
+    def after(ids: list[int], prefix: KeyValues | None = None) -> KeyValues:
+        return decoder.read_long(model.params, model.config, np.array([ids], np.int32), prefix)
+
+    before = after(job.before)
+    return before, after(job.context, before)
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:

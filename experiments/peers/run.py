@@ -23,10 +23,11 @@ import tyro
 import jaxsp
 from experiments.decoder_speed.run import processor
 from experiments.peers.job import Job
+from jaxsp.artifact import environment
 from jaxsp.data.documents import read_context, read_queries
 from jaxsp.data.examples import batch_indices
 from jaxsp.settings import Settings
-from jaxsp.stages import encode_task, environment
+from jaxsp.teacher.problem import tokenize
 from jaxsp.typing import UserError
 
 HERE = Path(__file__).parent
@@ -95,21 +96,23 @@ class Side:
 def make_job(run: Run) -> Job:
     """The demo's manual and questions as token ids, without answers."""
     model = jaxsp.load_model(dtype=run.dtype)
-    settings = Settings(steps=run.steps)
+    settings = Settings()
     with importlib.resources.as_file(importlib.resources.files("jaxsp.demo")) as sample:
         train, held_out = (read_queries(sample / f"{n}.txt") for n in ("questions", "held_out"))
         context = read_context(sample / "manual.md")
-    task = encode_task(model, context, train, held_out, settings)
-    key = jax.random.key_data(jax.random.key(settings.seed)).tolist()  # as in jaxsp's own loop
+    job = tokenize(model, context, train, held_out, settings)
+    key = jax.random.key_data(
+        jax.random.key(settings.training.seed)
+    ).tolist()  # as in jaxsp's own loop
     return Job(
         model=str(model.directory),
         dtype=model.config.dtype,
-        before=task.before_ids.tolist(),
-        context=task.context_ids.tolist(),
-        queries=task.query_ids,
+        before=job.preamble_ids.tolist(),
+        context=job.context_ids.tolist(),
+        queries=job.query_ids,
         answers=[],
         train=len(train),
-        length=settings.length,
+        length=settings.prompt.length,
         steps=run.steps,
         evaluate_every=run.evaluate_every,
         batches=[
@@ -117,7 +120,7 @@ def make_job(run: Run) -> Job:
             for step in range(run.steps)
         ],
         stop_ids=list(model.stop_ids),
-        max_answer_tokens=settings.max_answer_tokens,
+        max_answer_tokens=settings.teacher.max_answer_tokens,
     )
 
 

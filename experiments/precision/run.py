@@ -15,8 +15,8 @@ from typing import Any
 import tyro
 
 import jaxsp
+from jaxsp.artifact import environment
 from jaxsp.data.documents import Query, read_context, read_queries
-from jaxsp.stages import environment
 
 HERE = Path(__file__).parent
 DTYPES = ("float32", "bfloat16")

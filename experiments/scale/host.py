@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import cProfile
-import dataclasses
 import pstats
 import statistics
 import tempfile
@@ -36,13 +35,15 @@ def job_rows(width: int) -> Rows:
     """Rows of the job's shape, with hidden states of zeros."""
     rows = make_rows([[1] * QUERY] * QUERIES, [[1] * ANSWER] * QUERIES)
     hidden = np.zeros((*rows.mask.shape, width), jnp.bfloat16)
-    return dataclasses.replace(rows, teacher_hidden=hidden)
+    return rows.with_targets(hidden=hidden)
 
 
 def packing(width: int) -> dict[str, Any]:
     """Seconds to draw and pack a prompt's batch, and the bytes of it that go to the chip."""
     rows, times = job_rows(width), []
-    for cursor in range(0, SETTINGS.steps * SETTINGS.batch_size, SETTINGS.batch_size):
+    for cursor in range(
+        0, SETTINGS.training.steps * SETTINGS.training.batch_size, SETTINGS.training.batch_size
+    ):
         started = time.perf_counter()
         batch = PACKING.pack(rows, PACKING.draw(rows.lengths, cursor, [0, 0]))
         times.append(time.perf_counter() - started)
@@ -59,7 +60,11 @@ def per_context() -> dict[str, float]:
         folder = Path(scratch)
         sizes = {"gain": 1.0, "max_position_embeddings": 2048}
         model = jaxsp.load_model(tiny.write(folder / "tiny", **sizes), dtype="float32")
-        options = {"length": SETTINGS.length, "steps": SETTINGS.steps, "at_once": JOBS // 2}
+        options = {
+            "length": SETTINGS.prompt.length,
+            "steps": SETTINGS.training.steps,
+            "at_once": JOBS // 2,
+        }
         options |= {"max_answer_tokens": ANSWER, "progress": False}
         list(jaxsp.compress_many(model, jobs(JOBS // 2), out=folder / "compiles", **options))
         profile = cProfile.Profile()
@@ -86,7 +91,7 @@ def encoding() -> dict[str, float]:
     started = time.perf_counter()
     good, _ = check_jobs(model, rows, {})
     seconds = (time.perf_counter() - started) / JOBS
-    return {"tokens": len(good[0].encoded(model).context_ids), "seconds": seconds}
+    return {"tokens": len(good[0].tokenized(model).context_ids), "seconds": seconds}
 
 
 def jobs(count: int = JOBS, characters: int = CONTEXT) -> list[dict[str, Any]]:

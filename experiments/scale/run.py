@@ -41,12 +41,13 @@ from experiments.scale.arithmetic import (
     step_seconds,
     works,
 )
-from jaxsp import plan, stages
-from jaxsp.many import ACCELERATOR_STEP_TOKENS
+from jaxsp import plan
+from jaxsp.artifact import environment
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.sharding import DATA, as_mesh
 from jaxsp.plan import UTILISATION
+from jaxsp.runs.runner import ACCELERATOR_STEP_TOKENS
 
 HERE = Path(__file__).parent
 
@@ -105,10 +106,10 @@ def checked(name: str, layout: str, prompts: int) -> dict[str, Any]:
     """A layout's arithmetic and its compiled program, side by side."""
     config, mesh = MODELS[name], as_mesh(layout)
     packing = PACKING if prompts else PACKING.over(mesh.shape[DATA], ROW)
-    answers = SETTINGS.batch_size * ANSWER
+    answers = SETTINGS.training.batch_size * ANSWER
     share = max(prompts, 1) / mesh.shape[DATA]
     tokens = int(packing.rows * packing.length * share)
-    program = plan.compiled(config, SETTINGS, packing, mesh, prompts)
+    program = plan.compiled(config, SETTINGS, packing, mesh, max(prompts, 1))
     memory: Any = program.memory_analysis()
     cost: Any = program.cost_analysis()
     loops = head_chunks(config, tokens, answers * share)[1]
@@ -153,7 +154,7 @@ def main() -> None:
         "job": {
             "context": CONTEXT, "before": BEFORE, "queries": QUERIES, "held_out": HELD_OUT,
             "query": QUERY, "answer": ANSWER, "batch": dataclasses.astuple(PACKING),
-            "length": SETTINGS.length, "steps": SETTINGS.steps,
+            "length": SETTINGS.prompt.length, "steps": SETTINGS.training.steps,
         },
         "weights": {name: _weights(config) for name, config in MODELS.items()},
         "flops": {name: _flops(config) for name, config in MODELS.items()},
@@ -165,7 +166,7 @@ def main() -> None:
         "packing": [host.packing(config.width) for config in MODELS.values()],
         "encoding": host.encoding(),
         "host": own,
-        "environment": stages.environment(),
+        "environment": environment(),
     }  # fmt: skip
     text = json.dumps(result, indent=1)
     (HERE / "results.json").write_text(text + "\n", "utf-8")

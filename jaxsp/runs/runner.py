@@ -301,6 +301,7 @@ class Runner:
     def _training_job(self, job: Job, *, fresh: bool = True) -> TrainingJob:
         """The job as training takes it, once the teacher has spoken; its folder is made ready."""
         self.running[job.id] = problem = self._problem(job)
+        self.displays.setdefault(job.id, Display(visible=False))
         folder, settings = self._folder(job), job.settings
         if folder is not None and fresh and processes.is_first():
             if not self.single:

@@ -14,7 +14,7 @@ from jaxsp.progress import Display
 from jaxsp.runs.folder import Result, RunFolder
 from jaxsp.runs.job import check_jobs, make_job, model_identity
 from jaxsp.runs.runner import Runner
-from jaxsp.settings import plain
+from jaxsp.settings import decides_result, make_settings
 from jaxsp.training.slots import Callback
 from jaxsp.typing import UserError
 
@@ -57,15 +57,17 @@ def open_run(
         display.say(f"Skipped: {problem}")
     if not jobs:
         raise UserError("None of the jobs can be done.")
-    layout = plain(jobs[0].settings.devices)
-    shared = {k: v for k, v in settings.items() if v is not None and k not in layout}
-    identity = {**model_identity(model), "settings": {k: str(v) for k, v in shared.items()}}
+    runner = Runner(model, jobs, folder, at_once=at_once, callbacks=callbacks, display=display)
+    shared = decides_result(make_settings(settings))
+    identity = {
+        **model_identity(model),
+        "settings": {name: shared[name] for name in settings if name in shared},
+    }
     everything = hashlib.sha256(repr(jobs).encode()).hexdigest()[:16]
     _open(folder, identity, start, {**identity, "jobs": everything})
     if folder is not None and start.overwrite and processes.is_first():
         for job in jobs:  # no longer finished
             RunFolder(folder.directory / job.id).report.unlink(missing_ok=True)
-    runner = Runner(model, jobs, folder, at_once=at_once, callbacks=callbacks, display=display)
     return runner.results()
 
 
@@ -90,11 +92,11 @@ def run_one(
     except UserError as error:
         told = str(error).rstrip(".")
         raise UserError(f"{told[0].upper()}{told[1:]}.") from error
-    identity = job.identity(model)
-    _open(folder, identity, start, identity)
     runner = Runner(
         model, [job], folder, at_once=1, callbacks=callbacks, display=display, single=True
     )
+    identity = job.identity(model)
+    _open(folder, identity, start, identity)
     (result,) = runner.results()
     return result
 
