@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from jaxsp.artifact import SoftPrompt
     from jaxsp.data.documents import Query
     from jaxsp.data.examples import make_rows
+    from jaxsp.errors import Interrupted, NonFiniteLoss, UserError
     from jaxsp.losses import Objective
     from jaxsp.models.language_model import LanguageModel, load_model
     from jaxsp.runs.folder import Result
     from jaxsp.settings import Settings
     from jaxsp.training.slots import Step
-    from jaxsp.typing import Interrupted, NonFiniteLoss, UserError
 
 __version__ = "0.1.0"
 
@@ -51,16 +51,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "Interrupted": "jaxsp.typing",
+    "Interrupted": "jaxsp.errors",
     "LanguageModel": "jaxsp.models.language_model",
-    "NonFiniteLoss": "jaxsp.typing",
+    "NonFiniteLoss": "jaxsp.errors",
     "Objective": "jaxsp.losses",
     "Query": "jaxsp.data.documents",
     "Result": "jaxsp.runs.folder",
     "Settings": "jaxsp.settings",
     "SoftPrompt": "jaxsp.artifact",
     "Step": "jaxsp.training.slots",
-    "UserError": "jaxsp.typing",
+    "UserError": "jaxsp.errors",
     "ask": "jaxsp.api",
     "compress": "jaxsp.api",
     "compress_many": "jaxsp.api",

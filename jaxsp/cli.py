@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from jaxsp.errors import Interrupted, UserError
 from jaxsp.settings import Settings, make_settings, plain
-from jaxsp.typing import Interrupted, UserError
 
 # What computes is imported where a command runs: --help and a misspelt option need not wait for it.
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-from jaxsp.typing import UserError
+from jaxsp.errors import UserError
 
 
 def _setting(default: Any, *, per_prompt: bool = False, **limits: float) -> Any:

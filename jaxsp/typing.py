@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from jaxsp.errors import Interrupted, NonFiniteLoss, UserError
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
@@ -49,29 +51,6 @@ EMPTY = -1
 
 Params = Any  # a Flax parameter tree
 PyTree = Any
-
-
-class UserError(ValueError):
-    """A mistake the user can mend: the message says what is wrong, with what value, and what to do.
-
-    The command line prints the message alone, as one sentence, and exits with status 2.
-    """
-
-
-class NonFiniteLoss(UserError):
-    """Training ended as the loss or its gradient became infinite or NaN.
-
-    Attributes:
-      result: the ``Result`` with the best prompt before that, and no measurements.
-    """
-
-    def __init__(self, message: str, result: Any = None) -> None:
-        super().__init__(message)
-        self.result = result
-
-
-class Interrupted(UserError):
-    """The user stopped a run; the state of its last whole step is saved if it has a folder."""
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 # Rooms by floor; a room imports from floors below its own, or from itself.
 FLOORS = [
-    ["typing", "files"],
+    ["errors", "files"],
+    ["typing"],
     ["settings", "compile_cache"],
     ["models", "losses"],
     ["prompts", "processes", "progress"],

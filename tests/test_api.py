@@ -1,0 +1,123 @@
+"""What users bring along: an objective, an optimizer, a callback and a prompt kind of their own."""
+
+from __future__ import annotations
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxsp
+from jaxsp.losses import OBJECTIVES
+from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.settings import Options, plain
+from tests.conftest import CONTEXT, QUERIES
+
+OPTIONS = {"length": 4, "steps": 4, "batch_size": 4, "max_answer_tokens": 6, "progress": False}
+
+
+def compress(model, **options):
+    return jaxsp.compress(model, CONTEXT, QUERIES, **{**OPTIONS, **options})
+
+
+def alpha_divergence(teacher_logits, student_logits, mask, *, alpha=0.5):
+    """Amari's α-divergence in ten lines, outside of the package."""
+    del mask
+    log_p, log_q = jax.nn.log_softmax(teacher_logits), jax.nn.log_softmax(student_logits)
+    mixed = jnp.exp(alpha * log_p + (1 - alpha) * log_q).sum(-1)
+    return (1 - mixed) / (alpha * (1 - alpha))
+
+
+def test_an_objective_of_ones_own_is_trained_on(calm_model, tmp_path):
+    own = jaxsp.Objective(alpha_divergence, options=(("alpha", 0.3),))
+    result = compress(calm_model, objective=own, out=tmp_path / "out", steps=8)
+    losses = [line["loss"] for line in result.lines[1:]]
+    assert losses[-1] < losses[0]
+    assert result.report["objective"] == "tests.test_api.alpha_divergence(alpha=0.3)"
+    other = jaxsp.Objective(alpha_divergence, options=(("alpha", 0.6),))
+    with pytest.raises(
+        jaxsp.UserError, match=r"objective was .*alpha=0.3.* and is now .*alpha=0.6"
+    ):
+        compress(calm_model, objective=other, out=tmp_path / "out", steps=8, resume=True)
+
+
+def test_options_of_an_objective_in_text(calm_model):
+    text, table = (
+        compress(calm_model, objective=objective, steps=2).lines[-1]["loss"]
+        for objective in ("js(beta=0.5)", OBJECTIVES["js"])
+    )
+    assert text == table
+    other = compress(calm_model, objective="js(beta=0.1)", steps=2).lines[-1]["loss"]
+    assert other != pytest.approx(text, rel=1e-3)
+    with pytest.raises(jaxsp.UserError, match="gamma"):
+        compress(calm_model, objective="js(gamma=1)")
+
+
+def test_an_optimizer_of_ones_own_moves_by_its_own_rate(calm_model):
+    start = compress(calm_model, steps=0).prompt.sigma["embeddings"]
+    moved = compress(calm_model, optimizer=optax.sign_sgd(1e-3), steps=3, keep="last")
+    steps = np.abs(moved.prompt.sigma["embeddings"] - start) / 1e-3
+    np.testing.assert_allclose(steps, steps.round(), atol=1e-2)
+    assert set(steps.round().astype(int).ravel()) <= {1, 3}
+    assert {line["learning_rate"] for line in moved.lines[1:]} == {1.0}
+
+
+def test_a_callback_hears_of_every_step_and_can_stop(calm_model):
+    heard = []
+
+    def callback(step: jaxsp.Step) -> bool:
+        heard.append((step.number, step.metrics, np.asarray(step.sigma()["embeddings"])))
+        return step.number == 2
+
+    result = compress(calm_model, callbacks=[callback], evaluate_every=3, steps=9, keep="last")
+    assert [number for number, *_ in heard] == [0, 1, 2, 3]
+    assert [{"step": n, **metrics} for n, metrics, _ in heard] == result.lines
+    np.testing.assert_array_equal(heard[-1][2], result.prompt.sigma["embeddings"])
+    assert result.report["steps"] == 3
+
+
+@pytest.fixture
+def key_value(monkeypatch):
+    """A prompt kind of arrays of four axes, in nested dicts: keys and values of every layer."""
+
+    def initial(vectors, key_values):
+        found = key_values()
+        sigma = {"keys": found.keys[:, 0], "values": found.values[:, 0]}
+        return {"layers": jax.tree.map(lambda leaf: leaf.astype(jnp.float32), sigma)}
+
+    def prefix(sigma, preamble, prefill):
+        keys, values = (sigma["layers"][name][:, None] for name in ("keys", "values"))
+        positions = preamble.next_position[:, None] + jnp.arange(keys.shape[2])[None]
+        return preamble.append(jaxsp.typing.KeyValues(keys, values, positions))
+
+    kind = types.SimpleNamespace(
+        initial=initial, prefix=prefix, length=lambda sigma: sigma["layers"]["keys"].shape[1]
+    )
+    monkeypatch.setitem(PROMPT_KINDS, "key_value", kind)
+
+
+@pytest.mark.usefixtures("key_value")
+def test_a_prompt_kind_of_ones_own_is_trained_saved_and_asked(calm_model, tmp_path):
+    result = compress(calm_model, kind="key_value", out=tmp_path / "out", learning_rate=0.05)
+    losses = [line["loss"] for line in result.lines[1:]]
+    assert losses[-1] < losses[0]
+    again = jaxsp.SoftPrompt.load(tmp_path / "out")
+    for ours, theirs in zip(
+        jax.tree.leaves(again.sigma), jax.tree.leaves(result.prompt.sigma), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    assert jaxsp.ask(calm_model, again, "What now?", max_tokens=3) == jaxsp.ask(
+        calm_model, result.prompt, "What now?", max_tokens=3
+    )
+    rows = [{"id": f"{i}", "context": CONTEXT, "queries": QUERIES, "seed": i} for i in range(2)]
+    many = jaxsp.compress_many(calm_model, rows, kind="key_value", **OPTIONS)
+    assert all(r.report["held_out"]["conditions"]["full_context"]["kl"] < 1e-6 for r in many)
+
+
+def test_the_public_settings_are_what_compress_takes():
+    assert set(Options.__annotations__) == set(plain(jaxsp.Settings()))
+    assert issubclass(jaxsp.NonFiniteLoss, jaxsp.UserError)
+    assert issubclass(jaxsp.Interrupted, jaxsp.UserError)
