@@ -190,7 +190,7 @@ def stream_answer(
     model: LanguageModel, prefix: KeyValues, slots: ChatSlots, question: str, max_tokens: int
 ) -> Iterator[str]:
     """The pieces of the greedy answer's text as they come."""
-    ids, tokenizer = model.encode_query(question, slots), model.tokenizer
+    ids, tokenizer = model.encode_query(question, slots).tolist(), model.tokenizer
     assert tokenizer is not None  # encode_query has asked for it
     room = model.config.window - int(prefix.next_position[0]) - len(ids)
     if room < 1:
