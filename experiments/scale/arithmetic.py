@@ -34,7 +34,7 @@ ROW = QUERY + ANSWER
 PACKING = Packing.of(np.full(QUERIES, ROW), SETTINGS.training.batch_size)
 TEACHER = BEFORE + decoder.round_size(CONTEXT)  # slots of its prefix
 STUDENT = BEFORE + SETTINGS.prompt.length
-EVALUATIONS = SETTINGS.training.steps // SETTINGS.evaluate_every + 1
+EVALUATIONS = SETTINGS.training.steps // SETTINGS.training.evaluate_every + 1
 
 
 def decoder_config(theta: float = 5e5, **sizes: Any) -> DecoderConfig:

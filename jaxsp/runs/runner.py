@@ -209,16 +209,16 @@ class Runner:
     # Training
 
     def _train_all(self, jobs: Sequence[Job], told: _Told) -> Iterator[tuple[Job, Result]]:
-        rank = f"-{processes.rank_and_count()[0]}" if self.divided else ""
         for key, group in groups(self.jobs).items():
             if mine := [job for job in group if job in jobs]:
-                yield from self._train(key + rank, mine, told)
+                yield from self._train(key, mine, told)
 
     def _train(self, key: str, jobs: Sequence[Job], told: _Told) -> Iterator[tuple[Job, Result]]:
         """The results of jobs that can train side by side, as they finish."""
         settings, by_id = jobs[0].settings, {job.id: job for job in jobs}
         checkpoints = saved = folder = None
-        if self.folder is not None:
+        # Of divided processes each would have to write alone, which orbax does not do.
+        if self.folder is not None and not self.divided:
             folder = self.folder.checkpoints / key
             checkpoints = Checkpoints(folder)
             saved = checkpoints.block() if checkpoints.latest is not None else None

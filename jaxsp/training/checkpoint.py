@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jaxsp import processes
 from jaxsp.models.sharding import put
 from jaxsp.training.state import TrainState
 from jaxsp.typing import PyTree, UserError
@@ -27,25 +26,19 @@ class Checkpoints:
 
         self._ocp = ocp
         self._directory = directory
-        self._shared = processes.are_several()
-        options: dict[str, Any] = {"max_to_keep": KEPT}
-        if jax.process_count() > 1 and not self._shared:  # this process alone has these prompts
-            own = jax.process_index()
-            directory.mkdir(parents=True, exist_ok=True)
-            options["create"] = False  # orbax makes no folder for one process of several
-            options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
-                primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"own{own}"
-            )
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
-            options=ocp.CheckpointManagerOptions(**options),
-            item_names=("states", "block"),
+            options=ocp.CheckpointManagerOptions(max_to_keep=KEPT),
+            item_handlers={
+                "states": ocp.StandardCheckpointHandler(),
+                "block": ocp.JsonCheckpointHandler(),
+            },
         )
 
     @property
     def _sharding(self) -> Sharding:
-        """One device; of processes that share the prompts, a copy on each: orbax then writes together."""
-        if not self._shared:
+        """One device; of several processes, a copy on each: orbax then writes together."""
+        if jax.process_count() == 1:
             return SingleDeviceSharding(jax.local_devices()[0])
         return NamedSharding(_every_device(), PartitionSpec())
 
@@ -65,7 +58,7 @@ class Checkpoints:
         if number == self.latest:
             return
         saved = vars(states)
-        if self._shared:
+        if jax.process_count() > 1:
             saved = put(saved, _every_device(), PartitionSpec())
         args = self._ocp.args
         self._manager.save(

@@ -186,6 +186,6 @@ def test_the_small_setting(tmp_path, monkeypatch, capsys, smollm2):
     assert f"| kl | {kl:.3f} (" in shown
     assert "2 of 2 contexts, 4 prompts" in shown
 
-    monkeypatch.setattr("jaxsp.many.train_many", None)  # a finished run is read, not done again
+    monkeypatch.setattr("jaxsp.runs.runner.Block", None)  # a finished run is read, not done again
     experiment.main(experiment.Run(out=tmp_path))
     assert json.loads((results / "results.json").read_text()) == found
