@@ -262,14 +262,16 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, cache, monkeypatch):
 def test_second_load_of_the_embedded_model_is_fast(smollm2, python):
     # torch, where it is installed, would be imported by transformers: 5 s that are not ours.
     code = (
-        "import sys, time; sys.modules['torch'] = None\n"
-        "import jaxsp; started = time.process_time()\n"
-        "jaxsp.load_model('smollm2-135m-instruct'); print(time.process_time() - started)"
+        "import sys, time; sys.modules['torch'] = None; begun = time.process_time()\n"
+        "from jaxsp.models.language_model import load_model; started = time.process_time()\n"
+        "load_model('smollm2-135m-instruct')\n"
+        "print((time.process_time() - started) / (started - begun))"
     )
     # Python caches bytecode for its users; where a machine forbids it, half the time is compiling imports.
     cached = {"PYTHONDONTWRITEBYTECODE": ""}
-    times = [float(python("-c", code, env=cached).stdout.split()[-1]) for _ in range(3)]
-    assert min(times) < 3.0  # of all its threads: other work on the machine adds little
+    ratios = [float(python("-c", code, env=cached).stdout.split()[-1]) for _ in range(3)]
+    # CPU time of all its threads, by that of importing jax and flax: machines differ threefold in both.
+    assert min(ratios) < 5.0
 
 
 # What is refused
