@@ -50,7 +50,7 @@ class ModelOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """How this process finds the others of a run; those of a TPU pod find each other."""
+    """Addresses by which the processes of a run find each other; those of a TPU pod need none."""
 
     coordinator: str | None = None
     """host:port at which process 0 listens."""

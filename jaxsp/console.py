@@ -1,4 +1,4 @@
-"""What the commands print on standard output, as tables (rich)."""
+"""Tables that the commands print on standard output (rich)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run can end with: errors that a user can mend. Importing them loads nothing else."""
+"""Errors that a user can mend. Importing them loads nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a long run shows while it works (rich), and how long each part took."""
+"""Progress of a long run (rich), and the seconds of each part."""
 
 from __future__ import annotations
 

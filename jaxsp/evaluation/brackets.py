@@ -112,7 +112,7 @@ def _equal(a: KeyValues, b: KeyValues) -> bool:
 
 
 def _live(prefix: KeyValues) -> tuple[np.ndarray, ...]:
-    """What is attended to; empty slots may hold anything."""
+    """Slots that are attended to; empty ones may hold anything."""
     there = np.asarray(prefix.positions[0] != EMPTY)
     return (
         np.asarray(prefix.positions)[:, there],

@@ -16,7 +16,7 @@ from jaxsp.typing import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a prompt may start from.
+    """Things that a prompt may start from.
 
     Attributes:
       key: random key of this prompt.
