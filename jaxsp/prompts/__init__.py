@@ -15,7 +15,7 @@ Prefill = Callable[[Float[Array, "1 k d"], KeyValues], KeyValues]
 
 
 class PromptKind(Protocol):
-    """Functions that a module in this folder provides. σ is a pytree of float32 arrays of any rank, in nested dicts."""
+    """Functions of a module in this folder. σ is a pytree of float32 arrays of any rank, in nested dicts."""
 
     def initial(self, vectors: Float[Array, "k d"], key_values: Callable[[], KeyValues]) -> PyTree:
         """σ that starts as these input vectors ``[K, D]``, or as their keys and values.
