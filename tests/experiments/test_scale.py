@@ -30,7 +30,7 @@ def test_bytes_are_those_of_the_compiled_program(layout, prompts):
     share = max(prompts, 1) / mesh.shape[DATA]
     tokens = int(PACKING.rows * PACKING.length * share)
     loops = arithmetic.head_chunks(TINY, tokens, ANSWERS * share)[1]
-    text = compiled(TINY, SETTINGS, PACKING, mesh, prompts).as_text()
+    text = compiled(TINY, SETTINGS, PACKING, mesh, max(prompts, 1)).as_text()
     found = exchanged(text, loops)
     expected = arithmetic.expected(TINY, PACKING, mesh.shape, prompts, ANSWERS)
     assert found.bytes == expected.bytes
@@ -58,7 +58,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_a_context_is_all_of_its_steps():
-    config, steps = arithmetic.MODELS["Llama-3.2-1B"], SETTINGS.steps
+    config, steps = arithmetic.MODELS["Llama-3.2-1B"], SETTINGS.training.steps
     one, several = (
         sum(
             work.times * work.flops
@@ -67,7 +67,7 @@ def test_a_context_is_all_of_its_steps():
         )
         for prompts in (1, 8)
     )
-    flops = step_flops(config, SETTINGS.length, arithmetic.ROW, arithmetic.PACKING)
+    flops = step_flops(config, SETTINGS.prompt.length, arithmetic.ROW, arithmetic.PACKING)
     assert one == pytest.approx(steps * flops)
     assert several == pytest.approx(one)
 
