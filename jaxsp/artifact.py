@@ -82,9 +82,7 @@ class SoftPrompt:
         self.check(model)
         ids = np.array([self.manifest["slots"]["before_ids"]], np.int32)
         preamble = decoder.read_long(model.params, model.config, ids)
-        return distributions.read_prompt(
-            model.params, model.config, self.sigma, preamble, kind=self.kind
-        )
+        return distributions.read_prompt(model.params, model.config, self.sigma, preamble, kind=self.kind)
 
     def check(self, model: LanguageModel) -> None:
         """Raises ``UserError`` with the difference if the prompt belongs to another model or tokenizer."""
@@ -97,10 +95,7 @@ class SoftPrompt:
             "model weights": self.manifest["model"]["fingerprint"],
             "tokenizer": self.manifest["tokenizer"]["fingerprint"],
         }
-        actual = {
-            "model weights": model.fingerprint,
-            "tokenizer": tokenizer_fingerprint(model.tokenizer),
-        }
+        actual = {"model weights": model.fingerprint, "tokenizer": tokenizer_fingerprint(model.tokenizer)}
         for what, theirs in expected.items():
             if actual[what] != theirs:
                 raise UserError(
@@ -118,9 +113,7 @@ class SoftPrompt:
         if self.context is not None:
             atomic_write(directory / CONTEXT, self.context)
         atomic_write(directory / ARRAYS, data)
-        atomic_write(
-            directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-        )
+        atomic_write(directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, directory: str | Path) -> SoftPrompt:
@@ -159,13 +152,7 @@ class SoftPrompt:
 
 
 def make_artifact(
-    model: LanguageModel,
-    job: TokenizedJob,
-    settings: Settings,
-    sigma: PyTree,
-    context: str,
-    *,
-    steps: int,
+    model: LanguageModel, job: TokenizedJob, settings: Settings, sigma: PyTree, context: str, *, steps: int
 ) -> SoftPrompt:
     """A prompt with its manifest, but for the held-out figures.
 
@@ -181,11 +168,7 @@ def make_artifact(
         "format": FORMAT,
         "kind": settings.prompt.kind,
         "length": settings.prompt.length,
-        "model": {
-            "name": model.name,
-            "fingerprint": model.fingerprint,
-            "weights": model.config.weights,
-        },
+        "model": {"name": model.name, "fingerprint": model.fingerprint, "weights": model.config.weights},
         "tokenizer": {"fingerprint": tokenizer_fingerprint(model.tokenizer)},
         "slots": {
             **dataclasses.asdict(job.chat),

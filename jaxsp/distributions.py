@@ -26,10 +26,7 @@ from jaxsp.typing import EMPTY, Array, Float, Int, KeyValues, Params, PyTree
 
 
 def context_prefix(
-    params: Params,
-    config: DecoderConfig,
-    ids: Int[Array, "1 c"],
-    preamble: KeyValues | None = None,
+    params: Params, config: DecoderConfig, ids: Int[Array, "1 c"], preamble: KeyValues | None = None
 ) -> KeyValues:
     """The prefix that a context is: its tokens read once, after ``preamble``, for all rows.
 
@@ -43,11 +40,7 @@ def context_prefix(
 
 
 def prompt_prefix(
-    params: Params,
-    config: DecoderConfig,
-    sigma: PyTree,
-    preamble: KeyValues,
-    kind: str = "embedding",
+    params: Params, config: DecoderConfig, sigma: PyTree, preamble: KeyValues, kind: str = "embedding"
 ) -> KeyValues:
     """The prefix that a soft prompt is, where the context stood; differentiable in ``sigma``.
 
@@ -132,9 +125,7 @@ def prompt_hidden(
     return answer_hidden(params, config, prefix, rows)
 
 
-def log_probs(
-    params: Params, config: DecoderConfig, prefix: KeyValues, rows: Rows
-) -> Float[Array, "b a v"]:
+def log_probs(params: Params, config: DecoderConfig, prefix: KeyValues, rows: Rows) -> Float[Array, "b a v"]:
     """log p(· | prefix, z, ŷ<t) at every answer position, float32: the exact distributions.
 
     For a few rows at a time; training and evaluation go by ``answer_hidden`` instead.

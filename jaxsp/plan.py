@@ -163,10 +163,7 @@ def plan(
         utilisation=UTILISATION,
         step_seconds=flops / (working * rate * UTILISATION),
         largest_rows=largest(
-            lambda rows: _or_infinite(lambda: memory(rows).total),
-            FILL * limit,
-            packing.rows,
-            multiple=parts,
+            lambda rows: _or_infinite(lambda: memory(rows).total), FILL * limit, packing.rows, multiple=parts
         ),
     )
 
@@ -218,11 +215,7 @@ def _or_infinite(size: Callable[[], float]) -> float:
 
 
 def compiled(
-    config: DecoderConfig,
-    settings: Settings,
-    packing: Packing,
-    mesh: Mesh | None,
-    prompts: int = 1,
+    config: DecoderConfig, settings: Settings, packing: Packing, mesh: Mesh | None, prompts: int = 1
 ) -> jax.stages.Compiled:
     """The update of so many prompts with batches of this shape, as a driver runs it, from shapes alone."""
     chosen = UpdateSettings.of(config, settings)
@@ -252,9 +245,7 @@ def compiled(
         preamble, batches = lie(None, preamble), lie(cut, batches)
         states = lie(None if cut else 0, states)
     frozen = Frozen(params, preamble)
-    program = sharded_update.lower(
-        states, batches, frozen=frozen, settings=chosen, mesh=mesh, cut=cut
-    )
+    program = sharded_update.lower(states, batches, frozen=frozen, settings=chosen, mesh=mesh, cut=cut)
     return program.compile()
 
 

@@ -49,9 +49,7 @@ def join(coordinator: str | None, process_id: int | None, processes: int | None)
             jax.distributed.initialize()
         return jax.process_count() > 1
     if coordinator is None or process_id is None or processes is None:
-        raise UserError(
-            "--coordinator, --process-id and --num-processes go together; give all three."
-        )
+        raise UserError("--coordinator, --process-id and --num-processes go together; give all three.")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise UserError(f"--coordinator must be host:port, not {coordinator!r}.")

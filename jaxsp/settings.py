@@ -194,11 +194,7 @@ def plain(part: Any) -> dict[str, Any]:
 
 def decides_result(settings: Settings) -> dict[str, Any]:
     """Everything that decides what a run gives: all parts but ``devices``."""
-    return {
-        name: value
-        for name, value in plain(settings).items()
-        if name not in plain(settings.devices)
-    }
+    return {name: value for name, value in plain(settings).items() if name not in plain(settings.devices)}
 
 
 def side_by_side(settings: Settings) -> tuple[Any, ...]:

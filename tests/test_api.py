@@ -38,9 +38,7 @@ def test_an_objective_of_ones_own_is_trained_on(calm_model, tmp_path):
     assert losses[-1] < losses[0]
     assert result.report["objective"] == "tests.test_api.alpha_divergence(alpha=0.3)"
     other = jaxsp.Objective(alpha_divergence, options=(("alpha", 0.6),))
-    with pytest.raises(
-        jaxsp.UserError, match=r"objective was .*alpha=0.3.* and is now .*alpha=0.6"
-    ):
+    with pytest.raises(jaxsp.UserError, match=r"objective was .*alpha=0.3.* and is now .*alpha=0.6"):
         compress(calm_model, objective=other, out=tmp_path / "out", steps=8, resume=True)
 
 
@@ -105,9 +103,7 @@ def test_a_prompt_kind_of_ones_own_is_trained_saved_and_asked(calm_model, tmp_pa
     losses = [line["loss"] for line in result.lines[1:]]
     assert losses[-1] < losses[0]
     again = jaxsp.SoftPrompt.load(tmp_path / "out")
-    for ours, theirs in zip(
-        jax.tree.leaves(again.sigma), jax.tree.leaves(result.prompt.sigma), strict=True
-    ):
+    for ours, theirs in zip(jax.tree.leaves(again.sigma), jax.tree.leaves(result.prompt.sigma), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert jaxsp.ask(calm_model, again, "What now?", max_tokens=3) == jaxsp.ask(
         calm_model, result.prompt, "What now?", max_tokens=3

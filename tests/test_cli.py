@@ -116,18 +116,11 @@ def test_compress_writes_everything(compress, tmp_path):
         assert report[split]["conditions"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
         assert report[split]["conditions"]["full_context"]["rouge_l"] == 1.0
     assert set(report["gap_closed"]) == {"value", "low", "high"}
-    assert {"load", "answers", "signals", "compile", "train", "evaluate", "total"} <= set(
-        report["seconds"]
-    )
+    assert {"load", "answers", "signals", "compile", "train", "evaluate", "total"} <= set(report["seconds"])
     assert {q["split"] for q in report["queries"]} == {"train", "held_out"}
-    assert {
-        "query",
-        "split",
-        "kl",
-        "answer_full_context",
-        "answer_prompt",
-        "answer_no_context",
-    } <= set(report["queries"][0])
+    assert {"query", "split", "kl", "answer_full_context", "answer_prompt", "answer_no_context"} <= set(
+        report["queries"][0]
+    )
     assert report["compression"] == report["context_tokens"] / 4
     lines = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -256,9 +249,7 @@ def test_help_is_shown(jaxsp_command):
     code, out, _ = jaxsp_command("compress", "--help")
     assert code == 0
     assert "--learning-rate" in out
-    parts = [
-        f"{part} options" for part in ("", "prompt", "teacher", "training", "devices", "output")
-    ]
+    parts = [f"{part} options" for part in ("", "prompt", "teacher", "training", "devices", "output")]
     assert sorted(parts, key=out.index) == parts
     assert out.index("--queries") < out.index("--length")  # what must be given comes first
 
@@ -293,9 +284,7 @@ def test_plan_says_what_a_run_will_need(jaxsp_command, tiny_directory, tmp_path,
 
 
 def out_of_memory(*_, **__):
-    raise jax.errors.JaxRuntimeError(
-        "RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nMore."
-    )
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nMore.")
 
 
 def test_a_device_without_memory(
@@ -461,9 +450,7 @@ def test_int8_weights_stay_with_the_prompt(compress, jaxsp_command, job, tmp_pat
     assert jaxsp_command("ask", out, "What now?", "--max-tokens", 5)[0] == 0
     assert jaxsp_command("evaluate", out, "--queries", job["queries"], "--json")[0] == 0
     prompt = jaxsp.SoftPrompt.load(out)
-    with pytest.raises(
-        jaxsp.UserError, match=r"trained for int8 weights.* has full ones; .*'int8'"
-    ):
+    with pytest.raises(jaxsp.UserError, match=r"trained for int8 weights.* has full ones; .*'int8'"):
         prompt.check(tiny_model)
     del prompt.manifest["model"]["weights"]  # as it was before there was a choice
     with pytest.raises(jaxsp.UserError, match="belongs to another model"):
@@ -475,9 +462,7 @@ def test_evaluate_repeats_the_reports_numbers(jaxsp_command, finished, tmp_path)
     held = [q for q in report["queries"] if q["split"] == "held_out"]
     queries = tmp_path / "held.txt"
     queries.write_text("\n".join(q["query"] for q in held))
-    _, out, _ = jaxsp_command(
-        "evaluate", finished, "--queries", queries, "--json", "--dtype", "float32"
-    )
+    _, out, _ = jaxsp_command("evaluate", finished, "--queries", queries, "--json", "--dtype", "float32")
     again = json.loads(out)
     assert again["gap_closed"]["value"] == pytest.approx(report["gap_closed"]["value"], abs=1e-4)
     for ours, theirs in zip(again["queries"], held, strict=True):
@@ -491,11 +476,7 @@ def test_artifacts_that_cannot_be_used(jaxsp_command, finished, tmp_path, job):
     long = "word " * 200
     refused(jaxsp_command("ask", finished, long), "window of 512")
     other = tiny.write(tmp_path / "other", seed=5)
-    refused(
-        jaxsp_command("ask", finished, "Who?", "--model", other),
-        "belongs to another model",
-        "weights",
-    )
+    refused(jaxsp_command("ask", finished, "Who?", "--model", other), "belongs to another model", "weights")
     refused(
         jaxsp_command("evaluate", finished, "--queries", job["queries"], "--model", other),
         "belongs to another model",
@@ -529,16 +510,11 @@ def test_artifacts_that_cannot_be_used(jaxsp_command, finished, tmp_path, job):
     text = (tokenizer / "tokenizer.json").read_text("utf-8")
     swapped = text.replace('"A":', '"@@":').replace('"B":', '"A":').replace('"@@":', '"B":')
     (tokenizer / "tokenizer.json").write_text(swapped, "utf-8")
-    refused(
-        jaxsp_command("ask", finished, "Who?", "--model", tokenizer), "another model", "tokenizer"
-    )
+    refused(jaxsp_command("ask", finished, "Who?", "--model", tokenizer), "another model", "tokenizer")
 
 
 def test_a_prompt_without_its_context(jaxsp_command, finished, tmp_path, job):
     shutil.copytree(finished, tmp_path / "copy")
     (tmp_path / "copy" / "context.txt").unlink()
     assert jaxsp_command("ask", tmp_path / "copy", "Who?", "--max-tokens", 2)[0] == 0
-    refused(
-        jaxsp_command("evaluate", tmp_path / "copy", "--queries", job["queries"]),
-        "without its context",
-    )
+    refused(jaxsp_command("evaluate", tmp_path / "copy", "--queries", job["queries"]), "without its context")

@@ -31,9 +31,7 @@ def config(tiny_model):
     return tiny_model.config
 
 
-@pytest.mark.parametrize(
-    "settings", [SETTINGS, MESH], ids=lambda settings: settings.devices.parallel
-)
+@pytest.mark.parametrize("settings", [SETTINGS, MESH], ids=lambda settings: settings.devices.parallel)
 def test_the_program_is_the_one_that_runs(tiny_model, settings):
     """Compiled from shapes alone, its memory is that of the driver's step on real arrays."""
     params, config = tiny_model.params, tiny_model.config
@@ -106,21 +104,12 @@ def programs(monkeypatch):
 
 @pytest.mark.parametrize(
     ("mesh", "room", "at_once"),
-    [
-        (None, None, 40),
-        (None, 40, 40),
-        (None, 17, 17),
-        (None, 0, 1),
-        ("data=2", 17, 16),
-        ("data=2", 0, 2),
-    ],
+    [(None, None, 40), (None, 40, 40), (None, 17, 17), (None, 0, 1), ("data=2", 17, 16), ("data=2", 0, 2)],
 )
 def test_how_many_prompts_have_room(config, programs, monkeypatch, mesh, room, at_once):
     """As many as are wished for, unless the device has room for fewer."""
     limit = None if room is None else math.ceil((10_000 + 4000 * room) / plan.FILL)
-    monkeypatch.setattr(
-        plan, "_memory_stats", lambda: {} if room is None else {"bytes_limit": limit}
-    )
+    monkeypatch.setattr(plan, "_memory_stats", lambda: {} if room is None else {"bytes_limit": limit})
     laid_out = None if mesh is None else as_mesh(mesh)
     found = plan.prompts_at_once(config, SETTINGS, Packing(4, 48), laid_out, most=40)
     assert found == at_once
@@ -156,9 +145,7 @@ def test_what_fits(config, programs, monkeypatch, changes, rows, share, largest)
 def test_sigma_is_read_once_a_part(config, programs, monkeypatch):
     monkeypatch.setattr(plan, "_packing", lambda settings, query_tokens: Packing(4, 48))
     flops = [
-        plan.plan(
-            config, make_settings({"accumulate": parts}), context_tokens=9, query_tokens=9
-        ).flops
+        plan.plan(config, make_settings({"accumulate": parts}), context_tokens=9, query_tokens=9).flops
         for parts in (1, 2, 4)
     ]
     assert 0 < flops[1] - flops[0] == pytest.approx((flops[2] - flops[0]) / 3)

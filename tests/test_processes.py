@@ -63,8 +63,7 @@ def two(start, out, *more, **other):
     together = ("--coordinator", free_address(), "--num-processes", "2")
     also = other.pop("also", ())
     return [
-        start(out, *together, "--process-id", str(i), *more, *(also if i else ()), **other)
-        for i in (0, 1)
+        start(out, *together, "--process-id", str(i), *more, *(also if i else ()), **other) for i in (0, 1)
     ]
 
 
@@ -123,10 +122,7 @@ def test_two_processes_are_one_and_neither_waits_for_a_dead_one(start, tmp_path)
 
 def test_many_contexts_are_divided_among_processes(start, calm_model, tmp_path):
     """Each result is that of one process, also where a process died in between."""
-    jobs = [
-        {"id": str(i), "context": f"{CONTEXT} No. {i}.", "queries": QUERIES, "seed": i}
-        for i in range(3)
-    ]
+    jobs = [{"id": str(i), "context": f"{CONTEXT} No. {i}.", "queries": QUERIES, "seed": i} for i in range(3)]
     contexts, out = tmp_path / "contexts.jsonl", tmp_path / "out"
     contexts.write_text("".join(json.dumps(row) + "\n" for row in jobs))
     command = ("compress-many", contexts, "--at-once", 1)
@@ -175,10 +171,7 @@ def test_processes_that_disagree(start, tmp_path, also, difference):
     ("options", "message"),
     [
         (("--process-id", "0"), "--coordinator, --process-id and --num-processes go together"),
-        (
-            ("--coordinator", "here", "--process-id", "0", "--num-processes", "2"),
-            "host:port, not 'here'",
-        ),
+        (("--coordinator", "here", "--process-id", "0", "--num-processes", "2"), "host:port, not 'here'"),
         (
             ("--coordinator", "a:1", "--process-id", "2", "--num-processes", "2"),
             "--process-id must lie from 0 to 1 (--num-processes - 1), not 2",

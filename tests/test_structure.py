@@ -92,9 +92,7 @@ def test_no_room_is_in_a_circle():
         module: {name if name in modules else name.rpartition(".")[0] for name in imports(file)}
         for module, file in modules.items()
     }
-    graph = {
-        module: (others & modules.keys()) - {module, "jaxsp"} for module, others in graph.items()
-    }
+    graph = {module: (others & modules.keys()) - {module, "jaxsp"} for module, others in graph.items()}
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
@@ -150,8 +148,7 @@ def test_every_public_name_is_there_and_documented():
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
-        [sys.executable, "-m", "uv", "build", "--wheel", "-q", "-o", str(folder), str(ROOT)],
-        check=True,
+        [sys.executable, "-m", "uv", "build", "--wheel", "-q", "-o", str(folder), str(ROOT)], check=True
     )
     return next(folder.glob("*.whl"))
 
@@ -184,11 +181,7 @@ def test_the_wheel_runs_from_an_empty_folder(wheel, tmp_path):
 
 @pytest.mark.parametrize(
     "tool",
-    [
-        ("ruff", "check", "."),
-        ("ruff", "format", "--check", "."),
-        ("pyright", "--pythonpath", sys.executable),
-    ],
+    [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("pyright", "--pythonpath", sys.executable)],
 )
 def test_the_tools_are_content(tool):
     result = subprocess.run(

@@ -117,9 +117,7 @@ def tokenizer(chat_template: str | None = CHAT_TEMPLATE):
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {
-        word: i for i, word in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])
-    }
+    words = {word: i for i, word in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     core = Tokenizer(models.BPE(words, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -134,12 +132,7 @@ def tokenizer(chat_template: str | None = CHAT_TEMPLATE):
 
 
 def write(
-    directory: Path,
-    seed: int = 0,
-    *,
-    gain: float = 2.0,
-    with_tokenizer: bool = True,
-    **changes: Any,
+    directory: Path, seed: int = 0, *, gain: float = 2.0, with_tokenizer: bool = True, **changes: Any
 ) -> Path:
     """A whole model directory."""
     directory.mkdir(parents=True, exist_ok=True)

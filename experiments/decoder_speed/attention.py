@@ -82,9 +82,7 @@ def program(form: Any, case: Case) -> Any:
             if case.prefix:
                 slots.insert(0, Slots(prefix[0], prefix[1], before))
             precise = precision or jax.lax.Precision.DEFAULT
-            inputs = AttentionInputs(
-                q, where, tuple(slots), scale=case.width**-0.5, precision=precise
-            )
+            inputs = AttentionInputs(q, where, tuple(slots), scale=case.width**-0.5, precision=precise)
             return form(inputs), None
 
         q, *stacked = arrays
@@ -99,19 +97,14 @@ def program(form: Any, case: Case) -> Any:
         *[shape(1, case.prefix, case.kv_heads, case.layers)] * 2,
     ]
     compiled = jax.jit(jax.value_and_grad(loss)).lower(arrays).compile()
-    given = [
-        jax.random.normal(jax.random.key(i), a.shape).astype(a.dtype) for i, a in enumerate(arrays)
-    ]
+    given = [jax.random.normal(jax.random.key(i), a.shape).astype(a.dtype) for i, a in enumerate(arrays)]
     return compiled, given
 
 
 def measure(case: Case, run: Run) -> dict[str, Any]:
     row: dict[str, Any] = dataclasses.asdict(case)
     calls, seconds = {}, {}
-    for name, form in (
-        ("full", full),
-        ("chunked", functools.partial(attention, backend="chunked")),
-    ):
+    for name, form in (("full", full), ("chunked", functools.partial(attention, backend="chunked"))):
         compiled, given = program(form, case)
         memory = compiled.memory_analysis().temp_size_in_bytes / MIB
         row[name] = {"temp_mib": round(memory, 1)}

@@ -46,9 +46,7 @@ def measure(run: Run) -> dict:
     prefix = decoder.prefill(model.params, model.config, context)
 
     def answers(some: slice) -> list[list[int]]:
-        return generate(
-            model.params, model.config, prefix, requests[some], samplings[some], slots=run.slots
-        )
+        return generate(model.params, model.config, prefix, requests[some], samplings[some], slots=run.slots)
 
     def static() -> list[list[int]]:
         starts = range(0, run.requests, run.slots)

@@ -67,9 +67,7 @@ def main() -> None:
         for dtype in run.dtypes:
             module = "experiments.decoder_speed.loading"
             code = f"from {module} import child; child({folder!r}, {dtype!r})"
-            done = subprocess.run(
-                [sys.executable, "-c", code], check=True, capture_output=True, text=True
-            )
+            done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
             row = {"dtype": dtype, "checkpoint": size, **json.loads(done.stdout.splitlines()[-1])}
             rows.append({**row, "peak_of_checkpoint": row["peak"] / size})
             print(

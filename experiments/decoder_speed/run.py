@@ -74,9 +74,7 @@ def our_jobs(shape: Shape, dtype: str) -> dict[str, Callable[[], Any]]:
     context = read(params, config, document[:, : shape.context])
     sigma = document[:, : shape.prompt]
     rows = ids(random, config, shape.rows, shape.row)
-    teacher = jnp.asarray(
-        random.standard_normal((shape.rows, shape.answer, config.width)), config.dtype
-    )
+    teacher = jnp.asarray(random.standard_normal((shape.rows, shape.answer, config.width)), config.dtype)
 
     @jax.jit
     def gradient(params, sigma, rows, teacher):
@@ -178,8 +176,7 @@ def measure(run: Run) -> dict[str, Any]:
             if torch:
                 seconds.setdefault(f"torch {name}", []).append(torch.seconds(name))
     median = {
-        name: statistics.median(times[len(times) // (run.repeats + 1) :])
-        for name, times in seconds.items()
+        name: statistics.median(times[len(times) // (run.repeats + 1) :]) for name, times in seconds.items()
     }
     rate = 2 * shape.matmul**3 / median["matmul"]
     rows = []
@@ -247,8 +244,7 @@ def main() -> None:
     kept = [
         old
         for old in results
-        if any(old[k] != result[k] for k in same)
-        or old["machine"]["device"] != result["machine"]["device"]
+        if any(old[k] != result[k] for k in same) or old["machine"]["device"] != result["machine"]["device"]
     ]
     file.write_text(json.dumps([*kept, result], indent=1) + "\n", "utf-8")
     print(f"Matrix products: {result['matmul_gflops']:,.0f} GFLOP/s.\n{table([*kept, result])}")

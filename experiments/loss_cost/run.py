@@ -49,9 +49,7 @@ def materialised(student, teacher, head):
     """The loss as one would write it: both sides' logits as whole arrays."""
     precision = "highest" if head.dtype == jnp.float32 else None
     teacher_logits, student_logits = (
-        jnp.einsum(
-            "nd,vd->nv", hidden, head, precision=precision, preferred_element_type=jnp.float32
-        )
+        jnp.einsum("nd,vd->nv", hidden, head, precision=precision, preferred_element_type=jnp.float32)
         for hidden in (teacher, student)
     )
     return losses.masked_mean(losses.kl_divergence(teacher_logits, student_logits))
@@ -65,9 +63,7 @@ def measure(positions: int, vocabulary: int, dtype: str, run: Run) -> dict[str, 
     keys = jax.random.split(jax.random.key(0), 3)
     student, teacher, head = (
         (scale * jax.random.normal(key, (rows, run.width))).astype(dtype)
-        for key, rows, scale in zip(
-            keys, (positions, positions, vocabulary), (1, 1, 0.1), strict=True
-        )
+        for key, rows, scale in zip(keys, (positions, positions, vocabulary), (1, 1, 0.1), strict=True)
     )
     row: dict[str, Any] = {"positions": positions, "vocabulary": vocabulary, "dtype": dtype}
     calls: dict[str, Callable[[], Any]] = {}
@@ -122,16 +118,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         return "does not fit" if value is None else f"{value:.2f}"
 
     torch = any("torch_chunked" in row for row in rows)
-    names = [
-        "N",
-        "V",
-        "dtype",
-        "memory: materialised",
-        "fused",
-        "ratio",
-        "time: materialised",
-        "fused",
-    ]
+    names = ["N", "V", "dtype", "memory: materialised", "fused", "ratio", "time: materialised", "fused"]
     names += ["torch, chunked"] if torch else []
     lines = ["| " + " | ".join(names) + " |", "|" + "---:|" * len(names)]
     for row in rows:
@@ -155,9 +142,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     ):  # fmt: skip
         dtype = rows[0]["dtype"]
         vocabularies = sorted({row["vocabulary"] for row in rows})
-        for vocabulary, colour in zip(
-            vocabularies, itertools.cycle(["#0b7a75", "#d98e04", "#b3261e"])
-        ):
+        for vocabulary, colour in zip(vocabularies, itertools.cycle(["#0b7a75", "#d98e04", "#b3261e"])):
             for form, style in (("materialised", "--"), ("fused", "-")):
                 points = [
                     (row["positions"], row[form][key]) for row in rows
@@ -178,9 +163,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 def main(run: Run) -> None:
     rows = []
-    for dtype, vocabulary, positions in itertools.product(
-        run.dtypes, run.vocabularies, run.positions
-    ):
+    for dtype, vocabulary, positions in itertools.product(run.dtypes, run.vocabularies, run.positions):
         rows.append(measure(positions, vocabulary, dtype, run))
         print(json.dumps(rows[-1]), flush=True)
     run.out.mkdir(parents=True, exist_ok=True)

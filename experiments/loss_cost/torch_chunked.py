@@ -18,9 +18,7 @@ def prepared(student: Any, teacher: Any, head: Any) -> Callable[[], tuple[Any, A
     """A function that gives (mean KL, gradient to the student's hidden states)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, str(student.dtype))
-    s, t, w = (
-        torch.tensor(np.asarray(a, np.float32)).to(device, dtype) for a in (student, teacher, head)
-    )
+    s, t, w = (torch.tensor(np.asarray(a, np.float32)).to(device, dtype) for a in (student, teacher, head))
 
     @torch.no_grad()
     def call() -> tuple[Any, Any]:

@@ -109,9 +109,7 @@ def agreement(queries: Iterable[Mapping[str, str]], n: int, ours: str) -> tuple[
     return sum(same), len(same)
 
 
-def rouge(
-    queries: Iterable[Mapping[str, str]], lengths: tuple[int, int], ours: str
-) -> tuple[float, int]:
+def rouge(queries: Iterable[Mapping[str, str]], lengths: tuple[int, int], ours: str) -> tuple[float, int]:
     """ROUGE-L, summed over the teacher's answers of so many words, and how many there are."""
     low, high = lengths
     scores = [
@@ -133,9 +131,7 @@ def summary(contexts: Sequence[Context], objectives: Sequence[str]) -> dict[str,
         "held_out_questions": sum(c[first][0]["held_out"]["queries"] for c in contexts),
         "seconds": sum(report["seconds"]["total"] for report in reports),
         "no_better_than_start": {
-            objective: sum(
-                r["no_better_than_start"] for context in contexts for r in context[objective]
-            )
+            objective: sum(r["no_better_than_start"] for context in contexts for r in context[objective])
             for objective in objectives
         },
         "table": {
@@ -164,9 +160,7 @@ def _row(
     contexts: Sequence[Context], objective: str, condition: str, first: str
 ) -> dict[str, dict[str, Any]]:
     def each(objective: str, condition: str, metric: str) -> np.ndarray:
-        return np.array(
-            [np.mean([values(r, condition)[metric] for r in c[objective]]) for c in contexts]
-        )
+        return np.array([np.mean([values(r, condition)[metric] for r in c[objective]]) for c in contexts])
 
     row = {}
     for metric in MEASURED_BY:
@@ -186,8 +180,7 @@ def _over(
 ) -> dict[str, float]:
     """A ratio over the held-out answers of all contexts; nothing if there are none."""
     pairs = [
-        np.sum([count(_held_out(r), size, ours) for r in c.get(name, c[first])], axis=0)
-        for c in contexts
+        np.sum([count(_held_out(r), size, ours) for r in c.get(name, c[first])], axis=0) for c in contexts
     ]
     totals, counts = np.transpose(pairs)
     if not counts.any():
@@ -232,10 +225,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines = []
     for metrics in (MEASURED_BY[:7], MEASURED_BY[7:]):
         lines += ["| trained on | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
-        lines += [
-            f"| {row} | " + " | ".join(cell(row, metric) for metric in metrics) + " |"
-            for row in table
-        ]
+        lines += [f"| {row} | " + " | ".join(cell(row, metric) for metric in metrics) + " |" for row in table]
         lines.append("")
     kept = ", ".join(f"{name} {count}" for name, count in found["no_better_than_start"].items())
     return "\n".join([*lines, f"Prompts with a held-out KL no lower than their start's: {kept}."])

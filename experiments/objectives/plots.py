@@ -16,9 +16,7 @@ def heat_map(table: Mapping[str, Mapping[str, Mapping[str, float]]], file: Path)
     rows = [name for name in table if name not in REFERENCES]
 
     def left(row: str, metric: str) -> float:
-        turn = (
-            abs if metric == "entropy_shift" else lambda v: -v if metric in LARGER_IS_BETTER else v
-        )
+        turn = abs if metric == "entropy_shift" else lambda v: -v if metric in LARGER_IS_BETTER else v
         ours, full, none = (
             turn(table[name][metric]["value"]) for name in (row, "full_context", "no_context")
         )
@@ -31,9 +29,7 @@ def heat_map(table: Mapping[str, Mapping[str, Mapping[str, float]]], file: Path)
     for y, row in enumerate(rows):
         for x, metric in enumerate(MEASURED_BY):
             colour = "white" if shares[y][x] > 0.6 else "black"
-            axes.text(
-                x, y, f"{table[row][metric]['value']:.3f}", ha="center", va="center", color=colour
-            )
+            axes.text(x, y, f"{table[row][metric]['value']:.3f}", ha="center", va="center", color=colour)
     axes.set_xticks(range(len(MEASURED_BY)), MEASURED_BY, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel="measured by (held-out questions)", ylabel="trained on")

@@ -101,9 +101,7 @@ def make_job(run: Run) -> Job:
         train, held_out = (read_queries(sample / f"{n}.txt") for n in ("questions", "held_out"))
         context = read_context(sample / "manual.md")
     job = tokenize(model, context, train, held_out, settings)
-    key = jax.random.key_data(
-        jax.random.key(settings.training.seed)
-    ).tolist()  # as in jaxsp's own loop
+    key = jax.random.key_data(jax.random.key(settings.training.seed)).tolist()  # as in jaxsp's own loop
     return Job(
         model=str(model.directory),
         dtype=model.config.dtype,
@@ -132,9 +130,7 @@ def measure(run: Run) -> dict[str, Any]:
 
         def start(name: str, variant: str, ours: bool) -> Side:
             say(f"{name}: getting ready")
-            python, module = (
-                (sys.executable, "jaxsp_side") if ours else (run.torch_python, "torch_side")
-            )
+            python, module = (sys.executable, "jaxsp_side") if ours else (run.torch_python, "torch_side")
             side = Side(name, python, module, file, variant)
             stack.callback(side.close)
             return side
@@ -238,12 +234,7 @@ def curve(turns: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Held-out KL and training seconds so far after every turn, and warm: without compilation."""
     first, *others = turns
     median = statistics.median(step["seconds"] for turn in others for step in turn["steps"])
-    point = {
-        "step": 0,
-        "kl": first["kl"],
-        "seconds": first["setup"],
-        "seconds_warm": first["setup_warm"],
-    }
+    point = {"step": 0, "kl": first["kl"], "seconds": first["setup"], "seconds_warm": first["setup_warm"]}
     points = [point]
     for turn in others:
         count = len(turn["steps"])

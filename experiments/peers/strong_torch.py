@@ -47,9 +47,7 @@ class Strong:
 
     def _states(self, index: Sequence[int], past: Cache, sigma: Tensor) -> Tensor:
         """Last hidden states at the answer positions of these queries, packed in a row after σ."""
-        queries, answers = (
-            [part[i] for i in index] for part in (self._job.queries, self._job.answers)
-        )
+        queries, answers = ([part[i] for i in index] for part in (self._job.queries, self._job.answers))
         rows = [torch.tensor([*z, *y[:-1]]) for z, y in zip(queries, answers, strict=True)]
         start, length = past.get_seq_length(), len(sigma)
         position = torch.cat([torch.arange(length), *(length + torch.arange(len(r)) for r in rows)])

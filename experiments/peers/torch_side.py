@@ -58,9 +58,7 @@ class Peft:
         return signal
 
     def _logits(self, index: Sequence[int], before: list[int]) -> Tensor:
-        queries, answers = (
-            [part[i] for i in index] for part in (self._job.queries, self._job.answers)
-        )
+        queries, answers = ([part[i] for i in index] for part in (self._job.queries, self._job.answers))
         rows = [torch.tensor([*before, *z, *y[:-1]]) for z, y in zip(queries, answers, strict=True)]
         tokens = pad_sequence(rows, batch_first=True)
         live = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -107,9 +105,7 @@ def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     return kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
-def train(
-    build: Callable[[Job, transformers.PreTrainedModel], Peer], job: Job, *, cached: bool
-) -> None:
+def train(build: Callable[[Job, transformers.PreTrainedModel], Peer], job: Job, *, cached: bool) -> None:
     """The first turn readies everything; every other takes some steps and measures."""
     model = load(job)
     started = time.perf_counter()

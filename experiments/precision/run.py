@@ -52,13 +52,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
         [{"query": q.text, "answer": answers[q.text]} for q in part] for part in (queries, held_out)
     )
     jobs = [
-        {
-            "id": f"seed-{seed}",
-            "context": context,
-            "queries": queries,
-            "held_out": held_out,
-            "seed": seed,
-        }
+        {"id": f"seed-{seed}", "context": context, "queries": queries, "held_out": held_out, "seed": seed}
         for seed in run.seeds
     ]
     rows = []
@@ -77,9 +71,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
                     "dtype": dtype,
                     "kl": conditions["prompt"]["kl"],
                     "no_context": conditions["no_context"]["kl"],
-                    "lines": [
-                        {key: line[key] for key in DRAWN if key in line} for line in result.lines
-                    ],
+                    "lines": [{key: line[key] for key in DRAWN if key in line} for line in result.lines],
                 }
             )
     return rows
@@ -97,9 +89,7 @@ def float32_answers(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Held-out KL by seed, and how far bfloat16 ends from float32; the mean, with its standard error."""
-    exact, rounded = (
-        {row["seed"]: row["kl"] for row in rows if row["dtype"] == dtype} for dtype in DTYPES
-    )
+    exact, rounded = ({row["seed"]: row["kl"] for row in rows if row["dtype"] == dtype} for dtype in DTYPES)
     differences = [rounded[seed] / kl - 1 for seed, kl in exact.items()]
     lines = ["| seed | float32 | bfloat16 | difference |", "|---:|---:|---:|---:|"]
     for (seed, kl), difference in zip(exact.items(), differences, strict=True):

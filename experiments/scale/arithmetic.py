@@ -194,9 +194,7 @@ def works(config: DecoderConfig, prompts: int) -> Iterator[Work]:
     yield Work("evaluations", EVALUATIONS / prompts, *head(config, prompts * HELD_OUT * ANSWER, 2))
 
 
-def rates(
-    name: str, prompts: int, model: int, utilisation: float, repeats: int = 1
-) -> dict[str, Any]:
+def rates(name: str, prompts: int, model: int, utilisation: float, repeats: int = 1) -> dict[str, Any]:
     """Contexts an hour on all chips, and the seconds of each part by what bounds it.
 
     Args:

@@ -15,15 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxsp
-from experiments.scale.arithmetic import (
-    ANSWER,
-    CONTEXT,
-    HELD_OUT,
-    PACKING,
-    QUERIES,
-    QUERY,
-    SETTINGS,
-)
+from experiments.scale.arithmetic import ANSWER, CONTEXT, HELD_OUT, PACKING, QUERIES, QUERY, SETTINGS
 from jaxsp.data.examples import Rows, make_rows
 from jaxsp.runs.job import check_jobs
 from tests import tiny
@@ -60,17 +52,11 @@ def per_context() -> dict[str, float]:
         folder = Path(scratch)
         sizes = {"gain": 1.0, "max_position_embeddings": 2048}
         model = jaxsp.load_model(tiny.write(folder / "tiny", **sizes), dtype="float32")
-        options = {
-            "length": SETTINGS.prompt.length,
-            "steps": SETTINGS.training.steps,
-            "at_once": JOBS // 2,
-        }
+        options = {"length": SETTINGS.prompt.length, "steps": SETTINGS.training.steps, "at_once": JOBS // 2}
         options |= {"max_answer_tokens": ANSWER, "progress": False}
         list(jaxsp.compress_many(model, jobs(JOBS // 2), out=folder / "compiles", **options))
         profile = cProfile.Profile()
-        profile.runcall(
-            lambda: list(jaxsp.compress_many(model, jobs(), out=folder / "out", **options))
-        )
+        profile.runcall(lambda: list(jaxsp.compress_many(model, jobs(), out=folder / "out", **options)))
         files = [file for file in (folder / "out" / "0").rglob("*") if file.is_file()]
         written = sum(file.stat().st_size for file in files if file.suffix != ".safetensors")
     found: Any = pstats.Stats(profile)

@@ -47,9 +47,7 @@ def main() -> None:
     }
     results = {}
     figure = Figure(figsize=(9, 2.8), layout="constrained")
-    for axes, (name, logits) in zip(
-        figure.subplots(1, 4, sharey=True), chosen.items(), strict=True
-    ):
+    for axes, (name, logits) in zip(figure.subplots(1, 4, sharey=True), chosen.items(), strict=True):
         p = jax.nn.softmax(logits)[0]
         results[name] = {
             "distribution": [round(float(x), 3) for x in p],
@@ -57,9 +55,7 @@ def main() -> None:
             "zero_one": float(losses.zero_one(TEACHER, logits)[0]),
             "confidence_shift": round(float(losses.confidence_shift(TEACHER, logits)[0]), 3),
         }
-        axes.bar(
-            ["right\nanswer", "alternative", "others"], p, color=["#0b7a75", "#d98e04", "#b0a990"]
-        )
+        axes.bar(["right\nanswer", "alternative", "others"], p, color=["#0b7a75", "#d98e04", "#b0a990"])
         for place, x in enumerate(p):
             axes.text(place, float(x) + 0.02, f"{float(x):.0%}", ha="center", fontsize=9)
         title = name if name == "the teacher" else f"trained on {name}"

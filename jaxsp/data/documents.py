@@ -109,8 +109,7 @@ def split_queries(
             raise UserError(f"The held-out fraction must lie between 0 and 1, not {held_out}.")
         if len(queries) < 2:
             raise UserError(
-                f"At least two queries are needed, one to train on and one held out; got"
-                f" {len(queries)}."
+                f"At least two queries are needed, one to train on and one held out; got {len(queries)}."
             )
         order = random.Random(seed).sample(range(len(queries)), len(queries))
         chosen = set(order[: min(len(queries) - 1, max(1, round(held_out * len(queries))))])

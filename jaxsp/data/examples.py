@@ -117,9 +117,7 @@ def make_rows(queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
     return Rows(tokens, offsets, answer_index, mask, {"tokens": answer_ids})
 
 
-def batch_indices(
-    count: int, cursor: int, batch_size: int, key: Sequence[int] | np.ndarray
-) -> np.ndarray:
+def batch_indices(count: int, cursor: int, batch_size: int, key: Sequence[int] | np.ndarray) -> np.ndarray:
     """Which rows stand at ``cursor`` in the endless shuffled stream.
 
     Each epoch is a fresh permutation of all rows, drawn from (key, epoch) alone: the stream can be
@@ -136,7 +134,6 @@ def batch_indices(
     """
     places = np.arange(cursor, cursor + batch_size)
     epochs = {
-        e: np.random.default_rng([*map(int, key), int(e)]).permutation(count)
-        for e in set(places // count)
+        e: np.random.default_rng([*map(int, key), int(e)]).permutation(count) for e in set(places // count)
     }
     return np.array([epochs[place // count][place % count] for place in places])

@@ -178,9 +178,7 @@ class Packing:
             mask[row, answer] = True
             for packed, leaf in zip(targets, given, strict=True):
                 packed[row, answer] = leaf[i, live]
-        return Rows(
-            tokens, offsets, answer_index, mask, jax.tree.unflatten(tree, targets), segment_ids
-        )
+        return Rows(tokens, offsets, answer_index, mask, jax.tree.unflatten(tree, targets), segment_ids)
 
     def in_order(self, rows: Rows) -> list[Int[np.ndarray, " n"]]:
         """All sequences once, in their order: the indices of as few batches as hold them."""
@@ -194,9 +192,7 @@ class Packing:
             start = stop
         return batches
 
-    def unpack(
-        self, values: Sequence[np.ndarray], rows: Rows, batches: Sequence[np.ndarray]
-    ) -> np.ndarray:
+    def unpack(self, values: Sequence[np.ndarray], rows: Rows, batches: Sequence[np.ndarray]) -> np.ndarray:
         """What stands at the packed answer positions, at those of ``rows``; 0 elsewhere.
 
         Args:
@@ -212,9 +208,7 @@ class Packing:
                 out[i, rows.mask[i]] = packed[row, answer]
         return out
 
-    def _layout(
-        self, rows: Rows, index: Int[np.ndarray, " n"]
-    ) -> Iterator[tuple[int, int, slice, slice]]:
+    def _layout(self, rows: Rows, index: Int[np.ndarray, " n"]) -> Iterator[tuple[int, int, slice, slice]]:
         """Each sequence's index, its row, and where its tokens and its answer stand there."""
         lengths, answers = rows.lengths[index].tolist(), rows.mask[index].sum(axis=1).tolist()
         places = self.places(lengths)

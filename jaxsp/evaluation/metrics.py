@@ -43,11 +43,7 @@ _RESAMPLES = 4000
 
 @functools.partial(jax.jit, static_argnames=("config", "names"))
 def _at_positions(
-    params: Params,
-    config: DecoderConfig,
-    prefix: KeyValues | None,
-    rows: Rows,
-    names: tuple[str, ...],
+    params: Params, config: DecoderConfig, prefix: KeyValues | None, rows: Rows, names: tuple[str, ...]
 ) -> dict[str, Array]:
     if prefix is None:
         states = jnp.asarray(rows.targets["hidden"])
@@ -110,9 +106,7 @@ def mean_kl_function(
 
     def mean_kl(sigmas: PyTree, batches: Sequence[Rows]) -> np.ndarray:
         parts = [
-            _total_kl(
-                model.params, preamble, sigmas, rows, config=model.config, kind=kind, mesh=mesh
-            )
+            _total_kl(model.params, preamble, sigmas, rows, config=model.config, kind=kind, mesh=mesh)
             for rows in batches
         ]
         total, count = np.sum([(np.asarray(p.total), np.asarray(p.count)) for p in parts], axis=0)

@@ -29,9 +29,7 @@ def _figure(width: float, height: float):
     return figure, axes
 
 
-def training_curve(
-    lines: list[dict[str, Any]], held_out: dict[str, Any], objective: str, file: Path
-) -> None:
+def training_curve(lines: list[dict[str, Any]], held_out: dict[str, Any], objective: str, file: Path) -> None:
     """Training loss and held-out KL over the steps, between the brackets.
 
     The loss of another objective than KL has an axis of its own, on the right.
@@ -60,11 +58,7 @@ def training_curve(
     )
     for name in ("no_context", "truncated_context", "full_context"):
         axes.axhline(
-            held_out[name]["kl"],
-            color=_COLOURS[name],
-            linestyle="--",
-            linewidth=1,
-            label=_LABELS[name],
+            held_out[name]["kl"], color=_COLOURS[name], linestyle="--", linewidth=1, label=_LABELS[name]
         )
     axes.set(xlabel="step", ylabel="KL to the full context (nats/token)", title="Training")
     axes.set_ylim(bottom=-0.02)
@@ -77,13 +71,7 @@ def by_position(curves: dict[str, list[float]], file: Path) -> None:
     """Mean held-out KL at each answer position, for each condition."""
     figure, axes = _figure(7, 4)
     for name, values in curves.items():
-        axes.plot(
-            range(1, len(values) + 1),
-            values,
-            color=_COLOURS[name],
-            label=_LABELS[name],
-            linewidth=1.5,
-        )
+        axes.plot(range(1, len(values) + 1), values, color=_COLOURS[name], label=_LABELS[name], linewidth=1.5)
     axes.set(
         xlabel="position in the answer (token)",
         ylabel="KL to the full context (nats)",
@@ -98,16 +86,8 @@ def by_query(queries: list[dict[str, Any]], file: Path) -> None:
     rows = sorted((q for q in queries if q["split"] == "held_out"), key=lambda q: q["kl"])[-30:]
     figure, axes = _figure(8, 1.2 + 0.32 * len(rows))
     places = range(len(rows))
-    axes.barh(
-        places, [q["kl_no_context"] for q in rows], color="#e8c9c6", height=0.8, label="no context"
-    )
-    axes.barh(
-        places,
-        [q["kl"] for q in rows],
-        color=_COLOURS["prompt"],
-        height=0.45,
-        label=_LABELS["prompt"],
-    )
+    axes.barh(places, [q["kl_no_context"] for q in rows], color="#e8c9c6", height=0.8, label="no context")
+    axes.barh(places, [q["kl"] for q in rows], color=_COLOURS["prompt"], height=0.45, label=_LABELS["prompt"])
     axes.set_yticks(list(places), [_shortened(q["query"]) for q in rows], fontsize=8)
     axes.set(xlabel="KL to the full context (nats/token)", title="Held-out KL by query")
     axes.legend(frameon=False, fontsize=8, loc="lower right")

@@ -60,9 +60,7 @@ def summarise(
     is_train, mask = problem.job.is_train, problem.rows.mask
     counts = mask.sum(axis=1)
     positions = {name: m.positions for name, m in measured.items()}
-    answers = {
-        name: [Answer(ids, _text(model, ids)) for ids in m.answers] for name, m in measured.items()
-    }
+    answers = {name: [Answer(ids, _text(model, ids)) for ids in m.answers] for name, m in measured.items()}
     kl = {name: at["kl"].sum(axis=1) for name, at in positions.items()}
 
     def conditions(split: np.ndarray) -> dict[str, dict[str, float]]:
@@ -71,9 +69,7 @@ def summarise(
             name: {
                 **{m: float(v[split].sum() / counts[split].sum()) for m, v in at.items()},
                 **{
-                    m: float(
-                        np.mean([f(answers["full_context"][i], answers[name][i]) for i in chosen])
-                    )
+                    m: float(np.mean([f(answers["full_context"][i], answers[name][i]) for i in chosen]))
                     for m, f in ANSWER_METRICS.items()
                 },
             }
@@ -101,10 +97,7 @@ def summarise(
             "kl": float(kl["prompt"][i] / counts[i]),
             "kl_no_context": float(kl["no_context"][i] / counts[i]),
             "peak_kl": float(positions["prompt"]["kl"][i].max()),
-            **{
-                f"answer_{name}": answers[name][i].text
-                for name in ("full_context", "prompt", "no_context")
-            },
+            **{f"answer_{name}": answers[name][i].text for name in ("full_context", "prompt", "no_context")},
         }
         for i, query in enumerate(problem.job.queries)
     ]

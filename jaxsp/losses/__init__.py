@@ -36,17 +36,8 @@ Array([0.96], dtype=float32)
 Array([[0., 0., 0.]], dtype=float32)
 """
 
-from jaxsp.losses.divergence import (
-    js_divergence,
-    kl_divergence,
-    reverse_kl_divergence,
-    total_variation,
-)
-from jaxsp.losses.fused import (
-    fused_kl_divergence,
-    fused_negative_log_likelihood,
-    fused_objective,
-)
+from jaxsp.losses.divergence import js_divergence, kl_divergence, reverse_kl_divergence, total_variation
+from jaxsp.losses.fused import fused_kl_divergence, fused_negative_log_likelihood, fused_objective
 from jaxsp.losses.likelihood import (
     candidate_scores,
     negative_log_likelihood,

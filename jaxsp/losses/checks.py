@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     Losses = Float[Array, "*b t"]
 
 
-def prepare(
-    mask: Mask, temperature: float = 1.0, last: str = "v", /, **named: Array
-) -> tuple[Array, ...]:
+def prepare(mask: Mask, temperature: float = 1.0, last: str = "v", /, **named: Array) -> tuple[Array, ...]:
     """The mask and each array, checked; the arrays in float32, divided by the temperature.
 
     The teacher's get no gradient. Under the mask all are 0 before anything is computed: a NaN there

@@ -94,12 +94,7 @@ evaluate.defvjp(_forward, _backward)
 
 @functools.partial(jax.jit, static_argnames=("plan", "gradient"))
 def _in_chunks(
-    plan: Plan,
-    hidden: Array,
-    per_position: dict[str, Array],
-    heads: tuple[Array, Array],
-    *,
-    gradient: bool,
+    plan: Plan, hidden: Array, per_position: dict[str, Array], heads: tuple[Array, Array], *, gradient: bool
 ) -> tuple[tuple[Array, dict[str, Array]], Array | None]:
     """((values, metrics), gradient) of all positions, ``[N]`` and ``[N, D]``."""
     arrays = {"student_hidden": hidden, **per_position}

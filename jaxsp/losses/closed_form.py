@@ -33,8 +33,7 @@ def _kl(
 ) -> tuple[Array, Array]:
     check_positive(temperature=temperature)
     log_p, log_q = (
-        _log_softmax(given[side] / temperature, axis_name)
-        for side in ("teacher_logits", "student_logits")
+        _log_softmax(given[side] / temperature, axis_name) for side in ("teacher_logits", "student_logits")
     )
     values = vocabulary.total(jnp.sum(kl_terms(log_p, log_q), axis=-1), axis_name)
     gradient = (jnp.exp(log_q) - jnp.exp(log_p)) / temperature

@@ -197,6 +197,4 @@ def _log_mixture(log_p: Array, log_q: Array, beta: float) -> Array:
     # log(beta p + (1-beta) q), with a finite gradient where both are 0.
     a, b = log_p + math.log(beta), log_q + math.log1p(-beta)
     either = jnp.maximum(a, b) > -jnp.inf
-    return jnp.where(
-        either, jnp.logaddexp(jnp.where(either, a, 0.0), jnp.where(either, b, 0.0)), -jnp.inf
-    )
+    return jnp.where(either, jnp.logaddexp(jnp.where(either, a, 0.0), jnp.where(either, b, 0.0)), -jnp.inf)

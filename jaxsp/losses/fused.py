@@ -269,11 +269,7 @@ def _check_heads(student: Array, head: Array, teacher: Array | None, other: Arra
 def _check_head(name: str, hidden: Array, head_name: str, head: Array) -> int:
     check_floating("d", **{name: hidden})
     if head.ndim != 2 or 0 in head.shape or not jnp.issubdtype(head.dtype, jnp.floating):
-        raise ValueError(
-            f"{head_name} must be floating [v, d], not {head.dtype} {list(head.shape)}."
-        )
+        raise ValueError(f"{head_name} must be floating [v, d], not {head.dtype} {list(head.shape)}.")
     if head.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{name} has vectors of {hidden.shape[-1]} and {head_name} rows of {head.shape[1]}."
-        )
+        raise ValueError(f"{name} has vectors of {hidden.shape[-1]} and {head_name} rows of {head.shape[1]}.")
     return head.shape[0]

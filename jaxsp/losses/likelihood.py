@@ -67,9 +67,7 @@ def negative_log_likelihood(
     return jnp.where(mask, nll, 0.0)
 
 
-def sequence_log_likelihood(
-    student_logits: Logits, targets: Tokens, mask: Mask = None
-) -> Float[Array, "*b"]:
+def sequence_log_likelihood(student_logits: Logits, targets: Tokens, mask: Mask = None) -> Float[Array, "*b"]:
     r"""Log-likelihood of whole answers.
 
     .. math:: \log p(\hat y \mid \sigma, z) = \sum_t \log p(\hat y_t \mid \sigma, z, \hat y_{<t})

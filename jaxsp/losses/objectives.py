@@ -16,12 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsp.losses.checks import number
-from jaxsp.losses.divergence import (
-    js_divergence,
-    kl_divergence,
-    reverse_kl_divergence,
-    total_variation,
-)
+from jaxsp.losses.divergence import js_divergence, kl_divergence, reverse_kl_divergence, total_variation
 from jaxsp.losses.likelihood import negative_log_likelihood
 from jaxsp.losses.mismatch import rank_agreement, top_k_mismatch, zero_one
 from jaxsp.losses.similarity import cosine_similarity, distribution_cosine_similarity, hidden_mse
@@ -178,16 +173,11 @@ OBJECTIVES: dict[str, Objective] = {
     "total_variation": Objective(total_variation, reference="arXiv:2307.15190"),
     "topk_kl": Objective(topk_kl_divergence, _TOP_K, reference="Cover & Thomas 2006, ch. 2"),
     "truncated_kl": Objective(truncated_kl_divergence, _TOP_K, reference="arXiv:2506.06266"),
-    "nll": Objective(
-        negative_log_likelihood, ("student_logits", "targets"), reference="arXiv:2501.09223"
-    ),
+    "nll": Objective(negative_log_likelihood, ("student_logits", "targets"), reference="arXiv:2501.09223"),
     "zero_one": Objective(zero_one, differentiable=False, reference="arXiv:2501.09223"),
     "top_k_mismatch": Objective(top_k_mismatch, differentiable=False, reference="arXiv:1409.0575"),
     "rank_agreement": Objective(
-        rank_agreement,
-        sense="maximise",
-        differentiable=False,
-        reference="doi:10.1093/biomet/30.1-2.81",
+        rank_agreement, sense="maximise", differentiable=False, reference="doi:10.1093/biomet/30.1-2.81"
     ),
     "entropy": Objective(entropy, ("student_logits",), reference="Grandvalet & Bengio 2004"),
     "confidence_shift": Objective(confidence_shift, sense="zero", reference="arXiv:1706.04599"),

@@ -93,10 +93,7 @@ class DecoderConfig:
                 text = _per_layer(value) if isinstance(value, tuple) else repr(value)
                 shown.append(f"{field.name}={text}")
         return textwrap.fill(
-            f"DecoderConfig({', '.join(shown)})",
-            100,
-            subsequent_indent="    ",
-            break_on_hyphens=False,
+            f"DecoderConfig({', '.join(shown)})", 100, subsequent_indent="    ", break_on_hyphens=False
         )
 
     def check_length(self, tokens: int) -> None:

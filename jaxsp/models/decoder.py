@@ -51,9 +51,7 @@ class DecoderLayer(nn.Module):
 
     config: DecoderConfig
 
-    def __call__(
-        self, x_BTD: Array, own: LayerInputs, reading: Reading
-    ) -> tuple[Array, tuple[Array, Array]]:
+    def __call__(self, x_BTD: Array, own: LayerInputs, reading: Reading) -> tuple[Array, tuple[Array, Array]]:
         change = DecoderLayer._change
         if self.config.remat:
             change = nn.remat(change, prevent_cse=False)
@@ -61,9 +59,7 @@ class DecoderLayer(nn.Module):
         return x_BTD + change_BTD, key_values
 
     @nn.compact
-    def _change(
-        self, x_BTD: Array, own: LayerInputs, reading: Reading
-    ) -> tuple[Array, tuple[Array, Array]]:
+    def _change(self, x_BTD: Array, own: LayerInputs, reading: Reading) -> tuple[Array, tuple[Array, Array]]:
         """The layer's change to the residual stream."""
         pre, post = self.config.pre_norm, self.config.post_norm
         x_BTD = x_BTD.astype(jnp.float32)
@@ -80,9 +76,7 @@ class DecoderLayer(nn.Module):
         c = self.config
         if c.weights == "int8":
             return Int8Dense(c, size, bias, name=name)(x)
-        return nn.Dense(
-            size, bias, dtype=c.dtype, param_dtype=c.dtype, precision=c.precision, name=name
-        )(x)
+        return nn.Dense(size, bias, dtype=c.dtype, param_dtype=c.dtype, precision=c.precision, name=name)(x)
 
     def _attention(
         self, x_BTD: Array, own: LayerInputs, reading: Reading
@@ -258,9 +252,7 @@ def hidden(
     return _apply(params, config, "hidden", inputs, positions, past, segment_ids)
 
 
-def unembed(
-    params: Params, config: DecoderConfig, hidden: Float[Array, "*b d"]
-) -> Float[Array, "*b v"]:
+def unembed(params: Params, config: DecoderConfig, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
     """Logits, float32, of last hidden states."""
     return _apply(params, config, "unembed", hidden)
 
@@ -271,10 +263,7 @@ def unembedding(params: Params, config: DecoderConfig) -> Float[Array, "v d"]:
 
 
 def prefill(
-    params: Params,
-    config: DecoderConfig,
-    inputs: Float[Array, "1 t d"],
-    prefix: KeyValues | None = None,
+    params: Params, config: DecoderConfig, inputs: Float[Array, "1 t d"], prefix: KeyValues | None = None
 ) -> KeyValues:
     """Reads ``inputs`` after ``prefix`` and returns the longer prefix.
 

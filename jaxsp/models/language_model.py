@@ -431,9 +431,7 @@ def _stop_ids(directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> tup
         ids = _json(file).get("eos_token_id") if file.is_file() else None
         for i in ids if isinstance(ids, list) else [] if ids is None else [ids]:
             if not isinstance(i, int):
-                raise UserError(
-                    f"{file}: eos_token_id must be a token id or a list of them, not {i!r}."
-                )
+                raise UserError(f"{file}: eos_token_id must be a token id or a list of them, not {i!r}.")
             stops.add(i)
     return tuple(sorted(stops))
 

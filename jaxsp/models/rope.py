@@ -87,9 +87,7 @@ def _yarn(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> _Scaled:
     magnitude = parameters.get("attention_factor")
     if magnitude is None:
         both = parameters.get("mscale"), parameters.get("mscale_all_dim")
-        magnitude = (
-            temperature(both[0]) / temperature(both[1]) if both[0] and both[1] else temperature(1.0)
-        )
+        magnitude = temperature(both[0]) / temperature(both[1]) if both[0] and both[1] else temperature(1.0)
     return scaled, float(magnitude)
 
 
@@ -122,9 +120,7 @@ def make_rope(parameters: Mapping[str, Any], head_width: int, turned: float = 1.
         raise UserError(f"Rope type {kind!r} is not supported; jaxsp knows {known}.")
     for name in _POSITIVE & set(parameters):
         if not isinstance(parameters[name], int | float) or not 0 < parameters[name] < math.inf:
-            raise UserError(
-                f"{name} in rope_parameters must be a positive number; got {parameters[name]!r}."
-            )
+            raise UserError(f"{name} in rope_parameters must be a positive number; got {parameters[name]!r}.")
     size = int(head_width * turned)
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
     try:
@@ -135,9 +131,7 @@ def make_rope(parameters: Mapping[str, Any], head_width: int, turned: float = 1.
     return Rope(tuple(float(f) for f in frequencies.astype(np.float32)), magnitude)
 
 
-def rotation(
-    positions: Int[Array, "b t"], rope: Rope
-) -> tuple[Float[Array, "b t n"], Float[Array, "b t n"]]:
+def rotation(positions: Int[Array, "b t"], rope: Rope) -> tuple[Float[Array, "b t n"], Float[Array, "b t n"]]:
     """Cosine and sine of every position's angles, times the magnitude, float32."""
     frequencies = jnp.asarray(rope.frequencies, jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies
@@ -145,8 +139,7 @@ def rotation(
 
 
 def rotate(
-    x: Float[Array, "b t heads f"],
-    cos_sin: tuple[Float[Array, "b t n"], Float[Array, "b t n"]],
+    x: Float[Array, "b t heads f"], cos_sin: tuple[Float[Array, "b t n"], Float[Array, "b t n"]]
 ) -> Float[Array, "b t heads f"]:
     """Turns the pairs ``(x[i], x[i + n])`` by their angle (the layout of Hugging Face weights).
 

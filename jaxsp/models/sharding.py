@@ -50,9 +50,7 @@ def as_mesh(mesh: Mesh | str) -> Mesh:
     for part in filter(None, mesh.split(",")):
         name, _, size = part.partition("=")
         if name not in sizes or not re.fullmatch(r"[1-9]\d{0,5}", size):
-            raise UserError(
-                f"--mesh must be like data=2,model=4, axes {DATA} and {MODEL}; got {mesh!r}."
-            )
+            raise UserError(f"--mesh must be like data=2,model=4, axes {DATA} and {MODEL}; got {mesh!r}.")
         sizes[name] = int(size)
     wanted = math.prod(sizes.values())
     if devices % wanted:
@@ -84,11 +82,7 @@ def local(mesh: Mesh) -> Mesh:
 def check(config: DecoderConfig, mesh: Mesh) -> None:
     """Raises ``UserError`` if the model can't be cut in so many parts."""
     parts = mesh.shape[MODEL]
-    counts = {
-        "heads": config.heads,
-        "key/value heads": config.kv_heads,
-        "MLP units": config.mlp_width,
-    }
+    counts = {"heads": config.heads, "key/value heads": config.kv_heads, "MLP units": config.mlp_width}
     for name, count in counts.items():
         if count % parts:
             fitting = math.gcd(*counts.values())
@@ -154,11 +148,7 @@ def put(tree: PyTree, mesh: Mesh, spec: PartitionSpec) -> PyTree:
 
 
 def over_data(
-    function: Callable[..., Any],
-    mesh: Mesh | None,
-    axes: tuple[int | None, ...],
-    *,
-    out: int | None,
+    function: Callable[..., Any], mesh: Mesh | None, axes: tuple[int | None, ...], *, out: int | None
 ) -> Callable[..., Any]:
     """``function`` run by each part of ``data`` on its own share; over ``model`` XLA splits the work.
 
@@ -172,12 +162,7 @@ def over_data(
         return function
     *inputs, outputs = (along(DATA, axis) for axis in (*axes, out))
     return jax.shard_map(
-        function,
-        mesh=mesh,
-        in_specs=tuple(inputs),
-        out_specs=outputs,
-        axis_names={DATA},
-        check_vma=False,
+        function, mesh=mesh, in_specs=tuple(inputs), out_specs=outputs, axis_names={DATA}, check_vma=False
     )
 
 

@@ -243,12 +243,8 @@ class _Place:
                 largest = np.abs(kernel).max(axis=0)
                 if not np.isfinite(largest).all():
                     name = self.names[layer]
-                    raise UserError(
-                        f"Tensor {name} holds NaN or infinity, which int8 can't; load it full."
-                    )
-                scale = (
-                    np.maximum(largest, np.finfo(np.float32).tiny) / 127
-                )  # an output may be all 0
+                    raise UserError(f"Tensor {name} holds NaN or infinity, which int8 can't; load it full.")
+                scale = np.maximum(largest, np.finfo(np.float32).tiny) / 127  # an output may be all 0
                 target = out[i, ..., first - outputs.start : columns.stop - outputs.start]
                 target[:] = np.rint(kernel[inputs[0]] / scale) if inputs else scale
         return out
@@ -289,9 +285,7 @@ def _as_named(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> Mapping[
     }
 
 
-def _places(
-    leaves: dict[str, jax.ShapeDtypeStruct], tensors: Mapping[str, Tensor]
-) -> dict[str, _Place]:
+def _places(leaves: dict[str, jax.ShapeDtypeStruct], tensors: Mapping[str, Tensor]) -> dict[str, _Place]:
     outputs: dict[str, int] = {}
     for path, leaf in leaves.items():
         tensor = tensors[path]
@@ -309,10 +303,7 @@ def _places(
 
 
 def _check_names(
-    checkpoint: Checkpoint,
-    places: dict[str, _Place],
-    tensors: Mapping[str, Tensor],
-    config: DecoderConfig,
+    checkpoint: Checkpoint, places: dict[str, _Place], tensors: Mapping[str, Tensor], config: DecoderConfig
 ) -> None:
     present = {name for name in checkpoint.names() if not _DERIVED.fullmatch(name)}
     wanted = {name for place in places.values() for name in place.names}
@@ -322,9 +313,7 @@ def _check_names(
     if missing := sorted(wanted - present):
         raise UserError(f"The checkpoint lacks {_some(missing)}, which its config.json asks for.")
     if extra := sorted(present - wanted):
-        raise UserError(
-            f"The checkpoint holds {_some(extra)}, which its config.json has no place for."
-        )
+        raise UserError(f"The checkpoint holds {_some(extra)}, which its config.json has no place for.")
 
 
 def _tied_copy(checkpoint: Checkpoint, head: str, table: str) -> set[str]:

@@ -36,6 +36,4 @@ class PromptKind(Protocol):
         ...
 
 
-PROMPT_KINDS: dict[str, PromptKind] = {
-    "embedding": embedding,
-}
+PROMPT_KINDS: dict[str, PromptKind] = {"embedding": embedding}

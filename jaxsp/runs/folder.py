@@ -83,9 +83,7 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file; give a folder.")
         if resume and not self.settings.is_file():
-            raise UserError(
-                f"There is no run to resume in {path}; leave --resume away to start one."
-            )
+            raise UserError(f"There is no run to resume in {path}; leave --resume away to start one.")
         if not resume and not overwrite and path.is_dir() and any(path.iterdir()):
             raise UserError(
                 f"The folder {path} is not empty; go on with --resume, replace what is there with"

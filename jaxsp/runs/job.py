@@ -182,9 +182,7 @@ def make_job(model: LanguageModel, row: Any, defaults: Mapping[str, Any]) -> Job
         raise UserError(f"queries must be a list of queries, not {row['queries']!r}")
     own = {key: value for key, value in row.items() if key not in _KEYS}
     if own.keys() & {"parallel", "mesh"}:
-        raise UserError(
-            "a row can't have devices of its own; give parallel and mesh for the whole run"
-        )
+        raise UserError("a row can't have devices of its own; give parallel and mesh for the whole run")
     settings = make_settings({**defaults, **own})
     check_settings(settings)
     train, held_out = split_queries(

@@ -127,11 +127,7 @@ class Runner:
                         told.finished(f"{job.id}: from another process")
                         yield from next_ones()
         except (KeyboardInterrupt, Interrupted) as error:
-            saved = (
-                ""
-                if self.folder is None
-                else " It is saved; go on with the same command and --resume."
-            )
+            saved = "" if self.folder is None else " It is saved; go on with the same command and --resume."
             where = f"Interrupted with {len(rows)} of {len(self.jobs)} prompts finished."
             if self.single:
                 where = str(error) or "Interrupted."
@@ -189,9 +185,7 @@ class Runner:
         if self.single:
             steps = self.jobs[0].settings.training.steps
             with self.display.training(steps) as on_line:
-                yield _Told(
-                    lambda step: on_line({"step": step.number, **step.metrics}), lambda text: None
-                )
+                yield _Told(lambda step: on_line({"step": step.number, **step.metrics}), lambda text: None)
             return
         newest: dict[str, float] = {}
         with self.display.jobs(len(self.jobs), done) as show:
@@ -232,10 +226,7 @@ class Runner:
             queue,
             lambda slots: self._driver(settings, slots),
             mean_kl_function(
-                self.model,
-                self.preamble,
-                settings.prompt.kind,
-                self.mesh if over_prompts else None,
+                self.model, self.preamble, settings.prompt.kind, self.mesh if over_prompts else None
             ),
             slots=slots,
             evaluate_every=settings.training.evaluate_every,
@@ -258,15 +249,10 @@ class Runner:
         self, block: Block, checkpoints: Checkpoints, saved: dict[str, Any], by_id: dict[str, Job]
     ) -> None:
         """Puts the prompts of a checkpoint back into their slots."""
-        jobs = [
-            by_id.get(name) and self._training_job(by_id[name], fresh=False)
-            for name in saved["jobs"]
-        ]
+        jobs = [by_id.get(name) and self._training_job(by_id[name], fresh=False) for name in saved["jobs"]]
         (some, *_) = (job.state for job in jobs if job is not None)
         states = checkpoints.restore(stack([some] * len(jobs)))
-        placed = [
-            job and dataclasses.replace(job, state=unstack(states, i)) for i, job in enumerate(jobs)
-        ]
+        placed = [job and dataclasses.replace(job, state=unstack(states, i)) for i, job in enumerate(jobs)]
         block.resume(placed, saved["tick"], Packing(*saved["packing"]))
         if self.single:
             self.display.say(f"Resuming after step {int(states.step[0])}.")
@@ -283,9 +269,7 @@ class Runner:
         at_once = self.at_once
         if at_once is None:
             tokens = STEP_TOKENS.get(jax.default_backend(), ACCELERATOR_STEP_TOKENS)
-            enough = min(
-                max(1, tokens // (packing.rows * packing.length)), ceil_div(len(jobs), parts)
-            )
+            enough = min(max(1, tokens // (packing.rows * packing.length)), ceil_div(len(jobs), parts))
             at_once = plan.prompts_at_once(
                 self.model.config, settings, packing, self.mesh, most=parts * enough
             )
@@ -348,9 +332,7 @@ class Runner:
             **reports.header(self.model, prompt),
         }
         if trained.error is None:
-            measured = processes.on_first_process(
-                lambda: self._measured(job, problem, prompt.sigma, display)
-            )
+            measured = processes.on_first_process(lambda: self._measured(job, problem, prompt.sigma, display))
             prompt.manifest["held_out"] = {
                 "gap_closed": measured["gap_closed"],
                 **measured["held_out"]["conditions"]["prompt"],
@@ -361,18 +343,13 @@ class Runner:
         display.add("train", sum(line.get("seconds", 0.0) for line in trained.lines))
         order = ("load", "answers", "signals", "compile", "train", "evaluate")
         seconds = {name: display.seconds.get(name, 0.0) for name in order}
-        report |= {
-            "seconds": {**seconds, "total": sum(seconds.values())},
-            "environment": environment(),
-        }
+        report |= {"seconds": {**seconds, "total": sum(seconds.values())}, "environment": environment()}
         result = Result(prompt, report, trained.lines)
         if (folder := self._folder(job)) is not None and processes.is_first():
             result.save(folder.directory)
         return result
 
-    def _measured(
-        self, job: Job, problem: Problem, sigma: PyTree, display: Display
-    ) -> dict[str, Any]:
+    def _measured(self, job: Job, problem: Problem, sigma: PyTree, display: Display) -> dict[str, Any]:
         """What the report says of the queries: all conditions, the gap closed, the verdict.
 
         The brackets, which σ has no part in, are measured once for all jobs that have the same.
@@ -386,19 +363,14 @@ class Runner:
             known = self.brackets.get(key)
             if known is not None:
                 found = {"prompt": found["prompt"]}
-            measured = brackets.measure(
-                self.model, problem, found, settings.teacher.max_answer_tokens
-            )
+            measured = brackets.measure(self.model, problem, found, settings.teacher.max_answer_tokens)
             if known is None:
                 measured["full_context"] = brackets.measure_full_context(self.model, problem)
                 known = {name: measured[name] for name in CONDITIONS if name != "prompt"}
                 self.brackets.keep(key, known)
             every = {**known, "prompt": measured["prompt"]}
             return reports.summarise(
-                self.model,
-                problem,
-                {name: every[name] for name in CONDITIONS},
-                settings.training.seed,
+                self.model, problem, {name: every[name] for name in CONDITIONS}, settings.training.seed
             )
 
 

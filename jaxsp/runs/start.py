@@ -92,9 +92,7 @@ def run_one(
     except UserError as error:
         told = str(error).rstrip(".")
         raise UserError(f"{told[0].upper()}{told[1:]}.") from error
-    runner = Runner(
-        model, [job], folder, at_once=1, callbacks=callbacks, display=display, single=True
-    )
+    runner = Runner(model, [job], folder, at_once=1, callbacks=callbacks, display=display, single=True)
     identity = job.identity(model)
     _open(folder, identity, start, identity)
     (result,) = runner.results()
@@ -112,9 +110,7 @@ def _checked_folder(out: str | Path | None, start: Start) -> RunFolder | None:
     return None
 
 
-def _open(
-    folder: RunFolder | None, identity: dict[str, Any], start: Start, agreed: dict[str, Any]
-) -> None:
+def _open(folder: RunFolder | None, identity: dict[str, Any], start: Start, agreed: dict[str, Any]) -> None:
     processes.assert_same(agreed)
     if folder is not None:
         begin = folder.check_same if start.resume else folder.start

@@ -88,11 +88,7 @@ class Problem:
 
 
 def tokenize(
-    model: LanguageModel,
-    context: str,
-    train: Sequence[Query],
-    held_out: Sequence[Query],
-    settings: Settings,
+    model: LanguageModel, context: str, train: Sequence[Query], held_out: Sequence[Query], settings: Settings
 ) -> TokenizedJob:
     """The job as token ids.
 
@@ -105,8 +101,7 @@ def tokenize(
     tokenizer: Any = model.tokenizer
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     given_ids = [
-        None if q.answer is None else [*encode(tokenizer, q.answer, control=False), *end]
-        for q in queries
+        None if q.answer is None else [*encode(tokenizer, q.answer, control=False), *end] for q in queries
     ]
     for ids in filter(None, given_ids):
         model.check_ids(ids)
@@ -125,9 +120,7 @@ def tokenize(
             f" context has {len(context_ids)} tokens."
         )
     is_train = np.arange(len(queries)) < len(train)
-    return TokenizedJob(
-        model.chat, model.preamble_ids, context_ids, queries, is_train, query_ids, given_ids
-    )
+    return TokenizedJob(model.chat, model.preamble_ids, context_ids, queries, is_train, query_ids, given_ids)
 
 
 def read_preamble(model: LanguageModel) -> KeyValues:

@@ -26,15 +26,11 @@ _TARGET = "targets/"
 
 
 @functools.partial(jax.jit, static_argnames=("config", "name"))
-def _signal(
-    params: Params, config: DecoderConfig, prefix: KeyValues, rows: Rows, name: str
-) -> PyTree:
+def _signal(params: Params, config: DecoderConfig, prefix: KeyValues, rows: Rows, name: str) -> PyTree:
     return SIGNALS[name](params, config, prefix, rows)
 
 
-def compute(
-    model: LanguageModel, prefix: KeyValues, rows: Rows, packing: Packing, name: str
-) -> PyTree:
+def compute(model: LanguageModel, prefix: KeyValues, rows: Rows, packing: Packing, name: str) -> PyTree:
     """One signal at every answer position of ``rows``, ``[N, A, ...]`` on the host.
 
     Args:
@@ -46,8 +42,7 @@ def compute(
     """
     batches = packing.in_order(rows)
     parts = [
-        _signal(model.params, model.config, prefix, packing.pack(rows, index), name)
-        for index in batches
+        _signal(model.params, model.config, prefix, packing.pack(rows, index), name) for index in batches
     ]
     return jax.tree.map(lambda *leaves: packing.unpack(leaves, rows, batches), *parts)
 

@@ -29,10 +29,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(max_to_keep=KEPT),
-            item_handlers={
-                "states": ocp.StandardCheckpointHandler(),
-                "block": ocp.JsonCheckpointHandler(),
-            },
+            item_handlers={"states": ocp.StandardCheckpointHandler(), "block": ocp.JsonCheckpointHandler()},
         )
 
     @property
@@ -83,9 +80,7 @@ class Checkpoints:
         args = self._ocp.args
         # Devices of this run: the one that wrote it may have had others.
         shapes = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(
-                jnp.shape(a), jnp.result_type(a), sharding=self._sharding
-            ),
+            lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a), sharding=self._sharding),
             vars(like),
         )
         here, there = _shapes(like.sigma), self._saved_shapes()

@@ -50,12 +50,7 @@ class MakeDriver(Protocol):
     """A driver's constructor: ``slots`` is M; ``mesh`` is for the one that needs it."""
 
     def __call__(
-        self,
-        frozen: Frozen,
-        settings: UpdateSettings,
-        *,
-        slots: int = 1,
-        mesh: Mesh | None = None,
+        self, frozen: Frozen, settings: UpdateSettings, *, slots: int = 1, mesh: Mesh | None = None
     ) -> Driver: ...
 
 
@@ -229,8 +224,4 @@ def _check_divides(count: int, parts: int) -> None:
         )
 
 
-DRIVERS: dict[str, MakeDriver] = {
-    "jit": JitDriver,
-    "pmap": PmapDriver,
-    "mesh": MeshDriver,
-}
+DRIVERS: dict[str, MakeDriver] = {"jit": JitDriver, "pmap": PmapDriver, "mesh": MeshDriver}

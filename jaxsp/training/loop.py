@@ -22,15 +22,7 @@ from jaxsp.data.examples import Rows
 from jaxsp.data.packing import Packing
 from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.drivers import Driver
-from jaxsp.training.slots import (
-    Callback,
-    Slot,
-    Step,
-    TrainingJob,
-    TrainingResult,
-    all_lengths,
-    next_batches,
-)
+from jaxsp.training.slots import Callback, Slot, Step, TrainingJob, TrainingResult, all_lengths, next_batches
 from jaxsp.training.state import TrainState, put, stack, unstack
 from jaxsp.typing import EMPTY, Float, Interrupted, PyTree
 
@@ -75,9 +67,7 @@ class Block:
         self.tick = 0
         self.longest = 0  # tokens of the longest sequence there has been
         self.states: TrainState | None = None  # as the driver places them
-        self.recent: deque[TrainState] = deque(
-            maxlen=2
-        )  # before the last step, and the one before it
+        self.recent: deque[TrainState] = deque(maxlen=2)  # before the last step, and the one before it
         self.ahead: Rows | None = None  # the next batches
 
     def resume(self, jobs: Sequence[TrainingJob | None], tick: int, packing: Packing) -> None:
@@ -180,17 +170,13 @@ class Block:
         own = [
             []
             if slot is None
-            else [
-                self.packing.pack(slot.job.held_out, i)
-                for i in self.packing.in_order(slot.job.held_out)
-            ]
+            else [self.packing.pack(slot.job.held_out, i) for i in self.packing.in_order(slot.job.held_out)]
             for slot in self.slots
         ]
         blank = self.packing.pack(self._live()[0].job.held_out, np.zeros(0, int))
         most = max(map(len, own))
         self.held_out = [
-            _stacked([batches[i] if i < len(batches) else blank for batches in own])
-            for i in range(most)
+            _stacked([batches[i] if i < len(batches) else blank for batches in own]) for i in range(most)
         ]
 
     def _batches(self) -> Rows:
@@ -236,9 +222,7 @@ class Block:
         assert slot is not None
         return slot
 
-    def _note(
-        self, place: int, values: dict[str, Any], tokens: int, seconds: float, compiled: float
-    ) -> None:
+    def _note(self, place: int, values: dict[str, Any], tokens: int, seconds: float, compiled: float) -> None:
         """One prompt's step is done, or has failed."""
         slot = self._slot(place)
         slot.compile_seconds += compiled
@@ -253,9 +237,7 @@ class Block:
         told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         slot.error = f"Training stopped: step {step} is not finite ({told}). Lower --learning-rate."
         assert self.states is not None
-        before, now = (
-            unstack(self.driver.fetch(states), place) for states in (self.recent[0], self.states)
-        )
+        before, now = (unstack(self.driver.fetch(states), place) for states in (self.recent[0], self.states))
         slot.good = dataclasses.replace(before, best_sigma=now.best_sigma, best_kl=now.best_kl)
 
     def _evaluate(self, places: set[int]) -> None:
@@ -314,9 +296,7 @@ def _stacked(batches: Sequence[Rows]) -> Rows:
 def _keep_best(states: TrainState, kl_M: Float[np.ndarray, " m"]) -> TrainState:
     def one(state: TrainState, kl: Any) -> TrainState:
         better = kl < state.best_kl
-        best = jax.tree.map(
-            lambda new, old: jnp.where(better, new, old), state.sigma, state.best_sigma
-        )
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), state.sigma, state.best_sigma)
         best_kl = jnp.where(better, kl, state.best_kl)
         return dataclasses.replace(state, best_sigma=best, best_kl=best_kl)
 

@@ -26,6 +26,4 @@ def start_state(model: LanguageModel, problem: Problem, settings: Settings) -> T
         kind=settings.prompt.kind,
     )
     optimizer = make_optimizer(settings.training)
-    return initial_state(
-        sigma, optimizer, key=key, schedule=make_schedule(settings.training, sigma)
-    )
+    return initial_state(sigma, optimizer, key=key, schedule=make_schedule(settings.training, sigma))

@@ -40,11 +40,7 @@ class TrainState:
 
 
 def initial_state(
-    sigma: PyTree,
-    optimizer: optax.GradientTransformation,
-    *,
-    key: Array,
-    schedule: Schedule | None = None,
+    sigma: PyTree, optimizer: optax.GradientTransformation, *, key: Array, schedule: Schedule | None = None
 ) -> TrainState:
     """The state of one prompt before the first step.
 

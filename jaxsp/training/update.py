@@ -167,18 +167,12 @@ def _descend(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One prompt's state after a step along the gradient of its summed loss."""
     gradient = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), gradient)
-    change, optimizer_state = settings.optimizer.update(
-        gradient, state.optimizer_state, state.sigma
-    )
+    change, optimizer_state = settings.optimizer.update(gradient, state.optimizer_state, state.sigma)
     rate = state.schedule.rate(state.step)
     sigma = optax.apply_updates(state.sigma, jax.tree.map(lambda c: rate * c, change))
     chex.assert_trees_all_equal_shapes_and_dtypes(sigma, state.sigma)  # or the next step recompiles
     after = dataclasses.replace(
-        state,
-        sigma=sigma,
-        optimizer_state=optimizer_state,
-        step=state.step + 1,
-        cursor=state.cursor + drawn,
+        state, sigma=sigma, optimizer_state=optimizer_state, step=state.step + 1, cursor=state.cursor + drawn
     )
     done = state.step >= state.schedule.steps
     after = jax.tree.map(lambda old, new: jnp.where(done, old, new), state, after)

@@ -86,7 +86,5 @@ def test_the_stream_visits_every_row_once_an_epoch_and_can_be_entered_anywhere()
         assert sorted(epoch) == list(range(7))
     assert not (stream[:7] == stream[7:14]).all()
     for cursor in (0, 5, 13, 41):
-        np.testing.assert_array_equal(
-            batch_indices(7, cursor, 9, key=[0, 3]), stream[cursor : cursor + 9]
-        )
+        np.testing.assert_array_equal(batch_indices(7, cursor, 9, key=[0, 3]), stream[cursor : cursor + 9])
     assert not (batch_indices(7, 0, 7, key=[0, 4]) == stream[:7]).all()

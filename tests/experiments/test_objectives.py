@@ -37,9 +37,7 @@ def report(kl, answers=(), nll=0.0, entropy=0.0, **more):
 
 def test_seeds_are_averaged_and_contexts_resampled():
     kl = [[1.0, 3.0], [4.0, 4.0], [6.0, 6.0]]
-    contexts = [
-        {"kl": [report(a), report(b)], "nll": [report(a + 1), report(b + 1)]} for a, b in kl
-    ]
+    contexts = [{"kl": [report(a), report(b)], "nll": [report(a + 1), report(b + 1)]} for a, b in kl]
     found = analysis.summary(contexts, ["kl", "nll"])
     assert (found["contexts"], found["prompts"], found["seconds"]) == (3, 12, 12.0)
     ours, theirs = (found["table"][row]["kl"] for row in ("kl", "nll"))
@@ -73,9 +71,7 @@ def test_intervals_cover_and_weigh_answers():
     assert 178 <= held <= 199
     weighed = analysis.interval([1.0, 9.0], [1.0, 18.0])
     assert weighed == {"value": pytest.approx(10 / 19), "low": 0.5, "high": 1.0}
-    assert (
-        analysis.interval([1.0, 0.0], [1.0, 0.0])["low"] == 1.0
-    )  # draws without answers say nothing
+    assert analysis.interval([1.0, 0.0], [1.0, 0.0])["low"] == 1.0  # draws without answers say nothing
 
 
 def test_values_are_of_held_out_questions():
@@ -114,9 +110,7 @@ def test_narrativeqa():
         assert len(wanted) == 14
         assert (len(job["queries"]), len(job["held_out"])) == (22, 6)
         assert not set(job["queries"]) & set(job["held_out"])
-        assert all(
-            (j["queries"], j["held_out"]) == (job["queries"], job["held_out"]) for j in others
-        )
+        assert all((j["queries"], j["held_out"]) == (job["queries"], job["held_out"]) for j in others)
 
 
 def test_without_the_wheel(monkeypatch):
@@ -162,8 +156,7 @@ def test_the_small_setting(tmp_path, monkeypatch, capsys, smollm2):
     assert found["no_better_than_start"] == {"kl": 0, "nll": 0}
     for row in ("kl", "nll"):
         reports = [
-            json.loads((tmp_path / "small" / f"00{i}-{row}-0" / "report.json").read_text())
-            for i in (0, 1)
+            json.loads((tmp_path / "small" / f"00{i}-{row}-0" / "report.json").read_text()) for i in (0, 1)
         ]
         assert set(found["table"][row]) == set(analysis.MEASURED_BY)
         for metric, at in found["table"][row].items():
@@ -171,9 +164,7 @@ def test_the_small_setting(tmp_path, monkeypatch, capsys, smollm2):
             of_prompts = [analysis.values(r)[metric] for r in reports]
             assert at["value"] == pytest.approx(np.mean(of_prompts), abs=1e-9)
             assert at["high"] == pytest.approx(max(of_prompts), abs=1e-9)
-    kl, none, start = (
-        found["table"][row]["kl"]["value"] for row in ("kl", "no_context", "initial")
-    )
+    kl, none, start = (found["table"][row]["kl"]["value"] for row in ("kl", "no_context", "initial"))
     assert 0 < kl < min(start, none)
 
     table = pyarrow.parquet.read_table(results / "results.parquet")

@@ -21,10 +21,7 @@ PACKING = Packing(4, 96)
 ANSWERS = 128
 
 
-@pytest.mark.parametrize(
-    ("layout", "prompts"),
-    [("data=4", 8), ("data=2,model=4", 0), ("data=2,model=2", 4)],
-)
+@pytest.mark.parametrize(("layout", "prompts"), [("data=4", 8), ("data=2,model=4", 0), ("data=2,model=2", 4)])
 def test_bytes_are_those_of_the_compiled_program(layout, prompts):
     mesh = as_mesh(layout)
     share = max(prompts, 1) / mesh.shape[DATA]
@@ -60,11 +57,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 def test_a_context_is_all_of_its_steps():
     config, steps = arithmetic.MODELS["Llama-3.2-1B"], SETTINGS.training.steps
     one, several = (
-        sum(
-            work.times * work.flops
-            for work in arithmetic.works(config, prompts)
-            if work.name == "steps"
-        )
+        sum(work.times * work.flops for work in arithmetic.works(config, prompts) if work.name == "steps")
         for prompts in (1, 8)
     )
     flops = step_flops(config, SETTINGS.prompt.length, arithmetic.ROW, arithmetic.PACKING)

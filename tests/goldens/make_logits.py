@@ -39,11 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
         "sliding_window": 7,
         "layer_types": ["sliding_attention", "full_attention"],
     },
-    "mistral_other_fields": {
-        "model_type": "mistral",
-        "partial_rotary_factor": 0.5,
-        "attention_bias": True,
-    },
+    "mistral_other_fields": {"model_type": "mistral", "partial_rotary_factor": 0.5, "attention_bias": True},
     "gemma3_other_fields": {"model_type": "gemma3_text", "attn_logit_softcapping": 2.0},
     "linear_rope": {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}},
     "linear_rope_old_layout": {**_OLD, "rope_scaling": {"type": "linear", "factor": 8.0}},
@@ -96,8 +92,7 @@ POSITIONS, VOCABULARY = slice(PREFIX, None, 9), slice(0, None, 11)
 WEIGHTS = _RANDOM.standard_normal((IDS.shape[1] - PREFIX, tiny.VOCAB)).astype(np.float32)
 """The gradients are those of the sum of WEIGHTS · logits."""
 SMOLLM2_TEXT = (
-    "The harbour master of Bodø wrote, on 14 May 1932: 'Two boats came in at 6:45, one with"
-    " herring.'"
+    "The harbour master of Bodø wrote, on 14 May 1932: 'Two boats came in at 6:45, one with herring.'"
 )
 SMOLLM2_VOCABULARY = slice(0, None, 97)
 

@@ -64,17 +64,11 @@ def learned(texts: list[str], alphabet: list[str], size: int, byte_level: bool):
 
 
 def byte_level() -> dict[str, list]:
-    words, merges = learned(
-        TEXTS, sorted(pre_tokenizers.ByteLevel.alphabet()), 900, byte_level=True
-    )
+    words, merges = learned(TEXTS, sorted(pre_tokenizers.ByteLevel.alphabet()), 900, byte_level=True)
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     words = [word for word in words if word not in special]
     kept = [" ".join(pair) for i, pair in enumerate(merges) if i % 7]
-    return {
-        "tokens": [*special, *words],
-        "token_type": [3] * len(special) + [1] * len(words),
-        "merges": kept,
-    }
+    return {"tokens": [*special, *words], "token_type": [3] * len(special) + [1] * len(words), "merges": kept}
 
 
 def sentence_piece() -> dict[str, list]:
@@ -129,9 +123,7 @@ def main() -> None:
     vocabularies = {"gpt2": byte_level(), "llama": sentence_piece()}
     # The original of the rule "qwen2" composes characters first, which llama.cpp leaves out.
     composed = [unicodedata.normalize("NFC", text) for text in TEXTS]
-    cases = [
-        ({"model": "gpt2", "pre": rule}, composed if rule == "qwen2" else TEXTS) for rule in RULES
-    ]
+    cases = [({"model": "gpt2", "pre": rule}, composed if rule == "qwen2" else TEXTS) for rule in RULES]
     cases += [({"model": "llama", "add_space_prefix": prefix}, TEXTS) for prefix in (True, False)]
     rows = [
         {"fields": fields, "ids": ids_by_llama_cpp(vocabularies[fields["model"]], texts, **fields)}

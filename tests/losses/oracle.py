@@ -32,10 +32,7 @@ def kl(inputs, temperature=1.0):
 
 
 def reverse_kl(inputs, temperature=1.0):
-    swapped = {
-        "teacher_logits": inputs["student_logits"],
-        "student_logits": inputs["teacher_logits"],
-    }
+    swapped = {"teacher_logits": inputs["student_logits"], "student_logits": inputs["teacher_logits"]}
     return kl(swapped, temperature)
 
 
@@ -110,8 +107,7 @@ def rank_agreement(inputs, n=10):
     for place in np.ndindex(out.shape):
         best = np.argsort(-teacher[place].astype(np.float64), kind="stable")[:n]
         pairs = [
-            float(student[place][i] > student[place][j])
-            - float(student[place][i] < student[place][j])
+            float(student[place][i] > student[place][j]) - float(student[place][i] < student[place][j])
             for x, i in enumerate(best)
             for j in best[x + 1 :]
             if teacher[place][i] > teacher[place][j] > -np.inf
@@ -144,9 +140,7 @@ def distribution_cosine_similarity(inputs, temperature=1.0):
 
 
 def hidden_mse(inputs):
-    teacher, student = (
-        np.asarray(inputs[f"{s}_hidden"], np.float64) for s in ("teacher", "student")
-    )
+    teacher, student = (np.asarray(inputs[f"{s}_hidden"], np.float64) for s in ("teacher", "student"))
     return np.square(teacher - student).mean(axis=-1)
 
 
@@ -178,8 +172,6 @@ def gradient(name: str, inputs: dict, wrt: str, step: float = 1e-5, **options) -
     out = np.zeros_like(at)
     for place in range(at.shape[-1]):
         nudge = step * np.eye(at.shape[-1])[place]
-        more, less = (
-            ORACLES[name]({**inputs, wrt: at + sign * nudge}, **options) for sign in (1, -1)
-        )
+        more, less = (ORACLES[name]({**inputs, wrt: at + sign * nudge}, **options) for sign in (1, -1))
         out[..., place] = (more - less) / (2 * step)
     return out

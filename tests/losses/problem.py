@@ -64,8 +64,6 @@ def option_names(entry) -> list[str]:
 
 # Every entry with each of its options: (name, {option: value}).
 VARIANTS = [
-    (name, {option: OPTIONS[option]})
-    for name, entry in OBJECTIVES.items()
-    for option in option_names(entry)
+    (name, {option: OPTIONS[option]}) for name, entry in OBJECTIVES.items() for option in option_names(entry)
 ]
 MASK = np.random.RandomState(1).uniform(size=(B, T)) < 0.6

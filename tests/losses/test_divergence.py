@@ -14,10 +14,7 @@ TEACHER, STUDENT = jnp.asarray(INPUTS["teacher_logits"]), jnp.asarray(INPUTS["st
 
 
 def test_reverse_kl_is_kl_with_the_sides_swapped():
-    forward, backward = (
-        losses.kl_divergence(STUDENT, TEACHER),
-        losses.kl_divergence(TEACHER, STUDENT),
-    )
+    forward, backward = (losses.kl_divergence(STUDENT, TEACHER), losses.kl_divergence(TEACHER, STUDENT))
     np.testing.assert_allclose(losses.reverse_kl_divergence(TEACHER, STUDENT), forward, rtol=1e-6)
     assert not np.allclose(forward, backward, rtol=0.1)
 
@@ -37,9 +34,7 @@ def test_js_limits_and_their_direction():
         np.testing.assert_allclose(near, limit(t, s), rtol=0.01)
         at = losses.js_divergence(t, s, beta=round(beta))
         np.testing.assert_array_equal(at, limit(t, s))
-    assert not np.allclose(
-        losses.kl_divergence(t, s), losses.reverse_kl_divergence(t, s), rtol=0.02
-    )
+    assert not np.allclose(losses.kl_divergence(t, s), losses.reverse_kl_divergence(t, s), rtol=0.02)
     with pytest.raises(ValueError, match=r"beta must lie between 0 and 1, not 1\.5"):
         losses.js_divergence(t, s, beta=1.5)
 
@@ -53,11 +48,7 @@ def test_a_token_that_only_one_side_bans():
     assert losses.total_variation(teacher, student) == 0.5
     nearly = jnp.array([[0.0, -200.0, -jnp.inf]])  # its probability underflows, and is not 0
     never = jnp.array([[0.0, -jnp.inf, -jnp.inf]])
-    assert (
-        losses.kl_divergence(nearly, never)
-        == losses.reverse_kl_divergence(never, nearly)
-        == jnp.inf
-    )
+    assert losses.kl_divergence(nearly, never) == losses.reverse_kl_divergence(never, nearly) == jnp.inf
     for beta in (1 - 1e-9, 1e-46, 1e-7, 0.3):
         assert not np.isnan(losses.js_divergence(teacher, student, beta=beta)).any()
     covers = jnp.log(jnp.array([[0.25, 0.25, 0.5]]))

@@ -135,9 +135,7 @@ def test_bfloat16_within_its_rounding(name):
         )  # fmt: skip
 
     same(values, reference(exact[0]), rtol=1e-5)
-    ours = gradient(
-        lambda x: fused_objective(name, x, head, jnp.asarray(MASK), **inputs)[0], student
-    )
+    ours = gradient(lambda x: fused_objective(name, x, head, jnp.asarray(MASK), **inputs)[0], student)
     assert ours.dtype == jnp.bfloat16
     theirs = np.asarray(gradient(reference, exact[0]), np.float32)
     error = np.linalg.norm(np.asarray(ours, np.float32) - theirs)
@@ -222,29 +220,20 @@ def test_a_head_sharded_over_the_vocabulary(name, mapped):
             text = run.lower(*arrays).compile().as_text()
             assert "all-gather" not in text
             assert f"f32[4,{V}]" not in text
-    capped = functools.partial(
-        plain, OBJECTIVES[name], mask=MASK, cap=lambda x: 3 * jnp.tanh(x / 3)
-    )
+    capped = functools.partial(plain, OBJECTIVES[name], mask=MASK, cap=lambda x: 3 * jnp.tanh(x / 3))
     same(values, capped(), rtol=2e-6)
     same(gradients, gradient(capped), rtol=2e-6)
     for metric in measured:
-        same(
-            measured[metric],
-            plain(OBJECTIVES[metric], mask=MASK, cap=lambda x: 3 * jnp.tanh(x / 3)),
-        )
+        same(measured[metric], plain(OBJECTIVES[metric], mask=MASK, cap=lambda x: 3 * jnp.tanh(x / 3)))
 
 
 def test_sharded_over_data_and_vocabulary_at_once():
-    mesh = jax.make_mesh(
-        (2, 4), ("data", "vocabulary"), axis_types=(jax.sharding.AxisType.Auto,) * 2
-    )
+    mesh = jax.make_mesh((2, 4), ("data", "vocabulary"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rows = (P("data"),) * 2
 
     def local(student, teacher, head, mask):
         def total(x):
-            return jnp.sum(
-                fused_kl_divergence(teacher, x, head, mask, chunk_size=2, axis_name="vocabulary")
-            )
+            return jnp.sum(fused_kl_divergence(teacher, x, head, mask, chunk_size=2, axis_name="vocabulary"))
 
         return jax.value_and_grad(total)(student)
 
@@ -268,9 +257,7 @@ def test_label_smoothing_sharded():
         local = functools.partial(
             fused_negative_log_likelihood, label_smoothing=smoothing, axis_name="v", chunk_size=4
         )
-        out = jax.pmap(local, axis_name="v", in_axes=(None, None, 0))(
-            STUDENT, TARGETS, HEAD.reshape(8, 3, D)
-        )
+        out = jax.pmap(local, axis_name="v", in_axes=(None, None, 0))(STUDENT, TARGETS, HEAD.reshape(8, 3, D))
         same(out[3], expected)
 
 
@@ -497,9 +484,7 @@ def test_a_replicated_student_beside_a_sharded_teacher():
     value, slope = run(STUDENT[:1], TEACHER, MASK)
 
     def expected(x):
-        return jnp.where(
-            MASK, losses.kl_divergence(TEACHER @ HEAD.T, jnp.tile(x, (3, 1, 1)) @ HEAD.T), 0
-        )
+        return jnp.where(MASK, losses.kl_divergence(TEACHER @ HEAD.T, jnp.tile(x, (3, 1, 1)) @ HEAD.T), 0)
 
     same(value, jnp.sum(expected(STUDENT[:1])), rtol=2e-6)
     same(slope, jax.grad(lambda x: jnp.sum(expected(x)))(jnp.asarray(STUDENT[:1])), rtol=2e-6)
@@ -520,9 +505,7 @@ def test_metrics_come_in_the_same_pass():
 def test_no_gradient_to_teacher_and_head():
     def total(teacher, head, other):
         return jnp.sum(
-            fused_kl_divergence(
-                teacher, jnp.asarray(STUDENT), head, teacher_unembedding=other, chunk_size=4
-            )
+            fused_kl_divergence(teacher, jnp.asarray(STUDENT), head, teacher_unembedding=other, chunk_size=4)
         )
 
     gradients = jax.grad(total, argnums=(0, 1, 2))(*map(jnp.asarray, (TEACHER, HEAD, OTHER_HEAD)))

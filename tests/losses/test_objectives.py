@@ -43,11 +43,7 @@ def with_options(name, **options):
             mixture(kl=0.7, nll=0.3, temperature=2),
             "kl(temperature=2)=0.7,nll=0.3",
         ),
-        (
-            "kl(temperature=1)=1,js=1,temperature=3",
-            parse("kl,js(temperature=3)"),
-            "kl=1,js(temperature=3)=1",
-        ),
+        ("kl(temperature=1)=1,js=1,temperature=3", parse("kl,js(temperature=3)"), "kl=1,js(temperature=3)=1"),
     ],
 )
 def test_text_means_and_is_written(text, expected, written):
@@ -78,10 +74,7 @@ def test_counts_are_whole_numbers():
         ("js(beta=0.3", r"'js\(beta=0.3' can't be read"),
         ("js(beta=0.3)x", "can't be read"),
         ("zero_one(k=1)", "zero_one has no option 'k'; it has none"),
-        (
-            "js(betta=0.3)=1,nll=1",
-            "js_.* has no option 'betta'; it has beta, temperature; did you me",
-        ),
+        ("js(betta=0.3)=1,nll=1", "js_.* has no option 'betta'; it has beta, temperature; did you me"),
         ("js(beta=2)", r"Objective js\(beta=2\): beta must lie between 0 and 1, not 2"),
         ("js(beta=nan)", "beta must lie between 0 and 1, not nan"),
         ("topk_kl(k=0)", r"topk_kl\(k=0\): k must be a whole number of at least 1, not 0"),
@@ -128,9 +121,7 @@ def test_as_objective():
             as_objective(wrong)
     with pytest.raises(UserError, match=r"must be a text such as 'kl' or a jaxsp.losses.Objective"):
         as_objective(losses.kl_divergence)
-    with pytest.raises(
-        UserError, match=r"own has no option 'alfa'; it has alpha; did you mean alpha"
-    ):
+    with pytest.raises(UserError, match=r"own has no option 'alfa'; it has alpha; did you mean alpha"):
         Objective(own, options={"alfa": 1.0})
     with pytest.raises(ValueError, match="alpha must be a number that is known when"):
         jax.jit(lambda x: Objective(own, options={"alpha": x})(**ARRAYS))(2.0)
@@ -161,9 +152,7 @@ def test_objectives_of_ones_own_are_told_apart_by_their_text():
     expected = {
         f"{here}.own": Objective(own),
         f"{here}.own(alpha=0.3)": Objective(own, options={"alpha": 0.3}),
-        f"{here}.own[sense=maximise](alpha=0.3)": Objective(
-            own, sense="maximise", options={"alpha": 0.3}
-        ),
+        f"{here}.own[sense=maximise](alpha=0.3)": Objective(own, sense="maximise", options={"alpha": 0.3}),
         f"{here}.own[inputs=('student_logits', 'teacher_logits')]": Objective(
             own, ("student_logits", "teacher_logits")
         ),
@@ -190,9 +179,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts_turned_one_way():
     assert mixed.needs == ("hidden", "tokens")
     assert mixed.sense == "minimise"
     mask = jnp.asarray(MASK)
-    kl = losses.kl_divergence(
-        ARRAYS["teacher_logits"], ARRAYS["student_logits"], mask, temperature=3.0
-    )
+    kl = losses.kl_divergence(ARRAYS["teacher_logits"], ARRAYS["student_logits"], mask, temperature=3.0)
     others = {
         name: OBJECTIVES[name](mask=mask, **ARRAYS)
         for name in ("nll", "cosine_similarity", "confidence_shift")

@@ -23,10 +23,7 @@ def same(ours, theirs):
 
 def test_optax():
     log_p, log_q = jax.nn.log_softmax(TEACHER), jax.nn.log_softmax(STUDENT)
-    same(
-        losses.kl_divergence(TEACHER, STUDENT),
-        optax.losses.kl_divergence_with_log_targets(log_q, log_p),
-    )
+    same(losses.kl_divergence(TEACHER, STUDENT), optax.losses.kl_divergence_with_log_targets(log_q, log_p))
     same(
         losses.negative_log_likelihood(STUDENT, TARGETS),
         optax.losses.softmax_cross_entropy_with_integer_labels(STUDENT, TARGETS),
@@ -47,9 +44,7 @@ def test_torch():
     import torch
     import torch.nn.functional as F
 
-    t, x, y = (
-        torch.tensor(INPUTS[n]) for n in ("teacher_logits", "teacher_hidden", "student_hidden")
-    )
+    t, x, y = (torch.tensor(INPUTS[n]) for n in ("teacher_logits", "teacher_hidden", "student_hidden"))
     s = torch.tensor(INPUTS["student_logits"], requires_grad=True)
     log_p, log_q = t.log_softmax(-1), s.log_softmax(-1)
     targets = torch.tensor(INPUTS["targets"]).long().flatten()

@@ -25,9 +25,7 @@ def test_top_k_is_of_the_whole_distribution():
 
 def test_rises_with_k_to_the_full_divergence():
     full = np.asarray(kl_divergence(TEACHER, STUDENT))
-    values = [
-        np.asarray(topk_kl_divergence(*top_k(TEACHER, k), STUDENT)) for k in (1, 5, 20, 49, 50)
-    ]
+    values = [np.asarray(topk_kl_divergence(*top_k(TEACHER, k), STUDENT)) for k in (1, 5, 20, 49, 50)]
     for less, more in zip(values, [*values[1:], full], strict=True):
         assert (less <= more + 1e-6).all()
     assert (values[0] < full - 0.1).all()
@@ -72,9 +70,7 @@ def test_missing_entries_are_minus_infinity():
         for function in (topk_kl_divergence, truncated_kl_divergence):
             expected = function(*best, STUDENT)
             np.testing.assert_allclose(function(padded, filled, STUDENT), expected, rtol=1e-6)
-            np.testing.assert_allclose(
-                jax.jit(function)(padded, filled, STUDENT), expected, rtol=1e-6
-            )
+            np.testing.assert_allclose(jax.jit(function)(padded, filled, STUDENT), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("depth", [-30.0, -200.0, -1e4])

@@ -21,8 +21,7 @@ def reference(inputs: AttentionInputs):
     scores, values = [], []
     for slots in inputs.slots:
         k, v, where = (
-            jnp.broadcast_to(x, (B, *x.shape[1:]))
-            for x in (slots.keys, slots.values, slots.positions)
+            jnp.broadcast_to(x, (B, *x.shape[1:])) for x in (slots.keys, slots.values, slots.positions)
         )
         group = inputs.q_BTHF.shape[2] // k.shape[2]
         k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
@@ -51,10 +50,7 @@ def numbers(*shape: int, seed: int, dtype="float32"):
 def piece(where, segment_ids=None, *, seed, groups=G, dtype="float32"):
     where = jnp.asarray(where, jnp.int32)
     shape = (*where.shape, groups, F)
-    keys, values = (
-        numbers(*shape, seed=seed, dtype=dtype),
-        numbers(*shape, seed=seed + 1, dtype=dtype),
-    )
+    keys, values = (numbers(*shape, seed=seed, dtype=dtype), numbers(*shape, seed=seed + 1, dtype=dtype))
     return Slots(keys, values, where, segment_ids)
 
 
@@ -154,8 +150,7 @@ def test_equals_the_reference(backend, case):
 
 @pytest.mark.parametrize(
     ("backend", "case"),
-    [(b, "padding left and right") for b in BACKENDS]
-    + [("chunked", "window"), ("cudnn", "window")],
+    [(b, "padding left and right") for b in BACKENDS] + [("chunked", "window"), ("cudnn", "window")],
 )
 def test_bfloat16_is_as_near_as_bfloat16_can_be(backend, case):
     inputs = CASES[case](dtype="bfloat16")
@@ -176,9 +171,7 @@ def test_bfloat16_is_as_near_as_bfloat16_can_be(backend, case):
 def test_a_backend_that_is_asked_for_serves_or_says_why_not():
     inputs = CASES["shared prefix"](dtype="bfloat16")
     for name in BACKENDS:
-        np.testing.assert_array_equal(
-            attention(inputs, backend=name), BACKENDS[name].attend(inputs)
-        )
+        np.testing.assert_array_equal(attention(inputs, backend=name), BACKENDS[name].attend(inputs))
     for (name, case), reason in REFUSED.items():
         with pytest.raises(UserError, match=reason):
             attention(CASES[case](dtype="bfloat16"), backend=name)
@@ -194,9 +187,7 @@ def test_auto_takes_what_suits_the_machine(monkeypatch):
         monkeypatch.setattr(backend, "attend", lambda inputs, name=name: called.append(name))
     monkeypatch.setattr(cudnn, "_compute_capability", lambda: 9)
     half, capped = CASES["row alone"](dtype="bfloat16"), CASES["softcap"](dtype="bfloat16")
-    one = dataclasses.replace(
-        half, q_BTHF=half.q_BTHF[:, :1], positions_BT=half.positions_BT[:, :1]
-    )
+    one = dataclasses.replace(half, q_BTHF=half.q_BTHF[:, :1], positions_BT=half.positions_BT[:, :1])
     for machine in ("cpu", "gpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda machine=machine: machine)
         for inputs in (half, capped, one):
@@ -290,8 +281,7 @@ def test_gradient_is_causal():
     def influence(t):
         def output(key_values):
             slots = tuple(
-                s._replace(keys=k, values=v)
-                for s, (k, v) in zip(inputs.slots, key_values, strict=True)
+                s._replace(keys=k, values=v) for s, (k, v) in zip(inputs.slots, key_values, strict=True)
             )
             return attention(dataclasses.replace(inputs, slots=slots))[:, t].sum()
 
@@ -326,9 +316,7 @@ def test_splash_lowers_for_a_tpu(monkeypatch):
 
     def loss(q, keys):
         slots = (inputs.slots[0]._replace(keys=keys), inputs.slots[1])
-        return (
-            attention(dataclasses.replace(inputs, q_BTHF=q, slots=slots)).astype(jnp.float32).sum()
-        )
+        return attention(dataclasses.replace(inputs, q_BTHF=q, slots=slots)).astype(jnp.float32).sum()
 
     program = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(inputs.q_BTHF, inputs.slots[0].keys)
     # One for the forward pass, one for the queries' gradient, one for that of keys and values.

@@ -30,13 +30,9 @@ def test_what_all_layers_share_is_shown_once_and_defaults_are_not():
 def test_layers_of_two_kinds_are_told_apart():
     ropes = (NEAR, NEAR, FAR) * 20 + (NEAR, NEAR)
     windows = (512, 512, None) * 20 + (512, 512)
-    config = DecoderConfig(
-        **(SIZES | {"layers": 62}), ropes=ropes, sliding_windows=windows, qkv_bias=True
-    )
+    config = DecoderConfig(**(SIZES | {"layers": 62}), ropes=ropes, sliding_windows=windows, qkv_bias=True)
     assert fits_a_screen(repr(config))
     flat = " ".join(repr(config).split())
     assert "sliding_windows=[512, None][0 0 1 0 0 1 0 0 1" in flat
-    assert (
-        "ropes=[Rope(32 frequencies, 1 to 0.000133), Rope(32 frequencies, 1 to 1.54e-06)]" in flat
-    )
+    assert "ropes=[Rope(32 frequencies, 1 to 0.000133), Rope(32 frequencies, 1 to 1.54e-06)]" in flat
     assert "qkv_bias=True" in flat

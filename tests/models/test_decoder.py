@@ -158,9 +158,7 @@ def test_memory_of_a_gradient_through_32k_tokens():
     sigma = jax.ShapeDtypeStruct((1, K, config.width), jnp.bfloat16)
     ids = jax.ShapeDtypeStruct((8, 48), jnp.int32)
     program = jax.jit(jax.grad(loss)).lower(sigma, parameter_shapes(config), ids).compile()
-    widens = (
-        2 if jax.__version_info__ < (0, 11) else 1
-    )  # older jax holds bfloat16 as float32 on a CPU
+    widens = 2 if jax.__version_info__ < (0, 11) else 1  # older jax holds bfloat16 as float32 on a CPU
     assert program.memory_analysis().temp_size_in_bytes < widens * 3.5 * 2**30
 
 
@@ -199,13 +197,9 @@ def test_remat_changes_nothing(model):
     inputs = decoder.embed(params, config, IDS)
 
     def gradient(config):
-        return jax.grad(lambda x: (decoder.hidden(params, config, x, positions(10))[0] ** 2).sum())(
-            inputs
-        )
+        return jax.grad(lambda x: (decoder.hidden(params, config, x, positions(10))[0] ** 2).sum())(inputs)
 
-    np.testing.assert_allclose(
-        gradient(config.replace(remat=True)), gradient(config), rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(gradient(config.replace(remat=True)), gradient(config), rtol=1e-5, atol=1e-5)
 
 
 def test_logits_of_embeddings_equal_logits_of_ids(tiny_model):

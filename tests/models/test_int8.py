@@ -19,9 +19,7 @@ from jaxsp.typing import UserError
 from tests import tiny
 
 IDS = np.array([[5, 9, 77, 30, 200, 14, 3, 99, 41, 120]])
-sixteen_bits = pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="refused on a CPU before jax 0.10"
-)
+sixteen_bits = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="refused on a CPU before jax 0.10")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 

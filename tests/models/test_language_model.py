@@ -80,9 +80,7 @@ def test_a_cpu_without_a_list_of_its_features_means_float32(monkeypatch):
 
 def test_old_jax_on_a_cpu_has_only_float32(monkeypatch, tiny_directory):
     monkeypatch.setattr(language_model.jax, "__version_info__", (0, 7, 2))
-    with pytest.raises(
-        UserError, match=r"can't train in bfloat16 on a CPU .*; choose dtype float32"
-    ):
+    with pytest.raises(UserError, match=r"can't train in bfloat16 on a CPU .*; choose dtype float32"):
         jaxsp.load_model(tiny_directory, dtype="bfloat16")
 
 
@@ -93,9 +91,7 @@ def test_old_jax_on_a_cpu_has_only_float32(monkeypatch, tiny_directory):
         ("gpu", "7.5", "bfloat16", r"capability 7\.5\) has no bfloat16; choose dtype float32"),
     ],
 )
-def test_dtypes_that_the_hardware_lacks(
-    monkeypatch, tiny_directory, backend, capability, dtype, message
-):
+def test_dtypes_that_the_hardware_lacks(monkeypatch, tiny_directory, backend, capability, dtype, message):
     device = types.SimpleNamespace(compute_capability=capability, device_kind="Tesla T4")
     monkeypatch.setattr(language_model.jax, "default_backend", lambda: backend)
     monkeypatch.setattr(language_model.jax, "devices", lambda: [device])
@@ -108,9 +104,7 @@ def test_a_tokenizer_of_another_model(tmp_path):
     with pytest.raises(UserError, match="tokenizer has 259 tokens, the model 200"):
         jaxsp.load_model(tmp_path)
     tiny.write(tmp_path, vocab_size=300, eos_token_id=[2, 280])
-    with pytest.raises(
-        UserError, match="ends a text with the id 280, which the tokenizer does not"
-    ):
+    with pytest.raises(UserError, match="ends a text with the id 280, which the tokenizer does not"):
         jaxsp.load_model(tmp_path)
     assert jaxsp.load_model(tmp_path, tokenizer=None).stop_ids == (2, 280)
 
@@ -170,9 +164,7 @@ def test_derived_buffers_and_tied_copies_are_legal(tmp_path):
     change_tensor(tmp_path, "model.layers.0.self_attn.rotary_emb.inv_freq", np.zeros(4, np.float32))
     table = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
     change_tensor(tmp_path, "lm_head.weight", table)
-    np.testing.assert_array_equal(
-        jaxsp.load_model(tmp_path, dtype="float32").logits([[5, 6]]), before
-    )
+    np.testing.assert_array_equal(jaxsp.load_model(tmp_path, dtype="float32").logits([[5, 6]]), before)
     change_tensor(tmp_path, "lm_head.weight", table + 1)
     with pytest.raises(UserError, match="tied"):
         jaxsp.load_model(tmp_path)
@@ -207,10 +199,7 @@ def test_truncated_safetensors(tmp_path):
         ({"eos_token_id": 259}, "end-of-text id 259 is outside the model's vocabulary of 259"),
         ({"eos_token_id": -1}, "end-of-text id -1 is outside"),
         ({"eos_token_id": "2"}, "not a valid configuration|eos_token_id must be a token id"),
-        (
-            {"model_type": "mistral", "layer_types": ["full_attention"] * 2},
-            "'ministral' is not supp",
-        ),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "'ministral' is not supp"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
             "rope_theta .* positive number; got 0",
@@ -236,8 +225,7 @@ def test_damaged_generation_config(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["[]", "{", "{}", '{"weight_map": 5}', '{"weight_map": {"a": 5}}', '{"weight_map": {"a": []}}'],
+    "text", ["[]", "{", "{}", '{"weight_map": 5}', '{"weight_map": {"a": 5}}', '{"weight_map": {"a": []}}']
 )
 def test_damaged_weight_index(tmp_path, text):
     (tiny.write(tmp_path) / "model.safetensors.index.json").write_text(text)

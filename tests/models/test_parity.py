@@ -88,10 +88,7 @@ def test_embedded_model_stored_goldens(smollm2):
 @pytest.mark.torch
 def test_embedded_model_live(smollm2):
     """A short text within 1e-4; 500 tokens, where more sums may differ, within 1e-5 of the range."""
-    for text, length, relative in (
-        (make_logits.SMOLLM2_TEXT, None, 0),
-        (TOWN.read_text(), 500, 1e-5),
-    ):
+    for text, length, relative in ((make_logits.SMOLLM2_TEXT, None, 0), (TOWN.read_text(), 500, 1e-5)):
         ids = np.array([smollm2.tokenizer(text).input_ids[:length]])
         theirs = make_logits.torch_logits(smollm2.directory, ids)
         tolerance = max(1e-4, relative * np.ptp(theirs))

@@ -134,9 +134,7 @@ def test_damaged_headers(small_file, data):
                 entry["data_offsets"] = data.draw(st.lists(number, max_size=3))
             else:
                 entry["shape"] = data.draw(st.lists(number, max_size=4))
-                entry["dtype"] = data.draw(
-                    st.sampled_from(["F32", "F16", "BF16", "F4", "I64", "?"])
-                )
+                entry["dtype"] = data.draw(st.sampled_from(["F32", "F16", "BF16", "F4", "I64", "?"]))
             text = json.dumps(tensors).encode()
             broken = struct.pack("<Q", len(text)) + text + good[8 + length :]
     file = model.directory / "model.safetensors"

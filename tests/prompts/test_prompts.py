@@ -23,13 +23,7 @@ def preamble(tiny_model):
 
 def initial(model, preamble, kind, length):
     return distributions.initial_prompt(
-        model.params,
-        model.config,
-        CONTEXT,
-        preamble,
-        key=jax.random.key(0),
-        length=length,
-        kind=kind,
+        model.params, model.config, CONTEXT, preamble, key=jax.random.key(0), length=length, kind=kind
     )
 
 

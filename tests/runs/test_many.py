@@ -75,9 +75,7 @@ def test_each_is_what_compress_gives_alone(calm_model, results):
         for name in ("gap_closed", "held_out", "train"):
             _assert_close(result.report[name], alone.report[name])
         assert result.report.keys() == alone.report.keys()
-        assert [line.get("tokens") for line in result.lines] == [
-            line.get("tokens") for line in alone.lines
-        ]
+        assert [line.get("tokens") for line in result.lines] == [line.get("tokens") for line in alone.lines]
         assert result.report["id"] == row["id"]
         assert result.report["objective"] == row.get("objective", "kl")
         assert [line["step"] for line in result.lines] == [line["step"] for line in alone.lines]
@@ -139,12 +137,9 @@ def test_one_folder_and_one_row_each(calm_model, results):
         assert json.loads((out / row["id"] / "report.json").read_text()) == json.loads(
             json.dumps(result.report)
         )
-    again = jaxsp.evaluate(
-        calm_model, jaxsp.SoftPrompt.load(out / "few"), ["What is left?"], progress=False
-    )
+    again = jaxsp.evaluate(calm_model, jaxsp.SoftPrompt.load(out / "few"), ["What is left?"], progress=False)
     _assert_close(
-        again["held_out"]["conditions"]["prompt"],
-        found[1].report["held_out"]["conditions"]["prompt"],
+        again["held_out"]["conditions"]["prompt"], found[1].report["held_out"]["conditions"]["prompt"]
     )
 
 
@@ -164,9 +159,7 @@ def test_killed_and_resumed(calm_directory, tmp_path):
 
     def command(out, *more):
         options = [
-            part
-            for name, value in OPTIONS.items()
-            for part in (f"--{name.replace('_', '-')}", str(value))
+            part for name, value in OPTIONS.items() for part in (f"--{name.replace('_', '-')}", str(value))
         ]
         return [
             sys.executable, "-m", "jaxsp", "compress-many", str(file), "--out", str(tmp_path / out),
@@ -200,10 +193,7 @@ def test_killed_and_resumed(calm_directory, tmp_path):
         texts = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (whole, pieces)]
         for a, b in zip(*texts, strict=True):
             assert {**json.loads(a), "seconds": 0} == {**json.loads(b), "seconds": 0}
-        kl = [
-            json.loads((folder / "report.json").read_text())["held_out"]
-            for folder in (whole, pieces)
-        ]
+        kl = [json.loads((folder / "report.json").read_text())["held_out"] for folder in (whole, pieces)]
         assert kl[0] == kl[1]
 
 
@@ -276,11 +266,7 @@ def test_the_same_context_is_taught_once(calm_model, monkeypatch):
     calls, teach = [], runner.run_teacher
     monkeypatch.setattr(runner, "run_teacher", lambda *a: calls.append(1) or teach(*a))
     held_out = ["What is left?"]
-    jobs = [
-        job(f"{o}-{s}", objective=o, seed=s, held_out=held_out)
-        for o in ("kl", "nll")
-        for s in (0, 1)
-    ]
+    jobs = [job(f"{o}-{s}", objective=o, seed=s, held_out=held_out) for o in ("kl", "nll") for s in (0, 1)]
     found = compress_many(calm_model, jobs, steps=4)
     assert len(calls) == 1
     assert len({r.report["gap_closed"]["value"] for r in found}) > 1
@@ -291,9 +277,7 @@ def test_what_the_teacher_said_is_kept_on_disk(calm_model, tmp_path, monkeypatch
     from jaxsp.teacher import problem
 
     calls, answer_ids = [], problem.answer_ids
-    monkeypatch.setattr(
-        problem, "answer_ids", lambda *a, **k: calls.append(1) or answer_ids(*a, **k)
-    )
+    monkeypatch.setattr(problem, "answer_ids", lambda *a, **k: calls.append(1) or answer_ids(*a, **k))
     monkeypatch.setattr(runner, "KEPT", 1)
     jobs = [
         job(f"{context}-{objective}", f"{CONTEXT} No. {context}.", objective=objective)
@@ -328,9 +312,7 @@ def test_contexts_of_like_length_compile_nothing_new(calm_model):
     from jax._src import test_util  # the only counter jax has
 
     def jobs(n):
-        return [
-            job(f"j{i}", CONTEXT[: 85 + i], QUERIES[: 5 + i % 4], seed=i, steps=4) for i in range(n)
-        ]
+        return [job(f"j{i}", CONTEXT[: 85 + i], QUERIES[: 5 + i % 4], seed=i, steps=4) for i in range(n)]
 
     counts = []
     for n in (2, 2, 6):
@@ -391,9 +373,7 @@ def test_a_bad_job_is_an_error_before_any_work_or_skipped(
     assert not calls
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    found = list(
-        jaxsp.compress_many(calm_model, [GOOD, row], keep_going=True, **{**OPTIONS, "steps": 0})
-    )
+    found = list(jaxsp.compress_many(calm_model, [GOOD, row], keep_going=True, **{**OPTIONS, "steps": 0}))
     assert [r.report["id"] for r in found] == ["good"]
     assert "Skipped: job 2: " in capsys.readouterr().err
 

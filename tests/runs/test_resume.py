@@ -59,9 +59,7 @@ def steps_done(out: Path) -> int:
 
 
 def stop_after(arguments: list[str], out: Path, steps: int, how: signal.Signals):
-    process = subprocess.Popen(
-        arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
     while steps_done(out) < steps and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -124,9 +124,7 @@ def test_a_whole_compression_on_a_mesh(model, tmp_path):
     close = {"atol": 1e-5 * np.abs(sigma).max()}
     np.testing.assert_allclose(spread.prompt.sigma["embeddings"], sigma, **close)
     for name, value in expected.report["held_out"]["conditions"]["prompt"].items():
-        assert spread.report["held_out"]["conditions"]["prompt"][name] == pytest.approx(
-            value, abs=1e-4
-        )
+        assert spread.report["held_out"]["conditions"]["prompt"][name] == pytest.approx(value, abs=1e-4)
     assert [q["answer_full_context"] for q in spread.report["queries"]] == [
         q["answer_full_context"] for q in expected.report["queries"]
     ]
@@ -136,18 +134,13 @@ def test_a_whole_compression_on_a_mesh(model, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(jaxsp.Interrupted, match="after step 3 of 6"):
-        jaxsp.compress(
-            model, CONTEXT, QUERIES, out=tmp_path / "b", callbacks=[stop], **mesh, **options
-        )
+        jaxsp.compress(model, CONTEXT, QUERIES, out=tmp_path / "b", callbacks=[stop], **mesh, **options)
     resumed = jaxsp.compress(model, CONTEXT, QUERIES, out=tmp_path / "b", resume=True, **options)
     assert [line["step"] for line in resumed.lines] == list(range(7))
     np.testing.assert_allclose(resumed.prompt.sigma["embeddings"], sigma, **close)
 
 
-MANY = [
-    {"id": f"{i}", "context": f"{CONTEXT} No. {i}.", "queries": QUERIES, "seed": i}
-    for i in range(3)
-]
+MANY = [{"id": f"{i}", "context": f"{CONTEXT} No. {i}.", "queries": QUERIES, "seed": i} for i in range(3)]
 MANY.append({**MANY[0], "id": "other", "objective": "nll"})
 
 
@@ -165,9 +158,7 @@ def test_many_prompts_over_devices(model, many_on_one_device, mesh):
     spread = jaxsp.compress_many(model, MANY, **layout, **options)
     for ours, theirs in zip(spread, expected, strict=True):
         sigma = theirs.prompt.sigma["embeddings"]
-        np.testing.assert_allclose(
-            ours.prompt.sigma["embeddings"], sigma, atol=1e-5 * np.abs(sigma).max()
-        )
+        np.testing.assert_allclose(ours.prompt.sigma["embeddings"], sigma, atol=1e-5 * np.abs(sigma).max())
         gaps = [r.report["gap_closed"]["value"] for r in (ours, theirs)]
         assert gaps[0] == pytest.approx(gaps[1], abs=1e-4)
 
@@ -186,22 +177,14 @@ def test_a_batch_that_the_mesh_does_not_divide(model, problem):
     [
         ({"mesh": "data=3"}, "takes 3 devices, which doesn't divide the 8 there are"),
         ({"mesh": "data=4,model=4"}, "takes 16 devices, which doesn't divide the 8 there are"),
-        (
-            {"mesh": "rows=2"},
-            "--mesh must be like data=2,model=4, axes data and model; got 'rows=2'",
-        ),
+        ({"mesh": "rows=2"}, "--mesh must be like data=2,model=4, axes data and model; got 'rows=2'"),
         ({"mesh": "data=0"}, "got 'data=0'"),
         ({"mesh": "data"}, "got 'data'"),
-        (
-            {"mesh": "model=8"},
-            "--mesh model=8 doesn't divide the model's 4 heads; choose one of 1, 2, 4",
-        ),
+        ({"mesh": "model=8"}, "--mesh model=8 doesn't divide the model's 4 heads; choose one of 1, 2, 4"),
         ({"mesh": "data=2", "parallel": "pmap"}, "--mesh data=2 needs --parallel mesh, not pmap"),
     ],
 )
 def test_a_layout_that_cannot_be(model, tmp_path, settings, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        jaxsp.compress(
-            model, CONTEXT, QUERIES, out=tmp_path / "out", **{"parallel": "mesh", **settings}
-        )
+        jaxsp.compress(model, CONTEXT, QUERIES, out=tmp_path / "out", **{"parallel": "mesh", **settings})
     assert not (tmp_path / "out").exists()

@@ -11,13 +11,7 @@ import optax
 import pytest
 
 from jaxsp.settings import TrainingSettings
-from jaxsp.training.optimizers import (
-    OPTIMIZERS,
-    constant,
-    make_optimizer,
-    make_schedule,
-    warmup_cosine,
-)
+from jaxsp.training.optimizers import OPTIMIZERS, constant, make_optimizer, make_schedule, warmup_cosine
 from jaxsp.training.optimizers.muon import orthogonalise
 from jaxsp.typing import UserError
 
@@ -56,9 +50,7 @@ def test_embeddings_of_any_size_train_alike(optimizer):
         return sigma / unit
 
     np.testing.assert_allclose(trained(50.0), trained(1.0), rtol=1e-3, atol=1e-4)
-    assert float(jnp.abs(trained(1.0) - target).mean()) < 0.6 * float(
-        jnp.abs(start - target).mean()
-    )
+    assert float(jnp.abs(trained(1.0) - target).mean()) < 0.6 * float(jnp.abs(start - target).mean())
 
 
 def first_change(gradient, **settings):
@@ -139,9 +131,7 @@ def test_an_optimizer_of_ones_own_is_used_as_it_is():
 
 
 def test_an_unknown_optimizer():
-    with pytest.raises(
-        UserError, match="Unknown optimizer 'lion'; choose one of muon, adam, adamw"
-    ):
+    with pytest.raises(UserError, match="Unknown optimizer 'lion'; choose one of muon, adam, adamw"):
         make_optimizer(TrainingSettings(optimizer="lion"))
 
 

@@ -109,10 +109,7 @@ def test_the_loss_of_other_families(tmp_path, family):
         np.testing.assert_allclose(total, kl[rows.mask].sum(), rtol=1e-4, atol=1e-5)
         assert (abs(total / count) < 1e-6) == zero
         np.testing.assert_allclose(
-            at_positions(model, prefix, rows, Packing(1, 20), ["kl"])["kl"].sum(),
-            total,
-            rtol=1e-4,
-            atol=1e-5,
+            at_positions(model, prefix, rows, Packing(1, 20), ["kl"])["kl"].sum(), total, rtol=1e-4, atol=1e-5
         )
 
 
@@ -126,9 +123,7 @@ def test_gradient_is_that_of_the_mean_over_all_positions(problem, objective):
 
     @jax.jit
     def loss(vectors):
-        prefix = distributions.prompt_prefix(
-            frozen.params, config, {"embeddings": vectors}, frozen.preamble
-        )
+        prefix = distributions.prompt_prefix(frozen.params, config, {"embeddings": vectors}, frozen.preamble)
         mask, teacher = jnp.asarray(rows.mask), jnp.asarray(rows.targets["hidden"])
         student = distributions.answer_hidden(frozen.params, config, prefix, rows)
         entry = OBJECTIVES[objective]
@@ -223,9 +218,7 @@ def test_a_packed_batch_gives_the_update_of_its_sequences(problem, shape, device
     np.testing.assert_allclose(packed_metrics["loss"], metrics["loss"], rtol=1e-5)
     gradient = one.sigma["embeddings"] - sigma["embeddings"]
     np.testing.assert_allclose(
-        two.sigma["embeddings"] - sigma["embeddings"],
-        gradient,
-        atol=1e-5 * np.abs(gradient).max(),
+        two.sigma["embeddings"] - sigma["embeddings"], gradient, atol=1e-5 * np.abs(gradient).max()
     )
     assert int(one.cursor) == int(two.cursor) == 16
     assert float(packed_metrics["answer_tokens"]) == float(metrics["answer_tokens"])
@@ -250,9 +243,7 @@ def undivided(problem):
         ("mesh", "data=4,model=2", 3, Packing(3, 60)),
     ],
 )
-def test_a_batch_in_parts_gives_the_update_of_the_whole(
-    problem, undivided, parallel, mesh, parts, packing
-):
+def test_a_batch_in_parts_gives_the_update_of_the_whole(problem, undivided, parallel, mesh, parts, packing):
     frozen, config, batch, sigma, _ = problem
     settings = settings_for(config, optimizer=optax.sgd(1.0))
     settings = dataclasses.replace(settings, accumulate=parts)
@@ -293,9 +284,7 @@ def test_many_prompts_in_parts(problem):
     assert two.cursor.tolist() == [16, 5]
 
 
-@pytest.mark.parametrize(
-    ("name", "slots"), [("jit", 3), ("pmap", 8), ("pmap", 3), ("mesh", 8), ("mesh", 3)]
-)
+@pytest.mark.parametrize(("name", "slots"), [("jit", 3), ("pmap", 8), ("pmap", 3), ("mesh", 8), ("mesh", 3)])
 def test_prompts_or_rows_are_shared_by_the_devices(problem, name, slots):
     """Every driver gives each of many prompts what it gives the one; one at its last step stays."""
     frozen, config, rows, sigma, _ = problem
@@ -305,10 +294,7 @@ def test_prompts_or_rows_are_shared_by_the_devices(problem, name, slots):
     driver = DRIVERS[name](frozen, settings, slots=slots)
     assert driver.multiple == (8 if name != "jit" and slots == 3 else 1)
     own = [rows.take([*range(i, 16), *range(i)]) for i in range(slots - 1)]
-    own = [
-        dataclasses.replace(r, mask=r.mask & (np.arange(16) > i)[:, None])
-        for i, r in enumerate(own)
-    ]
+    own = [dataclasses.replace(r, mask=r.mask & (np.arange(16) > i)[:, None]) for i, r in enumerate(own)]
     batches = jax.tree.map(lambda *leaves: np.stack(leaves), *own, rows)
     states, metrics = driver.step(driver.place(stack([*starts[1:], done])), batches)
     states = driver.fetch(states)
@@ -317,9 +303,7 @@ def test_prompts_or_rows_are_shared_by_the_devices(problem, name, slots):
     alone = DRIVERS["jit"](frozen, settings)
     for i in (0, slots - 2):
         expected, numbers = step(alone, stack([starts[1]]), own[i])
-        np.testing.assert_allclose(
-            states.sigma["embeddings"][i], expected.sigma["embeddings"][0], atol=1e-6
-        )
+        np.testing.assert_allclose(states.sigma["embeddings"][i], expected.sigma["embeddings"][0], atol=1e-6)
         for key, value in numbers.items():
             np.testing.assert_allclose(np.asarray(metrics[key])[i], value, rtol=1e-5, atol=1e-6)
 

@@ -40,9 +40,7 @@ class _Rule(NamedTuple):
     precision: jax.lax.Precision
 
     def product(self, spec: str, left: Array, right: Array) -> Array:
-        return jnp.einsum(
-            spec, left, right, precision=self.precision, preferred_element_type=jnp.float32
-        )
+        return jnp.einsum(spec, left, right, precision=self.precision, preferred_element_type=jnp.float32)
 
 
 def unsupported_reason(inputs: AttentionInputs) -> str | None:
@@ -105,9 +103,7 @@ def _axes(slots: Slots) -> str:
 # bfloat16. After a shared prefix of 320: 156 ms in 58 MiB; derived by jax, 267 ms in 268 MiB, and with
 # jax.checkpoint 261 ms in 49 MiB. After one of 30: 67, 95 and 90 ms. One array of all scores: no faster.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    rule: _Rule, queries_N: _Queries, slots: tuple[Slots, ...], window: int | Array | None
-) -> Array:
+def _attend(rule: _Rule, queries_N: _Queries, slots: tuple[Slots, ...], window: int | Array | None) -> Array:
     return _forward(rule, queries_N, slots, window)[0]
 
 
@@ -128,17 +124,13 @@ def _backward(rule: _Rule, kept: tuple, d_out_NBGXF: Array) -> tuple:
         mean_BGX1 = jnp.sum(
             out_BGXF.astype(jnp.float32) * d_out_BGXF.astype(jnp.float32), axis=-1, keepdims=True
         )
-        parts = [
-            _gradient(rule, queries, s, window, log_sum_BGX, mean_BGX1, d_out_BGXF) for s in slots
-        ]
+        parts = [_gradient(rule, queries, s, window, log_sum_BGX, mean_BGX1, d_out_BGXF) for s in slots]
         d_q_BGXF = _total(d_q for d_q, *_ in parts).astype(queries.q_BGXF.dtype)
         more = [(d_keys, d_values) for _, d_keys, d_values in parts]
         return jax.tree.map(jnp.add, d_slots, more), d_q_BGXF
 
     zeros = [(jnp.zeros(s.keys.shape), jnp.zeros(s.values.shape)) for s in slots]
-    d_slots, d_q_NBGXF = jax.lax.scan(
-        step, zeros, (queries_N, out_NBGXF, log_sum_NBGX, d_out_NBGXF)
-    )
+    d_slots, d_q_NBGXF = jax.lax.scan(step, zeros, (queries_N, out_NBGXF, log_sum_NBGX, d_out_NBGXF))
     d_slots = tuple(
         s._replace(
             keys=d_keys.astype(s.keys.dtype),
@@ -148,11 +140,7 @@ def _backward(rule: _Rule, kept: tuple, d_out_NBGXF: Array) -> tuple:
         )
         for s, (d_keys, d_values) in zip(slots, d_slots, strict=True)
     )
-    return (
-        queries_N._replace(q_BGXF=d_q_NBGXF, positions_BX=None, segment_ids_BX=None),
-        d_slots,
-        None,
-    )
+    return (queries_N._replace(q_BGXF=d_q_NBGXF, positions_BX=None, segment_ids_BX=None), d_slots, None)
 
 
 _attend.defvjp(_forward, _backward)
@@ -203,13 +191,9 @@ def _gradient(
     )
 
 
-def _scores(
-    rule: _Rule, queries: _Queries, slots: Slots, window: int | Array | None
-) -> tuple[Array, Array]:
+def _scores(rule: _Rule, queries: _Queries, slots: Slots, window: int | Array | None) -> tuple[Array, Array]:
     """Scores before the mask, and the mask."""
-    scores_BGXS = rule.scale * rule.product(
-        f"bgxf,{_axes(slots)}->bgxs", queries.q_BGXF, slots.keys
-    )
+    scores_BGXS = rule.scale * rule.product(f"bgxf,{_axes(slots)}->bgxs", queries.q_BGXF, slots.keys)
     if rule.softcap is not None:
         scores_BGXS = rule.softcap * jnp.tanh(scores_BGXS / rule.softcap)
     seen_BXS = visible(queries.positions_BX, queries.segment_ids_BX, slots, window)

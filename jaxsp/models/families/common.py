@@ -54,9 +54,7 @@ def attention_biases(hf: Any) -> dict[str, bool]:
 
 def sliding_windows(hf: Any) -> tuple[int | None, ...]:
     """Each layer's sliding window, by its kind."""
-    return tuple(
-        hf.sliding_window if kind == "sliding_attention" else None for kind in layer_kinds(hf)
-    )
+    return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in layer_kinds(hf))
 
 
 def activation(name: str) -> Activation:

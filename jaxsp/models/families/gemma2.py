@@ -23,9 +23,7 @@ from jaxsp.typing import UserError
 
 def config(hf: Any, dtype: str, **family: Any) -> DecoderConfig:
     if hf.use_bidirectional_attention:
-        raise UserError(
-            "Gemma with bidirectional attention is no language model; jaxsp can't use it."
-        )
+        raise UserError("Gemma with bidirectional attention is no language model; jaxsp can't use it.")
     return read_config(
         hf,
         dtype,

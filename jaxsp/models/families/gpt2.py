@@ -57,7 +57,5 @@ def tensors(config: DecoderConfig) -> dict[str, Tensor]:
                 f"{at}.attn.c_attn.{theirs}", (i * width, (i + 1) * width), outputs_first=False
             )
         for name, place in (("o", "attn.c_proj"), ("up", "mlp.c_fc"), ("down", "mlp.c_proj")):
-            out[f"layers/{name}_proj/{ours}"] = Tensor(
-                f"{at}.{place}.{theirs}", outputs_first=False
-            )
+            out[f"layers/{name}_proj/{ours}"] = Tensor(f"{at}.{place}.{theirs}", outputs_first=False)
     return out

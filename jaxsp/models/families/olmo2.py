@@ -13,14 +13,10 @@ from jaxsp.models.weights import Tensor
 
 
 def config(hf: Any, dtype: str) -> DecoderConfig:
-    return read_config(
-        hf, dtype, pre_norm=False, post_norm=True, qk_norm="width", **attention_biases(hf)
-    )
+    return read_config(hf, dtype, pre_norm=False, post_norm=True, qk_norm="width", **attention_biases(hf))
 
 
 def tensors(config: DecoderConfig) -> dict[str, Tensor]:
     return usual_tensors(
-        attention_post_norm="post_attention_layernorm",
-        mlp_post_norm="post_feedforward_layernorm",
-        **QK_NORMS,
+        attention_post_norm="post_attention_layernorm", mlp_post_norm="post_feedforward_layernorm", **QK_NORMS
     )

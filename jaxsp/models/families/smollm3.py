@@ -13,13 +13,7 @@ from jaxsp.models.families.common import attention_biases, read_config, sliding_
 
 def config(hf: Any, dtype: str) -> DecoderConfig:
     usual = read_config(
-        hf,
-        dtype,
-        sliding_windows=sliding_windows(hf),
-        mlp_bias=hf.mlp_bias,
-        **attention_biases(hf),
+        hf, dtype, sliding_windows=sliding_windows(hf), mlp_bias=hf.mlp_bias, **attention_biases(hf)
     )
     turned = zip(usual.ropes, hf.no_rope_layers, strict=True)  # 1 there means that it has positions
-    return usual.replace(
-        ropes=tuple(rope if has else rope.without_positions() for rope, has in turned)
-    )
+    return usual.replace(ropes=tuple(rope if has else rope.without_positions() for rope, has in turned))

@@ -171,9 +171,7 @@ def _run(params: Params, work: Work, steps: int = STEPS) -> Iterator[tuple[int, 
         pending: list[int] = []
         known = 0
         while pending or known < total:
-            state = _advance(
-                params, config, prefix, table, state, chunk, total, cut_B, np.int32(steps)
-            )
+            state = _advance(params, config, prefix, table, state, chunk, total, cut_B, np.int32(steps))
             started, index_B, running_B, count_R, tokens_RA = jax.device_get(
                 (state.started, state.index_B, state.running_B, state.count_R, state.tokens_RA)
             )
@@ -195,12 +193,7 @@ def _run(params: Params, work: Work, steps: int = STEPS) -> Iterator[tuple[int, 
 
 @functools.partial(jax.jit, static_argnames=("config", "B", "A"), keep_unused=True)
 def _start(
-    params: Params,
-    config: DecoderConfig,
-    several: KeyValues | None,
-    table: Requests,
-    B: int,
-    A: int,
+    params: Params, config: DecoderConfig, several: KeyValues | None, table: Requests, B: int, A: int
 ) -> _State:
     # The weights as an argument put the state on their device, as ``_advance`` does with those that
     # follow: with another placement jax would compile it a second time.

@@ -60,9 +60,7 @@ class Work:
             ids_BZ=jnp.asarray(ids_RZ),
             length_B=column([len(request) for request in self.requests], R),
             max_B=column([sampling.max_tokens for sampling in self.samplings], R),
-            choices=tabulate(
-                self.samplings, R, jax.random.key(0) if self.key is None else self.key
-            ),
+            choices=tabulate(self.samplings, R, jax.random.key(0) if self.key is None else self.key),
             after_B=column(self._rows().tolist(), R) if self.several else None,
         )
         return table, chunk
@@ -73,9 +71,7 @@ class Work:
         if self.slots < 1:
             raise UserError(f"slots must be at least 1; got {self.slots}.")
         if len(self.samplings) != len(self.requests):
-            raise UserError(
-                f"There are {len(self.requests)} requests, but {len(self.samplings)} samplings."
-            )
+            raise UserError(f"There are {len(self.requests)} requests, but {len(self.samplings)} samplings.")
         if self.key is not None and not _is_key(self.key):
             raise UserError(f"key must be one random key, as jax.random.key(0); got {self.key!r}.")
         before_R = np.asarray(self.prefix.next_position)[self._rows()]
@@ -92,13 +88,9 @@ class Work:
             if (stop := max(sampling.stop_ids, default=0)) >= vocab:
                 raise UserError(f"Stop id {stop} is not a token: the vocabulary has {vocab}.")
             if sampling.temperature and self.key is None:
-                raise UserError(
-                    f"Temperature {sampling.temperature} needs a key, as jax.random.key(0)."
-                )
+                raise UserError(f"Temperature {sampling.temperature} needs a key, as jax.random.key(0).")
             if sampling.stop_strings and self.decode is None:
-                raise UserError(
-                    f"Stop strings {sampling.stop_strings} need decode, to read the answer."
-                )
+                raise UserError(f"Stop strings {sampling.stop_strings} need decode, to read the answer.")
 
     def _rows(self) -> np.ndarray:
         """The row of the prefix that each request is read after."""

@@ -111,9 +111,7 @@ def round_up(number: int, to: int) -> int:
     return ceil_div(number, to) * to
 
 
-def choose(
-    logits_BV: Float[Array, "b v"], choices: Choices, count_B: Int[Array, " b"]
-) -> Int[Array, " b"]:
+def choose(logits_BV: Float[Array, "b v"], choices: Choices, count_B: Int[Array, " b"]) -> Int[Array, " b"]:
     """The next token of each row, which has ``count_B``; what no row asks for costs nothing."""
     early_B = count_B < choices.min_B
     random_B = choices.temperature_B > 0

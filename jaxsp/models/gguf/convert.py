@@ -59,9 +59,7 @@ _PROJECTIONS = {
     "ffn_up": ("mlp.up_proj", "MD"),
     "ffn_down": ("mlp.down_proj", "DM"),
 }
-_BIASES = {
-    f"{ours}.bias": (f"{theirs}.bias", shape[0]) for ours, (theirs, shape) in _PROJECTIONS.items()
-}
+_BIASES = {f"{ours}.bias": (f"{theirs}.bias", shape[0]) for ours, (theirs, shape) in _PROJECTIONS.items()}
 _QKV_BIAS = {name: _BIASES[name] for name in ("attn_q.bias", "attn_k.bias", "attn_v.bias")}
 _LAYER = {"attn_norm.weight": ("input_layernorm.weight", "D")} | {
     f"{ours}.weight": (f"{theirs}.weight", shape) for ours, (theirs, shape) in _PROJECTIONS.items()
@@ -91,11 +89,7 @@ _WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes an element of what is written
 
 # Llama 3.1 and later stretch the slow rotary pairs; the file holds only the resulting factors.
 _ROPE_FACTORS = "rope_freqs.weight"
-_LLAMA3 = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Tokens that end a turn, in files whose metadata names only the one that ends a text.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 
@@ -230,9 +224,7 @@ def _gemma3(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
         if layers == 62
         else head,
         "sliding_window": window or None,
-        "layer_types": [
-            "sliding_attention" if window and its else "full_attention" for its in slides
-        ],
+        "layer_types": ["sliding_attention" if window and its else "full_attention" for its in slides],
         "rope_parameters": {
             "full_attention": config["rope_parameters"],
             "sliding_attention": {"rope_type": "default", "rope_theta": base},
@@ -254,13 +246,9 @@ def _rope(metadata: Metadata, name: str, head: int, factors: StoredTensor | None
     unknown = [key for key in metadata if key.startswith(f"{name}.rope.scal") and key not in known]
     kind = metadata.read(f"{scaling}type", str, "linear")
     if unknown or kind not in ("none", "linear", "yarn"):
-        raise UserError(
-            f"it scales its rope by {kind!r} {' '.join(unknown)}, which jaxsp can't read"
-        )
+        raise UserError(f"it scales its rope by {kind!r} {' '.join(unknown)}, which jaxsp can't read")
     plain = {"rope_theta": _positive(metadata, f"{name}.rope.freq_base", 10000.0)}
-    given = {
-        theirs: _positive(metadata, ours) for theirs, ours in fields.items() if ours in metadata
-    }
+    given = {theirs: _positive(metadata, ours) for theirs, ours in fields.items() if ours in metadata}
     scaled = kind != "none" and given.get("factor", 1.0) != 1.0
     if factors is not None:
         if scaled:
@@ -348,11 +336,7 @@ def _write_safetensors(path: Path, tensors: dict[str, _Output]) -> None:
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + math.prod(tensor.stored.shape) * _WIDTHS[tensor.dtype]
-        header[name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.stored.shape,
-            "data_offsets": [start, end],
-        }
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.stored.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
     with path.open("wb") as file:

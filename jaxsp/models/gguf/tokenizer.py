@@ -97,9 +97,7 @@ def _byte_level(metadata: Metadata, words: list[str]) -> tuple[Tokenizer, bool]:
             f"its tokenizer has the splitting rules {rule!r}; from GGUF jaxsp reads"
             f" {', '.join(_RULES)}. Use the model's original directory"
         )
-    merges = [
-        tuple(pair.split(" ", 1)) for pair in metadata.read("tokenizer.ggml.merges", list, [])
-    ]
+    merges = [tuple(pair.split(" ", 1)) for pair in metadata.read("tokenizer.ggml.merges", list, [])]
     llama = rule == "llama-bpe"
     ids = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=llama))

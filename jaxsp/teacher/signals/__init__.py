@@ -16,6 +16,4 @@ from jaxsp.typing import KeyValues, Params, PyTree
 
 Signal = Callable[[Params, DecoderConfig, KeyValues, Rows], PyTree]
 
-SIGNALS: dict[str, Signal] = {
-    "hidden": hidden.at_positions,
-}
+SIGNALS: dict[str, Signal] = {"hidden": hidden.at_positions}

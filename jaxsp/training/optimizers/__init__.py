@@ -49,9 +49,7 @@ def make_optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
     # Of the settings, only what the optimizer reads: one object for one choice, so that equal updates
     # compile once.
     return _optimizer(
-        TrainingSettings(
-            optimizer=settings.optimizer, weight_decay=settings.weight_decay, clip=settings.clip
-        )
+        TrainingSettings(optimizer=settings.optimizer, weight_decay=settings.weight_decay, clip=settings.clip)
     )
 
 

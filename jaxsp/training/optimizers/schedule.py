@@ -49,9 +49,7 @@ class Schedule:
 
 def warmup_cosine(peak: float, steps: int, warmup: float = 0.0) -> Schedule:
     """The schedule that rises in the fraction ``warmup`` of the steps, then falls to 0."""
-    return Schedule(
-        jnp.float32(peak), jnp.int32(steps), jnp.int32(round(warmup * steps)), jnp.float32(1)
-    )
+    return Schedule(jnp.float32(peak), jnp.int32(steps), jnp.int32(round(warmup * steps)), jnp.float32(1))
 
 
 def constant(steps: int = 2**31 - 1, rate: float = 1.0) -> Schedule:

@@ -132,9 +132,7 @@ def test_after_a_prefix_with_empty_slots(tmp_path, family):
     context = np.random.RandomState(1).randint(3, 259, 19)
     prefix = decoder.read_long(model.params, model.config, context[None], longest=8)
     assert (prefix.positions == EMPTY).sum() == 2
-    found = generate(
-        model.params, model.config, prefix, QUERIES[:3], Sampling(max_tokens=3), slots=1
-    )
+    found = generate(model.params, model.config, prefix, QUERIES[:3], Sampling(max_tokens=3), slots=1)
     for query, answer in zip(QUERIES, found, strict=False):
         start = len(context) + len(query) - 1
         logits = model.logits(np.pad([*context, *query, *answer], (0, 9 - len(query))))
@@ -147,13 +145,7 @@ def test_with_64_bit_types(tiny_model, run, x64):
     x64(True)
     prefix = distributions.context_prefix(tiny_model.params, tiny_model.config, np.array([CONTEXT]))
     found = generate(
-        tiny_model.params,
-        tiny_model.config,
-        prefix,
-        QUERIES,
-        sampling,
-        slots=3,
-        key=jax.random.key(0),
+        tiny_model.params, tiny_model.config, prefix, QUERIES, sampling, slots=3, key=jax.random.key(0)
     )
     assert found == expected
 
@@ -194,9 +186,7 @@ def test_answers_stop_each_at_their_own_stop_token(run, streamed, slowly):
 def test_stop_tokens_are_banned_before_min_tokens(run, slowly):
     stop = slowly(QUERIES[0], 9)[2]
     limits = [(0, 9), (2, 9), (3, 9), (5, 9), (9, 9)]
-    samplings = [
-        Sampling(stop_ids=(stop,), min_tokens=low, max_tokens=high) for low, high in limits
-    ]
+    samplings = [Sampling(stop_ids=(stop,), min_tokens=low, max_tokens=high) for low, high in limits]
     expected = [slowly(QUERIES[0], high, (stop,), low) for low, high in limits]
     assert [len(answer) for answer in expected[:2]] == [3, 3]
     assert stop not in expected[2][:3]

@@ -22,9 +22,7 @@ def test_samples_follow_the_softmax(temperature):
     assert ((found - expected) ** 2 / expected).sum() < 24.32
 
 
-@pytest.mark.parametrize(
-    ("top_k", "top_p"), [(1, 1.0), (3, 1.0), (0, 0.5), (0, 0.9), (4, 0.7), (99, 1e-9)]
-)
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (3, 1.0), (0, 0.5), (0, 0.9), (4, 0.7), (99, 1e-9)])
 def test_top_k_and_top_p_keep_the_tokens_they_should(top_k, top_p):
     random = np.random.RandomState(5)
     for logits in random.standard_normal((3, 12)) * 2:

@@ -56,10 +56,7 @@ def test_sliding_windows_of_gemma3(tmp_path, cache):
             num_hidden_layers=7, layer_types=["full_attention"] * 7,
         )  # fmt: skip
         kinds[every] = [kind[:4] for kind in config_of(tmp_path / f"{every}.gguf")["layer_types"]]
-    assert kinds == {
-        None: [*["slid"] * 5, "full", "slid"],
-        3: [*["slid", "slid", "full"] * 2, "slid"],
-    }
+    assert kinds == {None: [*["slid"] * 5, "full", "slid"], 3: [*["slid", "slid", "full"] * 2, "slid"]}
     write_gguf(tmp_path / "full.gguf", "gemma3", {"gemma3.attention.sliding_window": None})
     assert set(config_of(tmp_path / "full.gguf")["layer_types"]) == {"full_attention"}
 
@@ -109,10 +106,7 @@ def test_scaled_ropes(tmp_path, cache):
     assert config_of(tmp_path / "linear.gguf")["rope_parameters"] == {
         "rope_type": "linear", "rope_theta": 1e4, "factor": 4.0,
     }  # fmt: skip
-    yarn = linear | {
-        "qwen2.rope.scaling.type": "yarn",
-        "qwen2.rope.scaling.original_context_length": 128,
-    }
+    yarn = linear | {"qwen2.rope.scaling.type": "yarn", "qwen2.rope.scaling.original_context_length": 128}
     write_gguf(tmp_path / "yarn.gguf", "qwen2", yarn)
     assert config_of(tmp_path / "yarn.gguf")["rope_parameters"] == {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
@@ -205,8 +199,7 @@ def q6_k(block: bytes) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "decode", "size", "halves"),
-    [(Kind.Q4_K, q4_k, 144, (0, 2)), (Kind.Q6_K, q6_k, 210, (208,))],
+    ("kind", "decode", "size", "halves"), [(Kind.Q4_K, q4_k, 144, (0, 2)), (Kind.Q6_K, q6_k, 210, (208,))]
 )
 def test_k_quants(tmp_path, cache, kind, decode, size, halves):
     blocks = np.random.RandomState(0).randint(0, 256, (48, size)).astype(np.uint8)
@@ -303,12 +296,7 @@ ZEROS = np.zeros((4, 4), np.float32), Kind.F32
         ("llama", {"llama.rope.scaling.yarn_log_multiplier": 0.1}, {}, "yarn_log_multiplier"),
         ("llama", {"llama.rope.dimension_count": 4}, {}, "whole heads"),
         ("llama", {"llama.rope.freq_base": -1.0}, {}, "rope.freq_base is -1.0"),
-        (
-            "llama",
-            {},
-            {"rope_freqs.weight": (np.arange(1, 5, dtype=np.float32), Kind.F32)},
-            "Llama 3",
-        ),
+        ("llama", {}, {"rope_freqs.weight": (np.arange(1, 5, dtype=np.float32), Kind.F32)}, "Llama 3"),
         ("llama", {}, {"blk.0.attn_sinks.weight": ZEROS}, "blk.0.attn_sinks.weight.* no place"),
         ("llama", {}, {"blk.2.attn_q.weight": ZEROS}, "blk.2.attn_q.weight.* no place"),
         ("qwen3", {}, {"blk.0.attn_q.bias": ZEROS}, "blk.0.attn_q.bias.* no place"),
@@ -316,12 +304,7 @@ ZEROS = np.zeros((4, 4), np.float32), Kind.F32
         ("llama", {"llama.block_count": 3}, {}, "lacks the tensor blk.2.attn_k.weight"),
         ("llama", {"llama.block_count": 1 << 30}, {}, "21 tensors for 1073741824 layers"),
         ("llama", {"llama.context_length": 0}, {}, "llama.context_length is 0"),
-        (
-            "llama",
-            {"llama.context_length": "long"},
-            {},
-            "'llama.context_length' is not of type int",
-        ),
+        ("llama", {"llama.context_length": "long"}, {}, "'llama.context_length' is not of type int"),
         ("llama", {"llama.embedding_length": None}, {}, "'llama.embedding_length' is missing"),
         ("llama", {"split.count": 3}, {}, "one of 3 parts"),
         ("qwen2", {"qwen2.attention.causal": False}, {}, "not causal"),

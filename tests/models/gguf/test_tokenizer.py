@@ -25,19 +25,12 @@ def test_token_ids_are_those_of_llama_cpp(smollm2, row):
 
 def tokenizer_fields(**fields: Any) -> Metadata:
     """Metadata with one of the golden vocabularies."""
-    all_ = {
-        **KINDS["vocabularies"][fields["model"]],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        **fields,
-    }
+    all_ = {**KINDS["vocabularies"][fields["model"]], "bos_token_id": 1, "eos_token_id": 2, **fields}
     arrays = {name: np.array(all_[name]) for name in ("scores", "token_type") if name in all_}
     return Metadata({f"tokenizer.ggml.{name}": value for name, value in (all_ | arrays).items()})
 
 
-@pytest.mark.parametrize(
-    "row", KINDS["rows"], ids=lambda row: "-".join(map(str, row["fields"].values()))
-)
+@pytest.mark.parametrize("row", KINDS["rows"], ids=lambda row: "-".join(map(str, row["fields"].values())))
 def test_every_kind_gives_the_ids_of_llama_cpp(row):
     tokenizer = build(tokenizer_fields(**row["fields"]))
     for its, ids in zip(IDS, row["ids"], strict=True):
