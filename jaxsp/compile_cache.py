@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import logging
 import os
 import sys
 import warnings
 from pathlib import Path
 
-import filelock
 import jax
 
 MAX_BYTES = 2 << 30
-"""Most that the programs may take on disk; those not used for longest go first."""
+"""Most that the programs take on disk when a process starts; those not used for longest go first."""
 
 MIN_SECONDS = 0.05
-"""Shortest compile time of a program that is kept: each one more makes writing the next slower."""
+"""Shortest compile time of a program that is kept: others are compiled as fast as they are read."""
 
 
 def cache_folder() -> Path:
@@ -61,10 +62,8 @@ def enable() -> None:
     except (OSError, RuntimeError) as error:
         _report(f"Compiled programs are not kept for the next run: {error}.")
         return
-    # A damaged file, a full disk, a lock held too long: jax warns of each and compiles.
-    for warning in ("Error (reading|writing) persistent compilation cache", "Cache value for key"):
-        warnings.filterwarnings("ignore", warning)
-    config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    # A damaged file, a full disk: jax warns of each and compiles.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
     config.update("jax_compilation_cache_dir", str(folder))
 
@@ -76,13 +75,30 @@ def _readable(version: tuple[int, ...]) -> bool:
 
 
 def _prepare(folder: Path) -> None:
-    """Makes the folder; takes out programs whose process ended while writing: jax never replaces one."""
+    """Makes the folder; takes out the programs beyond ``MAX_BYTES``, and what was not written to its end.
+
+    Once a process: jax's own limit looks at every file whenever it writes one, which takes longer than
+    compiling when there are many; and it never replaces a file.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever can write here can run code
-    with filelock.FileLock(folder / ".lockfile", timeout=10):  # jax's own, held while it writes
-        for program in folder.glob("*-cache"):
-            # jax writes this one second.
-            if not program.with_name(f"{program.name.removesuffix('cache')}atime").exists():
+    stamp, room = folder / ".checked", MAX_BYTES
+    checked = stamp.stat().st_mtime if stamp.exists() else 0.0
+    stamp.touch()
+    with contextlib.suppress(FileNotFoundError):  # another process may be doing the same
+        for program in sorted(folder.glob("*-cache"), key=lambda file: -file.stat().st_atime):
+            stat = program.stat()
+            room -= stat.st_size
+            if room < 0 or (stat.st_mtime >= checked and not _is_whole(program.read_bytes())):
                 program.unlink()
+
+
+def _is_whole(program: bytes) -> bool:
+    """Whether jax can decompress it: its process may have been killed, or the disk full, while it was written."""
+    for name in ("zlib", "compression.zstd", "zstandard"):  # what jax takes, by what is installed
+        with contextlib.suppress(Exception):
+            importlib.import_module(name).decompress(program)
+            return True
+    return False
 
 
 @functools.cache

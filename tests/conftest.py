@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAXSP_COMPILE_CACHE", "off")  # what is tested is compiled here and now
 
 import subprocess
 import sys

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import zlib
 
 import jax
 import pytest
@@ -63,17 +65,29 @@ def test_a_second_process_compiles_nothing_and_computes_the_same(run, cache, tin
     assert (hits, new) == (misses, 0)
     assert without == first == second
 
-    # A process that was killed while writing leaves half a file, and no time beside it; a disk may lose more.
+    # A process that was killed while writing leaves half a file, and so does a disk that is full.
     half, torn = sorted(programs.glob("jit*-cache"), key=lambda file: file.stat().st_size)[-2:]
     half.write_bytes(half.read_bytes()[:100])
-    half.with_name(half.name.removesuffix("cache") + "atime").unlink()
     torn.write_bytes(b"")
     (damaged, hits, new), said = run(RUN, tiny_directory)
     assert damaged == first
-    assert hits == misses - 2
-    assert new >= 1  # the half file is replaced
+    assert (hits, new) == (misses - 2, 2)  # both are replaced
     assert half.stat().st_size > 100
+    assert torn.stat().st_size
+    assert run(RUN, tiny_directory)[0] == [first, misses, 0]
     assert said.replace("[transformers]", "").count("\n") <= 1
+
+
+def test_the_programs_not_used_for_longest_go(run, cache, monkeypatch):
+    programs = cache / "programs"
+    programs.mkdir(parents=True)
+    for number in range(3):
+        file = programs / f"{number}-cache"
+        file.write_bytes(zlib.compress(bytes(100)) + bytes(1000))
+        os.utime(file, (number, number))
+    monkeypatch.setattr(compile_cache, "MAX_BYTES", 2500)
+    compile_cache._prepare(programs)
+    assert sorted(file.name for file in programs.glob("*-cache")) == ["1-cache", "2-cache"]
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(run, cache):
@@ -85,7 +99,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(run, cache):
 
 
 def test_what_the_user_has_chosen_stays(run, cache, tmp_path):
-    assert run(SETTINGS)[0] == [str(cache / "programs"), compile_cache.MAX_BYTES]
+    assert run(SETTINGS)[0] == [str(cache / "programs"), 7]
     assert run(SETTINGS, JAXSP_COMPILE_CACHE="OFF")[0] == [None, 7]
     own = str(tmp_path / "own")
     assert run(SETTINGS, JAX_COMPILATION_CACHE_DIR=own)[0] == [own, 7]
