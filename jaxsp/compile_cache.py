@@ -93,7 +93,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _is_whole(program: bytes) -> bool:
-    """Whether jax can decompress it: its process may have been killed, or the disk full, while it was written."""
+    """Whether jax can decompress it: its process may have been killed, or the disk full, in the middle."""
     for name in ("zlib", "compression.zstd", "zstandard"):  # what jax takes, by what is installed
         with contextlib.suppress(Exception):
             importlib.import_module(name).decompress(program)
