@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from safetensors import SafetensorError, safe_open
 
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.decoder import parameter_shapes
-from jaxsp.typing import Params, UserError
+from jaxsp.typing import Array, Params, UserError
 
-READ_BYTES = 8 * 2**20
-"""Longest piece of a tensor read at once: beside the parameters, loading holds two of it."""
+READERS, READ_BYTES = 4, 2 * 2**20
+"""Tensors read at the same time, and the longest piece of one read at once: beside the parameters, loading
+holds two of it for each reader."""
 
 _Index = tuple[slice, ...] | None  # what is cut out of an array; None: all of it
 
@@ -119,8 +121,8 @@ def load_params(
 ) -> Params:
     """Reads a checkpoint into the decoder's parameter tree, each tensor straight into its place.
 
-    Beside the parameters themselves the host holds ``READ_BYTES`` of a tensor, and one device's shard of
-    one parameter where the device has a memory of its own.
+    Beside the parameters themselves the host holds ``READ_BYTES`` of each tensor that is being read, and one
+    device's shard of that parameter where the device has a memory of its own.
 
     Args:
       files: safetensors files, from ``weight_files``.
@@ -140,20 +142,22 @@ def load_params(
     _check_names(checkpoint, places, tensors, config)
     for place in places.values():
         place.check(checkpoint)
-    params = {}
-    for path, leaf in _leaves(config).items():
+
+    def load(path: str, leaf: jax.ShapeDtypeStruct) -> Array:
         place = places[path.replace("/scale", "/kernel")]
         if config.weights == "int8" and path.endswith(("/kernel", "/scale")):
             read = functools.partial(place.read_int8, leaf, checkpoint)
         else:
             read = functools.partial(place.read, checkpoint)
+        if sharding:
+            return jax.make_array_from_callback(leaf.shape, sharding(path, leaf.shape), read)
         # Without a wish the arrays stay uncommitted: they follow what they are used with.
-        params[tuple(path.split("/"))] = (
-            jax.make_array_from_callback(leaf.shape, sharding(path, leaf.shape), read)
-            if sharding
-            else jax.device_put(read(None), may_alias=True)
-        )
-    return unflatten_dict(params)
+        return jax.device_put(read(None), may_alias=True)
+
+    leaves = _leaves(config)
+    with ThreadPoolExecutor(READERS) as pool:  # copying a tensor leaves Python to the others
+        params = dict(zip(leaves, pool.map(load, leaves, leaves.values()), strict=True))
+    return unflatten_dict(params, sep="/")
 
 
 def fingerprint(files: list[Path]) -> str:
