@@ -12,8 +12,6 @@ from jaxsp.data.documents import Query, as_queries
 from jaxsp.evaluation import brackets
 from jaxsp.evaluation import report as reports
 from jaxsp.evaluation.brackets import CONDITIONS
-from jaxsp.models.chat import ChatSlots
-from jaxsp.models.generation import Sampling, stream
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.runs.folder import Result
@@ -22,7 +20,7 @@ from jaxsp.settings import Options, make_settings, plain
 from jaxsp.teacher.problem import read_preamble, run_teacher, tokenize
 from jaxsp.training.slots import Callback
 from jaxsp.training.start import start_state
-from jaxsp.typing import KeyValues, NonFiniteLoss, UserError
+from jaxsp.typing import NonFiniteLoss, UserError
 
 Queries = Sequence[str | Query | Mapping[str, str]]
 
@@ -183,30 +181,7 @@ def ask(model: LanguageModel, prompt: SoftPrompt, question: str, *, max_tokens: 
       >>> isinstance(answer, str)
       True
     """
-    return "".join(stream_answer(model, prompt.prefix(model), prompt.slots, question, max_tokens))
-
-
-def stream_answer(
-    model: LanguageModel, prefix: KeyValues, slots: ChatSlots, question: str, max_tokens: int
-) -> Iterator[str]:
-    """The pieces of the greedy answer's text as they come."""
-    ids, tokenizer = model.encode_query(question, slots).tolist(), model.tokenizer
-    assert tokenizer is not None  # encode_query has asked for it
-    room = model.config.window - int(prefix.next_position[0]) - len(ids)
-    if room < 1:
-        raise UserError(
-            f"The question has {len(ids)} tokens, more than the model's window of"
-            f" {model.config.window} leaves; ask a shorter one."
-        )
-    answer: list[int] = []
-    shown = ""
-    sampling = Sampling(stop_ids=model.stop_ids, max_tokens=min(max_tokens, room))
-    for token in stream(model.params, model.config, prefix, ids, sampling):
-        answer.append(token)
-        text = str(tokenizer.decode(answer, skip_special_tokens=True))
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
-            yield text[len(shown) :]
-            shown = text
+    return "".join(model.stream_answer(prompt.prefix(model), question, prompt.slots, max_tokens=max_tokens))
 
 
 def evaluate(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -17,14 +18,15 @@ from safetensors.numpy import load, save
 
 from jaxsp import distributions
 from jaxsp.files import atomic_write
-from jaxsp.models import decoder
 from jaxsp.models.chat import ChatSlots
-from jaxsp.models.config import Weights
+from jaxsp.models.config import DecoderConfig, Weights
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.settings import Settings, plain
-from jaxsp.teacher.problem import TokenizedJob
-from jaxsp.typing import KeyValues, PyTree, UserError
+from jaxsp.typing import Array, KeyValues, Params, PyTree, UserError
+
+if TYPE_CHECKING:
+    from jaxsp.teacher.problem import TokenizedJob
 
 FORMAT = 1
 ARRAYS, MANIFEST, CONTEXT = "prompt.safetensors", "manifest.json", "context.txt"
@@ -81,8 +83,7 @@ class SoftPrompt:
         """
         self.check(model)
         ids = np.array([self.manifest["slots"]["before_ids"]], np.int32)
-        preamble = decoder.read_long(model.params, model.config, ids)
-        return distributions.read_prompt(model.params, model.config, self.sigma, preamble, kind=self.kind)
+        return _prefix(model.params, model.config, ids, self.sigma, self.kind)
 
     def check(self, model: LanguageModel) -> None:
         """Raises ``UserError`` with the difference if the prompt belongs to another model or tokenizer."""
@@ -149,6 +150,12 @@ class SoftPrompt:
             return cls(_nested(load(data)), manifest, text)
         except (SafetensorError, UnicodeDecodeError) as error:
             raise UserError(f"{directory} is damaged ({error}).") from error
+
+
+@functools.partial(jax.jit, static_argnames=("config", "kind"))
+def _prefix(params: Params, config: DecoderConfig, ids: Array, sigma: PyTree, kind: str) -> KeyValues:
+    preamble = distributions.context_prefix(params, config, ids)
+    return distributions.prompt_prefix(params, config, sigma, preamble, kind)
 
 
 def make_artifact(

@@ -233,7 +233,6 @@ class Ask(_Saved):
     """Longest answer."""
 
     def run(self) -> None:
-        from jaxsp.api import stream_answer
         from jaxsp.artifact import SoftPrompt
 
         prompt = SoftPrompt.load(self.directory)
@@ -243,7 +242,7 @@ class Ask(_Saved):
         prefix = prompt.prefix(model)
 
         def answer(question: str) -> None:
-            for piece in stream_answer(model, prefix, prompt.slots, question, self.max_tokens):
+            for piece in model.stream_answer(prefix, question, prompt.slots, max_tokens=self.max_tokens):
                 print(piece, end="", flush=True)
             print(flush=True)
 

@@ -147,6 +147,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=cast("int", (0, nn.broadcast)),  # one an argument
             length=c.layers,
+            check_constancy_invariants=False,  # nothing is broadcast out: one tracing less
         )(c)
         self.norm = Norm(c)
         if not c.tied_head:

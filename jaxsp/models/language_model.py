@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -22,9 +24,10 @@ from jaxsp.models import decoder, sharding
 from jaxsp.models.chat import ChatSlots, encode
 from jaxsp.models.config import DecoderConfig, Weights
 from jaxsp.models.families import FAMILIES, Family
+from jaxsp.models.generation import Sampling, stream
 from jaxsp.models.gguf import converted
 from jaxsp.models.weights import fingerprint, load_params, weight_files
-from jaxsp.typing import Array, Float, Int, Params, UserError
+from jaxsp.typing import Array, Float, Int, KeyValues, Params, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,6 +149,45 @@ class LanguageModel:
         """
         return self.check_ids((chat or self.chat).query_ids(self._tokenizer, text))
 
+    def stream_answer(
+        self, prefix: KeyValues, query: str, chat: ChatSlots | None = None, *, max_tokens: int = 128
+    ) -> Iterator[str]:
+        """The pieces of the greedy answer's text as they come.
+
+        Args:
+          prefix: what the model has read before the query: a context, or a soft prompt's ``prefix``.
+          query: the text.
+          chat: as in ``encode_query``.
+          max_tokens: longest answer.
+
+        Raises:
+          UserError: as ``encode_query``; or the query is too long.
+
+        Example:
+          >>> import jaxsp
+          >>> model = jaxsp.load_model("smollm2-135m-instruct", dtype="float32")
+          >>> prefix = jaxsp.distributions.context_prefix(
+          ...     model.params, model.config, model.preamble_ids[None])
+          >>> "".join(model.stream_answer(prefix, "What is the capital of France?"))
+          'The capital of France is Paris.'
+        """
+        ids = self.encode_query(query, chat).tolist()
+        room = self.config.window - int(prefix.next_position[0]) - len(ids)
+        if room < 1:
+            raise UserError(
+                f"The question has {len(ids)} tokens, more than the model's window of {self.config.window}"
+                " leaves; ask a shorter one."
+            )
+        answer: list[int] = []
+        shown = ""
+        sampling = Sampling(stop_ids=self.stop_ids, max_tokens=min(max_tokens, room))
+        for token in stream(self.params, self.config, prefix, ids, sampling):
+            answer.append(token)
+            text = str(self._tokenizer.decode(answer, skip_special_tokens=True))
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
+                yield text[len(shown) :]
+                shown = text
+
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -237,9 +279,11 @@ def load_model(
     directory, family, config = _located(name_or_path, dtype, weights)
     own = None if mesh is None else sharding.local(sharding.as_mesh(mesh))
     where = None if own is None else sharding.shardings(config, own)
-    params = load_params(weight_files(directory), config, family.tensors(config), where)
-    if isinstance(tokenizer, str):
-        tokenizer = _load_tokenizer(directory)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(load_params, weight_files(directory), config, family.tensors(config), where)
+        if isinstance(tokenizer, str):
+            tokenizer = _load_tokenizer(directory)
+        params = reading.result()
     stop_ids = _stop_ids(directory, tokenizer)
     _check_vocabulary(config, tokenizer, stop_ids)
     jax.block_until_ready(params)

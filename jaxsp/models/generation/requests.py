@@ -60,7 +60,7 @@ class Work:
             ids_BZ=jnp.asarray(ids_RZ),
             length_B=column([len(request) for request in self.requests], R),
             max_B=column([sampling.max_tokens for sampling in self.samplings], R),
-            choices=tabulate(self.samplings, R, jax.random.key(0) if self.key is None else self.key),
+            choices=tabulate(self.samplings, R, self.key),
             after_B=column(self._rows().tolist(), R) if self.several else None,
         )
         return table, chunk

@@ -74,31 +74,39 @@ class Sampling:
                 raise UserError(f"{name} must be {wish}; got {getattr(self, name)!r}.")
 
 
-class Choices(NamedTuple):
-    """Each row's sampling as arrays, for ``choose``."""
+class Draws(NamedTuple):
+    """The sampling of rows that draw at random, as arrays."""
 
     key_B: Array
     temperature_B: Float[Array, " b"]
     top_k_B: Int[Array, " b"]
     top_p_B: Float[Array, " b"]
-    min_B: Int[Array, " b"]
+
+
+class Choices(NamedTuple):
+    """Each row's sampling as arrays, for ``choose``; what no row asks for is ``None``, and not compiled."""
+
+    draws: Draws | None
+    min_B: Int[Array, " b"] | None
     stops_BE: Int[Array, "b e"]  # ``EMPTY`` where there are fewer
 
 
-def tabulate(samplings: Sequence[Sampling], rows: int, key: Array) -> Choices:
+def tabulate(samplings: Sequence[Sampling], rows: int, key: Array | None) -> Choices:
     """The samplings as arrays, with empty rows up to ``rows``; each row draws from a key of its own."""
     most_stops = max(1, *(len(s.stop_ids) for s in samplings))
     stops_BE = np.full((rows, round_up(most_stops, 8)), EMPTY, np.int32)
     for stops_E, sampling in zip(stops_BE, samplings, strict=False):
         stops_E[: len(sampling.stop_ids)] = sampling.stop_ids
-    return Choices(
-        key_B=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows)),
-        temperature_B=column([s.temperature for s in samplings], rows, np.float32),
-        top_k_B=column([s.top_k for s in samplings], rows),
-        top_p_B=column([s.top_p for s in samplings], rows, np.float32),
-        min_B=column([s.min_tokens for s in samplings], rows),
-        stops_BE=jnp.asarray(stops_BE),
-    )
+    draws = None
+    if any(s.temperature for s in samplings):
+        draws = Draws(
+            key_B=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows)),
+            temperature_B=column([s.temperature for s in samplings], rows, np.float32),
+            top_k_B=column([s.top_k for s in samplings], rows),
+            top_p_B=column([s.top_p for s in samplings], rows, np.float32),
+        )
+    least = [s.min_tokens for s in samplings]
+    return Choices(draws, column(least, rows) if any(least) else None, jnp.asarray(stops_BE))
 
 
 def column(values: Sequence[float], rows: int, dtype: type = np.int32) -> Array:
@@ -113,15 +121,18 @@ def round_up(number: int, to: int) -> int:
 
 def choose(logits_BV: Float[Array, "b v"], choices: Choices, count_B: Int[Array, " b"]) -> Int[Array, " b"]:
     """The next token of each row, which has ``count_B``; what no row asks for costs nothing."""
-    early_B = count_B < choices.min_B
-    random_B = choices.temperature_B > 0
-    logits_BV = jax.lax.cond(
-        jnp.any(early_B), lambda: _without(choices.stops_BE, early_B, logits_BV), lambda: logits_BV
-    )
+    if choices.min_B is not None:
+        early_B = count_B < choices.min_B
+        logits_BV = jax.lax.cond(
+            jnp.any(early_B), lambda: _without(choices.stops_BE, early_B, logits_BV), lambda: logits_BV
+        )
     best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    if (draws := choices.draws) is None:
+        return best_B
+    random_B = draws.temperature_B > 0
     return jax.lax.cond(
         jnp.any(random_B),
-        lambda: jnp.where(random_B, _sample(logits_BV, choices, count_B), best_B),
+        lambda: jnp.where(random_B, _sample(logits_BV, draws, count_B), best_B),
         lambda: best_B,
     )
 
@@ -133,17 +144,17 @@ def _without(stops_BE: Array, early_B: Array, logits_BV: Array) -> Array:
     return logits_BV.at[rows_B1, banned_BE].set(-jnp.inf, mode="drop")
 
 
-def _sample(logits_BV: Array, choices: Choices, count_B: Array) -> Array:
-    random_B = choices.temperature_B > 0
-    temperature_B1 = jnp.where(random_B, choices.temperature_B, 1)[:, None]
+def _sample(logits_BV: Array, draws: Draws, count_B: Array) -> Array:
+    random_B = draws.temperature_B > 0
+    temperature_B1 = jnp.where(random_B, draws.temperature_B, 1)[:, None]
     # From the largest down, so that no temperature makes the largest infinite.
     logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature_B1
     logits_BV = jax.lax.cond(
-        jnp.any(random_B & ((choices.top_k_B > 0) | (choices.top_p_B < 1))),
-        lambda: _most_probable(logits_BV, choices.top_k_B[:, None], choices.top_p_B[:, None]),
+        jnp.any(random_B & ((draws.top_k_B > 0) | (draws.top_p_B < 1))),
+        lambda: _most_probable(logits_BV, draws.top_k_B[:, None], draws.top_p_B[:, None]),
         lambda: logits_BV,
     )
-    keys = jax.vmap(jax.random.fold_in)(choices.key_B, count_B)
+    keys = jax.vmap(jax.random.fold_in)(draws.key_B, count_B)
     return jax.vmap(jax.random.categorical)(keys, logits_BV).astype(jnp.int32)
 
 
