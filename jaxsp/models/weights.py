@@ -140,7 +140,7 @@ def load_params(
     """
     checkpoint = Checkpoint(files)
     tensors = _as_named(checkpoint, tensors)
-    places = _places(_leaves(config.replace(weights="full")), tensors)
+    places = places_of(config, tensors)
     _check_names(checkpoint, places, tensors, config)
     for place in places.values():
         place.check(checkpoint)
@@ -189,7 +189,7 @@ def _stored(file: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], str, np.nd
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class Place:
     """A parameter and the tensors that it is read from: one a layer, or one."""
 
     leaf: jax.ShapeDtypeStruct
@@ -207,14 +207,18 @@ class _Place:
         layers = self.leaf.shape[0] if self.stacked else 1
         return [self.tensor.name.format(layer=layer) for layer in range(layers)]
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of each of these tensors."""
+        shape = (*self.leaf.shape[self.stacked : -1], self.outputs)
+        return shape[::-1] if self.transposed else shape
+
     def check(self, checkpoint: Checkpoint) -> None:
-        shape = [*self.leaf.shape[self.stacked : -1], self.outputs]
-        expected = shape[::-1] if self.transposed else shape
         for name in self.names:
-            if checkpoint.shape(name) != tuple(expected):
+            if (shape := checkpoint.shape(name)) != self.stored_shape:
                 raise UserError(
-                    f"Tensor {name} has shape {list(checkpoint.shape(name))}, but config.json makes it"
-                    f" {expected}."
+                    f"Tensor {name} has shape {list(shape)}, but config.json makes it"
+                    f" {list(self.stored_shape)}."
                 )
 
     def read(self, checkpoint: Checkpoint, index: _Index) -> np.ndarray:
@@ -299,14 +303,16 @@ def _as_named(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> Mapping[
     }
 
 
-def _places(leaves: dict[str, jax.ShapeDtypeStruct], tensors: Mapping[str, Tensor]) -> dict[str, _Place]:
+def places_of(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> dict[str, Place]:
+    """Each parameter of a decoder with full weights, by its path, and the tensors that it is read from."""
+    leaves = _leaves(config.replace(weights="full"))
     outputs: dict[str, int] = {}
     for path, leaf in leaves.items():
         tensor = tensors[path]
         last = tensor.rows[1] if tensor.rows else leaf.shape[-1]
         outputs[tensor.name] = max(last, outputs.get(tensor.name, 0))
     return {
-        path: _Place(
+        path: Place(
             leaf,
             tensors[path],
             tensors[path].outputs_first and path.endswith("/kernel"),
@@ -317,7 +323,7 @@ def _places(leaves: dict[str, jax.ShapeDtypeStruct], tensors: Mapping[str, Tenso
 
 
 def _check_names(
-    checkpoint: Checkpoint, places: dict[str, _Place], tensors: Mapping[str, Tensor], config: DecoderConfig
+    checkpoint: Checkpoint, places: dict[str, Place], tensors: Mapping[str, Tensor], config: DecoderConfig
 ) -> None:
     present = {name for name in checkpoint.names() if not _DERIVED.fullmatch(name)}
     wanted = {name for place in places.values() for name in place.names}

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
+from jaxsp.models.families import FAMILIES
 from jaxsp.models.gguf import tokenizer
 from jaxsp.models.gguf.reader import Metadata, StoredTensor, read
 from jaxsp.models.rope import ROPE_TYPES
+from jaxsp.models.weights import Place, places_of
 from jaxsp.typing import UserError
 
 if TYPE_CHECKING:
@@ -29,61 +31,16 @@ if TYPE_CHECKING:
 _PIECE = 1 << 20  # elements written at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """A family's names in ``config.json``, and its form in llama.cpp's files."""
-
-    model_type: str
-    class_name: str
-    layer: dict[str, tuple[str, str]]
-    """Tensors of a layer: name in GGUF to name in the checkpoint and shape, by letters (see ``_outputs``)."""
-    optional: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
-    """More of them, which only some models have."""
-    paired: bool = False
-    """Rows of queries and keys have the two coordinates of a rotary pair side by side."""
-    norm_offset: float = 0.0
-    """Added to the weights of norms by the converter."""
-
-
-_MODEL = {
-    "token_embd.weight": ("model.embed_tokens.weight", "VD"),
-    "output_norm.weight": ("model.norm.weight", "D"),
-}
-_HEAD = {"output.weight": ("lm_head.weight", "VD")}  # absent when it is the embedding
-_PROJECTIONS = {
-    "attn_q": ("self_attn.q_proj", "QD"),
-    "attn_k": ("self_attn.k_proj", "KD"),
-    "attn_v": ("self_attn.v_proj", "KD"),
-    "attn_output": ("self_attn.o_proj", "DQ"),
-    "ffn_gate": ("mlp.gate_proj", "MD"),
-    "ffn_up": ("mlp.up_proj", "MD"),
-    "ffn_down": ("mlp.down_proj", "DM"),
-}
-_BIASES = {f"{ours}.bias": (f"{theirs}.bias", shape[0]) for ours, (theirs, shape) in _PROJECTIONS.items()}
-_QKV_BIAS = {name: _BIASES[name] for name in ("attn_q.bias", "attn_k.bias", "attn_v.bias")}
-_LAYER = {"attn_norm.weight": ("input_layernorm.weight", "D")} | {
-    f"{ours}.weight": (f"{theirs}.weight", shape) for ours, (theirs, shape) in _PROJECTIONS.items()
-}
-_QK_NORM = {
-    "attn_q_norm.weight": ("self_attn.q_norm.weight", "F"),
-    "attn_k_norm.weight": ("self_attn.k_norm.weight", "F"),
-}
-_MLP_NORM = {"ffn_norm.weight": ("post_attention_layernorm.weight", "D")}
-_FOUR_NORMS = {
-    "post_attention_norm.weight": ("post_attention_layernorm.weight", "D"),
-    "ffn_norm.weight": ("pre_feedforward_layernorm.weight", "D"),
-    "post_ffw_norm.weight": ("post_feedforward_layernorm.weight", "D"),
-}
-
 ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", _LAYER | _MLP_NORM, _BIASES, paired=True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _LAYER | _MLP_NORM | _QKV_BIAS),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _LAYER | _MLP_NORM | _QK_NORM),
-    "gemma3": Architecture(
-        "gemma3_text", "Gemma3ForCausalLM", _LAYER | _FOUR_NORMS | _QK_NORM, norm_offset=1.0
-    ),
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
+"""llama.cpp's names of families; and their ``model_type`` and class in ``config.json``."""
 
+_HEAD = "output.weight"  # absent when it is the embedding
+# In files of the architecture llama their rows have the two coordinates of a rotary pair side by side.
 _PAIRED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 _WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}  # bytes an element of what is written
 
@@ -144,7 +101,7 @@ def convert(path: Path, directory: Path) -> None:
     if (parts := metadata.read("split.count", int, 1)) != 1:
         raise UserError(f"it is one of {parts} parts of a model; join them with llama-gguf-split")
     config = _config(metadata, name, tensors)
-    outputs = _outputs(ARCHITECTURES[name], config, tensors)
+    outputs = _outputs(name, config, tensors)
     _tokenizer(metadata, config).save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
     _write_safetensors(directory / "model.safetensors", outputs)
@@ -175,11 +132,12 @@ def _config(metadata: Metadata, name: str, tensors: dict[str, StoredTensor]) -> 
         raise UserError("its rotary embedding does not turn whole heads")
     if not metadata.read(f"{name}.attention.causal", bool, True):
         raise UserError("its attention is not causal, so it is no language model")
+    model_type, class_name = ARCHITECTURES[name]
     config = {
         # Without a version some releases take the tokenizer for one of old, with a known mistake.
         "transformers_version": importlib.metadata.version("transformers"),
-        "architectures": [ARCHITECTURES[name].class_name],
-        "model_type": ARCHITECTURES[name].model_type,
+        "architectures": [class_name],
+        "model_type": model_type,
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": size("feed_forward_length"),
@@ -190,7 +148,7 @@ def _config(metadata: Metadata, name: str, tensors: dict[str, StoredTensor]) -> 
         "max_position_embeddings": size("context_length"),
         "rms_norm_eps": _positive(metadata, f"{name}.attention.layer_norm_rms_epsilon"),
         "rope_parameters": _rope(metadata, name, head, tensors.pop(_ROPE_FACTORS, None)),
-        "tie_word_embeddings": not _HEAD.keys() & tensors.keys(),
+        "tie_word_embeddings": _HEAD not in tensors,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _stops(metadata, words),
     }
@@ -290,44 +248,41 @@ def _stops(metadata: Metadata, words: list[str]) -> int | list[int] | None:
     return stops[0] if len(stops) == 1 else stops or None
 
 
-def _outputs(
-    architecture: Architecture, config: dict[str, Any], tensors: dict[str, StoredTensor]
-) -> dict[str, _Output]:
+def _outputs(name: str, config: dict[str, Any], tensors: dict[str, StoredTensor]) -> dict[str, _Output]:
     """The checkpoint's tensors by name, each of the shape that the configuration implies."""
-    head = config["head_dim"]
-    sizes = {
-        "V": config["vocab_size"],
-        "D": config["hidden_size"],
-        "M": config["intermediate_size"],
-        "Q": config["num_attention_heads"] * head,
-        "K": config["num_key_value_heads"] * head,
-        "F": head,
-    }
-
-    def in_layers(table: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
-        return {
-            f"blk.{layer}.{ours}": (f"model.layers.{layer}.{theirs}", shape)
-            for layer in range(config["num_hidden_layers"])
-            for ours, (theirs, shape) in table.items()
-        }
-
-    needed = _MODEL | in_layers(architecture.layer)
-    known = needed | _HEAD | in_layers(architecture.optional)
-    if missing := needed.keys() - tensors.keys():
+    known = _known(name, config)
+    if missing := known.keys() - tensors.keys():
         raise UserError(f"it lacks the tensor {min(missing)}")
     if extra := tensors.keys() - known.keys():
         raise UserError(f"it holds the tensor {min(extra)}, which jaxsp has no place for")
     outputs = {}
-    for name, tensor in tensors.items():
-        theirs, letters = known[name]
-        shape = tuple(sizes[letter] for letter in letters)
-        if tensor.shape != shape:
-            raise UserError(f"its tensor {name} is {tensor.shape}, but by its metadata {shape}")
-        part = name.split(".")[-2]
-        heads = config[_PAIRED[part]] if architecture.paired and part in _PAIRED else 0
-        offset = architecture.norm_offset if theirs.endswith("norm.weight") else 0.0
-        outputs[theirs] = _Output(tensor, heads, offset)
+    for ours, tensor in tensors.items():
+        theirs, place = known[ours]
+        if tensor.shape != place.stored_shape:
+            raise UserError(f"its tensor {ours} is {tensor.shape}, but by its metadata {place.stored_shape}")
+        part = ours.split(".")[-2]
+        heads = config[_PAIRED[part]] if name == "llama" and part in _PAIRED else 0
+        outputs[theirs] = _Output(tensor, heads, place.tensor.plus)
     return outputs
+
+
+def _known(name: str, config: dict[str, Any]) -> dict[str, tuple[str, Place]]:
+    """All tensors that such a file has: their names in the checkpoint, and what they are."""
+    from transformers import AutoConfig
+
+    family = FAMILIES[config["model_type"]]
+    try:
+        decoder = family.config(AutoConfig.for_model(**config), "float32")
+        places = places_of(decoder, family.tensors(decoder))
+    except Exception as error:  # what the libraries make of sizes that no model has
+        raise UserError(f"its metadata describe no model ({error})") from error
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[name.upper()], config["num_hidden_layers"])
+    known = {}
+    for place in places.values():
+        for theirs in place.names:
+            stem, _, kind = theirs.rpartition(".")
+            known[f"{names.get_name(stem)}.{kind}"] = theirs, place
+    return known
 
 
 def _write_safetensors(path: Path, tensors: dict[str, _Output]) -> None:
