@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from jaxsp.data.examples import make_rows
     from jaxsp.errors import Interrupted, NonFiniteLoss, UserError
     from jaxsp.losses import Objective
-    from jaxsp.models.language_model import LanguageModel, load_model
+    from jaxsp.models.language_model import LanguageModel
+    from jaxsp.models.load import load_model
     from jaxsp.runs.folder import Result
     from jaxsp.settings import Settings
     from jaxsp.training.slots import Step
@@ -65,7 +66,7 @@ _HOME = {
     "compress": "jaxsp.api",
     "compress_many": "jaxsp.api",
     "evaluate": "jaxsp.api",
-    "load_model": "jaxsp.models.language_model",
+    "load_model": "jaxsp.models.load",
     "make_rows": "jaxsp.data.examples",
 }
 

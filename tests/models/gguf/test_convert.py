@@ -256,7 +256,7 @@ def test_second_load_of_the_embedded_model_is_fast(smollm2, python):
     # torch, where it is installed, would be imported by transformers: 5 s that are not ours.
     code = (
         "import sys, time; sys.modules['torch'] = None; begun = time.process_time()\n"
-        "from jaxsp.models.language_model import load_model; started = time.process_time()\n"
+        "from jaxsp.models.load import load_model; started = time.process_time()\n"
         "load_model('smollm2-135m-instruct')\n"
         "print((time.process_time() - started) / (started - begun))"
     )

