@@ -14,70 +14,54 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxsp import distributions, losses, training
-    from jaxsp.api import ask, compress, compress_many, evaluate
-    from jaxsp.artifact import SoftPrompt
-    from jaxsp.data.documents import Query
-    from jaxsp.data.examples import make_rows
-    from jaxsp.errors import Interrupted, NonFiniteLoss, UserError
-    from jaxsp.losses import Objective
-    from jaxsp.models.language_model import LanguageModel
-    from jaxsp.models.load import load_model
-    from jaxsp.runs.folder import Result
-    from jaxsp.settings import Settings
-    from jaxsp.training.slots import Step
+    from jaxsp import distributions as distributions, losses as losses, training as training
+    from jaxsp.api import (
+        ask as ask,
+        compress as compress,
+        compress_many as compress_many,
+        evaluate as evaluate,
+    )
+    from jaxsp.artifact import SoftPrompt as SoftPrompt
+    from jaxsp.data.documents import Query as Query
+    from jaxsp.data.examples import make_rows as make_rows
+    from jaxsp.errors import (
+        Interrupted as Interrupted,
+        NonFiniteLoss as NonFiniteLoss,
+        UserError as UserError,
+    )
+    from jaxsp.losses import Objective as Objective
+    from jaxsp.models.language_model import LanguageModel as LanguageModel
+    from jaxsp.models.load import load_model as load_model
+    from jaxsp.runs.folder import Result as Result
+    from jaxsp.settings import Settings as Settings
+    from jaxsp.training.slots import Step as Step
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Interrupted",
-    "LanguageModel",
-    "NonFiniteLoss",
-    "Objective",
-    "Query",
-    "Result",
-    "Settings",
-    "SoftPrompt",
-    "Step",
-    "UserError",
-    "ask",
-    "compress",
-    "compress_many",
-    "distributions",
-    "evaluate",
-    "load_model",
-    "losses",
-    "make_rows",
-    "training",
-]
-
-_HOME = {
-    "Interrupted": "jaxsp.errors",
-    "LanguageModel": "jaxsp.models.language_model",
-    "NonFiniteLoss": "jaxsp.errors",
-    "Objective": "jaxsp.losses",
-    "Query": "jaxsp.data.documents",
-    "Result": "jaxsp.runs.folder",
-    "Settings": "jaxsp.settings",
-    "SoftPrompt": "jaxsp.artifact",
-    "Step": "jaxsp.training.slots",
-    "UserError": "jaxsp.errors",
-    "ask": "jaxsp.api",
-    "compress": "jaxsp.api",
-    "compress_many": "jaxsp.api",
-    "evaluate": "jaxsp.api",
-    "load_model": "jaxsp.models.load",
-    "make_rows": "jaxsp.data.examples",
+_ROOMS = ("distributions", "losses", "training")
+_NAMES = {
+    "api": ("ask", "compress", "compress_many", "evaluate"),
+    "artifact": ("SoftPrompt",),
+    "data.documents": ("Query",),
+    "data.examples": ("make_rows",),
+    "errors": ("Interrupted", "NonFiniteLoss", "UserError"),
+    "losses": ("Objective",),
+    "models.language_model": ("LanguageModel",),
+    "models.load": ("load_model",),
+    "runs.folder": ("Result",),
+    "settings": ("Settings",),
+    "training.slots": ("Step",),
 }
+_HOME = {name: f"jaxsp.{module}" for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    if name in ("distributions", "losses", "training"):
+    if name in _ROOMS:
         return importlib.import_module(f"jaxsp.{name}")
     raise AttributeError(f"module 'jaxsp' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted([*_HOME, *_ROOMS])

@@ -17,25 +17,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from jaxsp.errors import Interrupted, NonFiniteLoss, UserError
+from jaxsp.errors import Interrupted as Interrupted, NonFiniteLoss as NonFiniteLoss, UserError as UserError
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
-
-__all__ = [
-    "EMPTY",
-    "Array",
-    "Bool",
-    "Float",
-    "Int",
-    "Interrupted",
-    "KeyValues",
-    "NonFiniteLoss",
-    "Params",
-    "PyTree",
-    "UserError",
-    "ceil_div",
-]
+    from jaxtyping import Array as Array, Bool as Bool, Float as Float, Int as Int
 
 
 def __getattr__(name: str) -> Any:

@@ -137,9 +137,9 @@ def test_importing_jaxsp_is_fast_and_loads_nothing_heavy(python):
 
 
 def test_every_public_name_is_there_and_documented():
-    for name in jaxsp.__all__:
+    assert {"compress", "load_model", "losses", "UserError"} < set(dir(jaxsp))
+    for name in dir(jaxsp):
         assert getattr(jaxsp, name).__doc__, name
-    assert sorted(dir(jaxsp)) == sorted(jaxsp.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         jaxsp.nonsense  # noqa: B018
 

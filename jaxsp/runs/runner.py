@@ -16,8 +16,7 @@ import numpy as np
 from jaxsp import plan, processes
 from jaxsp.artifact import environment, make_artifact
 from jaxsp.data.packing import Packing
-from jaxsp.evaluation import brackets, table
-from jaxsp.evaluation import report as reports
+from jaxsp.evaluation import brackets, report as reports, table
 from jaxsp.evaluation.brackets import CONDITIONS, Measured
 from jaxsp.evaluation.metrics import mean_kl_function
 from jaxsp.models.language_model import LanguageModel

@@ -5,20 +5,16 @@ The parts for a training loop of one's own, each documented where it stands.
 
 from __future__ import annotations
 
-from jaxsp.training.drivers import DRIVERS, JitDriver, MeshDriver, PmapDriver
-from jaxsp.training.state import TrainState, initial_state, stack, unstack
-from jaxsp.training.update import Frozen, UpdateSettings, update
-
-__all__ = [
-    "DRIVERS",
-    "Frozen",
-    "JitDriver",
-    "MeshDriver",
-    "PmapDriver",
-    "TrainState",
-    "UpdateSettings",
-    "initial_state",
-    "stack",
-    "unstack",
-    "update",
-]
+from jaxsp.training.drivers import (
+    DRIVERS as DRIVERS,
+    JitDriver as JitDriver,
+    MeshDriver as MeshDriver,
+    PmapDriver as PmapDriver,
+)
+from jaxsp.training.state import (
+    TrainState as TrainState,
+    initial_state as initial_state,
+    stack as stack,
+    unstack as unstack,
+)
+from jaxsp.training.update import Frozen as Frozen, UpdateSettings as UpdateSettings, update as update

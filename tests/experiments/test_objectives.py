@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from experiments.objectives import __main__ as experiment
-from experiments.objectives import analysis
+from experiments.objectives import __main__ as experiment, analysis
 from experiments.objectives.narrativeqa import passages
 from jaxsp.evaluation.metrics import rouge_l
 from jaxsp.typing import Interrupted, UserError

@@ -18,16 +18,6 @@ from jaxsp.training.optimizers import adam, adamw, muon
 from jaxsp.training.optimizers.schedule import Schedule, constant, warmup_cosine
 from jaxsp.typing import PyTree, UserError
 
-__all__ = [
-    "OPTIMIZERS",
-    "Schedule",
-    "constant",
-    "make_optimizer",
-    "make_schedule",
-    "root_mean_square",
-    "warmup_cosine",
-]
-
 OPTIMIZERS: dict[str, Callable[[TrainingSettings], optax.GradientTransformation]] = {
     "muon": muon.make,
     "adam": adam.make,

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsp.models.generation.sampling import Sampling, tabulate
-from jaxsp.models.generation.sampling import choose as choose_tokens
+from jaxsp.models.generation.sampling import Sampling, choose as choose_tokens, tabulate
 from jaxsp.typing import UserError
 
 
