@@ -9,8 +9,7 @@ from typing import Any, Unpack
 from jaxsp import processes
 from jaxsp.artifact import SoftPrompt
 from jaxsp.data.documents import Query, as_queries
-from jaxsp.evaluation import brackets
-from jaxsp.evaluation import report as reports
+from jaxsp.evaluation import brackets, report as reports
 from jaxsp.evaluation.brackets import CONDITIONS
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display

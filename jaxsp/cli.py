@@ -43,7 +43,7 @@ class ModelOptions:
     """Precision of the layers' matrices; int8 halves bfloat16's memory and rounds them."""
 
     def load(self, mesh: Mesh | None = None) -> LanguageModel:
-        from jaxsp.models.language_model import load_model
+        from jaxsp.models.load import load_model
 
         return load_model(self.model, dtype=self.dtype, weights=self.weights, mesh=mesh)
 
@@ -192,7 +192,7 @@ class Plan(Settings, ModelOptions):
 
     def run(self) -> None:
         from jaxsp import console, plan
-        from jaxsp.models.language_model import model_config
+        from jaxsp.models.load import model_config
 
         settings = _checked(self)
         found = plan.plan(
@@ -206,7 +206,7 @@ class Plan(Settings, ModelOptions):
             print(json.dumps({**dataclasses.asdict(found), "memory": memory}, indent=2))
             return
         steps = settings.training.steps
-        console.print_plan(found, steps, self.query_tokens, _lighter(self))
+        console.print_plan(found, steps, _lighter(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,16 +16,15 @@ from jaxsp.plan import Plan
 from jaxsp.runs.folder import Result
 
 
-def print_plan(plan: Plan, steps: int, query_tokens: int, advice: str) -> None:
+def print_plan(plan: Plan, steps: int, advice: str) -> None:
     """Prints what a compression will need.
 
     Args:
       plan: its needs.
       steps: updates to be done.
-      query_tokens: tokens of a query with its answer, about: they turn rows into a batch size.
       advice: how to need less memory, said if no batch fits.
     """
-    memory, largest = plan.memory, plan.largest_rows * plan.row_tokens // query_tokens
+    memory, largest = plan.memory, plan.largest_batch_size
     fits = "" if plan.fits else ": does not fit"
     rows = {
         "devices": f"{plan.devices} ({plan.device})",

@@ -5,6 +5,7 @@ No weights are loaded, and nothing is executed but a matrix product that measure
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -81,6 +82,7 @@ class Plan:
       utilisation: assumed, of that rate.
       step_seconds: expected; communication is not counted.
       largest_rows: of the largest batch found to fit in ``FILL`` of the memory; 0 if none does.
+      largest_batch_size: the setting whose batches take no more tokens than that one; 0 if none does.
     """
 
     device: str
@@ -94,6 +96,7 @@ class Plan:
     utilisation: float
     step_seconds: float
     largest_rows: int
+    largest_batch_size: int
 
     @property
     def fits(self) -> bool:
@@ -132,25 +135,30 @@ def plan(
     else:
         shares = devices = jax.local_device_count() if settings.devices.parallel == "pmap" else 1
     parts = shares * settings.devices.accumulate
-    packing = _packing(settings, query_tokens).over(parts, query_tokens)
+
+    def packing_of(batch_size: int) -> Packing:
+        return Packing.of(np.full(batch_size, query_tokens), batch_size).over(parts, query_tokens)
+
+    packing = packing_of(settings.training.batch_size)
+    context = jax.eval_shape(lambda: decoder.empty_prefix(config, BEFORE + context_tokens))
+    context_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(context))
 
     @functools.cache
     def memory(rows: int) -> Memory:
         # With pmap each device runs what it would alone, on its share of the rows.
         own = rows if mesh is not None else rows // shares
-        program = compiled(config, settings, Packing(own, packing.length), mesh)
-        found: Any = program.memory_analysis()
-        return Memory(
-            found.argument_size_in_bytes,
-            found.temp_size_in_bytes,
-            found.output_size_in_bytes,
-            _bytes(jax.eval_shape(lambda: decoder.empty_prefix(config, BEFORE + context_tokens))),
-        )
+        found: Any = compiled(config, settings, Packing(own, packing.length), mesh).memory_analysis()
+        sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, found.output_size_in_bytes
+        return Memory(*sizes, context_bytes)
 
     flops = step_flops(config, settings.prompt.length, query_tokens, packing, readings=parts)
     rate = matmul_rate(config)
     working = 1 if jax.default_backend() == "cpu" else devices  # a CPU's devices are one processor
     limit = memory_limit or device_memory(devices)
+    total = _or_infinite(lambda rows: memory(rows).total)
+    largest_rows = largest(total, FILL * limit, packing.rows, multiple=parts)
+    room = Packing(largest_rows, packing.length).tokens
+    sizes = range(1, room // query_tokens + 1)
     return Plan(
         device=jax.devices()[0].device_kind,
         devices=devices,
@@ -162,9 +170,8 @@ def plan(
         matmul_rate=rate,
         utilisation=UTILISATION,
         step_seconds=flops / (working * rate * UTILISATION),
-        largest_rows=largest(
-            lambda rows: _or_infinite(lambda: memory(rows).total), FILL * limit, packing.rows, multiple=parts
-        ),
+        largest_rows=largest_rows,
+        largest_batch_size=bisect.bisect_right(sizes, room, key=lambda size: packing_of(size).tokens),
     )
 
 
@@ -191,12 +198,10 @@ def prompts_at_once(
     parts = 1 if mesh is None else mesh.shape[DATA]
 
     @functools.cache
+    @_or_infinite
     def size(prompts: int) -> float:
-        def needed() -> int:
-            found: Any = compiled(config, settings, packing, mesh, prompts).memory_analysis()
-            return found.argument_size_in_bytes + found.temp_size_in_bytes  # the states are donated
-
-        return _or_infinite(needed)
+        found: Any = compiled(config, settings, packing, mesh, prompts).memory_analysis()
+        return found.argument_size_in_bytes + found.temp_size_in_bytes  # the states are donated
 
     if limit == math.inf or size(most) <= FILL * limit:
         return most
@@ -204,14 +209,18 @@ def prompts_at_once(
     return min(most, max(parts, largest(size, FILL * limit, half, multiple=parts)))
 
 
-def _or_infinite(size: Callable[[], float]) -> float:
-    """The size; infinite if the compiler refuses the program for want of room, as a TPU's does."""
-    try:
-        return size()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            return math.inf
-        raise
+def _or_infinite(size_of: Callable[[int], float]) -> Callable[[int], float]:
+    """The same sizes; infinite if the compiler refuses the program for want of room, as a TPU's does."""
+
+    def checked(count: int) -> float:
+        try:
+            return size_of(count)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                return math.inf
+            raise
+
+    return checked
 
 
 def compiled(
@@ -228,19 +237,25 @@ def compiled(
         return initial_state(sigma, chosen.optimizer, key=jax.random.key(0))
 
     preamble = jax.eval_shape(lambda: decoder.empty_prefix(config, BEFORE))
-    params, one = decoder.parameter_shapes(config), (jax.eval_shape(start), _batch(config, packing))
-    states, batches = jax.tree.map(functools.partial(_stacked, prompts), one)
+    params = decoder.parameter_shapes(config)
+    states, batches = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((prompts, *leaf.shape), leaf.dtype),
+        (jax.eval_shape(start), _batch(config, packing)),
+    )
     cut = 0
     if mesh is not None:
         cut = cut_axis(prompts, mesh.shape[DATA])
         of = sharding.shardings(config, mesh)
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: _on(of("/".join(key.key for key in path), leaf.shape), leaf), params
-        )
+
+        def on(leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
         def lie(axis: int | None, tree: PyTree) -> PyTree:
-            where = NamedSharding(mesh, along(DATA, axis))
-            return jax.tree.map(functools.partial(_on, where), tree)
+            return jax.tree.map(lambda leaf: on(leaf, NamedSharding(mesh, along(DATA, axis))), tree)
+
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: on(leaf, of("/".join(key.key for key in path), leaf.shape)), params
+        )
 
         preamble, batches = lie(None, preamble), lie(cut, batches)
         states = lie(None if cut else 0, states)
@@ -266,7 +281,7 @@ def step_flops(
       packing: shape of the batch.
       readings: how often σ is read: once for each part that the batch is computed in.
     """
-    tokens, own = packing.rows * packing.length, readings * length
+    tokens, own = packing.tokens, readings * length
     projections = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
     mlp = (3 if config.gated_mlp else 2) * config.width * config.mlp_width
     attended = tokens * (BEFORE + length + query_tokens / 2) + own * (BEFORE + length / 2)
@@ -335,12 +350,6 @@ def largest(size_of: Callable[[int], float], limit: float, rows: int, *, multipl
     return max((n for n, size in known.items() if size <= limit), default=0)
 
 
-def _packing(settings: Settings, query_tokens: int) -> Packing:
-    """The shape of batches of such queries."""
-    batch_size = settings.training.batch_size
-    return Packing.of(np.full(batch_size, query_tokens), batch_size)
-
-
 def _batch(config: DecoderConfig, packing: Packing) -> Rows:
     """The shapes of a packed batch with the teacher's hidden states."""
     shape = packing.rows, packing.length
@@ -352,11 +361,3 @@ def _batch(config: DecoderConfig, packing: Packing) -> Rows:
 
 def _on(where: NamedSharding, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-
-def _stacked(count: int, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
-
-
-def _bytes(tree: PyTree) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -214,15 +214,14 @@ def gather_strided(values: Sequence[Any] | np.ndarray, things: int) -> Any:
     """
     if not are_several():
         return values
-    processes = jax.process_count()
     if isinstance(values, np.ndarray):
-        shares = [
-            np.frombuffer(data, values.dtype).reshape(-1, *values.shape[1:])
-            for data in _exchange_bytes(values.tobytes())
-        ]
-        return np.stack([shares[i % processes][i // processes] for i in range(things)])
-    shares = _exchange(values)
-    return [shares[i % processes][i // processes] for i in range(things)]
+        shape = -1, *values.shape[1:]
+        everyone = _exchange_bytes(values.tobytes())
+        shares = [np.frombuffer(data, values.dtype).reshape(shape) for data in everyone]
+    else:
+        shares = _exchange(values)
+    ordered = [shares[i % len(shares)][i // len(shares)] for i in range(things)]
+    return np.stack(ordered) if isinstance(values, np.ndarray) else ordered
 
 
 @contextlib.contextmanager

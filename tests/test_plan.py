@@ -13,7 +13,7 @@ import pytest
 from jaxsp import distributions, plan
 from jaxsp.data.examples import make_rows
 from jaxsp.data.packing import Packing
-from jaxsp.models.language_model import model_config
+from jaxsp.models.load import model_config
 from jaxsp.models.sharding import as_mesh
 from jaxsp.settings import make_settings
 from jaxsp.training.drivers import DRIVERS, mesh_of, sharded_update
@@ -127,7 +127,7 @@ def test_how_many_prompts_have_room(config, programs, monkeypatch, mesh, room, a
 )
 def test_what_fits(config, programs, monkeypatch, changes, rows, share, largest):
     """The whole of it but the compiler; with 40 of its rows a device is full to nine tenths."""
-    monkeypatch.setattr(plan, "_packing", lambda settings, query_tokens: Packing(6, 48))
+    monkeypatch.setattr(Packing, "of", lambda *_: Packing(6, 48))
     settings = make_settings(changes)
     context = 2 * 4 * config.layers * config.kv_heads * config.head_width * (99 + plan.BEFORE)
     context += 4 * (99 + plan.BEFORE)  # positions
@@ -142,8 +142,25 @@ def test_what_fits(config, programs, monkeypatch, changes, rows, share, largest)
     assert tight.largest_rows == 0
 
 
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 4}])
+@pytest.mark.parametrize(("query_tokens", "rows"), [(40, 9), (17, 200), (64, 3)])
+def test_the_largest_batch_size_fits(config, programs, monkeypatch, changes, query_tokens, rows):
+    """A run with it takes no more tokens a batch than were found to fit; one more takes too many."""
+    sizes = {"context_tokens": 99, "query_tokens": query_tokens}
+    parts = changes.get("accumulate", 1)
+    monkeypatch.setattr(plan, "largest", lambda *_, **__: rows * parts)
+    found = plan.plan(config, make_settings({"batch_size": 8, **changes}), **sizes)
+    room = found.largest_rows * found.row_tokens
+    suggested = found.largest_batch_size
+    own = plan.plan(config, make_settings({"batch_size": suggested, **changes}), **sizes)
+    assert 0.6 * room < own.rows * own.row_tokens <= room
+    assert suggested * query_tokens <= room
+    bigger = plan.plan(config, make_settings({"batch_size": suggested + 1, **changes}), **sizes)
+    assert bigger.rows * bigger.row_tokens > room
+
+
 def test_sigma_is_read_once_a_part(config, programs, monkeypatch):
-    monkeypatch.setattr(plan, "_packing", lambda settings, query_tokens: Packing(4, 48))
+    monkeypatch.setattr(Packing, "of", lambda *_: Packing(4, 48))
     flops = [
         plan.plan(config, make_settings({"accumulate": parts}), context_tokens=9, query_tokens=9).flops
         for parts in (1, 2, 4)

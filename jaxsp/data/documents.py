@@ -61,25 +61,19 @@ def read_queries(path: str | Path) -> list[Query]:
     """
     text = read_text(path)
     jsonl = str(path).endswith(".jsonl") or text.lstrip().startswith("{")
-    queries: list[Query] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            queries.append(_parse(line, f"{path}, line {number}") if jsonl else Query(line.strip()))
-    return queries
+    numbered = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return [_parse(line, f"{path}, line {i}") if jsonl else Query(line.strip()) for i, line in numbered]
 
 
 def as_queries(queries: Sequence[str | Query | Mapping[str, str]]) -> list[Query]:
     """Queries in any form the Python interface takes: strings, dicts with ``query``, or ``Query``."""
     if isinstance(queries, str):
         raise UserError("The queries must be a list of texts, not one text.")
-    return [
-        query
-        if isinstance(query, Query)
-        else Query(query.strip())
-        if isinstance(query, str)
-        else _from_dict(query, f"query {i}")
-        for i, query in enumerate(queries, start=1)
-    ]
+    found = []
+    for i, query in enumerate(queries, start=1):
+        query = Query(query.strip()) if isinstance(query, str) else query
+        found.append(query if isinstance(query, Query) else _from_dict(query, f"query {i}"))
+    return found
 
 
 def split_queries(

@@ -67,8 +67,7 @@ class Rows:
         }
         found: dict[str, Array] = {}
         for name, target in self.targets.items():
-            arrays = target if isinstance(target, tuple) else (target,)
-            found |= dict(zip(names[name], map(jnp.asarray, arrays), strict=True))
+            found |= zip(names[name], map(jnp.asarray, jax.tree.leaves(target)), strict=True)
         return found
 
     def take(self, index: Sequence[int] | np.ndarray) -> Rows:
@@ -98,23 +97,24 @@ def make_rows(queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
       >>> rows.tokens.tolist(), rows.answer_index.tolist(), rows.targets["tokens"].tolist()
       ([[5, 6, 7, 8]], [[2, 3]], [[8, 2]])
     """
-    n = len(queries)
-    longest_answer = max(len(a) for a in answers)
     # The last answer token is predicted, never read.
-    length = max(len(q) + len(a) - 1 for q, a in zip(queries, answers, strict=True))
-    tokens = np.zeros((n, length), np.int32)
-    offsets = np.full((n, length), EMPTY, np.int32)
-    answer_index = np.zeros((n, longest_answer), np.int32)
-    answer_ids = np.zeros((n, longest_answer), np.int32)
-    mask = np.zeros((n, longest_answer), bool)
-    for i, (query, answer) in enumerate(zip(queries, answers, strict=True)):
-        read = [*query, *answer[:-1]]
-        tokens[i, : len(read)] = read
-        offsets[i, : len(read)] = np.arange(len(read))
-        answer_index[i, : len(answer)] = len(query) - 1 + np.arange(len(answer))
-        answer_ids[i, : len(answer)] = answer
-        mask[i, : len(answer)] = True
-    return Rows(tokens, offsets, answer_index, mask, {"tokens": answer_ids})
+    read = [[*query, *answer[:-1]] for query, answer in zip(queries, answers, strict=True)]
+    predicting = [range(len(ids) - len(answer), len(ids)) for ids, answer in zip(read, answers, strict=True)]
+    return Rows(
+        tokens=_padded(read),
+        offsets=_padded([range(len(ids)) for ids in read], EMPTY),
+        answer_index=_padded(predicting),
+        mask=_padded([[True] * len(answer) for answer in answers]).astype(bool),
+        targets={"tokens": _padded(answers)},
+    )
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int = 0) -> Int[np.ndarray, "b n"]:
+    """The rows side by side, as long as the longest."""
+    padded = np.full((len(rows), max(map(len, rows))), fill, np.int32)
+    for to, row in zip(padded, rows, strict=True):
+        to[: len(row)] = row
+    return padded
 
 
 def batch_indices(count: int, cursor: int, batch_size: int, key: Sequence[int] | np.ndarray) -> np.ndarray:

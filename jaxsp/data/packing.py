@@ -40,6 +40,11 @@ class Packing:
     rows: int
     length: int
 
+    @property
+    def tokens(self) -> int:
+        """Room of a batch."""
+        return self.rows * self.length
+
     @classmethod
     def of(cls, lengths: Int[np.ndarray, " n"], batch_size: int) -> Packing:
         """The shape that holds about ``batch_size`` of these sequences.
@@ -106,7 +111,7 @@ class Packing:
         """
         rows = ceil_div(self.rows, parts) * parts
         # A sequence goes to the emptiest row, which is no fuller than the mean.
-        enough = 4 * ceil_div(self.rows * self.length, 4 * rows) + longest
+        enough = 4 * ceil_div(self.tokens, 4 * rows) + longest
         return Packing(rows, min(self.length, enough))
 
     def _padding(self, lengths: np.ndarray) -> float:
@@ -115,7 +120,7 @@ class Packing:
         for _ in range(5):
             drawn = self.draw(lengths, cursor, [0])
             used, cursor = used + lengths[drawn].sum(), cursor + len(drawn)
-        return 1 - used / (5 * self.rows * self.length)
+        return 1 - used / (5 * self.tokens)
 
     def places(self, lengths: Sequence[int]) -> list[int] | None:
         """A row for each sequence, longest first, each to the emptiest row; None if they don't all fit."""
@@ -142,7 +147,7 @@ class Packing:
         Returns:
           Indices into ``lengths``.
         """
-        most = max(1, int(self.rows * self.length // lengths.mean()))
+        most = max(1, int(self.tokens // lengths.mean()))
         stream = batch_indices(len(lengths), cursor, 2 * most, key)
         fits, fails = 1, 2 * most + 1
         while fails - fits > 1:
@@ -181,16 +186,14 @@ class Packing:
         return Rows(tokens, offsets, answer_index, mask, jax.tree.unflatten(tree, targets), segment_ids)
 
     def in_order(self, rows: Rows) -> list[Int[np.ndarray, " n"]]:
-        """All sequences once, in their order: the indices of as few batches as hold them."""
-        batches, lengths = [], rows.lengths
-        start = 0
-        while start < len(rows):
-            stop = start + 1
-            while stop < len(rows) and self.places(lengths[start : stop + 1].tolist()) is not None:
-                stop += 1
-            batches.append(np.arange(start, stop))
-            start = stop
-        return batches
+        """All sequences once, in their order: the indices of as few batches as hold them, at least of one."""
+        batches: list[list[int]] = [[]]
+        lengths = rows.lengths.tolist()
+        for i in range(len(rows)):
+            if batches[-1] and self.places(lengths[batches[-1][0] : i + 1]) is None:
+                batches.append([])
+            batches[-1].append(i)
+        return [np.array(batch, int) for batch in batches]
 
     def unpack(self, values: Sequence[np.ndarray], rows: Rows, batches: Sequence[np.ndarray]) -> np.ndarray:
         """What stands at the packed answer positions, at those of ``rows``; 0 elsewhere.

@@ -133,5 +133,4 @@ def _check_array(name: str, array: Any) -> None:
 
 
 def _known(value: Any) -> bool:
-    traced = isinstance(value, jax.core.Tracer)
-    return not traced and getattr(value, "is_fully_addressable", True)
+    return not isinstance(value, jax.core.Tracer) and getattr(value, "is_fully_addressable", True)

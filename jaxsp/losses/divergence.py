@@ -178,9 +178,8 @@ def total_variation(
 def _log_probs(
     teacher_logits: Logits, student_logits: Logits, mask: Mask, temperature: float
 ) -> tuple[Array, Array, Array]:
-    sides = {"teacher_logits": teacher_logits, "student_logits": student_logits}
-    mask, teacher, student = prepare(mask, temperature, **sides)
-    return jax.nn.log_softmax(teacher), jax.nn.log_softmax(student), mask
+    mask, p, q = prepare(mask, temperature, teacher_logits=teacher_logits, student_logits=student_logits)
+    return jax.nn.log_softmax(p), jax.nn.log_softmax(q), mask
 
 
 def kl_terms(log_p: Array, log_q: Array) -> Array:

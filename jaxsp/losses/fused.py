@@ -15,16 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from jaxsp.losses import chunked_head, vocabulary
-from jaxsp.losses.checks import (
-    check_batch,
-    check_count,
-    check_floating,
-    check_ids,
-    check_mask,
-    check_positive,
-    number,
-)
+from jaxsp.losses import checks, chunked_head, vocabulary
 from jaxsp.losses.closed_form import RULES
 from jaxsp.losses.objectives import OBJECTIVES, TEACHER_TOP_K, Objective, parse
 
@@ -204,13 +195,13 @@ def fused_objective(
     teacher_head = unembedding if teacher_unembedding is None else teacher_unembedding
     tokens = _check_heads(student_hidden, unembedding, teacher_hidden, teacher_unembedding)
     if softcap is not None:
-        softcap = number(softcap=softcap)
-        check_positive(softcap=softcap)
+        softcap = checks.number(softcap=softcap)
+        checks.check_positive(softcap=softcap)
     if chunk_size is not None:
-        check_count(chunk_size=chunk_size)
+        checks.check_count(chunk_size=chunk_size)
     batch, everyone = student_hidden.shape[:-1], tokens * vocabulary.shards(axis_name)
     optional = {
-        "live": check_mask(mask, batch),
+        "live": checks.check_mask(mask, batch),
         "teacher_hidden": teacher_hidden,
         "targets": targets,
         "teacher_log_probs": teacher_log_probs,
@@ -224,8 +215,7 @@ def fused_objective(
     width = tokens if rule or axis_name is None else everyone
     if chunk_size is None:
         chunk_size = chunked_head.chunk_size(math.prod(batch), width, masked=mask is not None)
-    static = {"all_live": mask is None, "softcap": softcap, "axis_name": axis_name}
-    plan = chunked_head.Plan(objective, rule, measures, chunk_size, **static)
+    plan = chunked_head.Plan(objective, rule, measures, chunk_size, mask is None, softcap, axis_name)
     given = {name: array.reshape(-1, *array.shape[len(batch) :]) for name, array in given.items()}
     flat = student_hidden.reshape(-1, student_hidden.shape[-1])
     flat = vocabulary.like_varying(flat, *given.values())
@@ -238,13 +228,13 @@ def _check_given(given: dict[str, Array], everyone: int, entries: Sequence[Objec
     live, top = given["live"], [name for name in TEACHER_TOP_K if name in given]
     for name, last in (("teacher_hidden", "d"), *((name, "k") for name in top)):
         if name in given:
-            check_batch(live.shape, last, **{name: given[name]})
+            checks.check_batch(live.shape, last, **{name: given[name]})
     if "targets" in given:
-        check_ids(given["targets"], live.shape, everyone, live)
+        checks.check_ids(given["targets"], live.shape, everyone, live)
     if len(top) == 2:
         log_probs = given["teacher_log_probs"]
         there = live[..., None] & (log_probs != -jnp.inf)
-        check_ids(given["teacher_ids"], log_probs.shape, everyone, there, name="teacher_ids")
+        checks.check_ids(given["teacher_ids"], log_probs.shape, everyone, there, name="teacher_ids")
     made = ("teacher_logits",) if top else ("teacher_logits", *TEACHER_TOP_K)  # from teacher_hidden
     for entry in entries:
         for name in entry.inputs:
@@ -267,7 +257,7 @@ def _check_heads(student: Array, head: Array, teacher: Array | None, other: Arra
 
 
 def _check_head(name: str, hidden: Array, head_name: str, head: Array) -> int:
-    check_floating("d", **{name: hidden})
+    checks.check_floating("d", **{name: hidden})
     if head.ndim != 2 or 0 in head.shape or not jnp.issubdtype(head.dtype, jnp.floating):
         raise ValueError(f"{head_name} must be floating [v, d], not {head.dtype} {list(head.shape)}.")
     if head.shape[1] != hidden.shape[-1]:

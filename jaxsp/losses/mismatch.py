@@ -41,8 +41,7 @@ def zero_one(teacher_logits: Logits, student_logits: Logits, mask: Mask = None) 
     Reference:
       Xiao & Zhu 2025, Foundations of Large Language Models, ch. 3 (arXiv:2501.09223).
     """
-    sides = {"teacher_logits": teacher_logits, "student_logits": student_logits}
-    mask, teacher, student = prepare(mask, **sides)
+    mask, teacher, student = prepare(mask, teacher_logits=teacher_logits, student_logits=student_logits)
     differ = jnp.argmax(teacher, axis=-1) != jnp.argmax(student, axis=-1)
     return _measured(differ, teacher, student, mask)
 
@@ -78,8 +77,7 @@ def top_k_mismatch(
       Top-5 error: Russakovsky et al. 2014, ImageNet challenge (arXiv:1409.0575).
     """
     check_count(k=k)
-    sides = {"teacher_logits": teacher_logits, "student_logits": student_logits}
-    mask, teacher, student = prepare(mask, **sides)
+    mask, teacher, student = prepare(mask, teacher_logits=teacher_logits, student_logits=student_logits)
     first = jnp.argmax(teacher, axis=-1)[..., None]
     its_logit = jnp.take_along_axis(student, first, axis=-1)
     ids = jnp.arange(student.shape[-1])
@@ -154,8 +152,7 @@ def rank_agreement(
       Kendall 1938, A New Measure of Rank Correlation (doi:10.1093/biomet/30.1-2.81).
     """
     check_count(n=n)
-    sides = {"teacher_logits": teacher_logits, "student_logits": student_logits}
-    mask, teacher, student = prepare(mask, **sides)
+    mask, teacher, student = prepare(mask, teacher_logits=teacher_logits, student_logits=student_logits)
     best, ids = jax.lax.top_k(teacher, min(n, teacher.shape[-1]))
     theirs = jnp.take_along_axis(student, ids, axis=-1)
     better, worse = best[..., :, None], best[..., None, :]

@@ -121,7 +121,7 @@ class Objective:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What it needs from the teacher, out of ``hidden``, ``top_k`` and ``tokens``, in this order."""
+        """Things that the teacher must give, out of ``hidden``, ``top_k`` and ``tokens``, in this order."""
         return tuple(name for name, makes in _NEEDS.items() if makes.intersection(self.inputs))
 
     def __call__(self, *, mask: Mask = None, **available: Array | None) -> Losses:

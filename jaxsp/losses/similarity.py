@@ -71,9 +71,8 @@ def distribution_cosine_similarity(
     Reference:
       Salton, Wong & Yang 1975, A Vector Space Model for Automatic Indexing.
     """
-    sides = {"teacher_logits": teacher_logits, "student_logits": student_logits}
-    mask, teacher, student = prepare(mask, temperature, **sides)
-    return cosine_similarity(jax.nn.softmax(teacher), jax.nn.softmax(student), mask)
+    mask, p, q = prepare(mask, temperature, teacher_logits=teacher_logits, student_logits=student_logits)
+    return cosine_similarity(jax.nn.softmax(p), jax.nn.softmax(q), mask)
 
 
 def hidden_mse(teacher_hidden: Hidden, student_hidden: Hidden, mask: Mask = None) -> Losses:
@@ -100,8 +99,7 @@ def hidden_mse(teacher_hidden: Hidden, student_hidden: Hidden, mask: Mask = None
     Reference:
       Romero et al. 2014, FitNets (arXiv:1412.6550); Jiao et al. 2019, TinyBERT (arXiv:1909.10351).
     """
-    sides = {"teacher_hidden": teacher_hidden, "student_hidden": student_hidden}
-    _, x, y = prepare(mask, 1.0, "d", **sides)
+    _, x, y = prepare(mask, 1.0, "d", teacher_hidden=teacher_hidden, student_hidden=student_hidden)
     return jnp.mean((x - y) ** 2, axis=-1)
 
 

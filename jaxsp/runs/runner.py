@@ -21,7 +21,7 @@ from jaxsp.evaluation.brackets import CONDITIONS, Measured
 from jaxsp.evaluation.metrics import mean_kl_function
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.sharding import DATA, local
-from jaxsp.progress import Display, compile_seconds
+from jaxsp.progress import Display
 from jaxsp.runs.folder import Result, RunFolder
 from jaxsp.runs.job import Job, groups
 from jaxsp.settings import Settings, plain
@@ -232,7 +232,6 @@ class Runner:
             checkpoints=checkpoints,
             checkpoint_every=settings.devices.checkpoint_every,
             callbacks=[told.on_step, *self.callbacks],
-            compile_seconds=compile_seconds,
         )
         if saved and checkpoints is not None:
             self._resume(block, checkpoints, saved, by_id)

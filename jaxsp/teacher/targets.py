@@ -4,7 +4,6 @@ started with.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,14 +48,9 @@ def compute(model: LanguageModel, prefix: KeyValues, rows: Rows, packing: Packin
 
 def write(file: Path, rows: Rows, answers: Sequence[Sequence[int]]) -> None:
     """Keeps the rows with their targets, and the teacher's own answers; whole or not at all."""
-    arrays = {
-        field.name: getattr(rows, field.name)
-        for field in dataclasses.fields(Rows)
-        if field.name not in ("targets", "segment_ids")
-    }
+    arrays = {name: array for name, array in vars(rows).items() if name not in ("targets", "segment_ids")}
     for name, target in rows.targets.items():
-        many = target if isinstance(target, tuple) else (target,)
-        arrays |= {f"{_TARGET}{name}/{i}": array for i, array in enumerate(many)}
+        arrays |= {f"{_TARGET}{name}/{i}": array for i, array in enumerate(jax.tree.leaves(target))}
     arrays["answer_lengths"] = np.array([len(answer) for answer in answers], np.int32)
     arrays["answer_ids"] = np.array([i for answer in answers for i in answer], np.int32)
     atomic_write(file, save({name: np.ascontiguousarray(a) for name, a in arrays.items()}))

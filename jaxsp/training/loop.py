@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import signal
 import threading
@@ -20,6 +21,7 @@ import numpy as np
 from jaxsp import processes
 from jaxsp.data.examples import Rows
 from jaxsp.data.packing import Packing
+from jaxsp.progress import compile_seconds
 from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.drivers import Driver
 from jaxsp.training.slots import Callback, Slot, Step, TrainingJob, TrainingResult, all_lengths, next_batches
@@ -42,8 +44,10 @@ class Block:
       checkpoints: where the states are saved.
       checkpoint_every: steps between checkpoints.
       callbacks: hear of every step.
-      compile_seconds: a clock of the seconds spent compiling.
     """
+
+    packing: Packing
+    states: TrainState  # as the driver places them
 
     def __init__(
         self,
@@ -56,27 +60,24 @@ class Block:
         checkpoints: Checkpoints | None = None,
         checkpoint_every: int = 10,
         callbacks: Sequence[Callback] = (),
-        compile_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.queue, self.evaluate, self.callbacks = queue, evaluate, callbacks
         self.evaluate_every, self.checkpoint_every = evaluate_every, checkpoint_every
-        self.checkpoints, self.compile_seconds = checkpoints, compile_seconds
-        self.slots: list[Slot | None] = [None] * slots
-        self.driver = make_driver(slots)
-        self.packing: Packing | None = None
+        self.checkpoints, self.driver, self.count = checkpoints, make_driver(slots), slots
+        self.slots: list[Slot] = []
         self.tick = 0
         self.longest = 0  # tokens of the longest sequence there has been
-        self.states: TrainState | None = None  # as the driver places them
         self.recent: deque[TrainState] = deque(maxlen=2)  # before the last step, and the one before it
         self.ahead: Rows | None = None  # the next batches
+        self.held_out: list[Rows] = []  # side by side; none before there are prompts
 
     def resume(self, jobs: Sequence[TrainingJob | None], tick: int, packing: Packing) -> None:
         """Goes on with a saved block, each prompt in its slot: the same programs on the same numbers."""
-        self.slots = [job and Slot(job) for job in jobs]
+        (some, *_) = filter(None, jobs)
+        self.slots = [Slot(job or some, left=job is None) for job in jobs]
         self.tick, self.packing = tick, packing
         self.longest = max(int(all_lengths(slot).max()) for slot in self._live())
-        (some, *_) = (job.state for job in jobs if job is not None)
-        self._put(stack([some if job is None else job.state for job in jobs]))
+        self._put(stack([slot.job.state for slot in self.slots]))
         self._pack_held_out()
 
     def run(self) -> Iterator[TrainingResult]:
@@ -98,12 +99,12 @@ class Block:
                 self._save()
                 raise Interrupted(self._where()) from None
             for place, slot in enumerate(self.slots):
-                if slot is not None and slot.finished:
+                if slot.finished and not slot.left:
                     yield self._result(place, slot)
-                    self.slots[place] = self.ahead = None
+                    slot.left, self.ahead = True, None
 
     def _live(self) -> list[Slot]:
-        return [slot for slot in self.slots if slot is not None]
+        return [slot for slot in self.slots if not slot.left]
 
     def _running(self) -> list[Slot]:
         return [slot for slot in self._live() if not slot.ended]
@@ -124,23 +125,22 @@ class Block:
         """Puts the next prompts of the queue into the slots that are free."""
         if not self._at_evaluation():
             return
-        fresh = {}
-        for place, slot in enumerate(self.slots):
-            if slot is None and (job := next(self.queue, None)) is not None:
-                fresh[place] = Slot(job)
+        first = not self.slots
+        places = range(self.count) if first else [i for i, slot in enumerate(self.slots) if slot.left]
+        fresh = {place: Slot(job) for place, job in zip(places, self.queue, strict=False)}
         if not fresh:
             return
         with _interrupts_between_steps() as check:
-            if self.states is None:
+            if first:
                 # Slots that stay empty hold a copy, which nothing is drawn for and nobody looks at.
-                some = next(iter(fresh.values()))
-                states = stack([fresh.get(i, some).job.state for i in range(len(self.slots))])
+                copies = [Slot(fresh[0].job, left=True) for _ in range(self.count - len(fresh))]
+                self.slots = [*fresh.values(), *copies]
+                states = stack([slot.job.state for slot in self.slots])
             else:
                 states = self.driver.fetch(self.states)
                 for place, slot in fresh.items():
                     states = put(states, np.int32(place), slot.job.state)
-            for place, slot in fresh.items():
-                self.slots[place] = slot
+                    self.slots[place] = slot
             self.ahead = None  # it lacks theirs
             self._put(states)
             self._fit()
@@ -157,7 +157,7 @@ class Block:
         slots = self._live()
         longest = [max(all_lengths(slot).max() for slot in slots)]
         self.longest = max(self.longest, int(longest[0]))
-        if self.packing is None:
+        if not self.held_out:
             ahead = [lengths for slot in slots for lengths in next_batches(slot)]
             own = [slot.job.packing for slot in slots]
             self.packing = Packing.shared(own, [*ahead, np.array(longest)])
@@ -166,65 +166,52 @@ class Block:
 
     def _pack_held_out(self) -> None:
         """The held-out batches of all prompts side by side; those that have fewer get empty ones."""
-        assert self.packing is not None
+        pack, in_order = self.packing.pack, self.packing.in_order
         own = [
-            []
-            if slot is None
-            else [self.packing.pack(slot.job.held_out, i) for i in self.packing.in_order(slot.job.held_out)]
+            [pack(slot.job.held_out, index) for index in ([] if slot.left else in_order(slot.job.held_out))]
             for slot in self.slots
         ]
-        blank = self.packing.pack(self._live()[0].job.held_out, np.zeros(0, int))
-        most = max(map(len, own))
-        self.held_out = [
-            _stacked([batches[i] if i < len(batches) else blank for batches in own]) for i in range(most)
-        ]
+        blank = pack(self.slots[0].job.held_out, np.zeros(0, int))
+        together = itertools.zip_longest(*own, fillvalue=blank)
+        self.held_out = [_stacked(batches) for batches in together]
 
     def _batches(self) -> Rows:
         """The next batches of all prompts, stacked, in a shape that the driver's devices can share."""
-        assert self.packing is not None
-        drawn = [np.zeros(0, int) if slot is None else slot.drawn() for slot in self.slots]
+        drawn = [(slot.job.train, slot.drawn()) for slot in self.slots]
         packing = self.packing
-        for slot, index in zip(self.slots, drawn, strict=True):
-            if slot is not None:
-                packing = packing.grown(slot.job.train.lengths[index])
+        for rows, index in drawn:
+            packing = packing.grown(rows.lengths[index])
         if packing != self.packing:
             self.packing = packing
             self._pack_held_out()
-        grid, some = packing.over(self.driver.multiple, self.longest), self._live()[0]
-        rows = [(some if slot is None else slot).job.train for slot in self.slots]
-        return _stacked([grid.pack(*own) for own in zip(rows, drawn, strict=True)])
+        grid = packing.over(self.driver.multiple, self.longest)
+        return _stacked([grid.pack(rows, index) for rows, index in drawn])
 
     def _step(self) -> None:
         """One step of all prompts, and the evaluation if it is due."""
         batches = self._batches() if self.ahead is None else self.ahead
-        started, compiled = time.perf_counter(), self.compile_seconds()
-        assert self.states is not None
+        started, compiled = time.perf_counter(), compile_seconds()
         self.recent.append(self.states)
         self.states, metrics = self.driver.step(self.states, batches)
         tokens_M = (batches.offsets != EMPTY).sum(axis=(1, 2)).tolist()
-        stepping = [i for i, slot in enumerate(self.slots) if slot is not None and not slot.ended]
+        stepping = [i for i, slot in enumerate(self.slots) if not slot.left and not slot.ended]
         values = jax.device_get(metrics)
         self.tick += 1
-        compiled = self.compile_seconds() - compiled
+        compiled = compile_seconds() - compiled
         seconds = (time.perf_counter() - started - compiled) / len(stepping)
         for place in stepping:
             own = {name: float(value_M[place]) for name, value_M in values.items()}
             self._note(place, own, tokens_M[place], seconds, compiled / len(stepping))
-        due = [i for i in stepping if self._at_evaluation() or self._slot(i).ended]
+        due = [i for i in stepping if self._at_evaluation() or self.slots[i].ended]
         self._evaluate(set(due))
         if self.tick % self.checkpoint_every == 0 or any(slot.finished for slot in self._live()):
             self._save()
         self._tell(set(stepping) - set(due))
         self.ahead = self._batches() if self._running() else None
 
-    def _slot(self, place: int) -> Slot:
-        slot = self.slots[place]
-        assert slot is not None
-        return slot
-
     def _note(self, place: int, values: dict[str, Any], tokens: int, seconds: float, compiled: float) -> None:
         """One prompt's step is done, or has failed."""
-        slot = self._slot(place)
+        slot = self.slots[place]
         slot.compile_seconds += compiled
         if all(math.isfinite(value) for value in values.values()):
             slot.advance({"step": slot.step + 1, **values, "tokens": tokens, "seconds": seconds})
@@ -233,10 +220,9 @@ class Block:
 
     def _fail(self, place: int, step: int, values: dict[str, float]) -> None:
         """Ends a prompt: σ before the step may be what was wrong, the one before that was good."""
-        slot = self._slot(place)
+        slot = self.slots[place]
         told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         slot.error = f"Training stopped: step {step} is not finite ({told}). Lower --learning-rate."
-        assert self.states is not None
         before, now = (unstack(self.driver.fetch(states), place) for states in (self.recent[0], self.states))
         slot.good = dataclasses.replace(before, best_sigma=now.best_sigma, best_kl=now.best_kl)
 
@@ -244,18 +230,17 @@ class Block:
         """Measures the held-out KL of the prompts in these places, and keeps the best σ."""
         if not places:
             return
-        assert self.states is not None
         states = self.driver.fetch(self.states)
         kl_M = processes.on_first_process(
             lambda: np.asarray(self.evaluate(states.sigma, self.held_out)).tolist()
         )
         for place in sorted(places):
-            slot = self._slot(place)
+            slot = self.slots[place]
             if slot.error is None and math.isfinite(kl_M[place]):
                 slot.lines[-1]["held_out_kl"] = kl_M[place]
             elif slot.error is None:
                 self._fail(place, slot.step, {"held-out KL": kl_M[place]})
-        good = [i in places and self._slot(i).error is None for i in range(len(self.slots))]
+        good = [i in places and self.slots[i].error is None for i in range(len(self.slots))]
         kl_M = np.where(good, np.array(kl_M, np.float32), np.nan)
         self.states = self.driver.place(_keep_best(states, kl_M.astype(np.float32)))
         self._tell(places)
@@ -263,7 +248,7 @@ class Block:
     def _tell(self, places: set[int]) -> None:
         """Writes the new lines of these prompts, and calls the callbacks."""
         for place in sorted(places):
-            slot = self._slot(place)
+            slot = self.slots[place]
             for line in slot.new_lines():
                 metrics = {name: value for name, value in line.items() if name != "step"}
                 sigma = functools.partial(self._sigma, place)
@@ -272,18 +257,15 @@ class Block:
                 slot.stopped |= True in answers
 
     def _sigma(self, place: int) -> PyTree:
-        assert self.states is not None
         return unstack(self.driver.fetch(self.states), place).sigma
 
     def _save(self) -> None:
-        if self.checkpoints is not None and self.states is not None:
-            assert self.packing is not None
-            ids = [None if slot is None else slot.job.id for slot in self.slots]
+        if self.checkpoints is not None and self.held_out:  # else not all is in place
+            ids = [None if slot.left else slot.job.id for slot in self.slots]
             block = {"jobs": ids, "tick": self.tick, "packing": dataclasses.astuple(self.packing)}
             self.checkpoints.save(self.tick, self.driver.fetch(self.states), block)
 
     def _result(self, place: int, slot: Slot) -> TrainingResult:
-        assert self.states is not None
         state = slot.good if slot.error else unstack(self.driver.fetch(self.states), place)
         return TrainingResult(slot.job.id, state, slot.lines, slot.compile_seconds, slot.error)
 

@@ -88,8 +88,8 @@ several processes each calls its own, and they must say the same."""
 class Slot:
     """A prompt in training, as the host sees it."""
 
-    def __init__(self, job: TrainingJob) -> None:
-        self.job = job
+    def __init__(self, job: TrainingJob, *, left: bool = False) -> None:
+        self.job, self.left = job, left  # left: its place is free
         self.step, self.cursor = int(job.state.step), int(job.state.cursor)
         self.steps = int(job.state.schedule.steps)
         self.order = np.asarray(job.state.key)
@@ -118,7 +118,7 @@ class Slot:
 
     def drawn(self) -> np.ndarray:
         """The rows of the next step, which its own shape decides; none if it has ended."""
-        if self.ended:
+        if self.left or self.ended:
             return np.zeros(0, int)
         if self._drawn is None:
             self._drawn = self.job.packing.draw(self.job.train.lengths, self.cursor, self.order)

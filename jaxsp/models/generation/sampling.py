@@ -99,6 +99,7 @@ def tabulate(samplings: Sequence[Sampling], rows: int, key: Array | None) -> Cho
         stops_E[: len(sampling.stop_ids)] = sampling.stop_ids
     draws = None
     if any(s.temperature for s in samplings):
+        assert key is not None  # asked for by Work.check
         draws = Draws(
             key_B=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows)),
             temperature_B=column([s.temperature for s in samplings], rows, np.float32),

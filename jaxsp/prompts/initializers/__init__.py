@@ -5,33 +5,11 @@ An initializer is a function ``start(source) -> vectors [K, D]``; the prompt kin
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
-import numpy as np
-
 from jaxsp.prompts.initializers import first, noise, spread, vocabulary
-from jaxsp.typing import Array, Float, Int
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Things that a prompt may start from.
-
-    Attributes:
-      key: random key of this prompt.
-      context_ids: ``[C]`` token ids of the context.
-      length: K.
-      embed: input vectors ``[n, D]`` of token ids ``[n]``.
-      vocab_size: V.
-    """
-
-    key: Array
-    context_ids: Int[np.ndarray, " c"]
-    length: int
-    embed: Callable[[Array | np.ndarray], Float[Array, "n d"]]
-    vocab_size: int
-
+from jaxsp.prompts.initializers.source import Source
+from jaxsp.typing import Array, Float
 
 INITIALIZERS: dict[str, Callable[[Source], Float[Array, "k d"]]] = {
     "first": first.start,

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
+from jaxsp.prompts.initializers.source import Source
 from jaxsp.typing import Array, Float
-
-if TYPE_CHECKING:
-    from jaxsp.prompts.initializers import Source
 
 
 def start(source: Source) -> Float[Array, "k d"]:

@@ -5,14 +5,10 @@ Reference: Lester et al. 2021 (arXiv:2104.08691), section 3.2.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 
+from jaxsp.prompts.initializers.source import Source
 from jaxsp.typing import Array, Float
-
-if TYPE_CHECKING:
-    from jaxsp.prompts.initializers import Source
 
 
 def start(source: Source) -> Float[Array, "k d"]:
