@@ -357,7 +357,3 @@ def _batch(config: DecoderConfig, packing: Packing) -> Rows:
     ids, live = of(shape, jnp.int32), of(shape, jnp.bool_)
     targets = {"tokens": ids, "hidden": of((*shape, config.width), config.dtype)}
     return Rows(ids, ids, ids, live, targets, ids)
-
-
-def _on(where: NamedSharding, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

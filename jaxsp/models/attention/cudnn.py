@@ -15,7 +15,7 @@ AMPERE = 8  # the first compute capability (its major number) with them
 
 
 def unsupported_reason(inputs: AttentionInputs) -> str | None:
-    """Why the kernels can't serve a inputs."""
+    """Why the kernels can't serve these inputs."""
     F = inputs.q_BTHF.shape[-1]
     if jax.default_backend() == "gpu" and _compute_capability() < AMPERE:
         return "cuDNN's attention needs an NVIDIA GPU of the Ampere generation or later"

@@ -77,9 +77,11 @@ def usual_tensors(**norms: str) -> dict[str, Tensor]:
     """The tensors of Llama's checkpoints and those that follow its names.
 
     Args:
-      norms: our name of each norm in a layer, and the checkpoint's.
+      norms: our name of each norm in a layer, and the checkpoint's; those of queries and keys, which only
+        some models have, are called alike in all.
     """
     layer = "model.layers.{layer}"
+    norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
     out = {
         "embed_tokens/embedding": Tensor("model.embed_tokens.weight"),
         "norm/weight": Tensor("model.norm.weight"),
@@ -95,12 +97,7 @@ def usual_tensors(**norms: str) -> dict[str, Tensor]:
     return out
 
 
-QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
-
-
 def llama_tensors(config: DecoderConfig) -> dict[str, Tensor]:
-    """The tensors of a checkpoint with Llama's norms, one before attention, one before the MLP; and maybe
-    norms of queries and keys."""
+    """The tensors of a checkpoint with Llama's norms, one before attention, one before the MLP."""
     del config
-    norms = {"attention_pre_norm": "input_layernorm", "mlp_pre_norm": "post_attention_layernorm"}
-    return usual_tensors(**norms, **QK_NORMS)
+    return usual_tensors(attention_pre_norm="input_layernorm", mlp_pre_norm="post_attention_layernorm")

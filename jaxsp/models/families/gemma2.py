@@ -10,7 +10,6 @@ from typing import Any
 
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.families.common import (
-    QK_NORMS,
     activation,
     attention_biases,
     read_config,
@@ -47,7 +46,6 @@ def tensors(config: DecoderConfig) -> dict[str, Tensor]:
         attention_post_norm="post_attention_layernorm",
         mlp_pre_norm="pre_feedforward_layernorm",
         mlp_post_norm="post_feedforward_layernorm",
-        **QK_NORMS,
     )
     return {
         path: dataclasses.replace(tensor, plus=1.0) if path.endswith("norm/weight") else tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.families.common import QK_NORMS, attention_biases, read_config, usual_tensors
+from jaxsp.models.families.common import attention_biases, read_config, usual_tensors
 from jaxsp.models.weights import Tensor
 
 
@@ -18,5 +18,5 @@ def config(hf: Any, dtype: str) -> DecoderConfig:
 
 def tensors(config: DecoderConfig) -> dict[str, Tensor]:
     return usual_tensors(
-        attention_post_norm="post_attention_layernorm", mlp_post_norm="post_feedforward_layernorm", **QK_NORMS
+        attention_post_norm="post_attention_layernorm", mlp_post_norm="post_feedforward_layernorm"
     )
