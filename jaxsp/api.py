@@ -10,7 +10,6 @@ from jaxsp import processes
 from jaxsp.artifact import SoftPrompt
 from jaxsp.data.documents import Query, as_queries
 from jaxsp.evaluation import brackets, report as reports
-from jaxsp.evaluation.brackets import CONDITIONS
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.runs.folder import Result
@@ -224,6 +223,5 @@ def evaluate(
         found = brackets.prefixes(model, problem, sigmas, prompt.kind)
         measured = brackets.measure(model, problem, found, settings.teacher.max_answer_tokens)
         measured["full_context"] = brackets.measure_full_context(model, problem)
-        every = {name: measured[name] for name in CONDITIONS}
-        summary = reports.summarise(model, problem, every, settings.training.seed)
+        summary = reports.summarise(model, problem, measured, settings.training.seed)
     return {**reports.header(model, prompt), **summary}

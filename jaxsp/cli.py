@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from jaxsp.errors import Interrupted, UserError
-from jaxsp.settings import Settings, make_settings, plain
+from jaxsp.settings import Settings, check_limits, make_settings, plain
 
 # What computes is imported where a command runs: --help and a misspelt option need not wait for it.
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from jaxsp.artifact import SoftPrompt
-    from jaxsp.data.documents import Query
     from jaxsp.models.language_model import LanguageModel
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -83,9 +82,9 @@ class Output:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run(Settings):
-    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    model: ModelOptions = ModelOptions()
     output: Output
-    processes: Processes = dataclasses.field(default_factory=Processes)
+    processes: Processes = Processes()
 
     def begin(self) -> Settings:
         """Joins the other processes and checks options and folder, before any file is read."""
@@ -111,9 +110,9 @@ class Compress(_Run):
     """The document: a .txt or .md file, or - for standard input."""
     queries: str
     """What will be asked: a file with one query per line, or JSONL {"query", "answer" (optional)}."""
-    held_out: str = "0.2"
+    held_out: float | str = 0.2
     """Queries to measure on, never trained on: a file, or a fraction of --queries."""
-    output: Output = dataclasses.field(default_factory=lambda: Output("jaxsp-out"))
+    output: Output = Output("jaxsp-out")
 
     def run(self) -> None:
         from jaxsp import api, console, processes
@@ -121,7 +120,7 @@ class Compress(_Run):
 
         settings = self.begin()
         context, queries = read_context(self.context), read_queries(self.queries)
-        held_out = _fraction_or_queries(self.held_out)
+        held_out = read_queries(self.held_out) if isinstance(self.held_out, str) else self.held_out
         result = api.compress(
             self.load(settings),
             context,
@@ -145,7 +144,7 @@ class CompressMany(_Run):
     """Prompts in one step; by default as many as suit the device."""
     keep_going: bool = False
     """Report rows that are invalid, and do the others."""
-    output: Output = dataclasses.field(default_factory=lambda: Output("jaxsp-many"))
+    output: Output = Output("jaxsp-many")
 
     def run(self) -> None:
         from jaxsp import console, processes
@@ -153,6 +152,8 @@ class CompressMany(_Run):
         from jaxsp.runs.job import read_rows
         from jaxsp.runs.start import Start, open_run
 
+        if self.at_once is not None:
+            check_limits("at_once", self.at_once, at_least=1)
         settings = self.begin()
         jobs, model = read_rows(self.contexts), self.load(settings)
         leads = processes.is_first()
@@ -205,8 +206,7 @@ class Plan(Settings, ModelOptions):
             memory = {**dataclasses.asdict(found.memory), "total": found.memory.total}
             print(json.dumps({**dataclasses.asdict(found), "memory": memory}, indent=2))
             return
-        steps = settings.training.steps
-        console.print_plan(found, steps, _lighter(self))
+        console.print_plan(found, settings.training.steps, _lighter(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,7 +298,7 @@ class Inspect:
 class Demo:
     """Compress the manual that jaxsp ships, and answer held-out questions with it."""
 
-    model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    model: ModelOptions = ModelOptions()
     out: str = "jaxsp-demo"
     """Folder for the prompt, the report and the checkpoints."""
     steps: int = 60
@@ -410,16 +410,6 @@ def _checked(given: Settings) -> Settings:
     """The same settings, of a command; raises ``UserError`` if they are invalid."""
     from jaxsp.runs.job import check_settings
 
-    parts = given.prompt, given.teacher, given.training, given.devices
-    settings = make_settings(plain(Settings(*parts)))
+    settings = make_settings(plain(Settings(given.prompt, given.teacher, given.training, given.devices)))
     check_settings(settings)
     return settings
-
-
-def _fraction_or_queries(held_out: str) -> float | list[Query]:
-    from jaxsp.data.documents import read_queries
-
-    try:
-        return float(held_out)
-    except ValueError:
-        return read_queries(held_out)

@@ -132,5 +132,4 @@ def _print_pairs(rows: Mapping[str, object]) -> None:
 
 def _print(*things: Table | str) -> None:
     console = Console(highlight=False, markup=False, emoji=False)  # a model's [text] is shown as it is
-    for thing in things:
-        console.print(thing)
+    console.print(*things, sep="\n")

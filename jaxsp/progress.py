@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Display:
@@ -37,15 +37,10 @@ class Display:
         if self._training is not None:
             self._training.stop()  # two can't be shown at once
         started, compiled = time.perf_counter(), compile_seconds()
-        with Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            console=self._console,
-            transient=True,
-            disable=self._console.quiet,  # a notebook would get an empty widget
-        ) as progress:
-            task = progress.add_task(title, total=None)
-            yield lambda text: progress.update(task, description=f"{title}: {text}")
+        spinner = self._console.status(title)
+        # In a notebook a quiet console would still show an empty widget.
+        with contextlib.nullcontext() if self._console.quiet else spinner:
+            yield lambda text: spinner.update(f"{title}: {text}")
         seconds, compiled = time.perf_counter() - started, compile_seconds() - compiled
         self.add(name, seconds - compiled)
         self.add("compile", compiled)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any, TypedDict
@@ -98,10 +99,10 @@ class Settings:
       (4, 'nll', 500)
     """
 
-    prompt: PromptSettings = dataclasses.field(default_factory=PromptSettings)
-    teacher: TeacherSettings = dataclasses.field(default_factory=TeacherSettings)
-    training: TrainingSettings = dataclasses.field(default_factory=TrainingSettings)
-    devices: DeviceSettings = dataclasses.field(default_factory=DeviceSettings)
+    prompt: PromptSettings = PromptSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    training: TrainingSettings = TrainingSettings()
+    devices: DeviceSettings = DeviceSettings()
 
 
 class Options(TypedDict, total=False):
@@ -139,41 +140,53 @@ def make_settings(values: Mapping[str, Any], base: Settings | None = None) -> Se
     Raises:
       UserError: there is no such setting, it is of another type, or beyond its limits.
     """
-    base = Settings() if base is None else base
-    parts = {part.name: getattr(base, part.name) for part in dataclasses.fields(base)}
-    home = {field.name: name for name, part in parts.items() for field in dataclasses.fields(part)}
+    parts = dict(vars(base or Settings()))
+    home = {field.name: (name, field) for name, part in parts.items() for field in dataclasses.fields(part)}
     for name, value in values.items():
         if name not in home:
             raise UserError(f"Unknown setting {name!r}; the settings are {', '.join(home)}.")
-        part = parts[home[name]]
-        (field,) = (field for field in dataclasses.fields(part) if field.name == name)
-        parts[home[name]] = dataclasses.replace(part, **{name: _checked(field, value)})
-    return dataclasses.replace(base, **parts)
+        part, field = home[name]
+        parts[part] = dataclasses.replace(parts[part], **{name: _checked(field, value)})
+    return Settings(**parts)
 
 
 _NAMES = {int: "a whole number", float: "a number", str: "a text"}
 _OBJECTS = ("objective", "optimizer")  # a text, or an object that the tables of their room know
+_LIMITS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
-    option, expected = f"--{field.name.replace('_', '-')}", type(field.default)
+    option, expected = _option(field.name), type(field.default)
     if expected is float and type(value) is int:
         value = float(value)
     if type(value) is not expected and not (field.name in _OBJECTS and not isinstance(value, int)):
         raise UserError(f"{option} must be {_NAMES[expected]}, not {value!r}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{option} must be a finite number, not {value}.")
-    words = {"at_least": "at least", "above": "above", "below": "below"}
-    limits = field.metadata.get("limits", {})
-    good = {
-        "at_least": lambda limit: value >= limit,
-        "above": lambda limit: value > limit,
-        "below": lambda limit: value < limit,
-    }
-    if not all(good[name](limit) for name, limit in limits.items()):
-        wanted = " and ".join(f"{words[name]} {limit}" for name, limit in limits.items())
-        raise UserError(f"{option} must be {wanted}, not {value}.")
+    check_limits(field.name, value, **field.metadata.get("limits", {}))
     return value
+
+
+def check_limits(name: str, value: Any, **limits: float) -> None:
+    """Raises ``UserError`` if an option's value is beyond its limits.
+
+    Args:
+      name: of the option, with underscores.
+      value: given for it.
+      **limits: any of ``at_least``, ``above`` and ``below``.
+
+    Example:
+      >>> check_limits("at_once", 0, at_least=1)
+      Traceback (most recent call last):
+      jaxsp.errors.UserError: --at-once must be at least 1, not 0.
+    """
+    if not all(_LIMITS[kind](value, limit) for kind, limit in limits.items()):
+        wanted = " and ".join(f"{kind.replace('_', ' ')} {limit}" for kind, limit in limits.items())
+        raise UserError(f"{_option(name)} must be {wanted}, not {value}.")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def plain(part: Any) -> dict[str, Any]:
@@ -182,13 +195,12 @@ def plain(part: Any) -> dict[str, Any]:
     An objective or an optimizer of the user's own is there as its text, without memory addresses.
     """
     found: dict[str, Any] = {}
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        if dataclasses.is_dataclass(value) and field.name not in _OBJECTS:
+    for name, value in vars(part).items():
+        if dataclasses.is_dataclass(value) and name not in _OBJECTS:
             found |= plain(value)
         else:
             number_or_text = isinstance(value, str | int | float | None)
-            found[field.name] = value if number_or_text else re.sub(r" at 0x\w+", "", str(value))
+            found[name] = value if number_or_text else re.sub(r" at 0x\w+", "", str(value))
     return found
 
 

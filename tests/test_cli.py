@@ -316,6 +316,11 @@ def test_other_failures_of_a_device_are_not_taken_for_it(compress, monkeypatch):
         compress()
 
 
+def test_prompts_at_once_are_checked_before_anything_is_read(jaxsp_command):
+    options = ("nowhere.jsonl", "--model", "nothing", "--at-once", 0)
+    refused(jaxsp_command("compress-many", *options), "--at-once must be at least 1, not 0.")
+
+
 def test_a_batch_in_parts(compress, tmp_path):
     """Trains, and a run goes on in other parts, or made when there were none."""
     refused(compress("--accumulate", 0), "--accumulate", "at least 1")

@@ -38,6 +38,7 @@ ONLY_IN = {
     "matplotlib": {"evaluation/plots.py"},
     "orbax": {"training/checkpoint.py"},
     "transformers": {"models/language_model.py", "models/load.py", "models/gguf/convert.py"},
+    "jinja2": {"evaluation/report.py"},
     "rich": {"progress.py", "console.py", "cli.py"},
     "tyro": {"cli.py"},
     "flax": {"models/decoder.py", "models/layers.py", "models/weights.py"},
@@ -164,6 +165,7 @@ def test_the_wheel_runs_from_an_empty_folder(wheel, tmp_path):
     )  # fmt: skip
     assert (target / "jaxsp" / "py.typed").is_file()
     assert (target / "jaxsp" / "demo" / "manual.md").is_file()
+    assert (target / "jaxsp" / "evaluation" / "report.md.jinja").is_file()
     script = target / "bin" / "jaxsp"
     result = subprocess.run(
         [sys.executable, str(script), "compress", "nowhere.txt", "--queries", "q.txt"],

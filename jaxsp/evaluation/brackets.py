@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -72,18 +73,15 @@ def measure(
       found: prefixes of one size, by name.
       max_tokens: longest free-running answer.
     """
-    distinct: list[KeyValues] = []
-    which = {}
+    keys = {name: _key(prefix) for name, prefix in found.items()}
+    distinct: dict[bytes, KeyValues] = {}
     for name, prefix in found.items():
-        same = (i for i, other in enumerate(distinct) if _equal(prefix, other))
-        which[name] = next(same, len(distinct))
-        if which[name] == len(distinct):
-            distinct.append(prefix)
+        distinct.setdefault(keys[name], prefix)
     queries, count = problem.job.query_ids, len(distinct)
     stacked = KeyValues(
-        jnp.concatenate([prefix.keys for prefix in distinct], axis=1),
-        jnp.concatenate([prefix.values for prefix in distinct], axis=1),
-        jnp.concatenate([prefix.positions for prefix in distinct], axis=0),
+        jnp.concatenate([prefix.keys for prefix in distinct.values()], axis=1),
+        jnp.concatenate([prefix.values for prefix in distinct.values()], axis=1),
+        jnp.concatenate([prefix.positions for prefix in distinct.values()], axis=0),
     )
     answers = answer_ids(
         model,
@@ -92,14 +90,14 @@ def measure(
         max_tokens=max_tokens,
         after=np.repeat(np.arange(count), len(queries)).tolist() if count > 1 else None,
     )
-    measured = [
-        Measured(
+    measured = {
+        key: Measured(
             at_positions(model, prefix, problem.rows, problem.packing),
             answers[i * len(queries) : (i + 1) * len(queries)],
         )
-        for i, prefix in enumerate(distinct)
-    ]
-    return {name: measured[i] for name, i in which.items()}
+        for i, (key, prefix) in enumerate(distinct.items())
+    }
+    return {name: measured[key] for name, key in keys.items()}
 
 
 def measure_full_context(model: LanguageModel, problem: Problem) -> Measured:
@@ -107,15 +105,10 @@ def measure_full_context(model: LanguageModel, problem: Problem) -> Measured:
     return Measured(at_positions(model, None, problem.rows, problem.packing), problem.answers)
 
 
-def _equal(a: KeyValues, b: KeyValues) -> bool:
-    return all(bool(jnp.array_equal(x, y)) for x, y in zip(_live(a), _live(b), strict=True))
-
-
-def _live(prefix: KeyValues) -> tuple[np.ndarray, ...]:
-    """Slots that are attended to; empty ones may hold anything."""
+def _key(prefix: KeyValues) -> bytes:
+    """Equal for prefixes that are the same where they are attended to; empty slots may hold anything."""
     there = np.asarray(prefix.positions[0] != EMPTY)
-    return (
-        np.asarray(prefix.positions)[:, there],
-        np.asarray(prefix.keys, np.float32)[:, :, there],
-        np.asarray(prefix.values, np.float32)[:, :, there],
-    )
+    key = hashlib.sha256(np.asarray(prefix.positions)[:, there].tobytes())
+    for array in (prefix.keys, prefix.values):
+        key.update(np.asarray(array)[:, :, there].tobytes())
+    return key.digest()

@@ -165,13 +165,11 @@ def rouge_l(reference: str, answer: str) -> float:
     a, b = (re.findall(r"\w+", text.lower()) for text in (reference, answer))
     if not a or not b:
         return float(a == b)
-    lengths = [0] * (len(b) + 1)
+    lengths = [0] * (len(b) + 1)  # of what the words so far and each beginning of b have in common
     for word in a:
-        diagonal = 0
-        for j, other in enumerate(b, start=1):
-            above = lengths[j]
-            lengths[j] = diagonal + 1 if word == other else max(above, lengths[j - 1])
-            diagonal = above
+        before, lengths = lengths, [0]
+        for j, other in enumerate(b):
+            lengths.append(before[j] + 1 if word == other else max(before[j + 1], lengths[j]))
     return 2 * lengths[-1] / (len(a) + len(b))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from jaxsp.artifact import SoftPrompt
@@ -28,19 +30,6 @@ answer, however well the words around it fit."""
 GOOD = 0.8
 """Overall: the fraction of the gap from which σ is called a good stand-in."""
 
-_COLUMNS = (
-    "kl",
-    "reverse_kl",
-    "js",
-    "nll",
-    "zero_one",
-    "rank_agreement",
-    "confidence_shift",
-    "sequence_mismatch",
-    "rouge_l",
-)
-"""Of what is measured, what the report for people shows; ``report.json`` has it all."""
-
 
 def summarise(
     model: LanguageModel, problem: Problem, measured: dict[str, Measured], seed: int
@@ -50,7 +39,7 @@ def summarise(
     Args:
       model: whose tokenizer reads the answers.
       problem: the queries, and what the teacher said.
-      measured: by condition, all of ``CONDITIONS``.
+      measured: by condition, all of ``CONDITIONS``, in any order.
       seed: of the bootstrap.
 
     Returns:
@@ -59,13 +48,15 @@ def summarise(
     """
     is_train, mask = problem.job.is_train, problem.rows.mask
     counts = mask.sum(axis=1)
-    positions = {name: m.positions for name, m in measured.items()}
-    answers = {name: [Answer(ids, _text(model, ids)) for ids in m.answers] for name, m in measured.items()}
+    positions = {name: measured[name].positions for name in CONDITIONS}
+    answers = {
+        name: [Answer(ids, _text(model, ids)) for ids in measured[name].answers] for name in CONDITIONS
+    }
     kl = {name: at["kl"].sum(axis=1) for name, at in positions.items()}
 
-    def conditions(split: np.ndarray) -> dict[str, dict[str, float]]:
+    def part(split: np.ndarray) -> dict[str, Any]:
         chosen = np.flatnonzero(split)
-        return {
+        conditions = {
             name: {
                 **{m: float(v[split].sum() / counts[split].sum()) for m, v in at.items()},
                 **{
@@ -75,13 +66,11 @@ def summarise(
             }
             for name, at in positions.items()
         }
+        return {"queries": len(chosen), "conditions": conditions}
 
     def gap(bracket: str) -> dict[str, float]:
         ours, theirs = ((kl[name][~is_train], counts[~is_train]) for name in ("prompt", bracket))
         return gap_closed(ours, theirs, seed)
-
-    def part(split: np.ndarray) -> dict[str, Any]:
-        return {"queries": int(split.sum()), "conditions": conditions(split)}
 
     report: dict[str, Any] = {
         "gap_closed": gap("no_context"),
@@ -102,7 +91,8 @@ def summarise(
         for i, query in enumerate(problem.job.queries)
     ]
     for query in report["queries"]:
-        query["captured"] = _captured(query)
+        close = query["kl"] <= max(NEGLIGIBLE, (1 - CAPTURED) * query["kl_no_context"])
+        query["captured"] = close and query["peak_kl"] <= PEAK
     report["verdict"] = _verdict(report)
     seen = np.maximum(mask[~is_train].sum(axis=0), 1)
     last = int(mask[~is_train].any(axis=0).sum())
@@ -134,11 +124,11 @@ def write(report: dict[str, Any], lines: list[dict[str, Any]], directory: Path) 
     """Writes plots, ``report.md`` and, last, ``report.json`` into ``directory``."""
     from jaxsp.evaluation import plots
 
-    (directory / "plots").mkdir(parents=True, exist_ok=True)
-    held_out = report["held_out"]["conditions"]
-    plots.training_curve(lines, held_out, report["objective"], directory / "plots" / "training.png")
-    plots.by_position(report["by_position"], directory / "plots" / "by_position.png")
-    plots.by_query(report["queries"], directory / "plots" / "by_query.png")
+    folder, held_out = directory / "plots", report["held_out"]["conditions"]
+    folder.mkdir(parents=True, exist_ok=True)
+    plots.training_curve(lines, held_out, report["objective"], folder / "training.png")
+    plots.by_position(report["by_position"], folder / "by_position.png")
+    plots.by_query(report["queries"], folder / "by_query.png")
     atomic_write(directory / "report.md", markdown(report))
     atomic_write(directory / "report.json", as_json(report))
 
@@ -150,95 +140,39 @@ def as_json(value: Any) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """The report for people."""
-    gap, truncated = report["gap_closed"], report["gap_closed_vs_truncated"]
-    lines = [
-        f"# {report['prompt_length']} vectors for {report['context_tokens']} tokens",
-        "",
-        report["verdict"]["text"],
-        "",
-        f"- model: {report['model']} ({report['dtype']}, {report['weights']} weights)",
-        f"- compression: {report['compression']:.1f}×, objective: {report['objective']},"
-        f" {report['steps']} steps",
-        f"- gap closed on held-out queries: {_interval(gap)} (0: no context, 1: full context)",
-        f"- the same against the truncated context: {_interval(truncated)}",
-        "",
-        "The σ kept is the one with the lowest held-out KL of those evaluated during training."
-        if report["kept"] == "best"
-        else "The σ kept is that of the last step.",
-        "",
-    ]
-    for split, title in (("held_out", "Held-out"), ("train", "Training")):
-        part = report[split]
-        lines += [
-            f"## {title} queries ({part['queries']})",
-            "",
-            "Per answer position: KL, reverse KL, JS and NLL in nats; 0/1: another first token;"
-            " rank agreement (Kendall's τ) of the ten best tokens, 1 at best; confidence shift: how much"
-            " surer of its first token, 0 at best. The last two compare free-running answers with"
-            " the full context's.",
-            "",
-            "| condition | " + " | ".join(_COLUMNS) + " |",
-            "|---|" + "---:|" * len(_COLUMNS),
-            *(
-                f"| {CONDITIONS[name]} | " + " | ".join(f"{row[m]:.3f}" for m in _COLUMNS) + " |"
-                for name, row in part["conditions"].items()
-            ),
-            "",
-        ]
-    lines += ["![training](plots/training.png)", "", "![by position](plots/by_position.png)", ""]
-    lines += ["![by query](plots/by_query.png)", "", "## The worst held-out queries", ""]
-    held_out = [q for q in report["queries"] if q["split"] == "held_out"]
-    for query in sorted(held_out, key=lambda q: -q["kl"])[:5]:
-        state = "captured" if query["captured"] else "**not captured**"
-        lines += [
-            f"### {query['query']}",
-            "",
-            f"KL {query['kl']:.3f}, at its worst token {query['peak_kl']:.3f}; no context"
-            f" {query['kl_no_context']:.3f}: {state}.",
-            "",
-            f"- full context: {_one_line(query['answer_full_context'])}",
-            f"- σ: {_one_line(query['answer_prompt'])}",
-            f"- no context: {_one_line(query['answer_no_context'])}",
-            "",
-        ]
-    seconds = ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items())
-    lines += [f"Seconds: {seconds}.", ""]
-    return "\n".join(lines)
+    # Markdown, not HTML: the users' texts stand in it as they are.
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"interval": _interval, "one_line": _one_line}
+    source = importlib.resources.files("jaxsp.evaluation").joinpath("report.md.jinja").read_text("utf-8")
+    return environment.from_string(source).render(report, brackets=CONDITIONS)
 
 
 def _verdict(report: dict[str, Any]) -> dict[str, Any]:
-    held_out = [q for q in report["queries"] if q["split"] == "held_out"]
-    train = [q for q in report["queries"] if q["split"] == "train"]
+    held_out, train = ([q for q in report["queries"] if q["split"] == s] for s in ("held_out", "train"))
     missed = [q for q in held_out if not q["captured"]]
-    gap = report["gap_closed"]
-    conditions = report["held_out"]["conditions"]
-    truncated = conditions["truncated_context"]
+    gap, conditions = report["gap_closed"], report["held_out"]["conditions"]
+    good = not missed and gap["value"] >= GOOD
     text = f"σ closes {_interval(gap)} of the gap between no context and the full context. "
-    if not missed and gap["value"] >= GOOD:
+    if good:
         text += f"It captured what the context contributes to all {len(held_out)} held-out queries."
     else:
         text += (
             f"It captured what the context contributes to {len(held_out) - len(missed)} of"
             f" {len(held_out)} held-out queries, and has not captured it for {len(missed)}."
         )
-    suggestions = []
-    if conditions["prompt"]["kl"] >= truncated["kl"]:
+    if conditions["prompt"]["kl"] >= conditions["truncated_context"]["kl"]:
         text += " It is no better than the context cut to its length: don't use it."
-    if missed or gap["value"] < GOOD:
-        trained = np.mean([q["kl"] for q in train]) if train else 0.0
-        if train and np.mean([q["kl"] for q in held_out]) > 1.5 * trained:
+    suggestions = []
+    if not good:
+        if train and np.mean([q["kl"] for q in held_out]) > 1.5 * np.mean([q["kl"] for q in train]):
             suggestions.append("add queries like those missed (--queries)")
-        if train and sum(not q["captured"] for q in train) > len(train) / 10:
+        if sum(not q["captured"] for q in train) > len(train) / 10:
             suggestions.append("a longer prompt (--length)")
         suggestions.append("more steps (--steps)")
-    if suggestions:
         text += f" What may help: {', '.join(suggestions)}."
     return {"text": text, "missed": [q["query"] for q in missed], "suggestions": suggestions}
-
-
-def _captured(query: dict[str, Any]) -> bool:
-    close = query["kl"] <= max(NEGLIGIBLE, (1 - CAPTURED) * query["kl_no_context"])
-    return close and query["peak_kl"] <= PEAK
 
 
 def _interval(gap: dict[str, float]) -> str:

@@ -17,7 +17,7 @@ from jaxsp import plan, processes
 from jaxsp.artifact import environment, make_artifact
 from jaxsp.data.packing import Packing
 from jaxsp.evaluation import brackets, report as reports, table
-from jaxsp.evaluation.brackets import CONDITIONS, Measured
+from jaxsp.evaluation.brackets import Measured
 from jaxsp.evaluation.metrics import mean_kl_function
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.sharding import DATA, local
@@ -364,12 +364,10 @@ class Runner:
             measured = brackets.measure(self.model, problem, found, settings.teacher.max_answer_tokens)
             if known is None:
                 measured["full_context"] = brackets.measure_full_context(self.model, problem)
-                known = {name: measured[name] for name in CONDITIONS if name != "prompt"}
+                known = {name: found for name, found in measured.items() if name != "prompt"}
                 self.brackets.keep(key, known)
             every = {**known, "prompt": measured["prompt"]}
-            return reports.summarise(
-                self.model, problem, {name: every[name] for name in CONDITIONS}, settings.training.seed
-            )
+            return reports.summarise(self.model, problem, every, settings.training.seed)
 
 
 def bracket_key(

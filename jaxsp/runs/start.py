@@ -14,7 +14,7 @@ from jaxsp.progress import Display
 from jaxsp.runs.folder import Result, RunFolder
 from jaxsp.runs.job import check_jobs, make_job, model_identity
 from jaxsp.runs.runner import Runner
-from jaxsp.settings import decides_result, make_settings
+from jaxsp.settings import check_limits, decides_result, make_settings
 from jaxsp.training.slots import Callback
 from jaxsp.typing import UserError
 
@@ -44,8 +44,8 @@ def open_run(
     Raises:
       UserError: something is invalid; nothing is then done.
     """
-    if at_once is not None and at_once < 1:
-        raise UserError(f"--at-once must be at least 1, not {at_once}.")
+    if at_once is not None:
+        check_limits("at_once", at_once, at_least=1)
     folder = _checked_folder(out, start)
     if not rows:
         raise UserError("There is no context to compress; give at least one.")
