@@ -28,12 +28,12 @@ CONDITIONS = {
 
 
 class Measured(NamedTuple):
-    """A condition on every query."""
+    """A condition on all queries."""
 
     positions: dict[str, np.ndarray]
     """Each metric of a position, ``[N, A]``."""
     answers: list[list[int]]
-    """Free-running answers, as token ids."""
+    """Free-running answers to the held-out queries, as token ids."""
 
 
 def prefixes(
@@ -63,9 +63,9 @@ def prefixes(
 def measure(
     model: LanguageModel, problem: Problem, found: Mapping[str, KeyValues], max_tokens: int
 ) -> dict[str, Measured]:
-    """Measures conditions on every query; what is the same is measured once.
+    """Measures conditions on all queries; what is the same is measured once.
 
-    Their answers are generated together, and their positions read by one program.
+    Answers, to the held-out queries alone, are generated together; positions are read by one program.
 
     Args:
       model: the frozen model.
@@ -77,7 +77,7 @@ def measure(
     distinct: dict[bytes, KeyValues] = {}
     for name, prefix in found.items():
         distinct.setdefault(keys[name], prefix)
-    queries, count = problem.job.query_ids, len(distinct)
+    queries, count = problem.job.held_out(problem.job.query_ids), len(distinct)
     stacked = KeyValues(
         jnp.concatenate([prefix.keys for prefix in distinct.values()], axis=1),
         jnp.concatenate([prefix.values for prefix in distinct.values()], axis=1),
@@ -102,7 +102,8 @@ def measure(
 
 def measure_full_context(model: LanguageModel, problem: Problem) -> Measured:
     """The condition that σ is to equal: what the teacher said, without reading the context again."""
-    return Measured(at_positions(model, None, problem.rows, problem.packing), problem.answers)
+    answers = problem.job.held_out(problem.answers)
+    return Measured(at_positions(model, None, problem.rows, problem.packing), answers)
 
 
 def _key(prefix: KeyValues) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,23 @@ def summarise(
     is_train, mask = problem.job.is_train, problem.rows.mask
     counts = mask.sum(axis=1)
     positions = {name: measured[name].positions for name in CONDITIONS}
+    held_out = np.flatnonzero(~is_train)
     answers = {
-        name: [Answer(ids, _text(model, ids)) for ids in measured[name].answers] for name in CONDITIONS
+        name: {
+            i: Answer(ids, _text(model, ids)) for i, ids in zip(held_out, measured[name].answers, strict=True)
+        }
+        for name in CONDITIONS
     }
     kl = {name: at["kl"].sum(axis=1) for name, at in positions.items()}
 
-    def part(split: np.ndarray) -> dict[str, Any]:
+    def part(split: np.ndarray, answer_metrics: Mapping[str, Any]) -> dict[str, Any]:
         chosen = np.flatnonzero(split)
         conditions = {
             name: {
                 **{m: float(v[split].sum() / counts[split].sum()) for m, v in at.items()},
                 **{
                     m: float(np.mean([f(answers["full_context"][i], answers[name][i]) for i in chosen]))
-                    for m, f in ANSWER_METRICS.items()
+                    for m, f in answer_metrics.items()
                 },
             }
             for name, at in positions.items()
@@ -75,10 +80,10 @@ def summarise(
     report: dict[str, Any] = {
         "gap_closed": gap("no_context"),
         "gap_closed_vs_truncated": gap("truncated_context"),
-        "held_out": part(~is_train),
+        "held_out": part(~is_train, ANSWER_METRICS),
     }
     if is_train.any():
-        report["train"] = part(is_train)
+        report["train"] = part(is_train, {})
     report["queries"] = [
         {
             "query": query.text,
@@ -86,7 +91,12 @@ def summarise(
             "kl": float(kl["prompt"][i] / counts[i]),
             "kl_no_context": float(kl["no_context"][i] / counts[i]),
             "peak_kl": float(positions["prompt"]["kl"][i].max()),
-            **{f"answer_{name}": answers[name][i].text for name in ("full_context", "prompt", "no_context")},
+            "answer_full_context": _text(model, problem.answers[i]),
+            **{
+                f"answer_{name}": answers[name][i].text
+                for name in ("prompt", "no_context")
+                if not is_train[i]
+            },
         }
         for i, query in enumerate(problem.job.queries)
     ]

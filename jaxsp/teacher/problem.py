@@ -48,6 +48,10 @@ class TokenizedJob:
     query_ids: list[list[int]]
     given_ids: list[list[int] | None]
 
+    def held_out(self, things: Sequence[Any]) -> list[Any]:
+        """Of things that there are one a query, those of the held-out queries."""
+        return [thing for thing, train in zip(things, self.is_train, strict=True) if not train]
+
     def longest(self, settings: TeacherSettings) -> int:
         """Tokens that a query with its answer may take."""
         room = (max(settings.max_answer_tokens, len(given or ())) for given in self.given_ids)

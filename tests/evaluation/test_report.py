@@ -10,18 +10,26 @@ from jaxsp.evaluation.report import markdown
 
 METRICS = ("kl", "reverse_kl", "js", "nll", "zero_one", "rank_agreement", "confidence_shift")
 ROW = dict.fromkeys((*METRICS, "sequence_mismatch", "rouge_l"), 0.25)
+TRAIN_ROW = dict.fromkeys(METRICS, 0.25)
 ABOUT = (
     "Per answer position: KL, reverse KL, JS and NLL in nats; 0/1: another first token; rank agreement"
     " (Kendall's τ) of the ten best tokens, 1 at best; confidence shift: how much surer of its first token, 0"
-    " at best. The last two compare free-running answers with the full context's."
+    " at best."
 )
 TABLE = f"""\
-{ABOUT}
+{ABOUT} The last two compare free-running answers with the full context's.
 
 | condition | {" | ".join(ROW)} |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|
 | the trained soft prompt σ | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 |
 | nothing where the context stood | nan | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 |
+"""
+TRAIN_TABLE = f"""\
+{ABOUT}
+
+| condition | {" | ".join(TRAIN_ROW)} |
+|---|---:|---:|---:|---:|---:|---:|---:|
+| the trained soft prompt σ | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 |
 """
 
 
@@ -48,7 +56,7 @@ def report() -> dict:
         "gap_closed_vs_truncated": {"value": 0.5, "low": 0.25, "high": 0.75},
         "kept": "best",
         "held_out": part,
-        "train": part,
+        "train": {"queries": 2, "conditions": {"prompt": TRAIN_ROW}},
         "queries": [
             query("Near?", "held_out", 0.25),
             query("Only {% trained %} on?", "train", 9.0),
@@ -80,7 +88,7 @@ The σ kept is the one with the lowest held-out KL of those evaluated during tra
 {TABLE}
 ## Training queries (2)
 
-{TABLE}
+{TRAIN_TABLE}
 ![training](plots/training.png)
 
 ![by position](plots/by_position.png)
