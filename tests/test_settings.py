@@ -100,6 +100,22 @@ def test_a_new_setting_is_forgotten_by_no_key(part, calm_model):
     assert different == changed[part] - {"side by side"}
 
 
+def test_brackets_are_those_of_the_queries_held_out(calm_model):
+    from jaxsp.data.documents import Query
+    from jaxsp.runs.runner import bracket_key
+    from tests.conftest import CONTEXT
+
+    settings, a, b, c = Settings(), Query("a?"), Query("b?"), Query("c?")
+    first, second = (
+        problem.tokenize(calm_model, CONTEXT, train, held_out, settings)
+        for train, held_out in (([a, b], [c]), ([a], [b, c]))
+    )
+    sigma = {"embeddings": calm_model.embed(first.context_ids[:4])}
+    teachers = [problem.teacher_key(calm_model, job, settings.teacher) for job in (first, second)]
+    assert teachers[0] == teachers[1]
+    assert bracket_key(calm_model, first, settings, sigma) != bracket_key(calm_model, second, settings, sigma)
+
+
 def test_every_part_says_what_its_fields_are():
     for part in PARTS:
         kind = type(getattr(Settings(), part))

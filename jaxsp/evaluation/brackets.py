@@ -26,12 +26,15 @@ CONDITIONS = {
     "no_context": "nothing where the context stood",
 }
 
+TRAINED = ("prompt", "no_context")
+"""Conditions measured on the training queries, too, as the verdict compares them there."""
+
 
 class Measured(NamedTuple):
-    """A condition on all queries."""
+    """A condition on the queries."""
 
     positions: dict[str, np.ndarray]
-    """Each metric of a position, ``[N, A]``."""
+    """Each metric of a position, ``[N, A]``; NaN for queries on which the condition is not measured."""
     answers: list[list[int]]
     """Free-running answers to the held-out queries, as token ids."""
 
@@ -63,9 +66,9 @@ def prefixes(
 def measure(
     model: LanguageModel, problem: Problem, found: Mapping[str, KeyValues], max_tokens: int
 ) -> dict[str, Measured]:
-    """Measures conditions on all queries; what is the same is measured once.
+    """Measures conditions; what is the same is measured once.
 
-    Answers, to the held-out queries alone, are generated together; positions are read by one program.
+    Answers are generated together, and positions read by one program.
 
     Args:
       model: the frozen model.
@@ -74,6 +77,7 @@ def measure(
       max_tokens: longest free-running answer.
     """
     keys = {name: _key(prefix) for name, prefix in found.items()}
+    trained = {keys[name] for name in TRAINED if name in keys}
     distinct: dict[bytes, KeyValues] = {}
     for name, prefix in found.items():
         distinct.setdefault(keys[name], prefix)
@@ -92,7 +96,7 @@ def measure(
     )
     measured = {
         key: Measured(
-            at_positions(model, prefix, problem.rows, problem.packing),
+            _positions(model, prefix, problem, held_out_alone=key not in trained),
             answers[i * len(queries) : (i + 1) * len(queries)],
         )
         for i, (key, prefix) in enumerate(distinct.items())
@@ -103,7 +107,18 @@ def measure(
 def measure_full_context(model: LanguageModel, problem: Problem) -> Measured:
     """The condition that σ is to equal: what the teacher said, without reading the context again."""
     answers = problem.job.held_out(problem.answers)
-    return Measured(at_positions(model, None, problem.rows, problem.packing), answers)
+    return Measured(_positions(model, None, problem, held_out_alone=True), answers)
+
+
+def _positions(
+    model: LanguageModel, prefix: KeyValues | None, problem: Problem, *, held_out_alone: bool
+) -> dict[str, np.ndarray]:
+    index = np.flatnonzero(~problem.job.is_train) if held_out_alone else np.arange(len(problem.rows))
+    found = at_positions(model, prefix, problem.rows.take(index), problem.packing)
+    every = {name: np.full(problem.rows.mask.shape, np.nan, np.float32) for name in found}
+    for name, values in found.items():
+        every[name][index] = values
+    return every
 
 
 def _key(prefix: KeyValues) -> bytes:

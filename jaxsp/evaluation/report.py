@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 
 from jaxsp.artifact import SoftPrompt
-from jaxsp.evaluation.brackets import CONDITIONS, Measured
+from jaxsp.evaluation.brackets import CONDITIONS, TRAINED, Measured
 from jaxsp.evaluation.metrics import ANSWER_METRICS, Answer, gap_closed
 from jaxsp.files import atomic_write
 from jaxsp.models.language_model import LanguageModel
@@ -50,7 +50,7 @@ def summarise(
     is_train, mask = problem.job.is_train, problem.rows.mask
     counts = mask.sum(axis=1)
     positions = {name: measured[name].positions for name in CONDITIONS}
-    held_out = np.flatnonzero(~is_train)
+    held_out = np.flatnonzero(~is_train).tolist()
     answers = {
         name: {
             i: Answer(ids, _text(model, ids)) for i, ids in zip(held_out, measured[name].answers, strict=True)
@@ -59,7 +59,7 @@ def summarise(
     }
     kl = {name: at["kl"].sum(axis=1) for name, at in positions.items()}
 
-    def part(split: np.ndarray, answer_metrics: Mapping[str, Any]) -> dict[str, Any]:
+    def part(split: np.ndarray, names: Iterable[str], answer_metrics: Mapping[str, Any]) -> dict[str, Any]:
         chosen = np.flatnonzero(split)
         conditions = {
             name: {
@@ -70,6 +70,7 @@ def summarise(
                 },
             }
             for name, at in positions.items()
+            if name in names
         }
         return {"queries": len(chosen), "conditions": conditions}
 
@@ -80,10 +81,10 @@ def summarise(
     report: dict[str, Any] = {
         "gap_closed": gap("no_context"),
         "gap_closed_vs_truncated": gap("truncated_context"),
-        "held_out": part(~is_train, ANSWER_METRICS),
+        "held_out": part(~is_train, CONDITIONS, ANSWER_METRICS),
     }
     if is_train.any():
-        report["train"] = part(is_train, {})
+        report["train"] = part(is_train, TRAINED, {})
     report["queries"] = [
         {
             "query": query.text,

@@ -373,9 +373,10 @@ class Runner:
 def bracket_key(
     model: LanguageModel, job: TokenizedJob, settings: Settings, initial: PyTree
 ) -> tuple[Any, ...]:
-    """Equal where the brackets are: of the teacher, all settings of the prompt, and σ before training."""
+    """Equal where the brackets are: of the teacher, the queries held out, and the prompt before training."""
     start = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(initial))
-    return teacher_key(model, job, settings.teacher), tuple(plain(settings.prompt).items()), start
+    split = job.is_train.tobytes()
+    return teacher_key(model, job, settings.teacher), split, tuple(plain(settings.prompt).items()), start
 
 
 class _Kept(Generic[T]):
