@@ -60,7 +60,7 @@ def summarise(
     kl = {name: at["kl"].sum(axis=1) for name, at in positions.items()}
 
     def part(split: np.ndarray, names: Iterable[str], answer_metrics: Mapping[str, Any]) -> dict[str, Any]:
-        chosen = np.flatnonzero(split)
+        chosen = np.flatnonzero(split).tolist()
         conditions = {
             name: {
                 **{m: float(v[split].sum() / counts[split].sum()) for m, v in at.items()},
