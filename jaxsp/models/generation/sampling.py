@@ -75,19 +75,19 @@ class Sampling:
 
 
 class Draws(NamedTuple):
-    """The sampling of rows that draw at random, as arrays."""
+    """The rows' ways to draw at random, and to wait for the first stop id, as arrays."""
 
     key_B: Array
     temperature_B: Float[Array, " b"]
     top_k_B: Int[Array, " b"]
     top_p_B: Float[Array, " b"]
+    min_B: Int[Array, " b"]
 
 
 class Choices(NamedTuple):
-    """Each row's sampling as arrays, for ``choose``; what no row asks for is ``None``, and not compiled."""
+    """Each row's sampling as arrays, for ``choose``."""
 
-    draws: Draws | None
-    min_B: Int[Array, " b"] | None
+    draws: Draws | None  # None where all rows take the most probable token: the rest is then not compiled
     stops_BE: Int[Array, "b e"]  # ``EMPTY`` where there are fewer
 
 
@@ -98,16 +98,16 @@ def tabulate(samplings: Sequence[Sampling], rows: int, key: Array | None) -> Cho
     for stops_E, sampling in zip(stops_BE, samplings, strict=False):
         stops_E[: len(sampling.stop_ids)] = sampling.stop_ids
     draws = None
-    if any(s.temperature for s in samplings):
-        assert key is not None  # asked for by Work.check
+    if any(s.temperature or s.min_tokens for s in samplings):
+        key = jax.random.key(0) if key is None else key  # nobody draws from it then
         draws = Draws(
             key_B=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows)),
             temperature_B=column([s.temperature for s in samplings], rows, np.float32),
             top_k_B=column([s.top_k for s in samplings], rows),
             top_p_B=column([s.top_p for s in samplings], rows, np.float32),
+            min_B=column([s.min_tokens for s in samplings], rows),
         )
-    least = [s.min_tokens for s in samplings]
-    return Choices(draws, column(least, rows) if any(least) else None, jnp.asarray(stops_BE))
+    return Choices(draws, jnp.asarray(stops_BE))
 
 
 def column(values: Sequence[float], rows: int, dtype: type = np.int32) -> Array:
@@ -122,14 +122,13 @@ def round_up(number: int, to: int) -> int:
 
 def choose(logits_BV: Float[Array, "b v"], choices: Choices, count_B: Int[Array, " b"]) -> Int[Array, " b"]:
     """The next token of each row, which has ``count_B``; what no row asks for costs nothing."""
-    if choices.min_B is not None:
-        early_B = count_B < choices.min_B
-        logits_BV = jax.lax.cond(
-            jnp.any(early_B), lambda: _without(choices.stops_BE, early_B, logits_BV), lambda: logits_BV
-        )
-    best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     if (draws := choices.draws) is None:
-        return best_B
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    early_B = count_B < draws.min_B
+    logits_BV = jax.lax.cond(
+        jnp.any(early_B), lambda: _without(choices.stops_BE, early_B, logits_BV), lambda: logits_BV
+    )
+    best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     random_B = draws.temperature_B > 0
     return jax.lax.cond(
         jnp.any(random_B),
