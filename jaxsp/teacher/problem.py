@@ -49,7 +49,7 @@ class TokenizedJob:
     given_ids: list[list[int] | None]
 
     def held_out(self, things: Sequence[Any]) -> list[Any]:
-        """Of things that there are one a query, those of the held-out queries."""
+        """The things of the held-out queries, out of one for each query."""
         return [thing for thing, train in zip(things, self.is_train, strict=True) if not train]
 
     def longest(self, settings: TeacherSettings) -> int:
