@@ -3,7 +3,8 @@
 import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-os.environ.setdefault("JAXSP_COMPILE_CACHE", "off")  # what is tested is compiled here and now
+# Tiny models: compiling is nearly all of the time. A test of the real model asks for `optimized`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import subprocess
 import sys
@@ -48,6 +49,19 @@ def smollm2():
     import jaxsp
 
     return jaxsp.load_model("smollm2-135m-instruct", dtype="float32")
+
+
+@pytest.fixture
+def optimized(monkeypatch: pytest.MonkeyPatch):
+    """The real model takes longer to run than to compile: here, and in processes started here."""
+    import jax
+
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    monkeypatch.delenv(name.upper())
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
 
 
 @pytest.fixture

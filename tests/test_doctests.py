@@ -16,6 +16,7 @@ from jaxsp.settings import make_settings
 from jaxsp.teacher.problem import tokenize
 from tests.conftest import CONTEXT
 
+pytestmark = pytest.mark.usefixtures("optimized")
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(jaxsp.__path__, "jaxsp.")

@@ -18,6 +18,8 @@ from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.teacher import targets
 from tests.conftest import CONTEXT
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", PROMPT_KINDS)

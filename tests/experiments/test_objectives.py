@@ -130,6 +130,7 @@ def test_so_many_contexts_there_are_not(count, tmp_path):
         experiment.main(experiment.Run(contexts=count, out=tmp_path))
 
 
+@pytest.mark.usefixtures("optimized")
 def test_the_small_setting(tmp_path, monkeypatch, capsys, smollm2):
     """Two contexts, two objectives, stopped after the first context and gone on with."""
     monkeypatch.setattr("jaxsp.load_model", lambda: smollm2)
