@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -199,10 +200,11 @@ def strided_shard(things: int) -> range:
     return range(process, things, processes)
 
 
-def contiguous_shard(things: Sequence[Thing]) -> Sequence[Thing]:
-    """What this process does of a list: a piece without gaps, all as long as each other or one longer."""
-    process, processes = rank_and_count()
-    return things[process * len(things) // processes : (process + 1) * len(things) // processes]
+def contiguous_shards(things: Sequence[Thing]) -> list[Sequence[Thing]]:
+    """What each process does of a list: a piece without gaps, all as long as each other or one longer."""
+    _, count = rank_and_count()
+    ends = [process * len(things) // count for process in range(count + 1)]
+    return [things[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def gather_strided(values: Sequence[Any] | np.ndarray, things: int) -> Any:

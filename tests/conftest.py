@@ -19,6 +19,22 @@ CONTEXT = "The tank holds 1.2 litres. The cable is 90 cm long. The lid is made o
 QUERIES = [f"What is fact {i}?" for i in range(10)]
 
 
+# They take minutes: begun last, one worker would wait for another.
+LONGEST_FIRST = [
+    "test_smollm2",
+    "test_processes",
+    "test_objectives",
+    "test_colab",
+    "test_doctests",
+    "test_many",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 @pytest.fixture(scope="session")
 def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write(tmp_path_factory.mktemp("model") / "tiny")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -29,7 +28,6 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-TEACHERS = "run/teachers"
 SETTINGS = {"length": 4, "steps": STEPS, "max_answer_tokens": 6}
 
 
@@ -121,32 +119,39 @@ def test_two_processes_are_one_and_neither_waits_for_a_dead_one(start, tmp_path)
 
 
 def test_many_contexts_are_divided_among_processes(start, calm_model, tmp_path):
-    """Each result is that of one process, also where a process died in between."""
+    """Each result is that of one process; of processes that died in between, to the bit that of others."""
     jobs = [{"id": str(i), "context": f"{CONTEXT} No. {i}.", "queries": QUERIES, "seed": i} for i in range(3)]
-    contexts, out = tmp_path / "contexts.jsonl", tmp_path / "out"
+    contexts, whole, out = (tmp_path / name for name in ("contexts.jsonl", "whole", "out"))
     contexts.write_text("".join(json.dumps(row) + "\n" for row in jobs))
-    command = ("compress-many", contexts, "--at-once", 1)
+    command = ("compress-many", contexts, "--at-once", 1, "--checkpoint-every", 1)
     expected = list(jaxsp.compress_many(calm_model, jobs, progress=False, **SETTINGS))
+    results = finished(two(start, whole, command=command))
+    assert [code for code, *_ in results] == [0, 0], results
 
-    # Killed, first the one that follows, with the first of its two saved, and then the one that leads.
-    for victim, files, more in ((1, "1/report.json", ()), (0, f"{TEACHERS}/*", ("--resume",))):
-        shutil.rmtree(out / TEACHERS, ignore_errors=True)
+    # Killed, first the one that follows, in the midst of its first job, and then, of its second, the one
+    # that leads.
+    for victim, job, more in ((1, "1", ()), (0, "2", ("--resume",))):
         processes = two(start, out, *more, command=command)
-        while not any(out.glob(files)) and processes[0].poll() is None:
+        while steps_done(out / job) < 4 and processes[0].poll() is None:
             time.sleep(0.005)
         processes[victim].kill()
         ends_as_another_is_gone(processes[1 - victim])
-        assert not (out / "2" / "report.json").exists()
+        assert 4 <= steps_done(out / job) < STEPS
+    begun = [(out / job / "metrics.jsonl").read_text().splitlines()[:4] for job in "12"]
 
     results = finished(two(start, out, "--resume", command=command))
     assert [code for code, *_ in results] == [0, 0], results
     shown = [re.findall(r"^ *(\d) +kl ", text, re.MULTILINE) for _, text, _ in results]
     assert shown == [[row["id"] for row in jobs], []]
+    assert not list((out / "run" / "checkpoints").iterdir())
+    for job, lines in zip("12", begun, strict=True):  # it went on, and did not start anew
+        assert (out / job / "metrics.jsonl").read_text().splitlines()[:4] == lines
     table = pyarrow.parquet.read_table(out / "results.parquet").to_pylist()
     for result, row in zip(expected, table, strict=True):
         ours = result.prompt.sigma["embeddings"]
         close = {"atol": 1e-5 * np.abs(ours).max()}
         np.testing.assert_allclose(sigma(out / row["id"]), ours, **close)
+        np.testing.assert_array_equal(sigma(out / row["id"]), sigma(whole / row["id"]))
         assert row["gap_closed"] == pytest.approx(result.report["gap_closed"]["value"], abs=1e-4)
 
 

@@ -24,7 +24,7 @@ FLOORS = [
     ["distributions"],
     ["teacher"],
     ["artifact"],
-    ["training", "evaluation"],
+    ["training", "evaluation", "export"],
     ["plan"],
     ["runs", "demo"],
     ["api"],

@@ -5,10 +5,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -26,7 +28,6 @@ from jaxsp.runs.folder import Result, RunFolder
 from jaxsp.runs.job import Job, groups
 from jaxsp.settings import Settings, plain
 from jaxsp.teacher.problem import Problem, TokenizedJob, read_preamble, run_teacher, teacher_key
-from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.drivers import DRIVERS, Driver, mesh_of
 from jaxsp.training.loop import Block
 from jaxsp.training.slots import Callback, Step, TrainingJob, TrainingResult
@@ -34,6 +35,9 @@ from jaxsp.training.start import start_state
 from jaxsp.training.state import stack, unstack
 from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import Interrupted, PyTree, UserError, ceil_div
+
+if TYPE_CHECKING:
+    from jaxsp.training.checkpoint import Checkpoints
 
 T = TypeVar("T")
 
@@ -97,10 +101,11 @@ class Runner:
 
     def results(self) -> Iterator[Result]:
         """Every job's result, in order; each as soon as it and all before it are finished."""
-        unfinished = set(processes.on_first_process(self._unfinished))
+        shares = processes.on_first_process(self._shares)
+        unfinished = set(itertools.chain(*shares))
         rows = {j.id: table.row(self._load(j).report) for j in self.jobs if j.id not in unfinished}
         to_do = [job for job in self.jobs if job.id in unfinished]
-        mine = processes.contiguous_shard(to_do) if self.divided else to_do
+        mine = [job for job in to_do if job.id in shares[jax.process_index() if self.divided else 0]]
         waiting = collections.deque(self.jobs)
         early: dict[str, Result] = {}  # finished before one that comes first; not kept if on disk
 
@@ -142,13 +147,36 @@ class Runner:
             return self.folder
         return RunFolder(self.folder.directory / job.id)
 
-    def _unfinished(self) -> list[str]:
-        """The ids of jobs that are not finished; a report of an earlier trial goes."""
+    def _shares(self) -> list[list[str]]:
+        """The ids of jobs that are not finished, for each process; a report of an earlier trial goes.
+
+        A process has what it last saved in the midst of training, and its part of the others.
+        """
         left = [job for job in self.jobs if not self._is_finished(job)]
         for job in left:
             if (folder := self._folder(job)) is not None:
                 folder.report.unlink(missing_ok=True)
-        return [job.id for job in left]
+        ids = [job.id for job in left]
+        if not self.divided:
+            return [ids]
+        shares: list[list[str]] = []
+        for process in range(processes.rank_and_count()[1]):
+            shares.append([name for name in self._saved(process) if name in ids])
+            ids = [name for name in ids if name not in shares[-1]]
+        return [[*saved, *more] for saved, more in zip(shares, processes.contiguous_shards(ids), strict=True)]
+
+    def _saved(self, process: int) -> list[str]:
+        """The ids of the jobs in a process's checkpoints."""
+        names = []
+        for key in groups(self.jobs):
+            if (folder := self._checkpoint_folder(key, process)).is_dir():
+                with processes.alone(), contextlib.closing(_checkpoints(folder)) as checkpoints:
+                    names += (checkpoints.block() or {"jobs": []})["jobs"]
+        return names
+
+    def _checkpoint_folder(self, key: str, process: int) -> Path:
+        assert self.folder is not None
+        return self.folder.checkpoints / f"{key}-{process}"
 
     def _is_finished(self, job: Job) -> bool:
         """Whether an earlier run finished the job; raises ``UserError`` if that was another job."""
@@ -210,11 +238,10 @@ class Runner:
         """The results of jobs that can train side by side, as they finish."""
         settings, by_id = jobs[0].settings, {job.id: job for job in jobs}
         checkpoints = saved = folder = None
-        # Of divided processes each would have to write alone, which orbax does not do.
-        if self.folder is not None and not self.divided:
-            folder = self.folder.checkpoints / key
-            checkpoints = Checkpoints(folder)
-            saved = checkpoints.block() if checkpoints.latest is not None else None
+        if self.folder is not None:
+            folder = self._checkpoint_folder(key, jax.process_index() if self.divided else 0)
+            checkpoints = _checkpoints(folder)
+            saved = checkpoints.block()
             if saved is not None and not any(name in by_id for name in saved["jobs"]):
                 saved = None  # of jobs that are no longer asked for
         inside = saved["jobs"] if saved else []
@@ -368,6 +395,12 @@ class Runner:
                 self.brackets.keep(key, known)
             every = {**known, "prompt": measured["prompt"]}
             return reports.summarise(self.model, problem, every, settings.training.seed)
+
+
+def _checkpoints(folder: Path) -> Checkpoints:
+    from jaxsp.training.checkpoint import Checkpoints  # orbax takes seconds to import
+
+    return Checkpoints(folder)
 
 
 def bracket_key(

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+import orbax.checkpoint as ocp
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
 
-from jaxsp.models.sharding import put
+from jaxsp import processes
 from jaxsp.training.state import TrainState
 from jaxsp.typing import PyTree, UserError
 
 KEPT = 2  # the newest, and the one before it in case the newest can't be read
+_FILE = "states.safetensors"
 
 
 class Checkpoints:
-    """The checkpoints of the prompts that train side by side, newest last."""
+    """The checkpoints of the prompts that train side by side, newest last.
+
+    Processes that train together write them together, and one that works ``alone`` its own.
+    """
 
     def __init__(self, directory: Path) -> None:
-        # orbax takes seconds to import, so only when a run writes checkpoints.
-        import orbax.checkpoint as ocp
-
-        self._ocp = ocp
+        directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=KEPT),
-            item_handlers={"states": ocp.StandardCheckpointHandler(), "block": ocp.JsonCheckpointHandler()},
-        )
-
-    @property
-    def _sharding(self) -> Sharding:
-        """One device; of several processes, a copy on each: orbax then writes together."""
-        if jax.process_count() == 1:
-            return SingleDeviceSharding(jax.local_devices()[0])
-        return NamedSharding(_every_device(), PartitionSpec())
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=False)
+        if not processes.are_several():
+            me = jax.process_index()
+            options.multiprocessing_options = ocp.options.MultiprocessingOptions(
+                primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone-{me}"
+            )
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=_Handler())
 
     @property
     def latest(self) -> int | None:
@@ -54,19 +54,12 @@ class Checkpoints:
         """
         if number == self.latest:
             return
-        saved = vars(states)
-        if jax.process_count() > 1:
-            saved = put(saved, _every_device(), PartitionSpec())
-        args = self._ocp.args
-        self._manager.save(
-            number, args=args.Composite(states=args.StandardSave(saved), block=args.JsonSave(block))
-        )
+        self._manager.save(number, args=_Content(jax.tree.map(np.asarray, states), block))
         self._manager.wait_until_finished()
 
-    def block(self) -> dict[str, Any]:
-        """What was saved beside the states of the newest checkpoint."""
-        args = self._ocp.args
-        return self._restored(args.Composite(block=args.JsonRestore()))["block"]
+    def block(self) -> dict[str, Any] | None:
+        """What was saved beside the states of the newest checkpoint; ``None`` if there is none."""
+        return None if self.latest is None else self._read()[1]
 
     def restore(self, like: TrainState) -> TrainState:
         """The states of the newest checkpoint.
@@ -77,47 +70,56 @@ class Checkpoints:
         Raises:
           UserError: it can't be read, or is of another shape.
         """
-        args = self._ocp.args
-        # Devices of this run: the one that wrote it may have had others.
-        shapes = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a), sharding=self._sharding),
-            vars(like),
-        )
-        here, there = _shapes(like.sigma), self._saved_shapes()
+        arrays, _ = self._read()
+        here = {name: jnp.shape(leaf) for name, leaf in _named(like).items()}
+        there = {name: array.shape for name, array in arrays.items()}
         if there != here:
+            other = min(dict(here.items() ^ there.items()))
             raise UserError(
-                f"The checkpoint in {self._directory} is of another model or prompt length: its prompts"
-                f" have the shape {there}, this run's {here}. Resume with the same, or start anew with"
-                " --overwrite."
+                f"The checkpoint in {self._directory} is of another model, optimizer or prompt length: its"
+                f" {other} has the shape {there.get(other)}, this run's {here.get(other)}. Resume with the"
+                " same, or start anew with --overwrite."
             )
-        saved = self._restored(args.Composite(states=args.StandardRestore(shapes)))["states"]
-        return TrainState(**jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), saved))
+        leaves = [jnp.asarray(arrays[name]) for name in here]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def close(self) -> None:
         """Ends orbax's own threads."""
         self._manager.close()
 
-    def _saved_shapes(self) -> PyTree:
+    def _read(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         try:
-            return _shapes(self._manager.item_metadata(self.latest or 0)["states"]["sigma"])
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise self._unreadable(error) from error
-
-    def _restored(self, items: Any) -> Any:
-        try:
-            return self._manager.restore(self.latest, args=items)
-        except (ValueError, KeyError, OSError) as error:
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: Exception) -> UserError:
-        return UserError(
-            f"The checkpoint in {self._directory} can't be read ({error}); start anew with --overwrite."
-        )
+            return self._manager.restore(self.latest, args=_Content())  # type: ignore[return-value]
+        except (ValueError, KeyError, OSError, SafetensorError) as error:
+            raise UserError(
+                f"The checkpoint in {self._directory} can't be read ({error}); start anew with --overwrite."
+            ) from error
 
 
-def _shapes(sigma: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: tuple(leaf.shape), sigma)
+class _Handler(ocp.CheckpointHandler):
+    """One file of arrays: orbax's own formats can't be written by one process of several alone."""
+
+    def save(self, directory: Any, args: _Content) -> None:
+        if processes.is_first():
+            save_file(_named(args.states), Path(directory) / _FILE, {"block": json.dumps(args.block)})
+
+    def restore(self, directory: Any, args: _Content) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        del args
+        file = Path(directory) / _FILE
+        with safe_open(file, "numpy") as opened:
+            return load_file(file), json.loads(opened.metadata()["block"])
 
 
-def _every_device() -> Mesh:
-    return Mesh(np.array(jax.devices()), ("all",))
+@ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _Content(ocp.args.CheckpointArgs):
+    states: TrainState | None = None
+    block: dict[str, Any] | None = None
+
+
+def _named(states: PyTree) -> dict[str, Any]:
+    """The arrays by their paths, in the order of the tree."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(states)
+    }

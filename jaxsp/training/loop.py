@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,13 @@ from jaxsp import processes
 from jaxsp.data.examples import Rows
 from jaxsp.data.packing import Packing
 from jaxsp.progress import compile_seconds
-from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.drivers import Driver
 from jaxsp.training.slots import Callback, Slot, Step, TrainingJob, TrainingResult, all_lengths, next_batches
 from jaxsp.training.state import TrainState, put, stack, unstack
 from jaxsp.typing import EMPTY, Float, Interrupted, PyTree
+
+if TYPE_CHECKING:
+    from jaxsp.training.checkpoint import Checkpoints
 
 Evaluate = Callable[[PyTree, Sequence[Rows]], Float[np.ndarray, " m"]]
 

@@ -39,6 +39,7 @@ def versions() -> dict[str, str]:
 def test_it_runs_from_top_to_bottom(notebook, cells, tmp_path, monkeypatch):
     # One device; most of the time goes into compiling.
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=1")
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     before = versions()
     cells["settings"].source += SMALL
