@@ -128,15 +128,14 @@ def test_many_contexts_are_divided_among_processes(start, calm_model, tmp_path):
     results = finished(two(start, whole, command=command))
     assert [code for code, *_ in results] == [0, 0], results
 
-    # Killed, first the one that follows, in the midst of its first job, and then, of its second, the one
-    # that leads.
-    for victim, job, more in ((1, "1", ()), (0, "2", ("--resume",))):
+    # Killed in the midst of the second one's jobs: first the one that follows, and then the one that leads.
+    for victim, steps, more in ((1, 4, ()), (0, 8, ("--resume",))):
         processes = two(start, out, *more, command=command)
-        while steps_done(out / job) < 4 and processes[0].poll() is None:
+        while steps_done(out / "2") < steps and processes[0].poll() is None:
             time.sleep(0.005)
         processes[victim].kill()
         ends_as_another_is_gone(processes[1 - victim])
-        assert 4 <= steps_done(out / job) < STEPS
+        assert steps <= steps_done(out / "2") < STEPS
     begun = [(out / job / "metrics.jsonl").read_text().splitlines()[:4] for job in "12"]
 
     results = finished(two(start, out, "--resume", command=command))
