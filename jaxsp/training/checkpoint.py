@@ -58,7 +58,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def block(self) -> dict[str, Any] | None:
-        """What was saved beside the states of the newest checkpoint; ``None`` if there is none."""
+        """The ``block`` that was saved with the newest checkpoint; ``None`` if there is none."""
         return None if self.latest is None else self._read()[1]
 
     def restore(self, like: TrainState) -> TrainState:
@@ -89,11 +89,12 @@ class Checkpoints:
 
     def _read(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         try:
-            return self._manager.restore(self.latest, args=_Content())  # type: ignore[return-value]
+            content: Any = self._manager.restore(self.latest, args=_Content())
         except (ValueError, KeyError, OSError, SafetensorError) as error:
             raise UserError(
                 f"The checkpoint in {self._directory} can't be read ({error}); start anew with --overwrite."
             ) from error
+        return content
 
 
 class _Handler(ocp.CheckpointHandler):
