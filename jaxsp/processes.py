@@ -201,7 +201,7 @@ def strided_shard(things: int) -> range:
 
 
 def contiguous_shards(things: Sequence[Thing]) -> list[Sequence[Thing]]:
-    """A list cut into a piece for each process, without gaps; no piece is more than one longer than another."""
+    """A list cut into a piece for each process, without gaps, all as long as each other or one longer."""
     _, count = rank_and_count()
     ends = [process * len(things) // count for process in range(count + 1)]
     return [things[start:end] for start, end in itertools.pairwise(ends)]
