@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 # busy: each reads the whole head from memory.
 _BUDGET = {"cpu": 2**28}
 _ACCELERATOR_BUDGET = 2**30
-_ARRAYS = 6  # of the size of the logits, float32, when an objective is differentiated
+_ARRAYS = 6  # of the size of the logits, float32, when an objective is differentiated; a metric adds one
 
 
-def chunk_size(positions: int, tokens: int, *, masked: bool) -> int:
+def chunk_size(positions: int, tokens: int, *, masked: bool, metrics: int = 0) -> int:
     """How many positions at a time fit the budget, evenly spread; shorter with a mask."""
     budget = _BUDGET.get(jax.default_backend(), _ACCELERATOR_BUDGET)
-    size = max(128, budget // (4 * _ARRAYS * tokens))  # each chunk reads the head: not too short
+    size = max(96, budget // (4 * (_ARRAYS + metrics) * tokens))  # each chunk reads the head: not too short
     if masked:  # the last chunk of live positions is computed whole: shorter ones waste less
         size = min(size, max(64, positions // 8))
     chunks = max(1, math.ceil(positions / size))

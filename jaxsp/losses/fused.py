@@ -214,7 +214,9 @@ def fused_objective(
     rule = None if gathered else RULES.get((objective.function, objective.inputs))
     width = tokens if rule or axis_name is None else everyone
     if chunk_size is None:
-        chunk_size = chunked_head.chunk_size(math.prod(batch), width, masked=mask is not None)
+        chunk_size = chunked_head.chunk_size(
+            math.prod(batch), width, masked=mask is not None, metrics=len(measures)
+        )
     plan = chunked_head.Plan(objective, rule, measures, chunk_size, mask is None, softcap, axis_name)
     given = {name: array.reshape(-1, *array.shape[len(batch) :]) for name, array in given.items()}
     flat = student_hidden.reshape(-1, student_hidden.shape[-1])
