@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ holds two of it for each reader."""
 
 _DTYPES = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}  # safetensors' F32 is NumPy's float32
 
+_ALL = slice(None)
 _Index = tuple[slice, ...] | None  # what is cut out of an array; None: all of it
 
 # Buffers that old checkpoints carry and that follow from the config: rotary frequencies, GPT-2's masks.
@@ -81,38 +82,59 @@ class Tensor:
     plus: float = 0.0
 
 
-class Checkpoint:
-    """Safetensors files as one mapping from tensor name to array.
+class Stored(NamedTuple):
+    """A tensor in a safetensors file."""
 
-    A file is opened for each read: what is mapped into memory is one tensor, however long the model.
+    file: Path
+    dtype: str
+    """NumPy's name of it; of a type that NumPy does not know, safetensors' own in lower case."""
+    shape: tuple[int, ...]
+    start: int
+    """The file's byte that is the tensor's first."""
+    size: int
+    """In bytes."""
+
+    def read(self, rows: slice = _ALL) -> np.ndarray:
+        """A copy of the tensor, or of some of its rows; no others are read."""
+        first, stop, _ = rows.indices(self.shape[0])
+        start = self.start + first * (self.size // self.shape[0])
+        count = (stop - first) * math.prod(self.shape[1:])
+        return np.fromfile(self.file, self.dtype, count, offset=start).reshape(-1, *self.shape[1:])
+
+    def block(self, start: int, size: int) -> bytes:
+        """Up to ``size`` bytes of the tensor, from its byte ``start`` on."""
+        size = min(size, self.size - start)
+        return np.fromfile(self.file, np.uint8, size, offset=self.start + start).tobytes()
+
+
+Checkpoint = Mapping[str, Stored]
+"""Its tensors by name."""
+
+
+def stored_tensors(files: list[Path]) -> dict[str, Stored]:
+    """Safetensors files as one mapping from name to tensor; no weights are read.
+
+    Raises:
+      UserError: a file is damaged.
     """
-
-    def __init__(self, files: list[Path]) -> None:
-        self._files: dict[str, Path] = {}
-        for file in files:
-            with self._open(file) as handle:
-                self._files.update(dict.fromkeys(handle.keys(), file))
-
-    @staticmethod
-    def _open(file: Path) -> Any:
+    found: dict[str, Stored] = {}
+    for file in files:
         try:
-            return safe_open(file, framework="numpy")
+            with safe_open(file, framework="numpy"):  # checks the header, and that the file is as long
+                pass
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{file} is not a complete safetensors file ({error}); download it again."
             ) from error
-
-    def names(self) -> set[str]:
-        return set(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        with self._open(self._files[name]) as handle:
-            return tuple(handle.get_slice(name).get_shape())
-
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A copy of the tensor, or of the part of it that ``index`` cuts out."""
-        with self._open(self._files[name]) as handle:
-            return handle.get_slice(name)[index] if index else handle.get_tensor(name)
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        for name, tensor in header.items():
+            first, end = tensor["data_offsets"]
+            dtype = re.sub(r"^(BF|F|I|U)(?=\d+$)", lambda kind: _DTYPES[kind[0]], tensor["dtype"]).lower()
+            found[name] = Stored(file, dtype, tuple(tensor["shape"]), 8 + length + first, end - first)
+    return found
 
 
 def load_params(
@@ -138,7 +160,7 @@ def load_params(
     Raises:
       UserError: a tensor is missing, left over, of another shape or not of floats; or a file is damaged.
     """
-    checkpoint = Checkpoint(files)
+    checkpoint = stored_tensors(files)
     tensors = _as_named(checkpoint, tensors)
     places = places_of(config, tensors)
     _check_names(checkpoint, places, tensors, config)
@@ -166,26 +188,16 @@ def fingerprint(files: list[Path]) -> str:
     """SHA-256 over each tensor's name, shape, dtype and 16 blocks of its bytes spread over it.
 
     A full hash of a large model would take longer than using it; any training changes these blocks.
+
+    Raises:
+      UserError: a file is damaged.
     """
-    tensors = {name: stored for file in files for name, stored in _stored(file)}
     digest, block = hashlib.sha256(), 4096
-    for name, (shape, dtype, data) in sorted(tensors.items()):
-        digest.update(f"{name} {shape} {dtype}".encode())
-        for start in np.linspace(0, max(0, data.size - block), 16).astype(np.int64):
-            digest.update(data[start : start + block].tobytes())
+    for name, tensor in sorted(stored_tensors(files).items()):
+        digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
+        for start in np.linspace(0, max(0, tensor.size - block), 16).astype(np.int64).tolist():
+            digest.update(tensor.block(start, block))
     return digest.hexdigest()
-
-
-def _stored(file: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], str, np.ndarray]]]:
-    """Each tensor's name, and its shape, dtype and bytes, of which only those looked at are read."""
-    data = np.memmap(file, np.uint8, mode="r")
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = json.loads(data[8:start].tobytes())
-    header.pop("__metadata__", None)
-    for name, tensor in header.items():
-        first, end = tensor["data_offsets"]
-        dtype = re.sub(r"^(BF|F|I|U)(?=\d+$)", lambda kind: _DTYPES[kind[0]], tensor["dtype"]).lower()
-        yield name, (tuple(tensor["shape"]), dtype, data[start + first : start + end])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,10 +227,15 @@ class Place:
 
     def check(self, checkpoint: Checkpoint) -> None:
         for name in self.names:
-            if (shape := checkpoint.shape(name)) != self.stored_shape:
+            if (shape := checkpoint[name].shape) != self.stored_shape:
                 raise UserError(
                     f"Tensor {name} has shape {list(shape)}, but config.json makes it"
                     f" {list(self.stored_shape)}."
+                )
+            if "float" not in (dtype := checkpoint[name].dtype):
+                raise UserError(
+                    f"Tensor {name} holds {dtype}, not floats: jaxsp reads no quantised safetensors."
+                    " Use the original checkpoint, or a GGUF file."
                 )
 
     def read(self, checkpoint: Checkpoint, index: _Index) -> np.ndarray:
@@ -234,12 +251,7 @@ class Place:
             target = place.T if self.transposed else place
             for rows in _chunks(target):
                 first = slice(stored[0].start + rows.start, stored[0].start + rows.stop)
-                data = checkpoint.read(name, (first, *stored[1:]))
-                if not jnp.issubdtype(data.dtype, jnp.floating):
-                    raise UserError(
-                        f"Tensor {name} holds {data.dtype}, not floats: jaxsp reads no quantised"
-                        " safetensors. Use the original checkpoint, or a GGUF file."
-                    )
+                data = checkpoint[name].read(first)[(_ALL, *stored[1:])]
                 if self.tensor.plus:
                     data = data.astype(np.float32) + self.tensor.plus
                 target[rows] = data
@@ -295,7 +307,7 @@ def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
 def _as_named(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     # Some checkpoints were saved from the model without its head, one level further down.
     prefix = tensors["embed_tokens/embedding"].name.split(".")[0] + "."
-    if any(name.startswith(prefix) for name in checkpoint.names()):
+    if any(name.startswith(prefix) for name in checkpoint):
         return tensors
     return {
         path: dataclasses.replace(tensor, name=tensor.name.removeprefix(prefix))
@@ -325,7 +337,7 @@ def places_of(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> dict[str,
 def _check_names(
     checkpoint: Checkpoint, places: dict[str, Place], tensors: Mapping[str, Tensor], config: DecoderConfig
 ) -> None:
-    present = {name for name in checkpoint.names() if not _DERIVED.fullmatch(name)}
+    present = {name for name in checkpoint if not _DERIVED.fullmatch(name)}
     wanted = {name for place in places.values() for name in place.names}
     if config.tied_head:
         names = (tensors[path].name for path in ("lm_head/embedding", "embed_tokens/embedding"))
@@ -338,9 +350,9 @@ def _check_names(
 
 def _tied_copy(checkpoint: Checkpoint, head: str, table: str) -> set[str]:
     # Some writers store a tied head a second time: harmless when it is the same matrix.
-    if not {head, table} <= checkpoint.names():
+    if not {head, table} <= set(checkpoint):
         return set()
-    if not np.array_equal(checkpoint.read(head), checkpoint.read(table)):
+    if not np.array_equal(checkpoint[head].read(), checkpoint[table].read()):
         raise UserError(
             f"config.json says that the head is tied, but {head} differs from {table};"
             " set tie_word_embeddings to false if the head is meant."

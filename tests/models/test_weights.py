@@ -75,11 +75,12 @@ def test_stored_dtypes(tmp_path, stored):
     np.testing.assert_array_equal(params["layers"]["q_proj"]["kernel"][1], expected)
 
 
-def test_integers_are_no_weights(tmp_path):
+@pytest.mark.parametrize(("dtype", "shown"), [("int8", "int8"), ("float8_e4m3fn", "f8_e4m3")])
+def test_quantised_tensors_are_no_weights(tmp_path, dtype, shown):
     file = tiny.write(tmp_path, with_tokenizer=False) / "model.safetensors"
     tensors = load_file(file)
-    save_file({**tensors, "model.norm.weight": np.zeros(32, np.int8)}, file)
-    with pytest.raises(UserError, match=r"model\.norm\.weight holds int8, not floats"):
+    save_file({**tensors, "model.norm.weight": np.zeros(32, jax.numpy.dtype(dtype))}, file)
+    with pytest.raises(UserError, match=rf"model\.norm\.weight holds {shown}, not floats"):
         jaxsp.load_model(tmp_path, tokenizer=None)
 
 
