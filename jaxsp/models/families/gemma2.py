@@ -26,17 +26,15 @@ def config(hf: Any, dtype: str, **family: Any) -> DecoderConfig:
     return read_config(
         hf,
         dtype,
-        **{
-            "activation": activation(hf.hidden_activation),
-            "post_norm": True,
-            "embedding_scale": hf.hidden_size**0.5,
-            "query_scale": hf.query_pre_attn_scalar**-0.5,
-            "attention_softcap": hf.attn_logit_softcapping,
-            "logit_softcap": hf.final_logit_softcapping,
-            "sliding_windows": sliding_windows(hf),
-            **attention_biases(hf),
-            **family,
-        },
+        activation=activation(hf.hidden_activation),
+        post_norm=True,
+        embedding_scale=hf.hidden_size**0.5,
+        query_scale=hf.query_pre_attn_scalar**-0.5,
+        attention_softcap=hf.attn_logit_softcapping,
+        logit_softcap=hf.final_logit_softcapping,
+        sliding_windows=sliding_windows(hf),
+        **attention_biases(hf),
+        **family,
     )
 
 
