@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsp.models.attention.inputs import AttentionInputs, Slots, visible
+from jaxsp.models.attention.inputs import AttentionInputs, Slots, padded, visible
 from jaxsp.typing import EMPTY, Array, ceil_div
 
 SCORE_BYTES = 64 * 2**20
@@ -60,9 +60,7 @@ def attend(inputs: AttentionInputs) -> Array:
         inputs = _mask_with_scores(inputs)
 
     def split(x_BT: Array, fill: int) -> Array:
-        padding = [(0, 0), (0, N * C - T)] + [(0, 0)] * (x_BT.ndim - 2)
-        x_BT = jnp.pad(x_BT, padding, constant_values=fill)
-        return x_BT.reshape(B, N, C, *x_BT.shape[2:]).swapaxes(0, 1)
+        return padded(x_BT, N * C, fill).reshape(B, N, C, *x_BT.shape[2:]).swapaxes(0, 1)
 
     def per_head(x_BT: Array) -> Array:
         return jnp.tile(split(x_BT, EMPTY), (1, 1, R))
