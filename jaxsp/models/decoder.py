@@ -104,10 +104,8 @@ class DecoderLayer(nn.Module):
             segment_ids_BT=reading.segment_ids_BT,
             precision=c.precision,
         )
-        out_BTHF = attention(inputs, c.attention)
-        out_BTX = out_BTHF.reshape(*out_BTHF.shape[:2], -1)
-        out_BTD = self._dense("o_proj", c.width, out_BTX, bias=c.output_bias)
-        return out_BTD, (k_BTGF, v_BTGF)
+        out_BTX = attention(inputs, c.attention).reshape(*x_BTD.shape[:2], -1)
+        return self._dense("o_proj", c.width, out_BTX, bias=c.output_bias), (k_BTGF, v_BTGF)
 
     def _heads(self, name: str, heads: int, x_BTD: Array) -> Array:
         c = self.config

@@ -104,5 +104,4 @@ def usual_tensors(**norms: str) -> dict[str, Tensor]:
 
 def llama_tensors(config: DecoderConfig) -> dict[str, Tensor]:
     """The tensors of a checkpoint with Llama's norms, one before attention, one before the MLP."""
-    del config
     return usual_tensors(attention_pre_norm="input_layernorm", mlp_pre_norm="post_attention_layernorm")

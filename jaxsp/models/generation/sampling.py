@@ -124,11 +124,11 @@ def choose(logits_BV: Float[Array, "b v"], choices: Choices, count_B: Int[Array,
     )
     best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     random_B = draws.temperature_B > 0
-    return jax.lax.cond(
-        jnp.any(random_B),
-        lambda: jnp.where(random_B, _sample(logits_BV, draws, count_B), best_B),
-        lambda: best_B,
-    )
+
+    def drawn() -> Array:
+        return jnp.where(random_B, _sample(logits_BV, draws, count_B), best_B)
+
+    return jax.lax.cond(jnp.any(random_B), drawn, lambda: best_B)
 
 
 def _without(stops_BE: Array, early_B: Array, logits_BV: Array) -> Array:

@@ -119,9 +119,7 @@ def _config(metadata: Metadata, name: str, tensors: dict[str, StoredTensor]) -> 
         raise UserError("it lacks the tensor token_embd.weight")
     words = metadata.read("tokenizer.ggml.tokens", list)
     vocabulary = tensors["token_embd.weight"].shape[0]
-    layers, width, heads = (
-        size(field) for field in ("block_count", "embedding_length", "attention.head_count")
-    )
+    layers, width, heads = map(size, ("block_count", "embedding_length", "attention.head_count"))
     if layers > len(tensors):
         raise UserError(f"it has {len(tensors)} tensors for {layers} layers")
     if len(words) > vocabulary:

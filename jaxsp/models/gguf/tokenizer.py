@@ -125,14 +125,9 @@ def _sentence_piece(metadata: Metadata, words: list[str], types: list[int]) -> T
         for word, score, type_ in zip(words, scores, types, strict=True)
         if type_ not in (_UNKNOWN, _CONTROL, _BYTE)
     }
-    model = models.BPE(
-        {word: i for i, word in enumerate(words)},
-        _merges(pieces),
-        unk_token=words[types.index(_UNKNOWN)],
-        fuse_unk=True,
-        byte_fallback=True,
-    )
-    tokenizer = Tokenizer(model)
+    ids, unknown = {word: i for i, word in enumerate(words)}, words[types.index(_UNKNOWN)]
+    bpe = models.BPE(ids, _merges(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
     spaces = normalizers.Replace(" ", _SPACE)
     undo = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.read("tokenizer.ggml.add_space_prefix", bool, True):
