@@ -28,8 +28,9 @@ class LayerInputs(NamedTuple):
 
     past_kv: tuple[tuple[Array, Array], ...]
     rope: Array | None
-    """Which of the model's rotations turns this layer."""
+    """Which of the model's rotations turns this layer; None: its only one, or it has none."""
     window: Array | None
+    """None: the configuration's first is that of all layers, or it has none."""
 
 
 class Reading(NamedTuple):
@@ -99,14 +100,12 @@ class DecoderLayer(nn.Module):
             tuple(slots),
             scale=c.head_width**-0.5 if c.query_scale is None else c.query_scale,
             softcap=c.attention_softcap,
-            window=_everywhere(c.sliding_windows) if own.window is None else own.window,
+            window=next(iter(c.sliding_windows), None) if own.window is None else own.window,
             segment_ids_BT=reading.segment_ids_BT,
             precision=c.precision,
         )
-        out_BTHF = attention(inputs, c.attention)
-        out_BTX = out_BTHF.reshape(*out_BTHF.shape[:2], -1)
-        out_BTD = self._dense("o_proj", c.width, out_BTX, bias=c.output_bias)
-        return out_BTD, (k_BTGF, v_BTGF)
+        out_BTX = attention(inputs, c.attention).reshape(*x_BTD.shape[:2], -1)
+        return self._dense("o_proj", c.width, out_BTX, bias=c.output_bias), (k_BTGF, v_BTGF)
 
     def _heads(self, name: str, heads: int, x_BTD: Array) -> Array:
         c = self.config
@@ -158,21 +157,19 @@ class Decoder(nn.Module):
         return self.embed_tokens(ids_BT) * scale
 
     def hidden(
-        self,
-        inputs_BTD: Array,
-        positions_BT: Array,
-        past: tuple[KeyValues, ...],
-        segment_ids_BT: Array | None,
+        self, x_BTD: Array, positions_BT: Array, past: tuple[KeyValues, ...], segment_ids_BT: Array | None
     ) -> tuple[Array, KeyValues]:
         c = self.config
-        x_BTD = inputs_BTD.astype(jnp.float32)
+        x_BTD = x_BTD.astype(jnp.float32)
         if not c.ropes:
             x_BTD += self.embed_positions(jnp.maximum(positions_BT, 0))
         ropes = list(dict.fromkeys(c.ropes))
+        unlimited = jnp.iinfo(jnp.int32).max
+        windows = [unlimited if size is None else size for size in c.sliding_windows]
         own = LayerInputs(
             past_kv=tuple((kv.keys, kv.values) for kv in past),
             rope=jnp.array([ropes.index(rope) for rope in c.ropes]) if len(ropes) > 1 else None,
-            window=_by_layer(c.sliding_windows),
+            window=jnp.array(windows, jnp.int32) if len(set(windows)) > 1 else None,
         )
         reading = Reading(
             positions_BT,
@@ -184,33 +181,16 @@ class Decoder(nn.Module):
         return self.norm(x_BTD), KeyValues(keys, values, positions_BT)
 
     def unembed(self, hidden: Array) -> Array:
-        table = self.embed_tokens if self.config.tied_head else self.lm_head
+        c = self.config
+        table = (self.embed_tokens if c.tied_head else self.lm_head).embedding
         logits = jnp.einsum(
-            "...d,vd->...v",
-            hidden,
-            table.embedding,
-            precision=self.config.precision,
-            preferred_element_type=jnp.float32,
+            "...d,vd->...v", hidden, table, precision=c.precision, preferred_element_type=jnp.float32
         )
-        cap = self.config.logit_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
 
     def __call__(self, ids_BT: Array) -> Array:
         positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
         return self.unembed(self.hidden(self.embed(ids_BT), positions_BT, (), None)[0])
-
-
-def _everywhere(windows: tuple[int | None, ...]) -> int | None:
-    """The sliding window that all layers have, if they have one."""
-    return windows[0] if len(set(windows)) == 1 else None
-
-
-def _by_layer(windows: tuple[int | None, ...]) -> Array | None:
-    """Each layer's sliding window, where they differ."""
-    if len(set(windows)) < 2:
-        return None
-    unlimited = jnp.iinfo(jnp.int32).max
-    return jnp.array([unlimited if size is None else size for size in windows], jnp.int32)
 
 
 def parameter_shapes(config: DecoderConfig) -> Params:
@@ -277,8 +257,7 @@ def prefill(
     Returns:
       Keys and values with batch size 1: ``prefix`` followed by ``inputs``.
     """
-    if prefix is None:
-        prefix = empty_prefix(config)
+    prefix = prefix or empty_prefix(config)
     if inputs.shape[1] == 0:
         return prefix
     positions = prefix.next_position[:, None] + jnp.arange(inputs.shape[1])[None]
@@ -312,8 +291,7 @@ def read_long(
     Raises:
       UserError: they are longer than the model's window.
     """
-    if prefix is None:
-        prefix = empty_prefix(config)
+    prefix = prefix or empty_prefix(config)
     count = ids.shape[1]
     if count == 0:
         return prefix
@@ -344,15 +322,9 @@ def round_size(count: int) -> int:
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=2)
 def _read_chunk(
-    params: Params,
-    config: DecoderConfig,
-    room: KeyValues,
-    ids_1T: np.ndarray,
-    positions_1T: np.ndarray,
-    slot: int,
+    params: Params, config: DecoderConfig, room: KeyValues, ids_1T: Array, positions_1T: Array, slot: int
 ) -> KeyValues:
-    inputs = embed(params, config, jnp.asarray(ids_1T))
-    new = hidden(params, config, inputs, jnp.asarray(positions_1T), (room,))[1]
+    new = hidden(params, config, embed(params, config, ids_1T), positions_1T, (room,))[1]
     write = jax.lax.dynamic_update_slice_in_dim
     return KeyValues(
         write(room.keys, new.keys, slot, axis=2),

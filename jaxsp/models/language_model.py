@@ -65,8 +65,7 @@ class LanguageModel:
         if inputs.ndim < 2 or not inputs.size:
             raise UserError(f"Logits of no tokens: the inputs have the shape {inputs.shape}.")
         self.config.check_length(inputs.shape[-2])
-        rows = inputs.reshape(-1, *inputs.shape[-2:])
-        logits = _logits(self.params, self.config, rows)
+        logits = _logits(self.params, self.config, inputs.reshape(-1, *inputs.shape[-2:]))
         return logits.reshape(*inputs.shape[:-1], -1)
 
     @functools.cached_property

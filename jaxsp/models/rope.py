@@ -45,6 +45,7 @@ class Rope:
 # throughout, as the reference implementations: at position 8,000 the rounding of a frequency is a
 # visible angle.
 _Scaled = tuple[np.ndarray, float]
+_Scaling = Callable[[np.ndarray, Mapping[str, Any]], _Scaled]
 
 
 def _default(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> _Scaled:
@@ -91,13 +92,7 @@ def _yarn(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> _Scaled:
     return scaled, float(magnitude)
 
 
-ROPE_TYPES: dict[str, Callable[[np.ndarray, Mapping[str, Any]], _Scaled]] = {
-    "default": _default,
-    "linear": _linear,
-    "llama3": _llama3,
-    "yarn": _yarn,
-}
-
+ROPE_TYPES: dict[str, _Scaling] = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
 
 _POSITIVE = {"rope_theta", "factor", "original_max_position_embeddings"}
 
@@ -116,8 +111,7 @@ def make_rope(parameters: Mapping[str, Any], head_width: int, turned: float = 1.
     """
     kind = parameters.get("rope_type", "default")
     if kind not in ROPE_TYPES:
-        known = ", ".join(ROPE_TYPES)
-        raise UserError(f"Rope type {kind!r} is not supported; jaxsp knows {known}.")
+        raise UserError(f"Rope type {kind!r} is not supported; jaxsp knows {', '.join(ROPE_TYPES)}.")
     for name in _POSITIVE & set(parameters):
         if not isinstance(parameters[name], int | float) or not 0 < parameters[name] < math.inf:
             raise UserError(f"{name} in rope_parameters must be a positive number; got {parameters[name]!r}.")

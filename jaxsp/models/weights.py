@@ -320,15 +320,12 @@ def places_of(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> dict[str,
         tensor = tensors[path]
         last = tensor.rows[1] if tensor.rows else leaf.shape[-1]
         outputs[tensor.name] = max(last, outputs.get(tensor.name, 0))
-    return {
-        path: Place(
-            leaf,
-            tensors[path],
-            tensors[path].outputs_first and path.endswith("/kernel"),
-            outputs[tensors[path].name],
-        )
-        for path, leaf in leaves.items()
-    }
+    places = {}
+    for path, leaf in leaves.items():
+        tensor = tensors[path]
+        transposed = tensor.outputs_first and path.endswith("/kernel")
+        places[path] = Place(leaf, tensor, transposed, outputs[tensor.name])
+    return places
 
 
 def _check_names(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsp.models.attention.inputs import AttentionInputs, Slots, visible
+from jaxsp.models.attention.inputs import AttentionInputs, Slots, padded, visible
 from jaxsp.typing import EMPTY, Array, ceil_div
 
 SCORE_BYTES = 64 * 2**20
@@ -60,9 +60,7 @@ def attend(inputs: AttentionInputs) -> Array:
         inputs = _mask_with_scores(inputs)
 
     def split(x_BT: Array, fill: int) -> Array:
-        padding = [(0, 0), (0, N * C - T)] + [(0, 0)] * (x_BT.ndim - 2)
-        x_BT = jnp.pad(x_BT, padding, constant_values=fill)
-        return x_BT.reshape(B, N, C, *x_BT.shape[2:]).swapaxes(0, 1)
+        return padded(x_BT, N * C, fill).reshape(B, N, C, *x_BT.shape[2:]).swapaxes(0, 1)
 
     def per_head(x_BT: Array) -> Array:
         return jnp.tile(split(x_BT, EMPTY), (1, 1, R))
@@ -83,9 +81,8 @@ def attend(inputs: AttentionInputs) -> Array:
 def _mask_with_scores(inputs: AttentionInputs) -> AttentionInputs:
     # A mask depends on positions alone, the same in every layer. In a scan over layers jax's derivative would
     # compute all chunks' masks beforehand and keep them: 9 GiB at 32k tokens. Tied to the queries, it can't.
-    names = ("q_BTHF", "positions_BT", "segment_ids_BT")
-    tied = jax.lax.optimization_barrier([getattr(inputs, name) for name in names])
-    return dataclasses.replace(inputs, **dict(zip(names, tied, strict=True)))
+    tied = jax.lax.optimization_barrier((inputs.q_BTHF, inputs.positions_BT, inputs.segment_ids_BT))
+    return dataclasses.replace(inputs, q_BTHF=tied[0], positions_BT=tied[1], segment_ids_BT=tied[2])
 
 
 def _without_batch(slots: Slots, batch: int) -> Slots:
@@ -150,10 +147,8 @@ def _attend_chunk(
     rule: _Rule, queries: _Queries, slots: tuple[Slots, ...], window: int | Array | None
 ) -> tuple[Array, Array]:
     """The output and the log-sum-exp of each query's scores."""
-    pieces = []
-    for s in slots:
-        scores_BGXS, seen = _scores(rule, queries, s, window)
-        pieces.append(jnp.where(seen, scores_BGXS, MASKED))
+    scored = (_scores(rule, queries, s, window) for s in slots)
+    pieces = [jnp.where(seen, scores_BGXS, MASKED) for scores_BGXS, seen in scored]
     highest_BGX = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1) for x in pieces])
     pieces = [jnp.exp(x - highest_BGX[..., None]) for x in pieces]
     sum_BGX = _total(jnp.sum(x, axis=-1) for x in pieces)

@@ -69,7 +69,7 @@ def joined(pieces: Sequence[Array], batch: int) -> Array:
     return jnp.concatenate([jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in pieces], axis=1)
 
 
-def padded(x: Array, multiple: int) -> Array:
-    """``x`` with zeros that make its second axis a multiple in length."""
+def padded(x: Array, multiple: int, fill: int = 0) -> Array:
+    """``x`` with its second axis filled up at its end to a multiple in length."""
     padding = [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2)
-    return jnp.pad(x, padding)
+    return jnp.pad(x, padding, constant_values=fill)

@@ -17,34 +17,40 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def read_config(hf: Any, dtype: str, **family: Any) -> DecoderConfig:
+def read_config(hf: Any, dtype: str, turned: float = 1.0, **family: Any) -> DecoderConfig:
     """A decoder of this configuration's sizes that is otherwise like Llama, except for what ``family`` says.
 
     Families differ in which fields of a configuration they heed (Llama has no ``layer_types``, Mistral no
     ``attention_bias``), so whatever not all have is for the family to read.
 
+    Args:
+      hf: the ``transformers`` configuration.
+      dtype: of the decoder.
+      turned: the part of a head that its rope turns.
+      family: fields of the decoder's configuration.
+
     Raises:
       UserError: the activation or the rope type is not supported.
     """
     head_width = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    usual = {
-        "vocab_size": hf.vocab_size,
-        "width": hf.hidden_size,
-        "layers": hf.num_hidden_layers,
-        "heads": hf.num_attention_heads,
-        "kv_heads": hf.num_key_value_heads,
-        "head_width": head_width,
-        "mlp_width": hf.intermediate_size,
-        "window": hf.max_position_embeddings,
-        "norm_epsilon": hf.rms_norm_eps,
-        "tied_head": hf.tie_word_embeddings,
-        "dtype": dtype,
-    }
     if "activation" not in family:
-        usual["activation"] = activation(hf.hidden_act)
+        family["activation"] = activation(hf.hidden_act)
     if "ropes" not in family:
-        usual["ropes"] = (make_rope(hf.rope_parameters, head_width),) * hf.num_hidden_layers
-    return DecoderConfig(**{**usual, **family})
+        family["ropes"] = (make_rope(hf.rope_parameters, head_width, turned),) * hf.num_hidden_layers
+    return DecoderConfig(
+        vocab_size=hf.vocab_size,
+        width=hf.hidden_size,
+        layers=hf.num_hidden_layers,
+        heads=hf.num_attention_heads,
+        kv_heads=hf.num_key_value_heads,
+        head_width=head_width,
+        mlp_width=hf.intermediate_size,
+        window=hf.max_position_embeddings,
+        norm_epsilon=hf.rms_norm_eps,
+        tied_head=hf.tie_word_embeddings,
+        dtype=dtype,
+        **family,
+    )
 
 
 def attention_biases(hf: Any) -> dict[str, bool]:
@@ -60,8 +66,7 @@ def sliding_windows(hf: Any) -> tuple[int | None, ...]:
 def activation(name: str) -> Activation:
     """Ours for a name in a configuration; raises ``UserError`` if there is none."""
     if name not in _ACTIVATIONS:
-        known = ", ".join(_ACTIVATIONS)
-        raise UserError(f"Activation {name!r} is not supported; jaxsp knows {known}.")
+        raise UserError(f"Activation {name!r} is not supported; jaxsp knows {', '.join(_ACTIVATIONS)}.")
     return _ACTIVATIONS[name]
 
 
@@ -99,5 +104,4 @@ def usual_tensors(**norms: str) -> dict[str, Tensor]:
 
 def llama_tensors(config: DecoderConfig) -> dict[str, Tensor]:
     """The tensors of a checkpoint with Llama's norms, one before attention, one before the MLP."""
-    del config
     return usual_tensors(attention_pre_norm="input_layernorm", mlp_pre_norm="post_attention_layernorm")

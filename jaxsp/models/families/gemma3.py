@@ -16,10 +16,5 @@ from jaxsp.models.rope import make_rope
 def config(hf: Any, dtype: str) -> DecoderConfig:
     kinds = layer_kinds(hf)
     ropes = {kind: make_rope(hf.rope_parameters[kind], hf.head_dim) for kind in set(kinds)}
-    return gemma2.config(
-        hf,
-        dtype,
-        qk_norm="head",
-        attention_softcap=None,  # configurations may have one, which the model ignores
-        ropes=tuple(ropes[kind] for kind in kinds),
-    )
+    like = gemma2.config(hf, dtype, qk_norm="head", ropes=tuple(ropes[kind] for kind in kinds))
+    return like.replace(attention_softcap=None)  # configurations may have one, which the model ignores

@@ -9,20 +9,13 @@ from typing import Any
 
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.families.common import llama_tensors, read_config
-from jaxsp.models.rope import make_rope
 from jaxsp.models.weights import Tensor
 
 
 def config(hf: Any, dtype: str) -> DecoderConfig:
-    width = hf.hidden_size // hf.num_attention_heads
     turned = hf.rope_parameters.get("partial_rotary_factor", 1.0)
-    rope = make_rope(hf.rope_parameters, getattr(hf, "head_dim", None) or width, turned)
-    return read_config(
-        hf,
-        dtype,
-        ropes=(rope,) * hf.num_hidden_layers,
-        sliding_windows=(hf.sliding_window,) * hf.num_hidden_layers,
-    )
+    windows = (hf.sliding_window,) * hf.num_hidden_layers
+    return read_config(hf, dtype, turned, sliding_windows=windows)
 
 
 def tensors(config: DecoderConfig) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ of a ring, and which columns are its own follows from how many tokens it has rea
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -47,15 +48,17 @@ class _State(NamedTuple):
     prefix: KeyValues | None  # each slot's own, where there are several
 
 
-class _Given(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Given:
     """The loop's inputs, the same at every step."""
 
     params: Params
-    config: DecoderConfig
+    config: DecoderConfig = dataclasses.field(metadata={"static": True})
     prefix: KeyValues
     table: Requests
-    chunk: int
-    total: Array
+    chunk: int = dataclasses.field(metadata={"static": True})
+    total: Array | np.int32
 
 
 def generate(
@@ -144,11 +147,10 @@ def stream(
       UserError: as ``generate``.
     """
     work = Work(config, prefix, [request], [sampling], 1, key, decode)
-    events = _run(params, work, steps=1)
 
     def tokens() -> Iterator[int]:
         shown = 0
-        for _, ids, ended in events:
+        for _, ids, ended in _run(params, work, steps=1):
             sure = len(ids) if ended else certain(ids, sampling.stop_strings, decode)
             yield from ids[shown:sure]
             shown = max(shown, sure)
@@ -157,38 +159,36 @@ def stream(
 
 
 def _run(params: Params, work: Work, steps: int = STEPS) -> Iterator[tuple[int, list[int], bool]]:
-    """Checks; then the host's loop: (request, its tokens so far, whether it has ended) every ``steps``."""
-    work.check()
+    """The host's loop: (request, its tokens so far, whether it has ended) every ``steps``."""
     config, prefix, total = work.config, work.prefix, np.int32(len(work.requests))
-
-    def events() -> Iterator[tuple[int, list[int], bool]]:
-        table, chunk = work.table()
-        # Rounded, as the table's sizes are: calls with other limits can share the compiled loop.
-        A = round_up(max(sampling.max_tokens for sampling in work.samplings), 16)
-        B = min(work.slots, round_up(int(total), GROUP)) if total > 1 else 1
-        state = _start(params, config, prefix if work.several else None, table, B, A)
+    if not total:
+        return
+    table, chunk = work.table()
+    # Rounded, as the table's sizes are: calls with other limits can share the compiled loop.
+    A = round_up(max(sampling.max_tokens for sampling in work.samplings), 16)
+    B = min(work.slots, round_up(int(total), GROUP)) if total > 1 else 1
+    state = _start(params, config, prefix if work.several else None, table, B, A)
+    given = _Given(params, config, prefix, table, chunk, total)
+    cut_B = np.zeros(B, bool)
+    pending: list[int] = []
+    known = 0
+    while pending or known < total:
+        state = _advance(given, state, cut_B, np.int32(steps))
+        started, index_B, running_B, count_R, tokens_RA = jax.device_get(
+            (state.started, state.index_B, state.running_B, state.count_R, state.tokens_RA)
+        )
+        pending += range(known, started)
+        known = int(started)
+        slot_of = {int(index_B[slot]): slot for slot in np.flatnonzero(running_B)}
         cut_B = np.zeros(B, bool)
-        pending: list[int] = []
-        known = 0
-        while pending or known < total:
-            state = _advance(params, config, prefix, table, state, chunk, total, cut_B, np.int32(steps))
-            started, index_B, running_B, count_R, tokens_RA = jax.device_get(
-                (state.started, state.index_B, state.running_B, state.count_R, state.tokens_RA)
-            )
-            pending += range(known, started)
-            known = int(started)
-            slot_of = {int(index_B[slot]): slot for slot in np.flatnonzero(running_B)}
-            cut_B = np.zeros(B, bool)
-            for index in tuple(pending):
-                ids = tokens_RA[index, : count_R[index]].tolist()
-                end = stop_at(ids, work.samplings[index].stop_strings, work.decode)
-                if end is not None and index in slot_of:
-                    cut_B[slot_of.pop(index)] = True
-                if index not in slot_of:
-                    pending.remove(index)
-                yield index, ids[:end], index not in slot_of
-
-    return events() if total else iter(())
+        for index in tuple(pending):
+            ids = tokens_RA[index, : count_R[index]].tolist()
+            end = stop_at(ids, work.samplings[index].stop_strings, work.decode)
+            if end is not None and index in slot_of:
+                cut_B[slot_of.pop(index)] = True
+            if index not in slot_of:
+                pending.remove(index)
+            yield index, ids[:end], index not in slot_of
 
 
 @functools.partial(jax.jit, static_argnames=("config", "B", "A"), keep_unused=True)
@@ -222,22 +222,11 @@ def _rows(kv: KeyValues, index_N: Array) -> KeyValues:
     return KeyValues(kv.keys[:, index_N], kv.values[:, index_N], kv.positions[index_N])
 
 
-@functools.partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames="state")
-def _advance(
-    params: Params,
-    config: DecoderConfig,
-    prefix: KeyValues,
-    table: Requests,
-    state: _State,
-    chunk: int,
-    total: Array,
-    cut_B: Array,
-    steps: Array,
-) -> _State:
+@functools.partial(jax.jit, donate_argnames="state")
+def _advance(given: _Given, state: _State, cut_B: Array, steps: Array) -> _State:
     """Ends the slots to ``cut``, then decodes so many ``steps``, or until every request has ended."""
     last = state.step + steps
-    group = min(GROUP, len(cut_B))
-    given = _Given(params, config, prefix, table, chunk, total)
+    group, total = min(GROUP, len(cut_B)), given.total
 
     def refill(state: _State) -> _State:
         """Reads several requests at a time while at least half as many can be, then one by one."""
@@ -254,20 +243,18 @@ def _advance(
     def unfinished(state: _State) -> Array:
         return (state.step < last) & ((state.started < total) | jnp.any(state.running_B))
 
-    return jax.lax.while_loop(
-        unfinished,
-        lambda state: _step(given, refill(state)),
-        state._replace(running_B=state.running_B & ~cut_B),
-    )
+    state = state._replace(running_B=state.running_B & ~cut_B)
+    return jax.lax.while_loop(unfinished, lambda state: _step(given, refill(state)), state)
 
 
 def _read(given: _Given, rows: int, state: _State) -> _State:
     """Reads up to ``rows`` requests, the next of the queue, each into a slot that is free."""
-    params, config, prefix, table, chunk, total = given
+    params, config, chunk = given.params, given.config, given.chunk
+    prefix, table = given.prefix, given.table
     (B,), Z = state.running_B.shape, table.ids_BZ.shape[1]
     slot_N = jnp.argsort(state.running_B)[:rows]  # the free ones first
     index_N = state.started + jnp.arange(rows, dtype=jnp.int32)
-    served_N = ~state.running_B[slot_N] & (index_N < total)
+    served_N = ~state.running_B[slot_N] & (index_N < given.total)
     slot_N = jnp.where(served_N, slot_N, B)  # B: nowhere
     length_N = jnp.where(served_N, table.length_B[index_N], 0)
     if table.after_B is not None:
@@ -283,11 +270,8 @@ def _read(given: _Given, rows: int, state: _State) -> _State:
         inputs = decoder.embed(params, config, ids_NW)
         states_NWD, new = decoder.hidden(params, config, inputs, positions_NW, (prefix, earlier))
         end_N1 = (length_N - 1 - start)[:, None]
-        last_ND = jnp.where(
-            (end_N1 >= 0) & (end_N1 < chunk),
-            jnp.take_along_axis(states_NWD, end_N1[..., None], axis=1, mode="clip")[:, 0],
-            last_ND,
-        )
+        end_ND = jnp.take_along_axis(states_NWD, end_N1[..., None], axis=1, mode="clip")[:, 0]
+        last_ND = jnp.where((end_N1 >= 0) & (end_N1 < chunk), end_ND, last_ND)
         write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
         return last_ND, *map(write, caches, (new.keys, new.values))
 
@@ -318,8 +302,8 @@ def _read(given: _Given, rows: int, state: _State) -> _State:
 
 def _step(given: _Given, state: _State) -> _State:
     """Chooses the next token of each slot and reads it; the ring is written in place."""
-    params, config, prefix, table, *_ = given
-    prefix = prefix if state.prefix is None else state.prefix
+    params, config, table = given.params, given.config, given.table
+    prefix = given.prefix if state.prefix is None else state.prefix
     R, A = state.tokens_RA.shape
     requests: Requests = jax.tree.map(lambda all_R: all_R[state.index_B], table)
     count_B = state.count_R[state.index_B]
@@ -333,13 +317,10 @@ def _step(given: _Given, state: _State) -> _State:
     ago_A = (column - 1 - jnp.arange(A)) % A + 1  # how many steps, since each column was written
     own_BA = ago_A <= count_B[:, None]
     keys, values = state.answer_LBAGF
-    past = (
-        prefix,
-        _queries(prefix, requests.length_B, *state.query_LBZGF),
-        KeyValues(keys, values, jnp.where(own_BA, here_B[:, None] - ago_A, EMPTY)),
-    )
+    query = _queries(prefix, requests.length_B, *state.query_LBZGF)
+    answer = KeyValues(keys, values, jnp.where(own_BA, here_B[:, None] - ago_A, EMPTY))
     inputs = decoder.embed(params, config, token_B[:, None])
-    states_B1D, new = decoder.hidden(params, config, inputs, here_B[:, None], past)
+    states_B1D, new = decoder.hidden(params, config, inputs, here_B[:, None], (prefix, query, answer))
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=column, axis=2)
     return state._replace(
         step=state.step + 1,

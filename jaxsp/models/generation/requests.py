@@ -32,7 +32,11 @@ class Requests(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One run's work: the arguments of ``generate``, checked by ``check``."""
+    """One run's work: the arguments of ``generate``, checked.
+
+    Raises:
+      UserError: something that can't be meant.
+    """
 
     config: DecoderConfig
     prefix: KeyValues
@@ -43,30 +47,7 @@ class Work:
     decode: Decode | None
     after: Sequence[int] | None = None
 
-    @property
-    def several(self) -> bool:
-        """Whether there are several prefixes."""
-        return len(self.prefix.positions) != 1
-
-    def table(self) -> tuple[Requests, int]:
-        """The requests as arrays, and the size of the chunks that they are read in."""
-        R = round_up(len(self.requests), 64)
-        longest = max(map(len, self.requests))
-        chunk = min(CHUNK, round_up(longest, 16))
-        ids_RZ = np.zeros((R, round_up(longest, chunk)), np.int32)
-        for ids_Z, request in zip(ids_RZ, self.requests, strict=False):
-            ids_Z[: len(request)] = request
-        table = Requests(
-            ids_BZ=jnp.asarray(ids_RZ),
-            length_B=column([len(request) for request in self.requests], R),
-            max_B=column([sampling.max_tokens for sampling in self.samplings], R),
-            choices=tabulate(self.samplings, R, self.key),
-            after_B=column(self._rows().tolist(), R) if self.several else None,
-        )
-        return table, chunk
-
-    def check(self) -> None:
-        """Raises ``UserError`` for what can't be meant."""
+    def __post_init__(self) -> None:
         config, vocab = self.config, self.config.vocab_size
         if self.slots < 1:
             raise UserError(f"slots must be at least 1; got {self.slots}.")
@@ -91,6 +72,28 @@ class Work:
                 raise UserError(f"Temperature {sampling.temperature} needs a key, as jax.random.key(0).")
             if sampling.stop_strings and self.decode is None:
                 raise UserError(f"Stop strings {sampling.stop_strings} need decode, to read the answer.")
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several prefixes."""
+        return len(self.prefix.positions) != 1
+
+    def table(self) -> tuple[Requests, int]:
+        """The requests as arrays, and the size of the chunks that they are read in."""
+        R = round_up(len(self.requests), 64)
+        longest = max(map(len, self.requests))
+        chunk = min(CHUNK, round_up(longest, 16))
+        ids_RZ = np.zeros((R, round_up(longest, chunk)), np.int32)
+        for ids_Z, request in zip(ids_RZ, self.requests, strict=False):
+            ids_Z[: len(request)] = request
+        table = Requests(
+            ids_BZ=jnp.asarray(ids_RZ),
+            length_B=column([len(request) for request in self.requests], R),
+            max_B=column([sampling.max_tokens for sampling in self.samplings], R),
+            choices=tabulate(self.samplings, R, self.key),
+            after_B=column(self._rows().tolist(), R) if self.several else None,
+        )
+        return table, chunk
 
     def _rows(self) -> np.ndarray:
         """The row of the prefix that each request is read after."""

@@ -51,23 +51,17 @@ class Sampling:
         for name in ("top_k", "min_tokens", "max_tokens"):
             if not isinstance(getattr(self, name), Integral):
                 raise UserError(f"{name} must be a whole number; got {getattr(self, name)!r}.")
+        ids = all(isinstance(i, Integral) and i >= 0 for i in self.stop_ids)
+        texts = not isinstance(self.stop_strings, str) and all(self.stop_strings)
+        most = self.max_tokens
         wishes = {
             "temperature": (0 <= self.temperature < math.inf, "0 or more, and finite"),
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "stop_ids": (
-                all(isinstance(i, Integral) and i >= 0 for i in self.stop_ids),
-                "token ids, 0 or more",
-            ),
-            "stop_strings": (
-                not isinstance(self.stop_strings, str) and all(self.stop_strings),
-                "a tuple of texts, none of them empty",
-            ),
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "min_tokens": (
-                0 <= self.min_tokens <= self.max_tokens,
-                f"between 0 and max_tokens ({self.max_tokens})",
-            ),
+            "stop_ids": (ids, "token ids, 0 or more"),
+            "stop_strings": (texts, "a tuple of texts, none of them empty"),
+            "max_tokens": (most >= 1, "at least 1"),
+            "min_tokens": (0 <= self.min_tokens <= most, f"between 0 and max_tokens ({most})"),
         }
         for name, (good, wish) in wishes.items():
             if not good:
@@ -130,11 +124,11 @@ def choose(logits_BV: Float[Array, "b v"], choices: Choices, count_B: Int[Array,
     )
     best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     random_B = draws.temperature_B > 0
-    return jax.lax.cond(
-        jnp.any(random_B),
-        lambda: jnp.where(random_B, _sample(logits_BV, draws, count_B), best_B),
-        lambda: best_B,
-    )
+
+    def drawn() -> Array:
+        return jnp.where(random_B, _sample(logits_BV, draws, count_B), best_B)
+
+    return jax.lax.cond(jnp.any(random_B), drawn, lambda: best_B)
 
 
 def _without(stops_BE: Array, early_B: Array, logits_BV: Array) -> Array:

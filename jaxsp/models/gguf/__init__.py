@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -36,17 +35,16 @@ def converted(path: Path) -> Path:
     from jaxsp.models.gguf.convert import convert
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-    try:
+    with tempfile.TemporaryDirectory(
+        prefix=f"{target.name}.", dir=target.parent, ignore_cleanup_errors=True
+    ) as scratch:
         try:
-            convert(path, scratch)
+            convert(path, Path(scratch))
         except (UserError, OSError) as error:
             raise UserError(f"{path} can't be converted: {error}.") from error
         try:
-            scratch.rename(target)
+            Path(scratch).rename(target)
         except OSError:
             if not target.is_dir():  # else another process was first, with the same result
                 raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return target

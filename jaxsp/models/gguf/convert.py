@@ -96,8 +96,7 @@ def convert(path: Path, directory: Path) -> None:
     metadata, tensors = read(path)
     name = metadata.read("general.architecture", str)
     if name not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UserError(f"it holds a {name!r} model, but from GGUF jaxsp reads {known}")
+        raise UserError(f"it holds a {name!r} model, but from GGUF jaxsp reads {', '.join(ARCHITECTURES)}")
     if (parts := metadata.read("split.count", int, 1)) != 1:
         raise UserError(f"it is one of {parts} parts of a model; join them with llama-gguf-split")
     config = _config(metadata, name, tensors)
@@ -120,9 +119,7 @@ def _config(metadata: Metadata, name: str, tensors: dict[str, StoredTensor]) -> 
         raise UserError("it lacks the tensor token_embd.weight")
     words = metadata.read("tokenizer.ggml.tokens", list)
     vocabulary = tensors["token_embd.weight"].shape[0]
-    layers, width, heads = (
-        size(field) for field in ("block_count", "embedding_length", "attention.head_count")
-    )
+    layers, width, heads = map(size, ("block_count", "embedding_length", "attention.head_count"))
     if layers > len(tensors):
         raise UserError(f"it has {len(tensors)} tensors for {layers} layers")
     if len(words) > vocabulary:
@@ -175,12 +172,11 @@ def _gemma3(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"its sliding window is {window}, in {len(slides)} of {layers} layers")
     base = _positive(metadata, "gemma3.rope.freq_base_swa", 10000.0)
     cap = metadata.read("gemma3.final_logit_softcapping", float, 0.0)
+    # The model with 62 layers (27B) scales by the width of a head it would have without its own.
+    scaled_by = config["hidden_size"] // config["num_attention_heads"] if layers == 62 else head
     return {
         "hidden_activation": "gelu_pytorch_tanh",
-        # The model with 62 layers (27B) scales by the width of a head it would have without its own.
-        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
-        if layers == 62
-        else head,
+        "query_pre_attn_scalar": scaled_by,
         "sliding_window": window or None,
         "layer_types": ["sliding_attention" if window and its else "full_attention" for its in slides],
         "rope_parameters": {
@@ -242,9 +238,8 @@ def _positive(metadata: Metadata, field: str, default: float | None = None) -> f
 
 
 def _stops(metadata: Metadata, words: list[str]) -> int | list[int] | None:
-    named = [tokenizer.special_token(metadata, words, role) for role in ("eos", "eot")]
-    found = {word: i for i, word in enumerate(words) if word in named or word in _TURN_ENDS}
-    stops = sorted(found.values())
+    ends = [*_TURN_ENDS, *(tokenizer.special_token(metadata, role) for role in ("eos", "eot"))]
+    stops = [i for i, word in enumerate(words) if word in ends]
     return stops[0] if len(stops) == 1 else stops or None
 
 
@@ -304,15 +299,13 @@ def _write_safetensors(path: Path, tensors: dict[str, _Output]) -> None:
 def _tokenizer(metadata: Metadata, config: dict[str, Any]) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
-    words = metadata.read("tokenizer.ggml.tokens", list)
-    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.build(metadata),
         chat_template=metadata.read("tokenizer.chat_template", str, "") or None,
         model_max_length=config["max_position_embeddings"],
         clean_up_tokenization_spaces=False,
-        **{
-            f"{theirs}_token": tokenizer.special_token(metadata, words, ours)
-            for theirs, ours in roles.items()
-        },
+        bos_token=tokenizer.special_token(metadata, "bos"),
+        eos_token=tokenizer.special_token(metadata, "eos"),
+        unk_token=tokenizer.special_token(metadata, "unknown"),
+        pad_token=tokenizer.special_token(metadata, "padding"),
     )

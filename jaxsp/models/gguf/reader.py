@@ -89,8 +89,8 @@ def read(path: Path) -> tuple[Metadata, dict[str, StoredTensor]]:
     if alignment < 1 or alignment & (alignment - 1):
         raise UserError(f"the alignment {alignment} is not a power of two")
     start = ceil_div(cursor.at, alignment) * alignment
-    tensors = {name: _tensor(data, name, start, *header) for name, header in headers.items()}
-    spans = sorted((start + header[2], tensors[name].rows.size) for name, header in headers.items())
+    tensors = {name: _tensor(data[start:], name, *header) for name, header in headers.items()}
+    spans = sorted((header[2], tensors[name].rows.size) for name, header in headers.items())
     for (offset, size), (following, _) in itertools.pairwise(spans):
         if offset + size > following:
             raise UserError("its tensors overlap")
@@ -134,9 +134,7 @@ class _Cursor:
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
 
-def _tensor(
-    data: np.ndarray, name: str, start: int, dimensions: list[int], kind: int, offset: int
-) -> StoredTensor:
+def _tensor(data: np.ndarray, name: str, dimensions: list[int], kind: int, offset: int) -> StoredTensor:
     if not 1 <= len(dimensions) <= 4 or 0 in dimensions:
         raise UserError(f"the tensor {name!r} has impossible dimensions {dimensions}")
     try:
@@ -151,7 +149,7 @@ def _tensor(
         raise UserError(f"the tensor {name!r} has {width} columns, not a multiple of {block}")
     row_bytes = width // block * block_bytes
     size = math.prod(outer) * row_bytes
-    if start + offset + size > data.size:
+    if offset + size > data.size:
         raise UserError(f"the file ends before the tensor {name!r} does; download it again")
-    rows = data[start + offset : start + offset + size].reshape(-1, row_bytes)
+    rows = data[offset : offset + size].reshape(-1, row_bytes)
     return StoredTensor(shape, quantization, rows)

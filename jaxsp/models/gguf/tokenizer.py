@@ -61,15 +61,14 @@ def build(metadata: Metadata) -> Tokenizer:
                 f"its tokenizer is of the kind {kind!r}; from GGUF jaxsp reads 'gpt2' and 'llama'."
                 " Use the model's original directory"
             )
-        for type_, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-            tokenizer.add_tokens(
-                [
-                    AddedToken(word, special=special, normalized=False)
-                    for word, its in zip(words, types, strict=True)
-                    if its == type_
-                ]
-            )
-        _frame(tokenizer, metadata, words, adds_bos)
+        tokenizer.add_tokens(
+            [
+                AddedToken(word, special=its == _CONTROL, normalized=False)
+                for word, its in zip(words, types, strict=True)
+                if its in (_CONTROL, _USER_DEFINED)
+            ]
+        )
+        _frame(tokenizer, metadata, adds_bos)
     except UserError:
         raise
     except Exception as error:  # what the library makes of a damaged vocabulary
@@ -77,12 +76,12 @@ def build(metadata: Metadata) -> Tokenizer:
     return tokenizer
 
 
-def special_token(metadata: Metadata, words: list[str], role: str) -> str | None:
+def special_token(metadata: Metadata, role: str) -> str | None:
     """The token that has a role (``bos``, ``eos``, ``unknown``, ``padding``), if any has."""
     name = f"tokenizer.ggml.{role}_token_id"
     if name not in metadata:
         return None
-    i = metadata.read(name, int)
+    i, words = metadata.read(name, int), metadata.read("tokenizer.ggml.tokens", list)
     if not 0 <= i < len(words):
         raise UserError(f"its {role} token {i} is not in the vocabulary of {len(words)}")
     return words[i]
@@ -126,14 +125,9 @@ def _sentence_piece(metadata: Metadata, words: list[str], types: list[int]) -> T
         for word, score, type_ in zip(words, scores, types, strict=True)
         if type_ not in (_UNKNOWN, _CONTROL, _BYTE)
     }
-    model = models.BPE(
-        {word: i for i, word in enumerate(words)},
-        _merges(pieces),
-        unk_token=words[types.index(_UNKNOWN)],
-        fuse_unk=True,
-        byte_fallback=True,
-    )
-    tokenizer = Tokenizer(model)
+    ids, unknown = {word: i for i, word in enumerate(words)}, words[types.index(_UNKNOWN)]
+    bpe = models.BPE(ids, _merges(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
     spaces = normalizers.Replace(" ", _SPACE)
     undo = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.read("tokenizer.ggml.add_space_prefix", bool, True):
@@ -156,14 +150,14 @@ def _merges(pieces: dict[str, float]) -> list[tuple[str, str]]:
     return [(word[:-right], word[-right:]) for _, right, word in sorted(found)]
 
 
-def _frame(tokenizer: Tokenizer, metadata: Metadata, words: list[str], adds_bos: bool) -> None:
+def _frame(tokenizer: Tokenizer, metadata: Metadata, adds_bos: bool) -> None:
     """Has the tokenizer put the file's first and last token around a text."""
     from tokenizers import processors
 
     def token(role: str, default: bool) -> list[str]:
         if not metadata.read(f"tokenizer.ggml.add_{role}_token", bool, default):
             return []
-        word = special_token(metadata, words, role)
+        word = special_token(metadata, role)
         if word is None:
             raise UserError(f"its tokenizer adds a {role} token, but the file does not say which")
         return [word]
@@ -173,5 +167,5 @@ def _frame(tokenizer: Tokenizer, metadata: Metadata, words: list[str], adds_bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*before, "$A", *after],
             pair=[*before, "$A", *after, *before, "$B", *after],
-            special_tokens=[(word, words.index(word)) for word in {*before, *after}],
+            special_tokens=[(word, tokenizer.token_to_id(word)) for word in {*before, *after}],
         )

@@ -278,9 +278,8 @@ def test_decoding_does_not_copy_the_caches(tiny_model):
     before = decoder.empty_prefix(config, 6)
     table, chunk = Work(config, before, [[1, 2, 3]] * 4, [Sampling()] * 4, 4, None, None).table()
     state = engine._start({}, config, None, table, 4, 4096)
-    compiled = engine._advance.lower(
-        params, config, before, table, state, chunk, np.int32(4), np.zeros(4, bool), np.int32(9)
-    ).compile()
+    given = engine._Given(params, config, before, table, chunk, np.int32(4))
+    compiled = engine._advance.lower(given, state, np.zeros(4, bool), np.int32(9)).compile()
     cache = state.answer_LBAGF[0].nbytes
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes > 2 * cache
