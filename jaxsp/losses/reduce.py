@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from jaxsp.losses.checks import check_mask, check_not_negative
 
 if TYPE_CHECKING:
-    from jaxsp.typing import Array, Bool, Float
+    from jaxsp.losses.checks import Losses, Mask
+    from jaxsp.typing import Array, Float
+
+    Weights = Float[Array, "*b t"] | Float[Array, "*b"] | None
 
 
 class Total(NamedTuple):
@@ -24,12 +27,7 @@ class Total(NamedTuple):
     count: Float[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
-def masked_sum(
-    values: Float[Array, "*b t"],
-    mask: Bool[Array, "*b t"] | None = None,
-    *,
-    weights: Float[Array, "*b t"] | Float[Array, "*b"] | None = None,
-) -> Total:
+def masked_sum(values: Losses, mask: Mask = None, *, weights: Weights = None) -> Total:
     """Sum and count of the values where the mask is True.
 
     Args:
@@ -86,12 +84,7 @@ def merge(*totals: Total) -> Total:
     return Total(sum(t.total for t in totals), sum(t.count for t in totals))  # type: ignore[arg-type]
 
 
-def masked_mean(
-    values: Float[Array, "*b t"] | Total,
-    mask: Bool[Array, "*b t"] | None = None,
-    *,
-    weights: Float[Array, "*b t"] | Float[Array, "*b"] | None = None,
-) -> Float[Array, ""]:
+def masked_mean(values: Losses | Total, mask: Mask = None, *, weights: Weights = None) -> Float[Array, ""]:
     """(Weighted) mean over the positions where the mask is True; 0 where there are none.
 
     Args:
@@ -110,10 +103,8 @@ def masked_mean(
       >>> float(masked_mean(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False])))
       2.0
     """
-    if isinstance(values, Total):
-        if mask is not None or weights is not None:
-            raise ValueError("A Total is already reduced: give mask and weights to masked_sum.")
-        total, count = values
-    else:
-        total, count = masked_sum(values, mask, weights=weights)
-    return total / jnp.where(count > 0, count, 1.0)
+    if not isinstance(values, Total):
+        values = masked_sum(values, mask, weights=weights)
+    elif mask is not None or weights is not None:
+        raise ValueError("A Total is already reduced: give mask and weights to masked_sum.")
+    return values.total / jnp.where(values.count > 0, values.count, 1.0)
