@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from jaxsp.losses.checks import Logits, Losses, Mask, Tokens
     from jaxsp.typing import Array, Bool, Float, Int
 
+    CandidateLogits = Float[Array, "*b n t v"]
+    Candidates = Int[Array, "*b n t"]
+    CandidateMask = Bool[Array, "*b n t"] | None
+
 
 def negative_log_likelihood(
     student_logits: Logits, targets: Tokens, mask: Mask = None, *, label_smoothing: float = 0.0
@@ -60,8 +64,7 @@ def negative_log_likelihood(
     total = jax.nn.logsumexp(logits, axis=-1)
     nll = total - chosen
     if label_smoothing:
-        allowed = logits > -jnp.inf
-        mean = jnp.mean(logits, axis=-1, where=allowed)
+        mean = jnp.mean(logits, axis=-1, where=logits > -jnp.inf)
         smooth = label_smoothing * (total - mean)
         nll = smooth if label_smoothing == 1 else (1 - label_smoothing) * nll + smooth
     return jnp.where(mask, nll, 0.0)
@@ -96,11 +99,7 @@ def sequence_log_likelihood(student_logits: Logits, targets: Tokens, mask: Mask 
 
 
 def candidate_scores(
-    logits: Float[Array, "*b n t v"],
-    candidates: Int[Array, "*b n t"],
-    mask: Bool[Array, "*b n t"] | None = None,
-    *,
-    per_token: bool = False,
+    logits: CandidateLogits, candidates: Candidates, mask: CandidateMask = None, *, per_token: bool = False
 ) -> Float[Array, "*b n"]:
     r"""Log-likelihood of each of n candidate answers: :math:`\log p(y \mid c, z)` for given y.
 
@@ -137,11 +136,7 @@ def candidate_scores(
 
 
 def predict(
-    logits: Float[Array, "*b n t v"],
-    candidates: Int[Array, "*b n t"],
-    mask: Bool[Array, "*b n t"] | None = None,
-    *,
-    per_token: bool = False,
+    logits: CandidateLogits, candidates: Candidates, mask: CandidateMask = None, *, per_token: bool = False
 ) -> Int[Array, "*b"]:
     r"""The candidate that the model finds most likely: :math:`\hat y = \arg\max_y p(y \mid c, z)`.
 
