@@ -21,7 +21,6 @@ class Export(Protocol):
         Raises:
           UserError: the format can't hold a prompt of this kind, or of this model.
         """
-        ...
 
 
 EXPORTS: dict[str, Export] = {}
