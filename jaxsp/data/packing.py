@@ -95,7 +95,7 @@ class Packing:
             while any(cls(rows, length).places(b.tolist()) is None for b in batches):
                 length += 4
             found.append(cls(rows, length))
-        return min(found, key=lambda shape: (shape.rows * shape.length, shape.rows))
+        return min(found, key=lambda shape: (shape.tokens, shape.rows))
 
     def grown(self, lengths: Int[np.ndarray, " n"]) -> Packing:
         """This shape with rows long enough for a batch of these sequences, and some to spare."""
@@ -187,13 +187,11 @@ class Packing:
 
     def in_order(self, rows: Rows) -> list[Int[np.ndarray, " n"]]:
         """All sequences once, in their order: the indices of as few batches as hold them, at least of one."""
-        batches: list[list[int]] = [[]]
-        lengths = rows.lengths.tolist()
-        for i in range(len(rows)):
-            if batches[-1] and self.places(lengths[batches[-1][0] : i + 1]) is None:
-                batches.append([])
-            batches[-1].append(i)
-        return [np.array(batch, int) for batch in batches]
+        lengths, starts = rows.lengths.tolist(), [0]
+        for i in range(1, len(rows)):
+            if self.places(lengths[starts[-1] : i + 1]) is None:
+                starts.append(i)
+        return np.split(np.arange(len(rows)), starts[1:])
 
     def unpack(self, values: Sequence[np.ndarray], rows: Rows, batches: Sequence[np.ndarray]) -> np.ndarray:
         """What stands at the packed answer positions, at those of ``rows``; 0 elsewhere.
@@ -203,8 +201,7 @@ class Packing:
           rows: what was packed.
           batches: the indices that each batch was packed from.
         """
-        first = np.asarray(values[0])
-        out = np.zeros((*rows.mask.shape, *first.shape[2:]), first.dtype)
+        out = np.zeros((*rows.mask.shape, *values[0].shape[2:]), values[0].dtype)
         for batch, index in zip(values, batches, strict=True):
             packed = np.asarray(batch)
             for i, row, _, answer in self._layout(rows, index):
