@@ -21,6 +21,7 @@ class Export(Protocol):
         Raises:
           UserError: the format can't hold a prompt of this kind, or of this model.
         """
+        ...
 
 
 EXPORTS: dict[str, Export] = {}

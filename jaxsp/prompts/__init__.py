@@ -22,15 +22,18 @@ class PromptKind(Protocol):
 
         ``key_values()`` reads the vectors after the preamble: K slots in every layer.
         """
+        ...
 
     def prefix(self, sigma: PyTree, preamble: KeyValues, prefill: Prefill) -> KeyValues:
         """``preamble`` followed by σ's K slots; differentiable in σ.
 
         ``prefill(inputs [1, K, D], preamble)`` reads input vectors.
         """
+        ...
 
     def length(self, sigma: PyTree) -> int:
         """K, in slots."""
+        ...
 
 
 PROMPT_KINDS: dict[str, PromptKind] = {"embedding": embedding}
