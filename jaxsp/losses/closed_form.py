@@ -32,9 +32,8 @@ def _kl(
     given: dict[str, Array], live: Array, axis_name: str | None, temperature: float = 1.0
 ) -> tuple[Array, Array]:
     check_positive(temperature=temperature)
-    log_p, log_q = (
-        _log_softmax(given[side] / temperature, axis_name) for side in ("teacher_logits", "student_logits")
-    )
+    log_p = _log_softmax(given["teacher_logits"] / temperature, axis_name)
+    log_q = _log_softmax(given["student_logits"] / temperature, axis_name)
     values = vocabulary.total(jnp.sum(kl_terms(log_p, log_q), axis=-1), axis_name)
     gradient = (jnp.exp(log_q) - jnp.exp(log_p)) / temperature
     return jnp.where(live, values, 0.0), jnp.where(live[:, None], gradient, 0.0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
@@ -221,8 +221,7 @@ def fused_objective(
     given = {name: array.reshape(-1, *array.shape[len(batch) :]) for name, array in given.items()}
     flat = student_hidden.reshape(-1, student_hidden.shape[-1])
     flat = vocabulary.like_varying(flat, *given.values())
-    results: Any = chunked_head.evaluate(plan, flat, given, (teacher_head, unembedding))
-    values, measured = results
+    values, measured = chunked_head.evaluate(plan, flat, given, (teacher_head, unembedding))
     return values.reshape(batch), {name: measured[name].reshape(batch) for name in metrics}
 
 
