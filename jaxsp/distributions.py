@@ -51,8 +51,7 @@ def prompt_prefix(
       preamble: what stands before it.
       kind: a key of ``jaxsp.prompts.PROMPT_KINDS``.
     """
-    read = functools.partial(decoder.prefill, params, config)
-    return PROMPT_KINDS[kind].prefix(sigma, preamble, read)
+    return PROMPT_KINDS[kind].prefix(sigma, preamble, functools.partial(decoder.prefill, params, config))
 
 
 read_prompt = jax.jit(prompt_prefix, static_argnames=("config", "kind"))
@@ -89,8 +88,7 @@ def initial_prompt(
     def embed(ids: Array | np.ndarray) -> Array:
         return decoder.embed(params, config, jnp.asarray(ids))
 
-    source = Source(key, context_ids, length, embed, config.vocab_size)
-    vectors = INITIALIZERS[initial](source)
+    vectors = INITIALIZERS[initial](Source(key, context_ids, length, embed, config.vocab_size))
 
     def key_values() -> KeyValues:
         inputs = vectors[None].astype(config.dtype)
@@ -104,8 +102,7 @@ def answer_hidden(
     params: Params, config: DecoderConfig, prefix: KeyValues, rows: Rows
 ) -> Float[Array, "b a d"]:
     """Last hidden states at the positions that predict ŷ, reading ``rows`` after ``prefix``."""
-    start = prefix.next_position[:, None]
-    positions = jnp.where(rows.offsets == EMPTY, EMPTY, start + rows.offsets)
+    positions = jnp.where(rows.offsets == EMPTY, EMPTY, prefix.next_position[:, None] + rows.offsets)
     inputs = decoder.embed(params, config, jnp.asarray(rows.tokens))
     segment_ids = None if rows.segment_ids is None else jnp.asarray(rows.segment_ids)
     states, _ = decoder.hidden(params, config, inputs, positions, (prefix,), segment_ids)

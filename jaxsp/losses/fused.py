@@ -246,14 +246,13 @@ def _check_given(given: dict[str, Array], everyone: int, entries: Sequence[Objec
 
 def _check_heads(student: Array, head: Array, teacher: Array | None, other: Array | None) -> int:
     tokens = _check_head("student_hidden", student, "unembedding", head)
-    if teacher is None:
-        return tokens
-    name, other = ("unembedding", head) if other is None else ("teacher_unembedding", other)
-    if _check_head("teacher_hidden", teacher, name, other) != tokens:
-        raise ValueError(
-            f"unembedding has {tokens} rows and teacher_unembedding {other.shape[0]};"
-            " teacher and student must share the vocabulary."
-        )
+    if teacher is not None:
+        name, other = ("unembedding", head) if other is None else ("teacher_unembedding", other)
+        if _check_head("teacher_hidden", teacher, name, other) != tokens:
+            raise ValueError(
+                f"unembedding has {tokens} rows and teacher_unembedding {other.shape[0]};"
+                " teacher and student must share the vocabulary."
+            )
     return tokens
 
 

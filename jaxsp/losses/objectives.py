@@ -139,8 +139,7 @@ class Objective:
         options, logits = dict(self.options), available.get("teacher_logits")
         absent = all(available.get(name) is None for name in TEACHER_TOP_K)
         if "teacher_ids" in self.inputs and absent and logits is not None:
-            best = top_k(logits, options.get("k", TOP_K))
-            available = {**available, **dict(zip(TEACHER_TOP_K, best, strict=True))}
+            available |= zip(TEACHER_TOP_K, top_k(logits, options.get("k", TOP_K)), strict=True)
         for name in self.inputs:
             if available.get(name) is None:
                 raise ValueError(f"This objective needs {name}; it was not given.")
@@ -181,9 +180,7 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     "entropy": Objective(entropy, ("student_logits",), reference="Grandvalet & Bengio 2004"),
     "confidence_shift": Objective(confidence_shift, sense="zero", reference="arXiv:1706.04599"),
-    "cosine_similarity": Objective(
-        cosine_similarity, _HIDDEN, sense="maximise", reference="arXiv:1910.01108"
-    ),
+    "cosine_similarity": Objective(cosine_similarity, _HIDDEN, "maximise", reference="arXiv:1910.01108"),
     "distribution_cosine_similarity": Objective(
         distribution_cosine_similarity, sense="maximise", reference="Salton, Wong & Yang 1975"
     ),
