@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:
-    from jaxsp.typing import Array, Bool, Float, Int
+from jaxsp.typing import Array
 
-    Logits = Float[Array, "*b t v"]
-    Hidden = Float[Array, "*b t d"]
-    Tokens = Int[Array, "*b t"]
-    Mask = Bool[Array, "*b t"] | None
-    Losses = Float[Array, "*b t"]
+if TYPE_CHECKING:
+    from jaxsp.typing import Bool, Float, Int
+
+# As text: evaluated, they would load jaxtyping.
+Logits: TypeAlias = 'Float[Array, "*b t v"]'
+Hidden: TypeAlias = 'Float[Array, "*b t d"]'
+Tokens: TypeAlias = 'Int[Array, "*b t"]'
+Mask: TypeAlias = 'Bool[Array, "*b t"] | None'
+Losses: TypeAlias = 'Float[Array, "*b t"]'
+AnswerLosses: TypeAlias = 'Float[Array, "*b"]'
 
 
 def prepare(mask: Mask, temperature: float = 1.0, last: str = "v", /, **named: Array) -> tuple[Array, ...]:

@@ -10,21 +10,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxsp.losses import vocabulary
+from jaxsp.losses.closed_form import Rule
+from jaxsp.losses.objectives import Objective
+from jaxsp.typing import Array
 
-if TYPE_CHECKING:
-    from jaxsp.losses.closed_form import Rule
-    from jaxsp.losses.objectives import Objective
-    from jaxsp.typing import Array
-
-    Arrays = dict[str, Array]
-    Heads = tuple[Array, Array]
-    Results = tuple[Array, Arrays]  # the objective's values, and the metrics'
+Arrays = dict[str, Array]
+Heads = tuple[Array, Array]
+Results = tuple[Array, Arrays]  # the objective's values, and the metrics'
 
 # Bytes that the arrays over one chunk's logits may take. An accelerator needs long chunks to be kept
 # busy: each reads the whole head from memory.

@@ -7,7 +7,7 @@ to this shard's student logits ``[n, v]``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
@@ -15,11 +15,7 @@ from jaxsp.losses import vocabulary
 from jaxsp.losses.checks import check_positive, fraction
 from jaxsp.losses.divergence import kl_divergence, kl_terms
 from jaxsp.losses.likelihood import negative_log_likelihood
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from jaxsp.typing import Array
+from jaxsp.typing import Array
 
 
 def _log_softmax(logits: Array, axis_name: str | None) -> Array:
@@ -60,7 +56,7 @@ def _nll(
     return values, jnp.where(live[:, None], jnp.exp(log_q) - wanted, 0.0)
 
 
-Rule: TypeAlias = "Callable[..., tuple[Array, Array]]"
+Rule = Callable[..., tuple[Array, Array]]
 
 RULES: dict[tuple[Callable[..., Array], tuple[str, ...]], Rule] = {
     (kl_divergence, ("teacher_logits", "student_logits")): _kl,

@@ -9,17 +9,13 @@ divergence infinite, as the mathematics says, and then its gradient means nothin
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp.losses.checks import fraction, prepare
-
-if TYPE_CHECKING:
-    from jaxsp.losses.checks import Logits, Losses, Mask
-    from jaxsp.typing import Array
+from jaxsp.losses.checks import Logits, Losses, Mask, fraction, prepare
+from jaxsp.typing import Array
 
 
 def kl_divergence(

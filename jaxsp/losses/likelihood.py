@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_ids, fraction, prepare
+from jaxsp.losses.checks import AnswerLosses, Logits, Losses, Mask, Tokens, check_ids, fraction, prepare
 
 if TYPE_CHECKING:
-    from jaxsp.losses.checks import Logits, Losses, Mask, Tokens
     from jaxsp.typing import Array, Bool, Float, Int
 
     CandidateLogits = Float[Array, "*b n t v"]
@@ -70,7 +69,7 @@ def negative_log_likelihood(
     return jnp.where(mask, nll, 0.0)
 
 
-def sequence_log_likelihood(student_logits: Logits, targets: Tokens, mask: Mask = None) -> Float[Array, "*b"]:
+def sequence_log_likelihood(student_logits: Logits, targets: Tokens, mask: Mask = None) -> AnswerLosses:
     r"""Log-likelihood of whole answers.
 
     .. math:: \log p(\hat y \mid \sigma, z) = \sum_t \log p(\hat y_t \mid \sigma, z, \hat y_{<t})

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_count, prepare
-
-if TYPE_CHECKING:
-    from jaxsp.losses.checks import Logits, Losses, Mask
-    from jaxsp.typing import Array, Float
+from jaxsp.losses.checks import AnswerLosses, Logits, Losses, Mask, check_count, prepare
+from jaxsp.typing import Array
 
 
 def zero_one(teacher_logits: Logits, student_logits: Logits, mask: Mask = None) -> Losses:
@@ -86,9 +81,7 @@ def top_k_mismatch(
     return _measured(missed, teacher, student, mask)
 
 
-def sequence_mismatch(
-    teacher_logits: Logits, student_logits: Logits, mask: Mask = None
-) -> Float[Array, "*b"]:
+def sequence_mismatch(teacher_logits: Logits, student_logits: Logits, mask: Mask = None) -> AnswerLosses:
     r"""0/1 loss of whole answers: do the two put different tokens first at any position?
 
     .. math:: \max_t 1[\arg\max_v p_{tv} \ne \arg\max_v q_{tv}]

@@ -9,26 +9,21 @@ import inspect
 import math
 import re
 import zlib
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp.losses.checks import number
+from jaxsp.losses.checks import Losses, Mask, number
 from jaxsp.losses.divergence import js_divergence, kl_divergence, reverse_kl_divergence, total_variation
 from jaxsp.losses.likelihood import negative_log_likelihood
 from jaxsp.losses.mismatch import rank_agreement, top_k_mismatch, zero_one
 from jaxsp.losses.similarity import cosine_similarity, distribution_cosine_similarity, hidden_mse
 from jaxsp.losses.topk import TOP_K, top_k, topk_kl_divergence, truncated_kl_divergence
 from jaxsp.losses.uncertainty import confidence_shift, entropy
-from jaxsp.typing import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    from jaxsp.losses.checks import Losses, Mask
-    from jaxsp.typing import Array
+from jaxsp.typing import Array, UserError
 
 # What the teacher must give for an input; those that are not here ask nothing of it.
 _NEEDS = {

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_mask, check_not_negative
+from jaxsp.losses.checks import Losses, Mask, check_mask, check_not_negative
 
 if TYPE_CHECKING:
-    from jaxsp.losses.checks import Losses, Mask
     from jaxsp.typing import Array, Float
 
     Weights = Float[Array, "*b t"] | Float[Array, "*b"] | None
