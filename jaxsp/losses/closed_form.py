@@ -27,7 +27,7 @@ def _log_softmax(logits: Array, axis_name: str | None) -> Array:
 def _kl(
     given: dict[str, Array], live: Array, axis_name: str | None, temperature: float = 1.0
 ) -> tuple[Array, Array]:
-    check_positive(temperature=temperature)
+    check_positive("temperature", temperature)
     log_p = _log_softmax(given["teacher_logits"] / temperature, axis_name)
     log_q = _log_softmax(given["student_logits"] / temperature, axis_name)
     values = vocabulary.total(jnp.sum(kl_terms(log_p, log_q), axis=-1), axis_name)
@@ -38,7 +38,7 @@ def _kl(
 def _nll(
     given: dict[str, Array], live: Array, axis_name: str | None, label_smoothing: float = 0.0
 ) -> tuple[Array, Array]:
-    label_smoothing = fraction(label_smoothing=label_smoothing)
+    label_smoothing = fraction("label_smoothing", label_smoothing)
     logits = given["student_logits"]
     width = logits.shape[-1]
     first = vocabulary.first_token(width, axis_name)

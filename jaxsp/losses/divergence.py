@@ -126,7 +126,7 @@ def js_divergence(
     Reference:
       Lin 1991; generalised for distillation: Agarwal et al. 2023 (arXiv:2306.13649).
     """
-    beta = float(np.float32(fraction(beta=beta)))
+    beta = float(np.float32(fraction("beta", beta)))
     if beta in (0.0, 1.0):
         limit = reverse_kl_divergence if beta else kl_divergence
         return limit(teacher_logits, student_logits, mask, temperature=temperature)

@@ -195,10 +195,10 @@ def fused_objective(
     teacher_head = unembedding if teacher_unembedding is None else teacher_unembedding
     tokens = _check_heads(student_hidden, unembedding, teacher_hidden, teacher_unembedding)
     if softcap is not None:
-        softcap = checks.number(softcap=softcap)
-        checks.check_positive(softcap=softcap)
+        softcap = checks.number("softcap", softcap)
+        checks.check_positive("softcap", softcap)
     if chunk_size is not None:
-        checks.check_count(chunk_size=chunk_size)
+        checks.check_count("chunk_size", chunk_size)
     batch, everyone = student_hidden.shape[:-1], tokens * vocabulary.shards(axis_name)
     optional = {
         "live": checks.check_mask(mask, batch),
@@ -229,7 +229,7 @@ def _check_given(given: dict[str, Array], everyone: int, entries: Sequence[Objec
     live, top = given["live"], [name for name in TEACHER_TOP_K if name in given]
     for name, last in (("teacher_hidden", "d"), *((name, "k") for name in top)):
         if name in given:
-            checks.check_batch(live.shape, last, **{name: given[name]})
+            checks.check_batch(name, given[name], live.shape, last)
     if "targets" in given:
         checks.check_ids(given["targets"], live.shape, everyone, live)
     if len(top) == 2:

@@ -50,7 +50,7 @@ def negative_log_likelihood(
       Xiao & Zhu 2025, Foundations of Large Language Models, ch. 3 (soft prompts as compressed
       context, arXiv:2501.09223); smoothing: Szegedy et al. 2015 (arXiv:1512.00567).
     """
-    label_smoothing = fraction(label_smoothing=label_smoothing)
+    label_smoothing = fraction("label_smoothing", label_smoothing)
     mask, logits = prepare(mask, student_logits=student_logits)
     vocabulary = logits.shape[-1]
     check_ids(targets, mask.shape, vocabulary, mask)

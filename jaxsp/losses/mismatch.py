@@ -71,7 +71,7 @@ def top_k_mismatch(
     Reference:
       Top-5 error: Russakovsky et al. 2014, ImageNet challenge (arXiv:1409.0575).
     """
-    check_count(k=k)
+    check_count("k", k)
     mask, teacher, student = prepare(mask, teacher_logits=teacher_logits, student_logits=student_logits)
     first = jnp.argmax(teacher, axis=-1)[..., None]
     its_logit = jnp.take_along_axis(student, first, axis=-1)
@@ -144,7 +144,7 @@ def rank_agreement(
     Reference:
       Kendall 1938, A New Measure of Rank Correlation (doi:10.1093/biomet/30.1-2.81).
     """
-    check_count(n=n)
+    check_count("n", n)
     mask, teacher, student = prepare(mask, teacher_logits=teacher_logits, student_logits=student_logits)
     best, ids = jax.lax.top_k(teacher, min(n, teacher.shape[-1]))
     theirs = jnp.take_along_axis(student, ids, axis=-1)

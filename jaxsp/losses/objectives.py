@@ -95,7 +95,7 @@ class Objective:
                 has = f"it has {_choices(name, known)}" if known else "it has none."
                 raise UserError(f"{_qualified(self.function)} has no option {name!r}; {has}")
             if isinstance(known.get(name), float):
-                given[name] = number(**{name: value})
+                given[name] = number(name, value)
             elif isinstance(value, np.generic):
                 given[name] = value.item()
         kept = sorted(pair for pair in given.items() if pair not in known.items())
@@ -225,8 +225,8 @@ def mixture(*, temperature: float = 1.0, **weights: float) -> Objective:
     Reference:
       Hinton et al. 2015 (arXiv:1503.02531) mix the teacher's distribution and the gold label.
     """
-    terms = [(name, {}, number(**{name: weight})) for name, weight in weights.items()]
-    return _mixed(terms, number(temperature=temperature))
+    terms = [(name, {}, number(name, weight)) for name, weight in weights.items()]
+    return _mixed(terms, number("temperature", temperature))
 
 
 def parse(text: str) -> Objective:

@@ -58,7 +58,7 @@ def masked_sum(values: Losses, mask: Mask = None, *, weights: Weights = None) ->
             f"weights must have shape {list(values.shape)} (of positions) or"
             f" {list(values.shape[:-1])} (of sequences), not {list(weights.shape)}."
         )
-    check_not_negative(weights=weights)
+    check_not_negative("weights", weights)
     weights = jax.lax.stop_gradient(jnp.where(mask, weights, 0.0)).astype(jnp.float32)
     # A position of weight 0 is masked too: 0 times infinity is not 0.
     total = jnp.sum(jnp.where(weights != 0, values, 0.0) * weights, dtype=jnp.float32)

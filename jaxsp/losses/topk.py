@@ -49,7 +49,7 @@ def top_k(logits: Logits, k: int = TOP_K) -> TopK:
       ['0.60', '0.30']
     """
     check_floating(logits=logits)
-    check_count(k=k)
+    check_count("k", k)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return TopK(*jax.lax.top_k(log_probs, min(k, logits.shape[-1])))
 
@@ -156,9 +156,9 @@ def _prepared(
     """Checked; under the mask all is replaced by numbers, so that no NaN there reaches a gradient."""
     mask, logits = prepare(mask, student_logits=student_logits)
     check_floating("k", teacher_log_probs=teacher_log_probs)
-    check_batch(mask.shape, "k", teacher_log_probs=teacher_log_probs)
+    check_batch("teacher_log_probs", teacher_log_probs, mask.shape, "k")
     if k is not None:
-        check_count(k=k)
+        check_count("k", k)
     vocabulary = logits.shape[-1]
     log_p = jax.lax.stop_gradient(teacher_log_probs).astype(jnp.float32)
     there = mask[..., None] & (log_p != -jnp.inf)
