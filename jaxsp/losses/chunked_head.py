@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxsp.losses import vocabulary
-from jaxsp.losses.closed_form import Rule
+from jaxsp.losses.closed_form import Arrays, Rule
 from jaxsp.losses.objectives import Objective
 from jaxsp.typing import Array
 
-Arrays = dict[str, Array]
 Heads = tuple[Array, Array]
 Results = tuple[Array, Arrays]  # the objective's values, and the metrics'
 

@@ -17,6 +17,9 @@ from jaxsp.losses.divergence import kl_divergence, kl_terms
 from jaxsp.losses.likelihood import negative_log_likelihood
 from jaxsp.typing import Array
 
+Arrays = dict[str, Array]
+Rule = Callable[..., tuple[Array, Array]]
+
 
 def _log_softmax(logits: Array, axis_name: str | None) -> Array:
     top = vocabulary.largest(jnp.max(logits, axis=-1, keepdims=True), axis_name)
@@ -24,9 +27,7 @@ def _log_softmax(logits: Array, axis_name: str | None) -> Array:
     return logits - top - jnp.log(vocabulary.total(sums, axis_name))
 
 
-def _kl(
-    given: dict[str, Array], live: Array, axis_name: str | None, temperature: float = 1.0
-) -> tuple[Array, Array]:
+def _kl(given: Arrays, live: Array, axis_name: str | None, temperature: float = 1.0) -> tuple[Array, Array]:
     check_positive("temperature", temperature)
     log_p = _log_softmax(given["teacher_logits"] / temperature, axis_name)
     log_q = _log_softmax(given["student_logits"] / temperature, axis_name)
@@ -36,7 +37,7 @@ def _kl(
 
 
 def _nll(
-    given: dict[str, Array], live: Array, axis_name: str | None, label_smoothing: float = 0.0
+    given: Arrays, live: Array, axis_name: str | None, label_smoothing: float = 0.0
 ) -> tuple[Array, Array]:
     label_smoothing = fraction("label_smoothing", label_smoothing)
     logits = given["student_logits"]
@@ -55,8 +56,6 @@ def _nll(
     values = jnp.where(live, jnp.where(known, values, jnp.nan), 0.0)
     return values, jnp.where(live[:, None], jnp.exp(log_q) - wanted, 0.0)
 
-
-Rule = Callable[..., tuple[Array, Array]]
 
 RULES: dict[tuple[Callable[..., Array], tuple[str, ...]], Rule] = {
     (kl_divergence, ("teacher_logits", "student_logits")): _kl,

@@ -212,15 +212,14 @@ def fused_objective(
     # Metrics of a sharded head want whole logits: then the objective may as well take them, too.
     gathered = axis_name is not None and bool(measures)
     rule = None if gathered else RULES.get((objective.function, objective.inputs))
-    width = tokens if rule or axis_name is None else everyone
+    width = tokens if rule else everyone
     if chunk_size is None:
         chunk_size = chunked_head.chunk_size(
             math.prod(batch), width, masked=mask is not None, metrics=len(measures)
         )
     plan = chunked_head.Plan(objective, rule, measures, chunk_size, mask is None, softcap, axis_name)
     given = {name: array.reshape(-1, *array.shape[len(batch) :]) for name, array in given.items()}
-    flat = student_hidden.reshape(-1, student_hidden.shape[-1])
-    flat = vocabulary.like_varying(flat, *given.values())
+    flat = vocabulary.like_varying(student_hidden.reshape(-1, student_hidden.shape[-1]), *given.values())
     values, measured = chunked_head.evaluate(plan, flat, given, (teacher_head, unembedding))
     return values.reshape(batch), {name: measured[name].reshape(batch) for name in metrics}
 
