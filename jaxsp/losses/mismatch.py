@@ -77,8 +77,7 @@ def top_k_mismatch(
     its_logit = jnp.take_along_axis(student, first, axis=-1)
     ids = jnp.arange(student.shape[-1])
     ahead = (student > its_logit) | ((student == its_logit) & (ids < first))
-    missed = jnp.sum(ahead, axis=-1) >= k
-    return _measured(missed, teacher, student, mask)
+    return _measured(jnp.sum(ahead, axis=-1) >= k, teacher, student, mask)
 
 
 def sequence_mismatch(teacher_logits: Logits, student_logits: Logits, mask: Mask = None) -> AnswerLosses:

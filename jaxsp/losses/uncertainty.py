@@ -35,7 +35,8 @@ def entropy(logits: Logits, mask: Mask = None, *, temperature: float = 1.0) -> L
     """
     mask, logits = prepare(mask, temperature, logits=logits)
     log_p = jax.nn.log_softmax(logits, axis=-1)
-    terms = jnp.exp(log_p) * jnp.where(log_p > -jnp.inf, log_p, 0.0)
+    possible = log_p > -jnp.inf
+    terms = jnp.exp(log_p) * jnp.where(possible, log_p, 0.0)
     return jnp.where(mask, -jnp.sum(terms, axis=-1), 0.0)
 
 
