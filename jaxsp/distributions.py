@@ -102,7 +102,8 @@ def answer_hidden(
     params: Params, config: DecoderConfig, prefix: KeyValues, rows: Rows
 ) -> Float[Array, "b a d"]:
     """Last hidden states at the positions that predict ŷ, reading ``rows`` after ``prefix``."""
-    positions = jnp.where(rows.offsets == EMPTY, EMPTY, prefix.next_position[:, None] + rows.offsets)
+    start = prefix.next_position[:, None]
+    positions = jnp.where(rows.offsets == EMPTY, EMPTY, start + rows.offsets)
     inputs = decoder.embed(params, config, jnp.asarray(rows.tokens))
     segment_ids = None if rows.segment_ids is None else jnp.asarray(rows.segment_ids)
     states, _ = decoder.hidden(params, config, inputs, positions, (prefix,), segment_ids)

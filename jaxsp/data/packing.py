@@ -20,6 +20,8 @@ from jaxsp.data.examples import Rows, batch_indices
 from jaxsp.models.decoder import round_size
 from jaxsp.typing import EMPTY, Int, ceil_div
 
+Lengths = Int[np.ndarray, " n"]
+
 ROW = 2, 4
 """A row has room for so many of the longest sequence: with less too little fits beside it; beyond,
 attention between strangers costs more than the padding saved."""
@@ -46,7 +48,7 @@ class Packing:
         return self.rows * self.length
 
     @classmethod
-    def of(cls, lengths: Int[np.ndarray, " n"], batch_size: int) -> Packing:
+    def of(cls, lengths: Lengths, batch_size: int) -> Packing:
         """The shape that holds about ``batch_size`` of these sequences.
 
         Args:
@@ -66,7 +68,7 @@ class Packing:
         return min(shapes, key=lambda shape: shape._padding(lengths))
 
     @classmethod
-    def for_all(cls, lengths: Int[np.ndarray, " n"], most_rows: int = 8) -> Packing:
+    def for_all(cls, lengths: Lengths, most_rows: int = 8) -> Packing:
         """The shape to read all of these sequences once: one of few, so that others share its programs.
 
         Example:
@@ -78,7 +80,7 @@ class Packing:
         return cls(min(most_rows, 1 << (rows - 1).bit_length()), length)
 
     @classmethod
-    def shared(cls, own: Sequence[Packing], batches: Sequence[Int[np.ndarray, " n"]]) -> Packing:
+    def shared(cls, own: Sequence[Packing], batches: Sequence[Lengths]) -> Packing:
         """A shape as small as can be for several jobs, each with batches drawn by a shape of its own.
 
         Args:
@@ -97,7 +99,7 @@ class Packing:
             found.append(cls(rows, length))
         return min(found, key=lambda shape: (shape.tokens, shape.rows))
 
-    def grown(self, lengths: Int[np.ndarray, " n"]) -> Packing:
+    def grown(self, lengths: Lengths) -> Packing:
         """This shape with rows long enough for a batch of these sequences, and some to spare."""
         length = self.length
         while Packing(self.rows, length).places(lengths.tolist()) is None:
@@ -134,9 +136,7 @@ class Packing:
             places[i] = row
         return places
 
-    def draw(
-        self, lengths: Int[np.ndarray, " n"], cursor: int, key: Sequence[int] | np.ndarray
-    ) -> np.ndarray:
+    def draw(self, lengths: Lengths, cursor: int, key: Sequence[int] | np.ndarray) -> np.ndarray:
         """The next batch: as many sequences from ``cursor`` on as fit, at least one.
 
         Args:
