@@ -51,8 +51,7 @@ def prompt_prefix(
       preamble: what stands before it.
       kind: a key of ``jaxsp.prompts.PROMPT_KINDS``.
     """
-    read = functools.partial(decoder.prefill, params, config)
-    return PROMPT_KINDS[kind].prefix(sigma, preamble, read)
+    return PROMPT_KINDS[kind].prefix(sigma, preamble, functools.partial(decoder.prefill, params, config))
 
 
 read_prompt = jax.jit(prompt_prefix, static_argnames=("config", "kind"))
@@ -89,8 +88,7 @@ def initial_prompt(
     def embed(ids: Array | np.ndarray) -> Array:
         return decoder.embed(params, config, jnp.asarray(ids))
 
-    source = Source(key, context_ids, length, embed, config.vocab_size)
-    vectors = INITIALIZERS[initial](source)
+    vectors = INITIALIZERS[initial](Source(key, context_ids, length, embed, config.vocab_size))
 
     def key_values() -> KeyValues:
         inputs = vectors[None].astype(config.dtype)

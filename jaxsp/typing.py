@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array as Array
 
 from jaxsp.errors import Interrupted as Interrupted, NonFiniteLoss as NonFiniteLoss, UserError as UserError
 
 if TYPE_CHECKING:
-    from jaxtyping import Array as Array, Bool as Bool, Float as Float, Int as Int
+    from jaxtyping import Bool as Bool, Float as Float, Int as Int
 
 
 def __getattr__(name: str) -> Any:
     # Loaded when asked for: jaxsp.losses, which only annotates with them, needs jax alone.
-    if name in ("Array", "Bool", "Float", "Int"):
+    if name in ("Bool", "Float", "Int"):
         import jaxtyping
 
         return getattr(jaxtyping, name)

@@ -73,16 +73,13 @@ class Rows:
     def take(self, index: Sequence[int] | np.ndarray) -> Rows:
         """The rows of these indices, in their order; one beyond the last gives an empty row."""
         index = np.asarray(index)
-        inside = index < len(self)
-        rows = jax.tree.map(lambda leaf: leaf[np.where(inside, index, 0)], self)
-        blank = ~inside[:, None]
-        ids = rows.segment_ids
-        return dataclasses.replace(
-            rows,
-            offsets=np.where(blank, EMPTY, rows.offsets),
-            mask=np.where(blank, False, rows.mask),
-            segment_ids=None if ids is None else np.where(blank, EMPTY, ids),
-        )
+        blank = index >= len(self)
+        rows = jax.tree.map(lambda leaf: leaf[np.where(blank, 0, index)], self)
+        rows.offsets[blank] = EMPTY
+        rows.mask[blank] = False
+        if rows.segment_ids is not None:
+            rows.segment_ids[blank] = EMPTY
+        return rows
 
 
 def make_rows(queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Rows:

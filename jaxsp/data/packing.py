@@ -20,6 +20,8 @@ from jaxsp.data.examples import Rows, batch_indices
 from jaxsp.models.decoder import round_size
 from jaxsp.typing import EMPTY, Int, ceil_div
 
+Lengths = Int[np.ndarray, " n"]
+
 ROW = 2, 4
 """A row has room for so many of the longest sequence: with less too little fits beside it; beyond,
 attention between strangers costs more than the padding saved."""
@@ -46,7 +48,7 @@ class Packing:
         return self.rows * self.length
 
     @classmethod
-    def of(cls, lengths: Int[np.ndarray, " n"], batch_size: int) -> Packing:
+    def of(cls, lengths: Lengths, batch_size: int) -> Packing:
         """The shape that holds about ``batch_size`` of these sequences.
 
         Args:
@@ -66,7 +68,7 @@ class Packing:
         return min(shapes, key=lambda shape: shape._padding(lengths))
 
     @classmethod
-    def for_all(cls, lengths: Int[np.ndarray, " n"], most_rows: int = 8) -> Packing:
+    def for_all(cls, lengths: Lengths, most_rows: int = 8) -> Packing:
         """The shape to read all of these sequences once: one of few, so that others share its programs.
 
         Example:
@@ -78,7 +80,7 @@ class Packing:
         return cls(min(most_rows, 1 << (rows - 1).bit_length()), length)
 
     @classmethod
-    def shared(cls, own: Sequence[Packing], batches: Sequence[Int[np.ndarray, " n"]]) -> Packing:
+    def shared(cls, own: Sequence[Packing], batches: Sequence[Lengths]) -> Packing:
         """A shape as small as can be for several jobs, each with batches drawn by a shape of its own.
 
         Args:
@@ -95,9 +97,9 @@ class Packing:
             while any(cls(rows, length).places(b.tolist()) is None for b in batches):
                 length += 4
             found.append(cls(rows, length))
-        return min(found, key=lambda shape: (shape.rows * shape.length, shape.rows))
+        return min(found, key=lambda shape: (shape.tokens, shape.rows))
 
-    def grown(self, lengths: Int[np.ndarray, " n"]) -> Packing:
+    def grown(self, lengths: Lengths) -> Packing:
         """This shape with rows long enough for a batch of these sequences, and some to spare."""
         length = self.length
         while Packing(self.rows, length).places(lengths.tolist()) is None:
@@ -134,9 +136,7 @@ class Packing:
             places[i] = row
         return places
 
-    def draw(
-        self, lengths: Int[np.ndarray, " n"], cursor: int, key: Sequence[int] | np.ndarray
-    ) -> np.ndarray:
+    def draw(self, lengths: Lengths, cursor: int, key: Sequence[int] | np.ndarray) -> np.ndarray:
         """The next batch: as many sequences from ``cursor`` on as fit, at least one.
 
         Args:
@@ -187,13 +187,11 @@ class Packing:
 
     def in_order(self, rows: Rows) -> list[Int[np.ndarray, " n"]]:
         """All sequences once, in their order: the indices of as few batches as hold them, at least of one."""
-        batches: list[list[int]] = [[]]
-        lengths = rows.lengths.tolist()
-        for i in range(len(rows)):
-            if batches[-1] and self.places(lengths[batches[-1][0] : i + 1]) is None:
-                batches.append([])
-            batches[-1].append(i)
-        return [np.array(batch, int) for batch in batches]
+        lengths, starts = rows.lengths.tolist(), [0]
+        for i in range(1, len(rows)):
+            if self.places(lengths[starts[-1] : i + 1]) is None:
+                starts.append(i)
+        return np.split(np.arange(len(rows)), starts[1:])
 
     def unpack(self, values: Sequence[np.ndarray], rows: Rows, batches: Sequence[np.ndarray]) -> np.ndarray:
         """What stands at the packed answer positions, at those of ``rows``; 0 elsewhere.
@@ -203,8 +201,7 @@ class Packing:
           rows: what was packed.
           batches: the indices that each batch was packed from.
         """
-        first = np.asarray(values[0])
-        out = np.zeros((*rows.mask.shape, *first.shape[2:]), first.dtype)
+        out = np.zeros((*rows.mask.shape, *values[0].shape[2:]), values[0].dtype)
         for batch, index in zip(values, batches, strict=True):
             packed = np.asarray(batch)
             for i, row, _, answer in self._layout(rows, index):

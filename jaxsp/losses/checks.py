@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:
-    from jaxsp.typing import Array, Bool, Float, Int
+from jaxsp.typing import Array
 
-    Logits = Float[Array, "*b t v"]
-    Hidden = Float[Array, "*b t d"]
-    Tokens = Int[Array, "*b t"]
-    Mask = Bool[Array, "*b t"] | None
-    Losses = Float[Array, "*b t"]
+if TYPE_CHECKING:
+    from jaxsp.typing import Bool, Float, Int
+
+# As text: evaluated, they would load jaxtyping.
+Logits: TypeAlias = 'Float[Array, "*b t v"]'
+Hidden: TypeAlias = 'Float[Array, "*b t d"]'
+Tokens: TypeAlias = 'Int[Array, "*b t"]'
+Mask: TypeAlias = 'Bool[Array, "*b t"] | None'
+Losses: TypeAlias = 'Float[Array, "*b t"]'
+AnswerLosses: TypeAlias = 'Float[Array, "*b"]'
 
 
 def prepare(mask: Mask, temperature: float = 1.0, last: str = "v", /, **named: Array) -> tuple[Array, ...]:
@@ -27,7 +31,7 @@ def prepare(mask: Mask, temperature: float = 1.0, last: str = "v", /, **named: A
     must not reach the gradient through a multiplication by zero.
     """
     check_floating(last, **named)
-    check_positive(temperature=temperature)
+    check_positive("temperature", temperature)
     mask = check_mask(mask, next(iter(named.values())).shape[:-1])
     sides = [mask]
     for name, array in named.items():
@@ -51,11 +55,10 @@ def check_floating(last: str = "v", /, **named: Array) -> None:
         raise ValueError(f"The {kind} must have one shape; got {told}.")
 
 
-def check_batch(batch: tuple[int, ...], last: str, /, **named: Array) -> None:
-    """Each array is ``[*batch, last]``."""
-    for name, array in named.items():
-        if array.shape[:-1] != batch:
-            raise ValueError(f"{name} must have shape {[*batch, last]}, not {list(array.shape)}.")
+def check_batch(name: str, array: Array, batch: tuple[int, ...], last: str) -> None:
+    """The array is ``[*batch, last]``."""
+    if array.shape[:-1] != batch:
+        raise ValueError(f"{name} must have shape {[*batch, last]}, not {list(array.shape)}.")
 
 
 def check_mask(mask: Array | None, shape: tuple[int, ...]) -> Array:
@@ -90,35 +93,31 @@ def check_ids(
             raise ValueError(f"{name} must lie in [0, {vocabulary}); got {wrong.flat[0]}.")
 
 
-def check_positive(**named: Any) -> None:
-    for name, value in named.items():
-        if _known(value) and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive, not {value}.")
+def check_positive(name: str, value: Any) -> None:
+    if _known(value) and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive, not {value}.")
 
 
-def fraction(**named: Any) -> float:
-    """The one number given, between 0 and 1."""
-    value = number(**named)
+def fraction(name: str, value: Any) -> float:
+    """The number, which lies between 0 and 1."""
+    value = number(name, value)
     if not 0 <= value <= 1:
-        raise ValueError(f"{next(iter(named))} must lie between 0 and 1, not {value}.")
+        raise ValueError(f"{name} must lie between 0 and 1, not {value}.")
     return value
 
 
-def check_not_negative(**named: Array) -> None:
-    for name, array in named.items():
-        if _known(array) and (np.asarray(array) < 0).any():
-            raise ValueError(f"{name} must not be negative; the least is {np.min(array)}.")
+def check_not_negative(name: str, array: Array) -> None:
+    if _known(array) and (np.asarray(array) < 0).any():
+        raise ValueError(f"{name} must not be negative; the least is {np.min(array)}.")
 
 
-def check_count(**named: int) -> None:
-    for name, value in named.items():
-        if not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value}.")
+def check_count(name: str, value: int) -> None:
+    if not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value}.")
 
 
-def number(**named: Any) -> float:
-    """The one number given, as a Python one: it decides what is compiled."""
-    ((name, value),) = named.items()
+def number(name: str, value: Any) -> float:
+    """The number as a Python one: it decides what is compiled."""
     try:
         return float(value)
     except TypeError as error:  # jax's error of a traced value is one, too

@@ -10,17 +10,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxsp.losses import vocabulary
+from jaxsp.losses.closed_form import Arrays, Rule
+from jaxsp.losses.objectives import Objective
+from jaxsp.typing import Array
 
-if TYPE_CHECKING:
-    from jaxsp.losses.closed_form import Rule
-    from jaxsp.losses.objectives import Objective
-    from jaxsp.typing import Array
+Heads = tuple[Array, Array]
+Results = tuple[Array, Arrays]  # the objective's values, and the metrics'
 
 # Bytes that the arrays over one chunk's logits may take. An accelerator needs long chunks to be kept
 # busy: each reads the whole head from memory.
@@ -63,9 +64,7 @@ class Plan:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def evaluate(
-    plan: Plan, hidden: Array, per_position: dict[str, Array], heads: tuple[Array, Array]
-) -> tuple[Array, dict[str, Array]]:
+def evaluate(plan: Plan, hidden: Array, per_position: Arrays, heads: Heads) -> Results:
     """(values, metrics) of all positions, ``[N]`` each; differentiable in ``hidden``.
 
     Args:
@@ -77,12 +76,12 @@ def evaluate(
     return _in_chunks(plan, hidden, per_position, heads, gradient=False)[0]
 
 
-def _forward(plan: Plan, hidden: Array, per_position: dict[str, Array], heads: Any):
+def _forward(plan: Plan, hidden: Array, per_position: Arrays, heads: Heads):
     results, gradient = _in_chunks(plan, hidden, per_position, heads, gradient=True)
     return results, (gradient, per_position["live"])
 
 
-def _backward(_: Plan, saved: tuple[Array, Array], cotangents: tuple[Array, dict[str, Array]]):
+def _backward(_: Plan, saved: tuple[Array, Array], cotangents: Results):
     gradient, live = saved
     scaled = cotangents[0][:, None] * gradient.astype(jnp.float32)
     # A cotangent under the mask may be infinite (that of a square root at 0).
@@ -94,8 +93,8 @@ evaluate.defvjp(_forward, _backward)
 
 @functools.partial(jax.jit, static_argnames=("plan", "gradient"))
 def _in_chunks(
-    plan: Plan, hidden: Array, per_position: dict[str, Array], heads: tuple[Array, Array], *, gradient: bool
-) -> tuple[tuple[Array, dict[str, Array]], Array | None]:
+    plan: Plan, hidden: Array, per_position: Arrays, heads: Heads, *, gradient: bool
+) -> tuple[Results, Array | None]:
     """((values, metrics), gradient) of all positions, ``[N]`` and ``[N, D]``."""
     arrays = {"student_hidden": hidden, **per_position}
     one = functools.partial(_one_chunk, plan, heads, gradient=gradient)
@@ -114,10 +113,8 @@ def _in_chunks(
         index = jax.lax.dynamic_slice_in_dim(order, start, C)
         chunk = {name: jnp.take(array, index, axis=0) for name, array in arrays.items()}
         chunk["live"] &= start + jnp.arange(C) < N
-        part = one(chunk)
-        return jax.tree.map(
-            lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, start, 0), out, part
-        )
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        return jax.tree.map(write, out, one(chunk))
 
     shapes = jax.eval_shape(one, {name: array[:C] for name, array in arrays.items()})
     sources = list(arrays.values()) + (list(heads) if plan.axis_name is None else [])
@@ -133,9 +130,7 @@ def _in_chunks(
     return jax.tree.map(lambda a: jnp.take(a, rank, axis=0), out)
 
 
-def _one_chunk(
-    plan: Plan, heads: tuple[Array, Array], chunk: dict[str, Array], *, gradient: bool
-) -> tuple[tuple[Array, dict[str, Array]], Array | None]:
+def _one_chunk(plan: Plan, heads: Heads, chunk: Arrays, *, gradient: bool) -> tuple[Results, Array | None]:
     teacher_head, head = heads
     live = chunk["live"]
     given = {name: array for name, array in chunk.items() if name != "live"}
@@ -178,9 +173,8 @@ def _one_chunk(
 
 def _product(spec: str, left: Array, head: Array, dtype: Any) -> Array:
     """With the head, of logits' gradients or of hidden states, whose ``dtype`` it is."""
-    dtype = jnp.promote_types(dtype, head.dtype)
-    if dtype != jnp.bfloat16:  # a gradient of probabilities underflows in float16
-        dtype = jnp.float32
+    # In bfloat16 or else float32: a gradient of probabilities underflows in float16.
+    dtype = jnp.bfloat16 if jnp.promote_types(dtype, head.dtype) == jnp.bfloat16 else jnp.float32
     # Float32 at full precision, which accelerators don't give unasked; sums always in float32.
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     left, head = left.astype(dtype), head.astype(dtype)

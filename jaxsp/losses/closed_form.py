@@ -7,7 +7,7 @@ to this shard's student logits ``[n, v]``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
@@ -15,11 +15,10 @@ from jaxsp.losses import vocabulary
 from jaxsp.losses.checks import check_positive, fraction
 from jaxsp.losses.divergence import kl_divergence, kl_terms
 from jaxsp.losses.likelihood import negative_log_likelihood
+from jaxsp.typing import Array
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from jaxsp.typing import Array
+Arrays = dict[str, Array]
+Rule = Callable[..., tuple[Array, Array]]
 
 
 def _log_softmax(logits: Array, axis_name: str | None) -> Array:
@@ -28,22 +27,19 @@ def _log_softmax(logits: Array, axis_name: str | None) -> Array:
     return logits - top - jnp.log(vocabulary.total(sums, axis_name))
 
 
-def _kl(
-    given: dict[str, Array], live: Array, axis_name: str | None, temperature: float = 1.0
-) -> tuple[Array, Array]:
-    check_positive(temperature=temperature)
-    log_p, log_q = (
-        _log_softmax(given[side] / temperature, axis_name) for side in ("teacher_logits", "student_logits")
-    )
+def _kl(given: Arrays, live: Array, axis_name: str | None, temperature: float = 1.0) -> tuple[Array, Array]:
+    check_positive("temperature", temperature)
+    log_p = _log_softmax(given["teacher_logits"] / temperature, axis_name)
+    log_q = _log_softmax(given["student_logits"] / temperature, axis_name)
     values = vocabulary.total(jnp.sum(kl_terms(log_p, log_q), axis=-1), axis_name)
     gradient = (jnp.exp(log_q) - jnp.exp(log_p)) / temperature
     return jnp.where(live, values, 0.0), jnp.where(live[:, None], gradient, 0.0)
 
 
 def _nll(
-    given: dict[str, Array], live: Array, axis_name: str | None, label_smoothing: float = 0.0
+    given: Arrays, live: Array, axis_name: str | None, label_smoothing: float = 0.0
 ) -> tuple[Array, Array]:
-    label_smoothing = fraction(label_smoothing=label_smoothing)
+    label_smoothing = fraction("label_smoothing", label_smoothing)
     logits = given["student_logits"]
     width = logits.shape[-1]
     first = vocabulary.first_token(width, axis_name)
@@ -60,8 +56,6 @@ def _nll(
     values = jnp.where(live, jnp.where(known, values, jnp.nan), 0.0)
     return values, jnp.where(live[:, None], jnp.exp(log_q) - wanted, 0.0)
 
-
-Rule: TypeAlias = "Callable[..., tuple[Array, Array]]"
 
 RULES: dict[tuple[Callable[..., Array], tuple[str, ...]], Rule] = {
     (kl_divergence, ("teacher_logits", "student_logits")): _kl,

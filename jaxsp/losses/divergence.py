@@ -9,17 +9,13 @@ divergence infinite, as the mathematics says, and then its gradient means nothin
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp.losses.checks import fraction, prepare
-
-if TYPE_CHECKING:
-    from jaxsp.losses.checks import Logits, Losses, Mask
-    from jaxsp.typing import Array
+from jaxsp.losses.checks import Logits, Losses, Mask, fraction, prepare
+from jaxsp.typing import Array
 
 
 def kl_divergence(
@@ -130,7 +126,7 @@ def js_divergence(
     Reference:
       Lin 1991; generalised for distillation: Agarwal et al. 2023 (arXiv:2306.13649).
     """
-    beta = float(np.float32(fraction(beta=beta)))
+    beta = float(np.float32(fraction("beta", beta)))
     if beta in (0.0, 1.0):
         limit = reverse_kl_divergence if beta else kl_divergence
         return limit(teacher_logits, student_logits, mask, temperature=temperature)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
@@ -195,10 +195,10 @@ def fused_objective(
     teacher_head = unembedding if teacher_unembedding is None else teacher_unembedding
     tokens = _check_heads(student_hidden, unembedding, teacher_hidden, teacher_unembedding)
     if softcap is not None:
-        softcap = checks.number(softcap=softcap)
-        checks.check_positive(softcap=softcap)
+        softcap = checks.number("softcap", softcap)
+        checks.check_positive("softcap", softcap)
     if chunk_size is not None:
-        checks.check_count(chunk_size=chunk_size)
+        checks.check_count("chunk_size", chunk_size)
     batch, everyone = student_hidden.shape[:-1], tokens * vocabulary.shards(axis_name)
     optional = {
         "live": checks.check_mask(mask, batch),
@@ -212,17 +212,15 @@ def fused_objective(
     # Metrics of a sharded head want whole logits: then the objective may as well take them, too.
     gathered = axis_name is not None and bool(measures)
     rule = None if gathered else RULES.get((objective.function, objective.inputs))
-    width = tokens if rule or axis_name is None else everyone
+    width = tokens if rule else everyone
     if chunk_size is None:
         chunk_size = chunked_head.chunk_size(
             math.prod(batch), width, masked=mask is not None, metrics=len(measures)
         )
     plan = chunked_head.Plan(objective, rule, measures, chunk_size, mask is None, softcap, axis_name)
     given = {name: array.reshape(-1, *array.shape[len(batch) :]) for name, array in given.items()}
-    flat = student_hidden.reshape(-1, student_hidden.shape[-1])
-    flat = vocabulary.like_varying(flat, *given.values())
-    results: Any = chunked_head.evaluate(plan, flat, given, (teacher_head, unembedding))
-    values, measured = results
+    flat = vocabulary.like_varying(student_hidden.reshape(-1, student_hidden.shape[-1]), *given.values())
+    values, measured = chunked_head.evaluate(plan, flat, given, (teacher_head, unembedding))
     return values.reshape(batch), {name: measured[name].reshape(batch) for name in metrics}
 
 
@@ -230,7 +228,7 @@ def _check_given(given: dict[str, Array], everyone: int, entries: Sequence[Objec
     live, top = given["live"], [name for name in TEACHER_TOP_K if name in given]
     for name, last in (("teacher_hidden", "d"), *((name, "k") for name in top)):
         if name in given:
-            checks.check_batch(live.shape, last, **{name: given[name]})
+            checks.check_batch(name, given[name], live.shape, last)
     if "targets" in given:
         checks.check_ids(given["targets"], live.shape, everyone, live)
     if len(top) == 2:
@@ -247,14 +245,13 @@ def _check_given(given: dict[str, Array], everyone: int, entries: Sequence[Objec
 
 def _check_heads(student: Array, head: Array, teacher: Array | None, other: Array | None) -> int:
     tokens = _check_head("student_hidden", student, "unembedding", head)
-    if teacher is None:
-        return tokens
-    name, other = ("unembedding", head) if other is None else ("teacher_unembedding", other)
-    if _check_head("teacher_hidden", teacher, name, other) != tokens:
-        raise ValueError(
-            f"unembedding has {tokens} rows and teacher_unembedding {other.shape[0]};"
-            " teacher and student must share the vocabulary."
-        )
+    if teacher is not None:
+        name, other = ("unembedding", head) if other is None else ("teacher_unembedding", other)
+        if _check_head("teacher_hidden", teacher, name, other) != tokens:
+            raise ValueError(
+                f"unembedding has {tokens} rows and teacher_unembedding {other.shape[0]};"
+                " teacher and student must share the vocabulary."
+            )
     return tokens
 
 

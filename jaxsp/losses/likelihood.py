@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_ids, fraction, prepare
+from jaxsp.losses.checks import AnswerLosses, Logits, Losses, Mask, Tokens, check_ids, fraction, prepare
 
 if TYPE_CHECKING:
-    from jaxsp.losses.checks import Logits, Losses, Mask, Tokens
     from jaxsp.typing import Array, Bool, Float, Int
+
+    CandidateLogits = Float[Array, "*b n t v"]
+    Candidates = Int[Array, "*b n t"]
+    CandidateMask = Bool[Array, "*b n t"] | None
 
 
 def negative_log_likelihood(
@@ -47,7 +50,7 @@ def negative_log_likelihood(
       Xiao & Zhu 2025, Foundations of Large Language Models, ch. 3 (soft prompts as compressed
       context, arXiv:2501.09223); smoothing: Szegedy et al. 2015 (arXiv:1512.00567).
     """
-    label_smoothing = fraction(label_smoothing=label_smoothing)
+    label_smoothing = fraction("label_smoothing", label_smoothing)
     mask, logits = prepare(mask, student_logits=student_logits)
     vocabulary = logits.shape[-1]
     check_ids(targets, mask.shape, vocabulary, mask)
@@ -60,14 +63,13 @@ def negative_log_likelihood(
     total = jax.nn.logsumexp(logits, axis=-1)
     nll = total - chosen
     if label_smoothing:
-        allowed = logits > -jnp.inf
-        mean = jnp.mean(logits, axis=-1, where=allowed)
+        mean = jnp.mean(logits, axis=-1, where=logits > -jnp.inf)
         smooth = label_smoothing * (total - mean)
         nll = smooth if label_smoothing == 1 else (1 - label_smoothing) * nll + smooth
     return jnp.where(mask, nll, 0.0)
 
 
-def sequence_log_likelihood(student_logits: Logits, targets: Tokens, mask: Mask = None) -> Float[Array, "*b"]:
+def sequence_log_likelihood(student_logits: Logits, targets: Tokens, mask: Mask = None) -> AnswerLosses:
     r"""Log-likelihood of whole answers.
 
     .. math:: \log p(\hat y \mid \sigma, z) = \sum_t \log p(\hat y_t \mid \sigma, z, \hat y_{<t})
@@ -96,11 +98,7 @@ def sequence_log_likelihood(student_logits: Logits, targets: Tokens, mask: Mask 
 
 
 def candidate_scores(
-    logits: Float[Array, "*b n t v"],
-    candidates: Int[Array, "*b n t"],
-    mask: Bool[Array, "*b n t"] | None = None,
-    *,
-    per_token: bool = False,
+    logits: CandidateLogits, candidates: Candidates, mask: CandidateMask = None, *, per_token: bool = False
 ) -> Float[Array, "*b n"]:
     r"""Log-likelihood of each of n candidate answers: :math:`\log p(y \mid c, z)` for given y.
 
@@ -137,11 +135,7 @@ def candidate_scores(
 
 
 def predict(
-    logits: Float[Array, "*b n t v"],
-    candidates: Int[Array, "*b n t"],
-    mask: Bool[Array, "*b n t"] | None = None,
-    *,
-    per_token: bool = False,
+    logits: CandidateLogits, candidates: Candidates, mask: CandidateMask = None, *, per_token: bool = False
 ) -> Int[Array, "*b"]:
     r"""The candidate that the model finds most likely: :math:`\hat y = \arg\max_y p(y \mid c, z)`.
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_count, prepare
-
-if TYPE_CHECKING:
-    from jaxsp.losses.checks import Logits, Losses, Mask
-    from jaxsp.typing import Array, Float
+from jaxsp.losses.checks import AnswerLosses, Logits, Losses, Mask, check_count, prepare
+from jaxsp.typing import Array
 
 
 def zero_one(teacher_logits: Logits, student_logits: Logits, mask: Mask = None) -> Losses:
@@ -76,19 +71,16 @@ def top_k_mismatch(
     Reference:
       Top-5 error: Russakovsky et al. 2014, ImageNet challenge (arXiv:1409.0575).
     """
-    check_count(k=k)
+    check_count("k", k)
     mask, teacher, student = prepare(mask, teacher_logits=teacher_logits, student_logits=student_logits)
     first = jnp.argmax(teacher, axis=-1)[..., None]
     its_logit = jnp.take_along_axis(student, first, axis=-1)
     ids = jnp.arange(student.shape[-1])
     ahead = (student > its_logit) | ((student == its_logit) & (ids < first))
-    missed = jnp.sum(ahead, axis=-1) >= k
-    return _measured(missed, teacher, student, mask)
+    return _measured(jnp.sum(ahead, axis=-1) >= k, teacher, student, mask)
 
 
-def sequence_mismatch(
-    teacher_logits: Logits, student_logits: Logits, mask: Mask = None
-) -> Float[Array, "*b"]:
+def sequence_mismatch(teacher_logits: Logits, student_logits: Logits, mask: Mask = None) -> AnswerLosses:
     r"""0/1 loss of whole answers: do the two put different tokens first at any position?
 
     .. math:: \max_t 1[\arg\max_v p_{tv} \ne \arg\max_v q_{tv}]
@@ -151,7 +143,7 @@ def rank_agreement(
     Reference:
       Kendall 1938, A New Measure of Rank Correlation (doi:10.1093/biomet/30.1-2.81).
     """
-    check_count(n=n)
+    check_count("n", n)
     mask, teacher, student = prepare(mask, teacher_logits=teacher_logits, student_logits=student_logits)
     best, ids = jax.lax.top_k(teacher, min(n, teacher.shape[-1]))
     theirs = jnp.take_along_axis(student, ids, axis=-1)

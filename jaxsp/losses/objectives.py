@@ -9,26 +9,21 @@ import inspect
 import math
 import re
 import zlib
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp.losses.checks import number
+from jaxsp.losses.checks import Losses, Mask, number
 from jaxsp.losses.divergence import js_divergence, kl_divergence, reverse_kl_divergence, total_variation
 from jaxsp.losses.likelihood import negative_log_likelihood
 from jaxsp.losses.mismatch import rank_agreement, top_k_mismatch, zero_one
 from jaxsp.losses.similarity import cosine_similarity, distribution_cosine_similarity, hidden_mse
 from jaxsp.losses.topk import TOP_K, top_k, topk_kl_divergence, truncated_kl_divergence
 from jaxsp.losses.uncertainty import confidence_shift, entropy
-from jaxsp.typing import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    from jaxsp.losses.checks import Losses, Mask
-    from jaxsp.typing import Array
+from jaxsp.typing import Array, UserError
 
 # What the teacher must give for an input; those that are not here ask nothing of it.
 _NEEDS = {
@@ -100,7 +95,7 @@ class Objective:
                 has = f"it has {_choices(name, known)}" if known else "it has none."
                 raise UserError(f"{_qualified(self.function)} has no option {name!r}; {has}")
             if isinstance(known.get(name), float):
-                given[name] = number(**{name: value})
+                given[name] = number(name, value)
             elif isinstance(value, np.generic):
                 given[name] = value.item()
         kept = sorted(pair for pair in given.items() if pair not in known.items())
@@ -139,8 +134,7 @@ class Objective:
         options, logits = dict(self.options), available.get("teacher_logits")
         absent = all(available.get(name) is None for name in TEACHER_TOP_K)
         if "teacher_ids" in self.inputs and absent and logits is not None:
-            best = top_k(logits, options.get("k", TOP_K))
-            available = {**available, **dict(zip(TEACHER_TOP_K, best, strict=True))}
+            available |= zip(TEACHER_TOP_K, top_k(logits, options.get("k", TOP_K)), strict=True)
         for name in self.inputs:
             if available.get(name) is None:
                 raise ValueError(f"This objective needs {name}; it was not given.")
@@ -181,9 +175,7 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     "entropy": Objective(entropy, ("student_logits",), reference="Grandvalet & Bengio 2004"),
     "confidence_shift": Objective(confidence_shift, sense="zero", reference="arXiv:1706.04599"),
-    "cosine_similarity": Objective(
-        cosine_similarity, _HIDDEN, sense="maximise", reference="arXiv:1910.01108"
-    ),
+    "cosine_similarity": Objective(cosine_similarity, _HIDDEN, "maximise", reference="arXiv:1910.01108"),
     "distribution_cosine_similarity": Objective(
         distribution_cosine_similarity, sense="maximise", reference="Salton, Wong & Yang 1975"
     ),
@@ -233,8 +225,8 @@ def mixture(*, temperature: float = 1.0, **weights: float) -> Objective:
     Reference:
       Hinton et al. 2015 (arXiv:1503.02531) mix the teacher's distribution and the gold label.
     """
-    terms = [(name, {}, number(**{name: weight})) for name, weight in weights.items()]
-    return _mixed(terms, number(temperature=temperature))
+    terms = [(name, {}, number(name, weight)) for name, weight in weights.items()]
+    return _mixed(terms, number("temperature", temperature))
 
 
 def parse(text: str) -> Objective:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_mask, check_not_negative
+from jaxsp.losses.checks import Losses, Mask, check_mask, check_not_negative
 
 if TYPE_CHECKING:
-    from jaxsp.typing import Array, Bool, Float
+    from jaxsp.typing import Array, Float
+
+    Weights = Float[Array, "*b t"] | Float[Array, "*b"] | None
 
 
 class Total(NamedTuple):
@@ -24,12 +26,7 @@ class Total(NamedTuple):
     count: Float[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
-def masked_sum(
-    values: Float[Array, "*b t"],
-    mask: Bool[Array, "*b t"] | None = None,
-    *,
-    weights: Float[Array, "*b t"] | Float[Array, "*b"] | None = None,
-) -> Total:
+def masked_sum(values: Losses, mask: Mask = None, *, weights: Weights = None) -> Total:
     """Sum and count of the values where the mask is True.
 
     Args:
@@ -61,7 +58,7 @@ def masked_sum(
             f"weights must have shape {list(values.shape)} (of positions) or"
             f" {list(values.shape[:-1])} (of sequences), not {list(weights.shape)}."
         )
-    check_not_negative(weights=weights)
+    check_not_negative("weights", weights)
     weights = jax.lax.stop_gradient(jnp.where(mask, weights, 0.0)).astype(jnp.float32)
     # A position of weight 0 is masked too: 0 times infinity is not 0.
     total = jnp.sum(jnp.where(weights != 0, values, 0.0) * weights, dtype=jnp.float32)
@@ -86,12 +83,7 @@ def merge(*totals: Total) -> Total:
     return Total(sum(t.total for t in totals), sum(t.count for t in totals))  # type: ignore[arg-type]
 
 
-def masked_mean(
-    values: Float[Array, "*b t"] | Total,
-    mask: Bool[Array, "*b t"] | None = None,
-    *,
-    weights: Float[Array, "*b t"] | Float[Array, "*b"] | None = None,
-) -> Float[Array, ""]:
+def masked_mean(values: Losses | Total, mask: Mask = None, *, weights: Weights = None) -> Float[Array, ""]:
     """(Weighted) mean over the positions where the mask is True; 0 where there are none.
 
     Args:
@@ -110,10 +102,8 @@ def masked_mean(
       >>> float(masked_mean(jnp.array([1.0, 3.0, 9.0]), jnp.array([True, True, False])))
       2.0
     """
-    if isinstance(values, Total):
-        if mask is not None or weights is not None:
-            raise ValueError("A Total is already reduced: give mask and weights to masked_sum.")
-        total, count = values
-    else:
-        total, count = masked_sum(values, mask, weights=weights)
-    return total / jnp.where(count > 0, count, 1.0)
+    if not isinstance(values, Total):
+        values = masked_sum(values, mask, weights=weights)
+    elif mask is not None or weights is not None:
+        raise ValueError("A Total is already reduced: give mask and weights to masked_sum.")
+    return values.total / jnp.where(values.count > 0, values.count, 1.0)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import prepare
-
-if TYPE_CHECKING:
-    from jaxsp.losses.checks import Hidden, Logits, Losses, Mask
-    from jaxsp.typing import Array
+from jaxsp.losses.checks import Hidden, Logits, Losses, Mask, prepare
+from jaxsp.typing import Array
 
 
 def cosine_similarity(teacher: Hidden, student: Hidden, mask: Mask = None) -> Losses:

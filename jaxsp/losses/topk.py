@@ -49,7 +49,7 @@ def top_k(logits: Logits, k: int = TOP_K) -> TopK:
       ['0.60', '0.30']
     """
     check_floating(logits=logits)
-    check_count(k=k)
+    check_count("k", k)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return TopK(*jax.lax.top_k(log_probs, min(k, logits.shape[-1])))
 
@@ -94,8 +94,8 @@ def topk_kl_divergence(
     Reference:
       The data-processing inequality: Cover & Thomas 2006, Elements of Information Theory, ch. 2.
     """
-    log_p, ids, logits, mask = _prepared(teacher_log_probs, teacher_ids, student_logits, mask, k)
-    log_q, log_q_tail = _listed_and_tail(logits, ids)
+    log_p, ids, log_q, mask = _prepared(teacher_log_probs, teacher_ids, student_logits, mask, k)
+    log_q, log_q_tail = _listed_and_tail(log_q, ids)
     p_tail = -jnp.expm1(jax.nn.logsumexp(log_p, axis=-1))
     some = p_tail > 0
     rest = p_tail * (jnp.log(jnp.where(some, p_tail, 1.0)) - jnp.where(some, log_q_tail, 0.0))
@@ -145,8 +145,8 @@ def truncated_kl_divergence(
     Reference:
       Eyuboglu et al. 2025, Cartridges (arXiv:2506.06266), trains on the top tokens of the teacher.
     """
-    log_p, ids, logits, mask = _prepared(teacher_log_probs, teacher_ids, student_logits, mask, k)
-    log_q = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), ids, axis=-1, mode="fill")
+    log_p, ids, log_q, mask = _prepared(teacher_log_probs, teacher_ids, student_logits, mask, k)
+    log_q = jnp.take_along_axis(log_q, ids, axis=-1, mode="fill")
     return jnp.where(mask, jnp.sum(kl_terms(log_p, log_q), axis=-1), 0.0)
 
 
@@ -156,9 +156,9 @@ def _prepared(
     """Checked; under the mask all is replaced by numbers, so that no NaN there reaches a gradient."""
     mask, logits = prepare(mask, student_logits=student_logits)
     check_floating("k", teacher_log_probs=teacher_log_probs)
-    check_batch(mask.shape, "k", teacher_log_probs=teacher_log_probs)
+    check_batch("teacher_log_probs", teacher_log_probs, mask.shape, "k")
     if k is not None:
-        check_count(k=k)
+        check_count("k", k)
     vocabulary = logits.shape[-1]
     log_p = jax.lax.stop_gradient(teacher_log_probs).astype(jnp.float32)
     there = mask[..., None] & (log_p != -jnp.inf)
@@ -166,15 +166,15 @@ def _prepared(
     ids = teacher_ids.astype(jnp.int32)
     # Out of range on either side reads NaN; an entry that is not there takes no token from the tail.
     ids = jnp.where(there & (ids >= 0), ids, vocabulary)
-    return jnp.where(mask[..., None], log_p, -jnp.inf)[..., :k], ids[..., :k], logits, mask
+    log_p = jnp.where(mask[..., None], log_p, -jnp.inf)
+    return log_p[..., :k], ids[..., :k], jax.nn.log_softmax(logits, axis=-1), mask
 
 
-def _listed_and_tail(logits: Array, ids: Array) -> tuple[Array, Array]:
+def _listed_and_tail(log_q: Array, ids: Array) -> tuple[Array, Array]:
     """The student's log-probabilities of the listed tokens, and of all others together.
 
     The tail is summed over the others themselves: 1 minus the listed mass would lose a small one.
     """
-    log_q = jax.nn.log_softmax(logits, axis=-1)
     listed = jnp.take_along_axis(log_q, ids, axis=-1, mode="fill")
     others = jnp.put_along_axis(log_q, ids, -jnp.inf, axis=-1, inplace=False, mode="drop")
     # An empty tail (all of the vocabulary listed) has log-probability -inf, and no gradient.

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import prepare
-
-if TYPE_CHECKING:
-    from jaxsp.losses.checks import Logits, Losses, Mask
+from jaxsp.losses.checks import Logits, Losses, Mask, prepare
 
 
 def entropy(logits: Logits, mask: Mask = None, *, temperature: float = 1.0) -> Losses:

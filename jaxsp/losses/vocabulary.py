@@ -7,13 +7,10 @@ the axis by ``psum``, the largest logit by ``pmax``; all shards get the same val
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    from jaxsp.typing import Array
+from jaxsp.typing import Array
 
 
 def shards(axis_name: str | None) -> int:

@@ -12,24 +12,20 @@ import jax.numpy as jnp
 
 from jaxsp.typing import Array, Float, KeyValues
 
+Sigma = dict[str, Float[Array, "k d"]]
 
-def initial(
-    vectors: Float[Array, "k d"], key_values: Callable[[], KeyValues]
-) -> dict[str, Float[Array, "k d"]]:
+
+def initial(vectors: Float[Array, "k d"], key_values: Callable[[], KeyValues]) -> Sigma:
     """σ that starts as these input vectors, float32."""
     del key_values
     return {"embeddings": jnp.asarray(vectors, jnp.float32)}
 
 
-def prefix(
-    sigma: dict[str, Float[Array, "k d"]],
-    preamble: KeyValues,
-    prefill: Callable[[Array, KeyValues], KeyValues],
-) -> KeyValues:
+def prefix(sigma: Sigma, preamble: KeyValues, prefill: Callable[[Array, KeyValues], KeyValues]) -> KeyValues:
     """``preamble`` followed by σ, read by the model; differentiable in σ."""
     return prefill(sigma["embeddings"][None], preamble)
 
 
-def length(sigma: dict[str, Float[Array, "k d"]]) -> int:
+def length(sigma: Sigma) -> int:
     """K, in slots."""
     return sigma["embeddings"].shape[0]
