@@ -127,7 +127,7 @@ class Compress(_Run):
             queries,
             held_out=held_out,
             progress=processes.is_first(),
-            **dataclasses.asdict(self.output),
+            **vars(self.output),
             **plain(settings),
         )
         if processes.is_first():
@@ -156,22 +156,17 @@ class CompressMany(_Run):
             check_limits("at_once", self.at_once, at_least=1)
         settings = self.begin()
         jobs, model = read_rows(self.contexts), self.load(settings)
-        leads = processes.is_first()
-        results = open_run(
-            model,
-            jobs,
-            plain(settings),
-            out=self.output.out,
-            start=Start(self.output.resume, self.output.overwrite, self.keep_going),
+        start = Start(
+            **vars(self.output),
+            display=Display(visible=processes.is_first()),
+            keep_going=self.keep_going,
             at_once=self.at_once,
-            callbacks=(),
-            display=Display(visible=leads),
         )
         rows, failed = [], []
-        for result in results:
+        for result in open_run(model, jobs, plain(settings), start):
             rows.append(console.result_row(result))
             failed += [result.report["id"]] if result.error else []
-        if leads:
+        if processes.is_first():
             console.print_results(rows)
         if failed:
             print(f"jaxsp: {len(failed)} failed: {', '.join(failed)}.", file=sys.stderr)

@@ -143,7 +143,12 @@ def teacher_key(model: LanguageModel, job: TokenizedJob, settings: TeacherSettin
         job.given_ids,
         plain(settings),
     )
-    return hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
+    return digest(asked)
+
+
+def digest(value: Any) -> str:
+    """A short text, equal for values that are written alike."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def run_teacher(
