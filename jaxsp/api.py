@@ -206,8 +206,6 @@ def evaluate(
     problem = run_teacher(model, job, settings.teacher, read_preamble(model), display)
     with display.phase("evaluate", "Evaluation"):
         sigmas = {"prompt": prompt.sigma, "initial": start_state(model, problem, settings).sigma}
-        found = brackets.prefixes(model, problem, sigmas, prompt.kind)
-        measured = brackets.measure(model, problem, found, settings.teacher.max_answer_tokens)
-        measured["full_context"] = brackets.measure_full_context(model, problem)
+        measured = brackets.measure_all(model, problem, sigmas, settings, known={})
         summary = reports.summarise(model, problem, measured, settings.training.seed)
     return {**reports.header(model, prompt), **summary}

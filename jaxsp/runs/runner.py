@@ -390,22 +390,14 @@ class Runner:
 
         The brackets, which σ has no part in, are measured once for all jobs that have the same.
         """
-        settings, kind = job.settings, job.settings.prompt.kind
-        initial = start_state(self.model, problem, settings).sigma
-        key = bracket_key(self.model, problem.job, settings, initial)
+        initial = start_state(self.model, problem, job.settings).sigma
+        key = bracket_key(self.model, problem.job, job.settings, initial)
+        known = self.brackets.get(key) or {}
         with display.phase("evaluate", "Evaluation"):
             sigmas = {"prompt": sigma, "initial": initial}
-            found = brackets.prefixes(self.model, problem, sigmas, kind)
-            known = self.brackets.get(key)
-            if known is not None:
-                found = {"prompt": found["prompt"]}
-            measured = brackets.measure(self.model, problem, found, settings.teacher.max_answer_tokens)
-            if known is None:
-                measured["full_context"] = brackets.measure_full_context(self.model, problem)
-                known = {name: found for name, found in measured.items() if name != "prompt"}
-                self.brackets.keep(key, known)
-            every = {**known, "prompt": measured["prompt"]}
-            return reports.summarise(self.model, problem, every, settings.training.seed)
+            measured = brackets.measure_all(self.model, problem, sigmas, job.settings, known)
+            self.brackets.keep(key, {name: m for name, m in measured.items() if name != "prompt"})
+            return reports.summarise(self.model, problem, measured, job.settings.training.seed)
 
 
 def _checkpoints(folder: Path) -> Checkpoints:
