@@ -29,7 +29,8 @@ CONDITIONS = {
 }
 
 TRAINED = ("prompt", "no_context")
-"""Conditions measured on the training queries, too, as the verdict compares them there."""
+"""Conditions measured on the training queries, too, as the verdict compares them there; their answers to the
+others are reported."""
 
 
 class Measured(NamedTuple):

@@ -93,11 +93,7 @@ def summarise(
             "kl_no_context": float(kl["no_context"][i] / counts[i]),
             "peak_kl": float(positions["prompt"]["kl"][i].max()),
             "answer_full_context": _text(model, problem.answers[i]),
-            **{
-                f"answer_{name}": answers[name][i].text
-                for name in ("prompt", "no_context")
-                if not is_train[i]
-            },
+            **{f"answer_{name}": answers[name][i].text for name in TRAINED if not is_train[i]},
         }
         for i, query in enumerate(problem.job.queries)
     ]
@@ -132,7 +128,7 @@ def header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
 
 
 def write(report: dict[str, Any], lines: list[dict[str, Any]], directory: Path) -> None:
-    """Writes plots, ``report.md`` and, last, ``report.json`` into ``directory``."""
+    """Writes plots and ``report.md`` into ``directory``."""
     from jaxsp.evaluation import plots
 
     folder, held_out = directory / "plots", report["held_out"]["conditions"]
@@ -141,7 +137,6 @@ def write(report: dict[str, Any], lines: list[dict[str, Any]], directory: Path) 
     plots.by_position(report["by_position"], folder / "by_position.png")
     plots.by_query(report["queries"], folder / "by_query.png")
     atomic_write(directory / "report.md", markdown(report))
-    atomic_write(directory / "report.json", as_json(report))
 
 
 def as_json(value: Any) -> str:

@@ -170,11 +170,9 @@ def make_job(model: LanguageModel, row: Any, defaults: Mapping[str, Any]) -> Job
         )
     if not (isinstance(context, str) and context.strip()):
         raise UserError("the context must be a text that is not empty")
-    for key in ("queries", "held_out"):
-        if key in row and not isinstance(row[key], list | tuple | float | int):
+    for key, kinds in {"queries": list | tuple, "held_out": list | tuple | float | int}.items():
+        if key in row and not isinstance(row[key], kinds):
             raise UserError(f"{key} must be a list of queries, not {row[key]!r:.60}")
-    if isinstance(row["queries"], float | int):
-        raise UserError(f"queries must be a list of queries, not {row['queries']!r}")
     own = {key: value for key, value in row.items() if key not in _KEYS}
     if own.keys() & {"parallel", "mesh"}:
         raise UserError("a row can't have devices of its own; give parallel and mesh for the whole run")
