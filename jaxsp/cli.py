@@ -121,16 +121,10 @@ class Compress(_Run):
         settings = self.begin()
         context, queries = read_context(self.context), read_queries(self.queries)
         held_out = read_queries(self.held_out) if isinstance(self.held_out, str) else self.held_out
-        result = api.compress(
-            self.load(settings),
-            context,
-            queries,
-            held_out=held_out,
-            progress=processes.is_first(),
-            **vars(self.output),
-            **plain(settings),
-        )
-        if processes.is_first():
+        model, leads = self.load(settings), processes.is_first()
+        options = {**vars(self.output), **plain(settings)}
+        result = api.compress(model, context, queries, held_out=held_out, progress=leads, **options)
+        if leads:
             console.print_summary(result, self.output.out, _STARTED)
 
 
@@ -191,12 +185,9 @@ class Plan(Settings, ModelOptions):
         from jaxsp.models.load import model_config
 
         settings = _checked(self)
-        found = plan.plan(
-            model_config(self.model, self.dtype, self.weights),
-            settings,
-            context_tokens=self.context_tokens,
-            query_tokens=self.query_tokens,
-        )
+        config = model_config(self.model, self.dtype, self.weights)
+        sizes = {"context_tokens": self.context_tokens, "query_tokens": self.query_tokens}
+        found = plan.plan(config, settings, **sizes)
         if self.json:
             memory = {**dataclasses.asdict(found.memory), "total": found.memory.total}
             print(json.dumps({**dataclasses.asdict(found), "memory": memory}, indent=2))
@@ -314,16 +305,9 @@ class Demo:
             context = read_context(sample / "manual.md")
             queries = read_queries(sample / "questions.txt")
             held_out = read_queries(sample / "held_out.txt")
-        result = api.compress(
-            self.model.load(),
-            context,
-            queries,
-            held_out=held_out,
-            out=self.out,
-            resume=self.resume,
-            overwrite=not self.resume,
-            **settings,
-        )
+        output = {"out": self.out, "resume": self.resume, "overwrite": not self.resume}
+        model = self.model.load()
+        result = api.compress(model, context, queries, held_out=held_out, **output, **settings)
         console.print_answers(result.report, most=3)
         console.print_summary(result, self.out, _STARTED)
         print(f'Ask it yourself:  jaxsp ask {shlex.quote(self.out)} "How long is the cable?"')

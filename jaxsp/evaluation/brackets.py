@@ -99,13 +99,8 @@ def measure(
         jnp.concatenate([prefix.values for prefix in distinct.values()], axis=1),
         jnp.concatenate([prefix.positions for prefix in distinct.values()], axis=0),
     )
-    answers = answer_ids(
-        model,
-        stacked,
-        queries * count,
-        max_tokens=max_tokens,
-        after=np.repeat(np.arange(count), len(queries)).tolist() if count > 1 else None,
-    )
+    after = np.repeat(np.arange(count), len(queries)).tolist() if count > 1 else None
+    answers = answer_ids(model, stacked, queries * count, max_tokens=max_tokens, after=after)
     measured = {
         key: Measured(
             _positions(model, prefix, problem, held_out_alone=key not in trained),

@@ -53,14 +53,9 @@ def _compare(
     params: Params, config: DecoderConfig, states: Array, rows: Rows, names: tuple[str, ...]
 ) -> dict[str, Array]:
     first, *others = names
+    head, mask = decoder.unembedding(params, config), jnp.asarray(rows.mask)
     values, measured = fused_objective(
-        first,
-        states,
-        decoder.unembedding(params, config),
-        jnp.asarray(rows.mask),
-        metrics=others,
-        softcap=config.logit_softcap,
-        **rows.teacher_inputs,
+        first, states, head, mask, metrics=others, softcap=config.logit_softcap, **rows.teacher_inputs
     )
     return {first: values, **measured}
 

@@ -327,15 +327,10 @@ class Runner:
             if not self.single:
                 folder.start(job.identity(self.model))
             folder.metrics.unlink(missing_ok=True)
-        return TrainingJob(
-            job.id,
-            start_state(self.model, problem, settings),
-            problem.train,
-            problem.held_out,
-            Packing.of(problem.rows.lengths, settings.training.batch_size),
-            settings.training.patience,
-            folder and folder.metrics,
-        )
+        state, metrics = start_state(self.model, problem, settings), folder and folder.metrics
+        packing = Packing.of(problem.rows.lengths, settings.training.batch_size)
+        rows = problem.train, problem.held_out
+        return TrainingJob(job.id, state, *rows, packing, settings.training.patience, metrics)
 
     # Teacher and evaluation
 
