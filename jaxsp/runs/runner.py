@@ -71,6 +71,11 @@ class Start:
     keep_going: bool = False
     at_once: int | None = None
 
+    @property
+    def folder(self) -> RunFolder | None:
+        """The folder ``out``."""
+        return None if self.out is None else RunFolder(self.out)
+
 
 class Runner:
     """A run of jobs; ``results`` does them.
@@ -78,28 +83,21 @@ class Runner:
     Args:
       model: the frozen model.
       jobs: all of them, also those that are finished.
-      folder: of the run, ready; ``None`` to write nothing.
-      start: who hears of it, and how many prompts train in one step.
+      start: its folder, which is ready; who hears of it; how many prompts train in one step.
       single: the run is its only job, whose folder is the run's own.
     """
 
     def __init__(
-        self,
-        model: LanguageModel,
-        jobs: Sequence[Job],
-        folder: RunFolder | None,
-        start: Start,
-        *,
-        single: bool = False,
+        self, model: LanguageModel, jobs: Sequence[Job], start: Start, *, single: bool = False
     ) -> None:
         mesh = mesh_of(jobs[0].settings)
         # One job is done by all processes together; of many, each does some by itself.
         self.divided = processes.are_several() and not single
-        if self.divided and folder is None:
+        if self.divided and start.folder is None:
             raise UserError("Several processes need a folder that all can reach: pass out=....")
         self.mesh = local(mesh) if mesh is not None and self.divided else mesh
         self.model = model if mesh is None else model.on(mesh)
-        self.jobs, self.folder, self.single = list(jobs), folder, single
+        self.jobs, self.folder, self.single = list(jobs), start.folder, single
         self.at_once, self.callbacks, self.display = start.at_once, start.callbacks, start.display
         self.preamble = read_preamble(self.model)
         self.problems = _Kept[Problem]()

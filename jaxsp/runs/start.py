@@ -31,7 +31,7 @@ def open_run(
     """
     if start.at_once is not None:
         check_limits("at_once", start.at_once, at_least=1)
-    folder = _checked_folder(start)
+    _check_folder(start)
     if not rows:
         raise UserError("There is no context to compress; give at least one.")
     jobs, problems = check_jobs(model, rows, settings)
@@ -42,14 +42,14 @@ def open_run(
         start.display.say(f"Skipped: {problem}")
     if not jobs:
         raise UserError("None of the jobs can be done.")
-    runner = Runner(model, jobs, folder, start)
+    runner = Runner(model, jobs, start)
     shared = decides_result(make_settings(settings))
     identity = {
         **model_identity(model),
         "settings": {name: shared[name] for name in settings if name in shared},
     }
-    _open(folder, identity, start, {**identity, "jobs": digest(jobs)})
-    if folder is not None and start.overwrite and processes.is_first():
+    _open(start, identity, {**identity, "jobs": digest(jobs)})
+    if (folder := start.folder) is not None and start.overwrite and processes.is_first():
         for job in jobs:  # no longer finished
             RunFolder(folder.directory / job.id).report.unlink(missing_ok=True)
     return runner.results()
@@ -63,31 +63,28 @@ def run_one(
     Raises:
       UserError: something is invalid; nothing is then done.
     """
-    folder = _checked_folder(start)
+    _check_folder(start)
     try:
         job = make_job(model, row, settings)
     except UserError as error:
         told = str(error).rstrip(".")
         raise UserError(f"{told[0].upper()}{told[1:]}.") from error
-    runner = Runner(model, [job], folder, start, single=True)
+    runner = Runner(model, [job], start, single=True)
     identity = job.identity(model)
-    _open(folder, identity, start, identity)
+    _open(start, identity, identity)
     (result,) = runner.results()
     return result
 
 
-def _checked_folder(start: Start) -> RunFolder | None:
-    if start.out is not None:
-        folder = RunFolder(start.out)
+def _check_folder(start: Start) -> None:
+    if (folder := start.folder) is not None:
         processes.on_first_process(lambda: folder.check(resume=start.resume, overwrite=start.overwrite))
-        return folder
-    if start.resume or start.overwrite:
+    elif start.resume or start.overwrite:
         raise UserError("resume and overwrite need a folder: pass out=....")
-    return None
 
 
-def _open(folder: RunFolder | None, identity: dict[str, Any], start: Start, agreed: dict[str, Any]) -> None:
+def _open(start: Start, identity: dict[str, Any], agreed: dict[str, Any]) -> None:
     processes.assert_same(agreed)
-    if folder is not None:
+    if (folder := start.folder) is not None:
         begin = folder.check_same if start.resume else folder.start
         processes.on_first_process(lambda: begin(identity))
