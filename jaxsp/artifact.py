@@ -214,7 +214,10 @@ def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     sigma: dict[str, Any] = {}
     for path, array in arrays.items():
         *folders, name = path.split("/")
-        functools.reduce(lambda place, folder: place.setdefault(folder, {}), folders, sigma)[name] = array
+        place = sigma
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = array
     return sigma
 
 

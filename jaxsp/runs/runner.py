@@ -51,7 +51,7 @@ KEPT = 128
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """How a run begins, goes on or replaces another, and who hears of it; no result depends on it.
+    """How a run begins, goes on or replaces another, and who hears of it.
 
     Attributes:
       out: its folder; ``None`` to write nothing.
@@ -73,7 +73,7 @@ class Start:
 
     @property
     def folder(self) -> RunFolder | None:
-        """The folder ``out``."""
+        """The paths in ``out``."""
         return None if self.out is None else RunFolder(self.out)
 
 
