@@ -79,15 +79,8 @@ def compress(
       (4, ['high', 'low', 'value'], 3)
     """
     row = {"id": "prompt", "context": context, "queries": queries, "held_out": held_out}
-    result = run_one(
-        model,
-        row,
-        settings,
-        out=out,
-        start=Start(resume, overwrite),
-        callbacks=callbacks,
-        display=Display(visible=progress),
-    )
+    start = Start(out, resume, overwrite, Display(visible=progress), callbacks)
+    result = run_one(model, row, settings, start)
     if result.error:
         where = "" if out is None else f" The best prompt until then is saved in {out}."
         raise NonFiniteLoss(f"{result.error}{where}", result)
@@ -148,16 +141,9 @@ def compress_many(
       >>> [r.report["id"] for r in jaxsp.compress_many(model, jobs, **options)]
       ['a', 'b']
     """
-    return open_run(
-        model,
-        [(f"job {i}", row) for i, row in enumerate(jobs, start=1)],
-        settings,
-        out=out,
-        start=Start(resume, overwrite, keep_going),
-        at_once=at_once,
-        callbacks=callbacks,
-        display=Display(visible=progress),
-    )
+    rows = [(f"job {i}", row) for i, row in enumerate(jobs, start=1)]
+    start = Start(out, resume, overwrite, Display(visible=progress), callbacks, keep_going, at_once)
+    return open_run(model, rows, settings, start)
 
 
 def ask(model: LanguageModel, prompt: SoftPrompt, question: str, *, max_tokens: int = 128) -> str:
@@ -220,8 +206,6 @@ def evaluate(
     problem = run_teacher(model, job, settings.teacher, read_preamble(model), display)
     with display.phase("evaluate", "Evaluation"):
         sigmas = {"prompt": prompt.sigma, "initial": start_state(model, problem, settings).sigma}
-        found = brackets.prefixes(model, problem, sigmas, prompt.kind)
-        measured = brackets.measure(model, problem, found, settings.teacher.max_answer_tokens)
-        measured["full_context"] = brackets.measure_full_context(model, problem)
+        measured = brackets.measure_all(model, problem, sigmas, settings, known={})
         summary = reports.summarise(model, problem, measured, settings.training.seed)
     return {**reports.header(model, prompt), **summary}

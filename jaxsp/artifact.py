@@ -92,24 +92,23 @@ class SoftPrompt:
                 f"This prompt was trained for {self.weights} weights, the loaded model has"
                 f" {model.config.weights} ones; load it with weights={self.weights!r}."
             )
-        expected = {
-            "model weights": self.manifest["model"]["fingerprint"],
-            "tokenizer": self.manifest["tokenizer"]["fingerprint"],
+        fingerprints = {
+            "model weights": (self.manifest["model"]["fingerprint"], model.fingerprint),
+            "tokenizer": (self.manifest["tokenizer"]["fingerprint"], tokenizer_fingerprint(model.tokenizer)),
         }
-        actual = {"model weights": model.fingerprint, "tokenizer": tokenizer_fingerprint(model.tokenizer)}
-        for what, theirs in expected.items():
-            if actual[what] != theirs:
+        for what, (theirs, actual) in fingerprints.items():
+            if actual != theirs:
                 raise UserError(
                     f"This prompt belongs to another model: its {what} are those of"
                     f" {self.manifest['model']['name']} ({theirs[:12]}), the loaded model is"
-                    f" {model.name} ({actual[what][:12]})."
+                    f" {model.name} ({actual[:12]})."
                 )
 
     def save(self, directory: str | Path) -> None:
         """Writes the files into ``directory``, the manifest last: it never stands alone."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        data = save(_named(self.sigma))
+        data = save(named_arrays(self.sigma))
         manifest = {**self.manifest, "sha256": hashlib.sha256(data).hexdigest()}
         if self.context is not None:
             atomic_write(directory / CONTEXT, self.context)
@@ -202,14 +201,16 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _named(sigma: PyTree) -> dict[str, np.ndarray]:
-    """The arrays of nested dicts by their paths, as safetensors keeps them."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(sigma)
-    return {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
+def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
+    """The arrays of a tree by their paths, in its order, as safetensors keeps them."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The nested dicts that ``_named`` was given."""
+    """The nested dicts that ``named_arrays`` was given."""
     sigma: dict[str, Any] = {}
     for path, array in arrays.items():
         *folders, name = path.split("/")

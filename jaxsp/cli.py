@@ -121,16 +121,10 @@ class Compress(_Run):
         settings = self.begin()
         context, queries = read_context(self.context), read_queries(self.queries)
         held_out = read_queries(self.held_out) if isinstance(self.held_out, str) else self.held_out
-        result = api.compress(
-            self.load(settings),
-            context,
-            queries,
-            held_out=held_out,
-            progress=processes.is_first(),
-            **dataclasses.asdict(self.output),
-            **plain(settings),
-        )
-        if processes.is_first():
+        model, leads = self.load(settings), processes.is_first()
+        options = {**vars(self.output), **plain(settings)}
+        result = api.compress(model, context, queries, held_out=held_out, progress=leads, **options)
+        if leads:
             console.print_summary(result, self.output.out, _STARTED)
 
 
@@ -156,22 +150,17 @@ class CompressMany(_Run):
             check_limits("at_once", self.at_once, at_least=1)
         settings = self.begin()
         jobs, model = read_rows(self.contexts), self.load(settings)
-        leads = processes.is_first()
-        results = open_run(
-            model,
-            jobs,
-            plain(settings),
-            out=self.output.out,
-            start=Start(self.output.resume, self.output.overwrite, self.keep_going),
+        start = Start(
+            **vars(self.output),
+            display=Display(visible=processes.is_first()),
+            keep_going=self.keep_going,
             at_once=self.at_once,
-            callbacks=(),
-            display=Display(visible=leads),
         )
         rows, failed = [], []
-        for result in results:
+        for result in open_run(model, jobs, plain(settings), start):
             rows.append(console.result_row(result))
             failed += [result.report["id"]] if result.error else []
-        if leads:
+        if processes.is_first():
             console.print_results(rows)
         if failed:
             print(f"jaxsp: {len(failed)} failed: {', '.join(failed)}.", file=sys.stderr)
@@ -196,12 +185,9 @@ class Plan(Settings, ModelOptions):
         from jaxsp.models.load import model_config
 
         settings = _checked(self)
-        found = plan.plan(
-            model_config(self.model, self.dtype, self.weights),
-            settings,
-            context_tokens=self.context_tokens,
-            query_tokens=self.query_tokens,
-        )
+        config = model_config(self.model, self.dtype, self.weights)
+        sizes = {"context_tokens": self.context_tokens, "query_tokens": self.query_tokens}
+        found = plan.plan(config, settings, **sizes)
         if self.json:
             memory = {**dataclasses.asdict(found.memory), "total": found.memory.total}
             print(json.dumps({**dataclasses.asdict(found), "memory": memory}, indent=2))
@@ -319,16 +305,9 @@ class Demo:
             context = read_context(sample / "manual.md")
             queries = read_queries(sample / "questions.txt")
             held_out = read_queries(sample / "held_out.txt")
-        result = api.compress(
-            self.model.load(),
-            context,
-            queries,
-            held_out=held_out,
-            out=self.out,
-            resume=self.resume,
-            overwrite=not self.resume,
-            **settings,
-        )
+        output = {"out": self.out, "resume": self.resume, "overwrite": not self.resume}
+        model = self.model.load()
+        result = api.compress(model, context, queries, held_out=held_out, **output, **settings)
         console.print_answers(result.report, most=3)
         console.print_summary(result, self.out, _STARTED)
         print(f'Ask it yourself:  jaxsp ask {shlex.quote(self.out)} "How long is the cable?"')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from jaxsp.evaluation.metrics import at_positions
 from jaxsp.models import decoder
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.settings import Settings
 from jaxsp.teacher.answers import answer_ids
 from jaxsp.teacher.problem import Problem
 from jaxsp.typing import EMPTY, KeyValues, PyTree
@@ -27,7 +29,8 @@ CONDITIONS = {
 }
 
 TRAINED = ("prompt", "no_context")
-"""Conditions measured on the training queries, too, as the verdict compares them there."""
+"""Conditions measured on the training queries, too, as the verdict compares them there; their answers to the
+others are reported."""
 
 
 class Measured(NamedTuple):
@@ -39,28 +42,39 @@ class Measured(NamedTuple):
     """Free-running answers to the held-out queries, as token ids."""
 
 
-def prefixes(
-    model: LanguageModel, problem: Problem, sigmas: Mapping[str, PyTree], kind: str
-) -> dict[str, KeyValues]:
-    """The prefixes of all conditions but the full context, of one size, so that they share compiled programs.
+def measure_all(
+    model: LanguageModel,
+    problem: Problem,
+    sigmas: Mapping[str, PyTree],
+    settings: Settings,
+    known: Mapping[str, Measured],
+) -> dict[str, Measured]:
+    """Measures every condition; the full context is what the teacher said, and not read again.
+
+    The prefixes are of one size, so that they share compiled programs.
 
     Args:
       model: the frozen model.
-      problem: whose preamble and context they are of.
-      sigmas: prompts by name, such as ``prompt`` and ``initial``, of the same length.
-      kind: of the prompts.
+      problem: the queries, and what the teacher said.
+      sigmas: ``prompt`` and ``initial``, of the same length.
+      settings: of the prompts.
+      known: what was measured before and is not measured again.
     """
-    preamble, length = problem.preamble, PROMPT_KINDS[kind].length(next(iter(sigmas.values())))
+    preamble, kind = problem.preamble, settings.prompt.kind
+    length = PROMPT_KINDS[kind].length(sigmas["prompt"])
     vectors = model.embed(problem.job.context_ids[:length]).astype(jnp.float32)
-
-    def read(sigma: PyTree, kind: str) -> KeyValues:
-        return distributions.read_prompt(model.params, model.config, sigma, preamble, kind)
-
-    return {
-        **{name: read(sigma, kind) for name, sigma in sigmas.items()},
-        "truncated_context": read({"embeddings": vectors}, "embedding"),
+    read = functools.partial(distributions.read_prompt, model.params, model.config)
+    prefixes = {
+        **{name: read(sigma, preamble, kind) for name, sigma in sigmas.items()},
+        "truncated_context": read({"embeddings": vectors}, preamble, "embedding"),
         "no_context": preamble.append(decoder.empty_prefix(model.config, length)),
     }
+    new = {name: prefix for name, prefix in prefixes.items() if name not in known}
+    measured = {**known, **measure(model, problem, new, settings.teacher.max_answer_tokens)}
+    if "full_context" not in known:
+        positions = _positions(model, None, problem, held_out_alone=True)
+        measured["full_context"] = Measured(positions, problem.job.held_out(problem.answers))
+    return measured
 
 
 def measure(
@@ -78,22 +92,15 @@ def measure(
     """
     keys = {name: _key(prefix) for name, prefix in found.items()}
     trained = {keys[name] for name in TRAINED if name in keys}
-    distinct: dict[bytes, KeyValues] = {}
-    for name, prefix in found.items():
-        distinct.setdefault(keys[name], prefix)
+    distinct = {keys[name]: prefix for name, prefix in found.items()}
     queries, count = problem.job.held_out(problem.job.query_ids), len(distinct)
     stacked = KeyValues(
         jnp.concatenate([prefix.keys for prefix in distinct.values()], axis=1),
         jnp.concatenate([prefix.values for prefix in distinct.values()], axis=1),
         jnp.concatenate([prefix.positions for prefix in distinct.values()], axis=0),
     )
-    answers = answer_ids(
-        model,
-        stacked,
-        queries * count,
-        max_tokens=max_tokens,
-        after=np.repeat(np.arange(count), len(queries)).tolist() if count > 1 else None,
-    )
+    after = np.repeat(np.arange(count), len(queries)).tolist() if count > 1 else None
+    answers = answer_ids(model, stacked, queries * count, max_tokens=max_tokens, after=after)
     measured = {
         key: Measured(
             _positions(model, prefix, problem, held_out_alone=key not in trained),
@@ -102,12 +109,6 @@ def measure(
         for i, (key, prefix) in enumerate(distinct.items())
     }
     return {name: measured[key] for name, key in keys.items()}
-
-
-def measure_full_context(model: LanguageModel, problem: Problem) -> Measured:
-    """The condition that σ is to equal: what the teacher said, without reading the context again."""
-    answers = problem.job.held_out(problem.answers)
-    return Measured(_positions(model, None, problem, held_out_alone=True), answers)
 
 
 def _positions(

@@ -15,28 +15,25 @@ from jax.sharding import Mesh
 from jaxsp import distributions
 from jaxsp.data.examples import Rows
 from jaxsp.data.packing import Packing
-from jaxsp.losses import OBJECTIVES, Objective, Total, fused_objective, masked_sum
+from jaxsp.losses import Total, fused_objective, masked_sum
 from jaxsp.models import decoder, sharding
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.typing import Array, Float, KeyValues, Params, PyTree
 
-POSITION_METRICS: dict[str, Objective] = {
-    name: OBJECTIVES[name]
-    for name in (
-        "kl",
-        "reverse_kl",
-        "js",
-        "topk_kl",
-        "nll",
-        "cosine_similarity",
-        "zero_one",
-        "rank_agreement",
-        "entropy",
-        "confidence_shift",
-    )
-}
-"""Measured at every answer position, in every report: entries of ``jaxsp.losses.OBJECTIVES``."""
+POSITION_METRICS = (
+    "kl",
+    "reverse_kl",
+    "js",
+    "topk_kl",
+    "nll",
+    "cosine_similarity",
+    "zero_one",
+    "rank_agreement",
+    "entropy",
+    "confidence_shift",
+)
+"""Measured at every answer position, in every report: keys of ``jaxsp.losses.OBJECTIVES``."""
 
 _RESAMPLES = 4000
 
@@ -56,14 +53,9 @@ def _compare(
     params: Params, config: DecoderConfig, states: Array, rows: Rows, names: tuple[str, ...]
 ) -> dict[str, Array]:
     first, *others = names
+    head, mask = decoder.unembedding(params, config), jnp.asarray(rows.mask)
     values, measured = fused_objective(
-        first,
-        states,
-        decoder.unembedding(params, config),
-        jnp.asarray(rows.mask),
-        metrics=others,
-        softcap=config.logit_softcap,
-        **rows.teacher_inputs,
+        first, states, head, mask, metrics=others, softcap=config.logit_softcap, **rows.teacher_inputs
     )
     return {first: values, **measured}
 
@@ -73,7 +65,7 @@ def at_positions(
     prefix: KeyValues | None,
     rows: Rows,
     packing: Packing,
-    names: Sequence[str] = tuple(POSITION_METRICS),
+    names: Sequence[str] = POSITION_METRICS,
 ) -> dict[str, Float[np.ndarray, "n a"]]:
     """Each named objective between the teacher and the model after ``prefix``, at every position.
 
@@ -104,11 +96,10 @@ def mean_kl_function(
     prompt without positions has KL NaN.
     """
 
+    total_kl = _total_kl(model.config, kind, mesh)
+
     def mean_kl(sigmas: PyTree, batches: Sequence[Rows]) -> np.ndarray:
-        parts = [
-            _total_kl(model.params, preamble, sigmas, rows, config=model.config, kind=kind, mesh=mesh)
-            for rows in batches
-        ]
+        parts = [total_kl(model.params, preamble, sigmas, rows) for rows in batches]
         total, count = np.sum([(np.asarray(p.total), np.asarray(p.count)) for p in parts], axis=0)
         with np.errstate(invalid="ignore"):
             return total / count
@@ -116,25 +107,17 @@ def mean_kl_function(
     return mean_kl
 
 
-@functools.partial(jax.jit, static_argnames=("config", "kind", "mesh"))
-def _total_kl(
-    params: Params,
-    preamble: KeyValues,
-    sigmas: PyTree,
-    rows: Rows,
-    *,
-    config: DecoderConfig,
-    kind: str,
-    mesh: Mesh | None,
-) -> Total:
+@functools.cache
+def _total_kl(config: DecoderConfig, kind: str, mesh: Mesh | None) -> Callable[..., Total]:
+    """The compiled sum of the KL of M prompts, one function for one choice."""
+
     def total(params: Params, preamble: KeyValues, sigmas: PyTree, rows: Rows) -> Total:
         read = functools.partial(distributions.prompt_hidden, params, config, kind=kind)
         states = jax.vmap(lambda sigma, rows: read(sigma, preamble, rows))(sigmas, rows)
         values = _compare(params, config, states, rows, ("kl",))["kl"]
         return jax.vmap(masked_sum)(values, jnp.asarray(rows.mask))
 
-    spread = sharding.over_data(total, mesh, (None, None, 0, 0), out=0)
-    return spread(params, preamble, sigmas, rows)
+    return jax.jit(sharding.over_data(total, mesh, (None, None, 0, 0), out=0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,27 +52,17 @@ def summarise(
     positions = {name: measured[name].positions for name in CONDITIONS}
     held_out = np.flatnonzero(~is_train).tolist()
     answers = {
-        name: {
-            i: Answer(ids, _text(model, ids)) for i, ids in zip(held_out, measured[name].answers, strict=True)
-        }
+        name: dict(zip(held_out, [_answer(model, ids) for ids in measured[name].answers], strict=True))
         for name in CONDITIONS
     }
     kl = {name: at["kl"].sum(axis=1) for name, at in positions.items()}
 
-    def part(split: np.ndarray, names: Iterable[str], answer_metrics: Mapping[str, Any]) -> dict[str, Any]:
-        chosen = np.flatnonzero(split).tolist()
+    def part(split: np.ndarray, names: Iterable[str]) -> dict[str, Any]:
         conditions = {
-            name: {
-                **{m: float(v[split].sum() / counts[split].sum()) for m, v in at.items()},
-                **{
-                    m: float(np.mean([f(answers["full_context"][i], answers[name][i]) for i in chosen]))
-                    for m, f in answer_metrics.items()
-                },
-            }
-            for name, at in positions.items()
-            if name in names
+            name: {m: float(v[split].sum() / counts[split].sum()) for m, v in positions[name].items()}
+            for name in names
         }
-        return {"queries": len(chosen), "conditions": conditions}
+        return {"queries": int(split.sum()), "conditions": conditions}
 
     def gap(bracket: str) -> dict[str, float]:
         ours, theirs = ((kl[name][~is_train], counts[~is_train]) for name in ("prompt", bracket))
@@ -81,10 +71,13 @@ def summarise(
     report: dict[str, Any] = {
         "gap_closed": gap("no_context"),
         "gap_closed_vs_truncated": gap("truncated_context"),
-        "held_out": part(~is_train, CONDITIONS, ANSWER_METRICS),
+        "held_out": part(~is_train, CONDITIONS),
     }
+    for name, found in report["held_out"]["conditions"].items():
+        pairs = [(answers["full_context"][i], answers[name][i]) for i in held_out]
+        found |= {m: float(np.mean([f(*pair) for pair in pairs])) for m, f in ANSWER_METRICS.items()}
     if is_train.any():
-        report["train"] = part(is_train, TRAINED, {})
+        report["train"] = part(is_train, TRAINED)
     report["queries"] = [
         {
             "query": query.text,
@@ -92,12 +85,8 @@ def summarise(
             "kl": float(kl["prompt"][i] / counts[i]),
             "kl_no_context": float(kl["no_context"][i] / counts[i]),
             "peak_kl": float(positions["prompt"]["kl"][i].max()),
-            "answer_full_context": _text(model, problem.answers[i]),
-            **{
-                f"answer_{name}": answers[name][i].text
-                for name in ("prompt", "no_context")
-                if not is_train[i]
-            },
+            "answer_full_context": _answer(model, problem.answers[i]).text,
+            **{f"answer_{name}": answers[name][i].text for name in TRAINED if not is_train[i]},
         }
         for i, query in enumerate(problem.job.queries)
     ]
@@ -132,7 +121,7 @@ def header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
 
 
 def write(report: dict[str, Any], lines: list[dict[str, Any]], directory: Path) -> None:
-    """Writes plots, ``report.md`` and, last, ``report.json`` into ``directory``."""
+    """Writes plots and ``report.md`` into ``directory``."""
     from jaxsp.evaluation import plots
 
     folder, held_out = directory / "plots", report["held_out"]["conditions"]
@@ -141,7 +130,6 @@ def write(report: dict[str, Any], lines: list[dict[str, Any]], directory: Path) 
     plots.by_position(report["by_position"], folder / "by_position.png")
     plots.by_query(report["queries"], folder / "by_query.png")
     atomic_write(directory / "report.md", markdown(report))
-    atomic_write(directory / "report.json", as_json(report))
 
 
 def as_json(value: Any) -> str:
@@ -190,8 +178,9 @@ def _interval(gap: dict[str, float]) -> str:
     return f"{gap['value']:.1%} (95% interval {gap['low']:.1%} to {gap['high']:.1%})"
 
 
-def _text(model: LanguageModel, ids: list[int]) -> str:
-    return model.tokenizer.decode(ids, skip_special_tokens=True).strip()  # type: ignore[union-attr]
+def _answer(model: LanguageModel, ids: list[int]) -> Answer:
+    text = model.tokenizer.decode(ids, skip_special_tokens=True).strip()  # type: ignore[union-attr]
+    return Answer(ids, text)
 
 
 def _one_line(text: str) -> str:

@@ -48,8 +48,7 @@ class Result:
         atomic_write(folder / "metrics.jsonl", lines)
         if self.error is None:
             reports.write(self.report, self.lines, folder)
-        else:
-            atomic_write(folder / REPORT, reports.as_json(self.report))
+        atomic_write(folder / REPORT, reports.as_json(self.report))
 
     @classmethod
     def load(cls, directory: str | Path) -> Result:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -20,7 +19,7 @@ from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.prompts.initializers import INITIALIZERS
 from jaxsp.settings import Settings, decides_result, make_settings, side_by_side
-from jaxsp.teacher.problem import TokenizedJob, tokenize
+from jaxsp.teacher.problem import TokenizedJob, digest, tokenize
 from jaxsp.training.drivers import DRIVERS
 from jaxsp.training.optimizers import make_optimizer
 from jaxsp.typing import UserError
@@ -61,9 +60,9 @@ class Job:
         return {
             **decides_result(self.settings),
             **model_identity(model),
-            "context": _digest(self.tokenized(model).context_ids.tolist()),
-            "queries": _digest([[query.text, query.answer] for query in self.train]),
-            "held_out": _digest([[query.text, query.answer] for query in self.held_out]),
+            "context": digest(self.tokenized(model).context_ids.tolist()),
+            "queries": digest([[query.text, query.answer] for query in self.train]),
+            "held_out": digest([[query.text, query.answer] for query in self.held_out]),
         }
 
 
@@ -83,7 +82,7 @@ def groups(jobs: Sequence[Job]) -> dict[str, list[Job]]:
             if size > ALIKE * starts[-1]:
                 starts.append(size)
         for start, end in itertools.pairwise([*starts, math.inf]):
-            key = _digest([str(shared), start])
+            key = digest([str(shared), start])
             found[key] = [job for job in some if start <= job.tokens < end]
     return found
 
@@ -91,10 +90,6 @@ def groups(jobs: Sequence[Job]) -> dict[str, list[Job]]:
 def model_identity(model: LanguageModel) -> dict[str, Any]:
     """The model, its weights and their dtype."""
     return {"model": model.name, "weights": model.fingerprint, "dtype": model.config.dtype}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def check_settings(settings: Settings) -> None:
@@ -175,11 +170,9 @@ def make_job(model: LanguageModel, row: Any, defaults: Mapping[str, Any]) -> Job
         )
     if not (isinstance(context, str) and context.strip()):
         raise UserError("the context must be a text that is not empty")
-    for key in ("queries", "held_out"):
-        if key in row and not isinstance(row[key], list | tuple | float | int):
+    for key, kinds in {"queries": list | tuple, "held_out": list | tuple | float | int}.items():
+        if key in row and not isinstance(row[key], kinds):
             raise UserError(f"{key} must be a list of queries, not {row[key]!r:.60}")
-    if isinstance(row["queries"], float | int):
-        raise UserError(f"queries must be a list of queries, not {row['queries']!r}")
     own = {key: value for key, value in row.items() if key not in _KEYS}
     if own.keys() & {"parallel", "mesh"}:
         raise UserError("a row can't have devices of its own; give parallel and mesh for the whole run")

@@ -50,11 +50,31 @@ KEPT = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class _Told:
-    """What the display wants to hear of."""
+class Start:
+    """How a run begins, goes on or replaces another, and who hears of it.
 
-    on_step: Callback
-    finished: Callable[[str], None]
+    Attributes:
+      out: its folder; ``None`` to write nothing.
+      resume: go on with the run that is there.
+      overwrite: replace it.
+      display: shows what goes on.
+      callbacks: hear of every step.
+      keep_going: leave out the jobs that are invalid.
+      at_once: prompts in one step; by default as many as suit the device and its memory.
+    """
+
+    out: str | Path | None
+    resume: bool
+    overwrite: bool
+    display: Display
+    callbacks: Sequence[Callback] = ()
+    keep_going: bool = False
+    at_once: int | None = None
+
+    @property
+    def folder(self) -> RunFolder | None:
+        """The paths in ``out``."""
+        return None if self.out is None else RunFolder(self.out)
 
 
 class Runner:
@@ -63,33 +83,22 @@ class Runner:
     Args:
       model: the frozen model.
       jobs: all of them, also those that are finished.
-      folder: of the run, ready; ``None`` to write nothing.
-      at_once: prompts in one step; by default as many as suit the device and its memory.
-      callbacks: hear of every step.
-      display: shows what goes on.
+      start: its folder, which is ready; who hears of it; how many prompts train in one step.
       single: the run is its only job, whose folder is the run's own.
     """
 
     def __init__(
-        self,
-        model: LanguageModel,
-        jobs: Sequence[Job],
-        folder: RunFolder | None,
-        *,
-        at_once: int | None,
-        callbacks: Sequence[Callback],
-        display: Display,
-        single: bool = False,
+        self, model: LanguageModel, jobs: Sequence[Job], start: Start, *, single: bool = False
     ) -> None:
         mesh = mesh_of(jobs[0].settings)
         # One job is done by all processes together; of many, each does some by itself.
         self.divided = processes.are_several() and not single
-        if self.divided and folder is None:
+        if self.divided and start.folder is None:
             raise UserError("Several processes need a folder that all can reach: pass out=....")
         self.mesh = local(mesh) if mesh is not None and self.divided else mesh
         self.model = model if mesh is None else model.on(mesh)
-        self.jobs, self.folder, self.single = list(jobs), folder, single
-        self.at_once, self.callbacks, self.display = at_once, callbacks, display
+        self.jobs, self.folder, self.single = list(jobs), start.folder, single
+        self.at_once, self.callbacks, self.display = start.at_once, start.callbacks, start.display
         self.preamble = read_preamble(self.model)
         self.problems = _Kept[Problem]()
         self.brackets = _Kept[dict[str, Measured]]()
@@ -97,7 +106,7 @@ class Runner:
         # They keep the seconds of each job under way.
         self.displays = collections.defaultdict[str, Display](lambda: Display(visible=False))
         if single:
-            self.displays[jobs[0].id] = display
+            self.displays[jobs[0].id] = self.display
 
     def results(self) -> Iterator[Result]:
         """Every job's result, in order; each as soon as it and all before it are finished."""
@@ -115,20 +124,20 @@ class Runner:
                 yield early.pop(job.id) if job.id in early else self._load(job)
 
         try:
-            with processes.peer_failure_as_user_error(), self._progress(len(rows)) as told:
+            with processes.peer_failure_as_user_error(), self._progress(len(rows)) as (on_step, finished):
                 yield from next_ones()
-                done = self._train_all(mine, told)
+                done = self._train_all(mine, on_step)
                 for job, result in processes.alone_while(done) if self.divided else done:
                     rows[job.id] = table.row(result.report)
                     self._write_table(rows)
-                    told.finished(f"{job.id}: {_summary(result)}")
+                    finished(f"{job.id}: {_summary(result)}")
                     if self.folder is None or waiting[0].id == job.id:
                         early[job.id] = result
                     yield from next_ones()
                 for job in to_do:
                     if job.id not in rows:
                         rows[job.id] = table.row(self._made_elsewhere(job).report)
-                        told.finished(f"{job.id}: from another process")
+                        finished(f"{job.id}: from another process")
                         yield from next_ones()
         except (KeyboardInterrupt, Interrupted) as error:
             saved = "" if self.folder is None else " It is saved; go on with the same command and --resume."
@@ -208,11 +217,12 @@ class Runner:
             table.write(ordered, self.folder.results)
 
     @contextlib.contextmanager
-    def _progress(self, done: int) -> Iterator[_Told]:
+    def _progress(self, done: int) -> Iterator[tuple[Callback, Callable[[str], None]]]:
+        """Shows what goes on; gives two functions, told of every step and of every job that is finished."""
         if self.single:
             steps = self.jobs[0].settings.training.steps
             with self.display.training(steps) as on_line:
-                yield _Told(lambda step: on_line({"step": step.number, **step.metrics}), lambda text: None)
+                yield lambda step: on_line({"step": step.number, **step.metrics}), lambda text: None
             return
         newest: dict[str, float] = {}
         with self.display.jobs(len(self.jobs), done) as show:
@@ -225,16 +235,16 @@ class Runner:
                     more = " …" if some[3:] else ""
                     show(0, f"{len(some)} in training, held-out KL {told}{more}")
 
-            yield _Told(on_step, lambda text: show(1, text))
+            yield on_step, lambda text: show(1, text)
 
     # Training
 
-    def _train_all(self, jobs: Sequence[Job], told: _Told) -> Iterator[tuple[Job, Result]]:
+    def _train_all(self, jobs: Sequence[Job], on_step: Callback) -> Iterator[tuple[Job, Result]]:
         for key, group in groups(self.jobs).items():
             if mine := [job for job in group if job in jobs]:
-                yield from self._train(key, mine, told)
+                yield from self._train(key, mine, on_step)
 
-    def _train(self, key: str, jobs: Sequence[Job], told: _Told) -> Iterator[tuple[Job, Result]]:
+    def _train(self, key: str, jobs: Sequence[Job], on_step: Callback) -> Iterator[tuple[Job, Result]]:
         """The results of jobs that can train side by side, as they finish."""
         settings, by_id = jobs[0].settings, {job.id: job for job in jobs}
         checkpoints = saved = folder = None
@@ -247,18 +257,17 @@ class Runner:
         inside = saved["jobs"] if saved else []
         queue = (self._training_job(job) for job in jobs if job.id not in inside)
         slots = len(inside) or self._slots(jobs)
-        over_prompts = self.mesh is not None and slots % self.mesh.shape[DATA] == 0
+        mesh = self.mesh  # of the evaluation: its devices share whole prompts, if they divide evenly
+        mesh = None if mesh is None or slots % mesh.shape[DATA] else mesh
         block = Block(
             queue,
             lambda slots: self._driver(settings, slots),
-            mean_kl_function(
-                self.model, self.preamble, settings.prompt.kind, self.mesh if over_prompts else None
-            ),
+            mean_kl_function(self.model, self.preamble, settings.prompt.kind, mesh),
             slots=slots,
             evaluate_every=settings.training.evaluate_every,
             checkpoints=checkpoints,
             checkpoint_every=settings.devices.checkpoint_every,
-            callbacks=[told.on_step, *self.callbacks],
+            callbacks=[on_step, *self.callbacks],
         )
         if saved and checkpoints is not None:
             self._resume(block, checkpoints, saved, by_id)
@@ -316,15 +325,10 @@ class Runner:
             if not self.single:
                 folder.start(job.identity(self.model))
             folder.metrics.unlink(missing_ok=True)
-        return TrainingJob(
-            job.id,
-            start_state(self.model, problem, settings),
-            problem.train,
-            problem.held_out,
-            Packing.of(problem.rows.lengths, settings.training.batch_size),
-            settings.training.patience,
-            folder and folder.metrics,
-        )
+        state, metrics = start_state(self.model, problem, settings), folder and folder.metrics
+        packing = Packing.of(problem.rows.lengths, settings.training.batch_size)
+        rows = problem.train, problem.held_out
+        return TrainingJob(job.id, state, *rows, packing, settings.training.patience, metrics)
 
     # Teacher and evaluation
 
@@ -379,22 +383,14 @@ class Runner:
 
         The brackets, which σ has no part in, are measured once for all jobs that have the same.
         """
-        settings, kind = job.settings, job.settings.prompt.kind
-        initial = start_state(self.model, problem, settings).sigma
-        key = bracket_key(self.model, problem.job, settings, initial)
+        initial = start_state(self.model, problem, job.settings).sigma
+        key = bracket_key(self.model, problem.job, job.settings, initial)
+        known = self.brackets.get(key) or {}
         with display.phase("evaluate", "Evaluation"):
             sigmas = {"prompt": sigma, "initial": initial}
-            found = brackets.prefixes(self.model, problem, sigmas, kind)
-            known = self.brackets.get(key)
-            if known is not None:
-                found = {"prompt": found["prompt"]}
-            measured = brackets.measure(self.model, problem, found, settings.teacher.max_answer_tokens)
-            if known is None:
-                measured["full_context"] = brackets.measure_full_context(self.model, problem)
-                known = {name: found for name, found in measured.items() if name != "prompt"}
-                self.brackets.keep(key, known)
-            every = {**known, "prompt": measured["prompt"]}
-            return reports.summarise(self.model, problem, every, settings.training.seed)
+            measured = brackets.measure_all(self.model, problem, sigmas, job.settings, known)
+            self.brackets.keep(key, {name: m for name, m in measured.items() if name != "prompt"})
+            return reports.summarise(self.model, problem, measured, job.settings.training.seed)
 
 
 def _checkpoints(folder: Path) -> Checkpoints:

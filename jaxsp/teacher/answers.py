@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxsp.models.generation import Sampling, generate
 from jaxsp.models.language_model import LanguageModel
@@ -36,13 +37,11 @@ def answer_ids(
       One list of ids per query.
     """
     done = itertools.count(1)
+    sampling = Sampling(stop_ids=model.stop_ids, max_tokens=max_tokens)
+
+    def finished(*_: Any) -> None:
+        on_batch(next(done))
+
     return generate(
-        model.params,
-        model.config,
-        prefix,
-        queries,
-        Sampling(stop_ids=model.stop_ids, max_tokens=max_tokens),
-        slots=SLOTS,
-        after=after,
-        on_finished=lambda index, ids: on_batch(next(done)),
+        model.params, model.config, prefix, queries, sampling, slots=SLOTS, after=after, on_finished=finished
     )

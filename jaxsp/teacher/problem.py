@@ -134,16 +134,13 @@ def read_preamble(model: LanguageModel) -> KeyValues:
 
 def teacher_key(model: LanguageModel, job: TokenizedJob, settings: TeacherSettings) -> str:
     """Equal where the teacher says the same: of its weights, the texts, and all of its settings."""
-    asked = (
-        model.fingerprint,
-        model.config.dtype,
-        job.preamble_ids.tolist(),
-        job.context_ids.tolist(),
-        job.query_ids,
-        job.given_ids,
-        plain(settings),
-    )
-    return hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
+    texts = job.preamble_ids.tolist(), job.context_ids.tolist(), job.query_ids, job.given_ids
+    return digest((model.fingerprint, model.config.dtype, *texts, plain(settings)))
+
+
+def digest(value: Any) -> str:
+    """A short text, equal for values that are written alike."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def run_teacher(

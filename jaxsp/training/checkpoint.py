@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from jaxsp import processes
+from jaxsp.artifact import named_arrays
 from jaxsp.training.state import TrainState
-from jaxsp.typing import PyTree, UserError
+from jaxsp.typing import UserError
 
 KEPT = 2  # the newest, and the one before it in case the newest can't be read
 _FILE = "states.safetensors"
@@ -71,7 +72,7 @@ class Checkpoints:
           UserError: it can't be read, or is of another shape.
         """
         arrays, _ = self._read()
-        here = {name: jnp.shape(leaf) for name, leaf in _named(like).items()}
+        here = {name: array.shape for name, array in named_arrays(like).items()}
         there = {name: array.shape for name, array in arrays.items()}
         if there != here:
             other = min(dict(here.items() ^ there.items()))
@@ -102,7 +103,7 @@ class _Handler(ocp.CheckpointHandler):
 
     def save(self, directory: Any, args: _Content) -> None:
         if processes.is_first():
-            save_file(_named(args.states), Path(directory) / _FILE, {"block": json.dumps(args.block)})
+            save_file(named_arrays(args.states), Path(directory) / _FILE, {"block": json.dumps(args.block)})
 
     def restore(self, directory: Any, args: _Content) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         del args
@@ -116,11 +117,3 @@ class _Handler(ocp.CheckpointHandler):
 class _Content(ocp.args.CheckpointArgs):
     states: TrainState | None = None
     block: dict[str, Any] | None = None
-
-
-def _named(states: PyTree) -> dict[str, Any]:
-    """The arrays by their paths, in the order of the tree."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(states)
-    }

@@ -129,16 +129,14 @@ class PmapDriver:
         del mesh
         self._count = jax.local_device_count()
         self._cut = cut_axis(slots, self._count)
-        over_rows = self._cut == _ROWS
-        self.multiple = (self._count if over_rows else 1) * settings.accumulate
+        axis = _AXIS if self._cut == _ROWS else None
+        self.multiple = (self._count if axis else 1) * settings.accumulate
         self._frozen = self._replicate(frozen)
-        axis = _AXIS if over_rows else None
-        self._update = jax.pmap(
-            lambda frozen, states, batches: update(
-                states, batches, frozen=frozen, settings=settings, axis_name=axis
-            ),
-            axis_name=_AXIS,
-        )
+
+        def share(frozen: Frozen, states: TrainState, batches: Rows) -> tuple[TrainState, Metrics]:
+            return update(states, batches, frozen=frozen, settings=settings, axis_name=axis)
+
+        self._update = jax.pmap(share, axis_name=_AXIS)
 
     def place(self, states: TrainState) -> TrainState:
         return self._replicate(states) if self._cut == _ROWS else self._divided(states)

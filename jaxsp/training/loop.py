@@ -202,23 +202,18 @@ class Block:
         compiled = compile_seconds() - compiled
         seconds = (time.perf_counter() - started - compiled) / len(stepping)
         for place in stepping:
-            own = {name: float(value_M[place]) for name, value_M in values.items()}
-            self._note(place, own, tokens_M[place], seconds, compiled / len(stepping))
+            slot, own = self.slots[place], {name: float(value_M[place]) for name, value_M in values.items()}
+            slot.compile_seconds += compiled / len(stepping)
+            if all(math.isfinite(value) for value in own.values()):
+                slot.advance({"step": slot.step + 1, **own, "tokens": tokens_M[place], "seconds": seconds})
+            else:
+                self._fail(place, slot.step + 1, own)
         due = [i for i in stepping if self._at_evaluation() or self.slots[i].ended]
         self._evaluate(set(due))
         if self.tick % self.checkpoint_every == 0 or any(slot.finished for slot in self._live()):
             self._save()
         self._tell(set(stepping) - set(due))
         self.ahead = self._batches() if self._running() else None
-
-    def _note(self, place: int, values: dict[str, Any], tokens: int, seconds: float, compiled: float) -> None:
-        """One prompt's step is done, or has failed."""
-        slot = self.slots[place]
-        slot.compile_seconds += compiled
-        if all(math.isfinite(value) for value in values.values()):
-            slot.advance({"step": slot.step + 1, **values, "tokens": tokens, "seconds": seconds})
-        else:
-            self._fail(place, slot.step + 1, values)
 
     def _fail(self, place: int, step: int, values: dict[str, float]) -> None:
         """Ends a prompt: σ before the step may be what was wrong, the one before that was good."""
@@ -233,9 +228,7 @@ class Block:
         if not places:
             return
         states = self.driver.fetch(self.states)
-        kl_M = processes.on_first_process(
-            lambda: np.asarray(self.evaluate(states.sigma, self.held_out)).tolist()
-        )
+        kl_M = processes.on_first_process(lambda: self.evaluate(states.sigma, self.held_out).tolist())
         for place in sorted(places):
             slot = self.slots[place]
             if slot.error is None and math.isfinite(kl_M[place]):

@@ -14,16 +14,10 @@ from jaxsp.training.state import TrainState, initial_state
 
 def start_state(model: LanguageModel, problem: Problem, settings: Settings) -> TrainState:
     """The state that the settings ask for: σ, optimizer, schedule, key."""
-    key = jax.random.key(settings.training.seed)
+    key, context_ids = jax.random.key(settings.training.seed), problem.job.context_ids
+    own = jax.random.fold_in(key, 1)
     sigma = distributions.initial_prompt(
-        model.params,
-        model.config,
-        problem.job.context_ids,
-        problem.preamble,
-        key=jax.random.fold_in(key, 1),
-        length=settings.prompt.length,
-        initial=settings.prompt.initial,
-        kind=settings.prompt.kind,
+        model.params, model.config, context_ids, problem.preamble, key=own, **vars(settings.prompt)
     )
     optimizer = make_optimizer(settings.training)
     return initial_state(sigma, optimizer, key=key, schedule=make_schedule(settings.training, sigma))

@@ -65,13 +65,8 @@ class UpdateSettings:
     @classmethod
     def of(cls, config: DecoderConfig, settings: Settings) -> UpdateSettings:
         """What of the settings is compiled into the update of a model with these hyper-parameters."""
-        return cls(
-            config,
-            settings.prompt.kind,
-            as_objective(settings.training.objective),
-            make_optimizer(settings.training),
-            settings.devices.accumulate,
-        )
+        objective, optimizer = as_objective(settings.training.objective), make_optimizer(settings.training)
+        return cls(config, settings.prompt.kind, objective, optimizer, settings.devices.accumulate)
 
 
 def loss_totals(sigmas: PyTree, frozen: Frozen, batches: Rows, settings: UpdateSettings) -> Total:
@@ -83,13 +78,9 @@ def loss_totals(sigmas: PyTree, frozen: Frozen, batches: Rows, settings: UpdateS
     read = functools.partial(distributions.prompt_hidden, frozen.params, config, kind=settings.kind)
     states = jax.vmap(lambda sigma, rows: read(sigma, frozen.preamble, rows))(sigmas, batches)
     mask = jnp.asarray(batches.mask)
+    head = decoder.unembedding(frozen.params, config)
     values, _ = fused_objective(
-        settings.objective,
-        states,
-        decoder.unembedding(frozen.params, config),
-        mask,
-        softcap=config.logit_softcap,
-        **batches.teacher_inputs,
+        settings.objective, states, head, mask, softcap=config.logit_softcap, **batches.teacher_inputs
     )
     return jax.vmap(masked_sum)(settings.objective.cost(values), mask)
 

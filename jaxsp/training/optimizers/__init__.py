@@ -34,8 +34,7 @@ def make_optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
     if not isinstance(settings.optimizer, str):
         return settings.optimizer
     if settings.optimizer not in OPTIMIZERS:
-        choices = ", ".join(OPTIMIZERS)
-        raise UserError(f"Unknown optimizer {settings.optimizer!r}; choose one of {choices}.")
+        raise UserError(f"Unknown optimizer {settings.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}.")
     # Of the settings, only what the optimizer reads: one object for one choice, so that equal updates
     # compile once.
     return _optimizer(
