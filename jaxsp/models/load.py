@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -9,12 +11,14 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 from jax.sharding import Mesh
 
 from jaxsp import compile_cache
+from jaxsp.files import atomic_write
 from jaxsp.models import sharding
 from jaxsp.models.config import DecoderConfig, Weights
 from jaxsp.models.families import FAMILIES, Family
@@ -207,14 +211,37 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _hugging_face_config(directory: Path):
-    from transformers import AutoConfig
+def _hugging_face_config(directory: Path) -> SimpleNamespace:
+    """What transformers makes of config.json, with its defaults.
 
+    That is kept for the next time: importing transformers takes longer than reading a small model, and can
+    then be done while the weights are read.
+    """
     file = directory / "config.json"
     if not file.is_file():
         raise UserError(f"{directory} is not a model directory: it has no config.json.")
+    version = importlib.metadata.version("transformers")
+    name = hashlib.sha256(file.read_bytes() + version.encode()).hexdigest()
+    with contextlib.suppress(
+        OSError, RuntimeError, ValueError
+    ):  # none is kept, it is damaged, no home folder
+        return SimpleNamespace(**json.loads((_configurations() / name).read_text("utf-8")))
+    told = _read_by_transformers(file)
+    with contextlib.suppress(OSError, RuntimeError):
+        _configurations().mkdir(parents=True, exist_ok=True)
+        atomic_write(_configurations() / name, told)
+    return SimpleNamespace(**json.loads(told))
+
+
+def _configurations() -> Path:
+    return compile_cache.cache_folder() / "configurations"
+
+
+def _read_by_transformers(file: Path) -> str:
+    from transformers import AutoConfig
+
     try:
-        hf = AutoConfig.from_pretrained(directory)
+        hf = AutoConfig.from_pretrained(file.parent)
     except Exception as error:  # of many kinds, all about this file
         _check_family(file, _json(file).get("model_type"))
         raise UserError(f"{file} is not a valid configuration ({error}).") from error
@@ -225,7 +252,7 @@ def _hugging_face_config(directory: Path):
             f"{file}: the weights are quantised ({method.get('quant_method', 'unknown method')});"
             " use the original checkpoint, or a GGUF file."
         )
-    return hf
+    return hf.to_json_string(use_diff=False)
 
 
 def _check_family(file: Path, model_type: Any) -> None:
