@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
@@ -220,7 +220,8 @@ def fused_objective(
     plan = chunked_head.Plan(objective, rule, measures, chunk_size, mask is None, softcap, axis_name)
     given = {name: array.reshape(-1, *array.shape[len(batch) :]) for name, array in given.items()}
     flat = vocabulary.like_varying(student_hidden.reshape(-1, student_hidden.shape[-1]), *given.values())
-    values, measured = chunked_head.evaluate(plan, flat, given, (teacher_head, unembedding))
+    results: Any = chunked_head.evaluate(plan, flat, given, (teacher_head, unembedding))
+    values, measured = results
     return values.reshape(batch), {name: measured[name].reshape(batch) for name in metrics}
 
 
