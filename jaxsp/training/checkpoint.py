@@ -32,7 +32,10 @@ class Checkpoints:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=False)
+        # In the caller's thread: it waits until all is safe anyway.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=KEPT, create=False, enable_async_checkpointing=False
+        )
         if not processes.are_several():
             me = jax.process_index()
             options.multiprocessing_options = ocp.options.MultiprocessingOptions(
