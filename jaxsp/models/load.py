@@ -212,7 +212,7 @@ def _download(hub_id: str) -> Path:
 
 
 def _hugging_face_config(directory: Path) -> SimpleNamespace:
-    """What transformers makes of config.json, with its defaults.
+    """The configuration that transformers makes of config.json, with its defaults.
 
     That is kept for the next time: importing transformers takes longer than reading a small model, and can
     then be done while the weights are read.
