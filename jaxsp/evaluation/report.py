@@ -179,8 +179,8 @@ def _interval(gap: dict[str, float]) -> str:
 
 
 def _answer(model: LanguageModel, ids: list[int]) -> Answer:
-    text = model.tokenizer.decode(ids, skip_special_tokens=True).strip()  # type: ignore[union-attr]
-    return Answer(ids, text)
+    tokenizer: Any = model.tokenizer  # there is one: it has encoded the queries
+    return Answer(ids, tokenizer.decode(ids, skip_special_tokens=True).strip())
 
 
 def _one_line(text: str) -> str:

@@ -51,7 +51,7 @@ KEPT = 128
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """How a run begins, goes on or replaces another, and who hears of it.
+    """The way a run begins, goes on or replaces another, and who hears of it.
 
     Attributes:
       out: its folder; ``None`` to write nothing.
