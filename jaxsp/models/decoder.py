@@ -196,7 +196,7 @@ class Decoder(nn.Module):
 def parameter_shapes(config: DecoderConfig) -> Params:
     """The parameter tree as shapes and dtypes; nothing is allocated."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(Decoder(config).init, jax.random.key(0), ids)["params"]
+    return jax.eval_shape(lambda ids: Decoder(config).init(jax.random.key(0), ids), ids)["params"]
 
 
 def _apply(params: Params, config: DecoderConfig, method: str, *arguments: Any) -> Any:

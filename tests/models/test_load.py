@@ -258,28 +258,3 @@ def test_hub_id_loads_what_was_downloaded(monkeypatch, tiny_directory):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tiny_directory))
     assert jaxsp.load_model("somebody/some-model").directory == tiny_directory
-
-
-def test_what_transformers_says_of_a_configuration_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXSP_CACHE", str(tmp_path / "cache"))
-    directory, calls = tiny.write(tmp_path / "model", with_tokenizer=False), []
-    read = load._read_by_transformers
-    monkeypatch.setattr(load, "_read_by_transformers", lambda file: calls.append(file) or read(file))
-
-    def config():
-        return load.model_config(directory, "float32")
-
-    first = config()
-    assert config() == first
-    assert len(calls) == 1
-    (kept,) = (tmp_path / "cache" / "configurations").iterdir()
-    kept.write_text(kept.read_text()[:-5])  # damaged: asked again, and kept again
-    assert config() == first
-    assert config() == first
-    assert len(calls) == 2
-    file = directory / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 99}))
-    assert config() == first.replace(window=99)
-    assert len(calls) == 3
-    monkeypatch.setenv("JAXSP_CACHE", str(file))  # no folder: not kept, and not said
-    assert config() == first.replace(window=99)

@@ -9,9 +9,9 @@ from pathlib import Path
 from jaxsp.compile_cache import cache_folder
 from jaxsp.typing import UserError
 
-__all__ = ["converted"]
+__all__ = ["converted", "is_converted"]
 
-CONVERSION = 2  # raise when what is written changes: older conversions are then not reused
+CONVERSION = 3  # raise when what is written changes: older conversions are then not reused
 
 
 def converted(path: Path) -> Path:
@@ -48,3 +48,11 @@ def converted(path: Path) -> Path:
             if not target.is_dir():  # else another process was first, with the same result
                 raise
     return target
+
+
+def is_converted(directory: Path) -> bool:
+    """Whether a model directory is one of those that ``converted`` has made.
+
+    Its config.json lacks no default, and its ``tokenizer.json`` is all of the tokenizer.
+    """
+    return directory.parent == cache_folder()

@@ -11,8 +11,9 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import gguf
@@ -100,7 +101,8 @@ def convert(path: Path, directory: Path) -> None:
     if (parts := metadata.read("split.count", int, 1)) != 1:
         raise UserError(f"it is one of {parts} parts of a model; join them with llama-gguf-split")
     config = _config(metadata, name, tensors)
-    outputs = _outputs(name, config, tensors)
+    config, places = _described(config)
+    outputs = _outputs(name, config, tensors, places)
     _tokenizer(metadata, config).save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
     _write_safetensors(directory / "model.safetensors", outputs)
@@ -243,9 +245,29 @@ def _stops(metadata: Metadata, words: list[str]) -> int | list[int] | None:
     return stops[0] if len(stops) == 1 else stops or None
 
 
-def _outputs(name: str, config: dict[str, Any], tensors: dict[str, StoredTensor]) -> dict[str, _Output]:
+def _described(config: dict[str, Any]) -> tuple[dict[str, Any], Iterable[Place]]:
+    """The configuration with the defaults of transformers, and the places of the model's tensors."""
+    from transformers import AutoConfig
+
+    family = FAMILIES[config["model_type"]]
+    try:
+        config = json.loads(AutoConfig.for_model(**config).to_json_string(use_diff=False))
+        decoder = family.config(SimpleNamespace(**config), "float32")
+        return config, places_of(decoder, family.tensors(decoder)).values()
+    except Exception as error:  # what the libraries make of sizes that no model has
+        raise UserError(f"its metadata describe no model ({error})") from error
+
+
+def _outputs(
+    name: str, config: dict[str, Any], tensors: dict[str, StoredTensor], places: Iterable[Place]
+) -> dict[str, _Output]:
     """The checkpoint's tensors by name, each of the shape that the configuration implies."""
-    known = _known(name, config)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[name.upper()], config["num_hidden_layers"])
+    known = {}
+    for place in places:
+        for theirs in place.names:
+            stem, _, kind = theirs.rpartition(".")
+            known[f"{names.get_name(stem)}.{kind}"] = theirs, place
     if missing := known.keys() - tensors.keys():
         raise UserError(f"it lacks the tensor {min(missing)}")
     if extra := tensors.keys() - known.keys():
@@ -259,25 +281,6 @@ def _outputs(name: str, config: dict[str, Any], tensors: dict[str, StoredTensor]
         heads = config[_PAIRED[part]] if name == "llama" and part in _PAIRED else 0
         outputs[theirs] = _Output(tensor, heads, place.tensor.plus)
     return outputs
-
-
-def _known(name: str, config: dict[str, Any]) -> dict[str, tuple[str, Place]]:
-    """All tensors that such a file has: their names in the checkpoint, and what they are."""
-    from transformers import AutoConfig
-
-    family = FAMILIES[config["model_type"]]
-    try:
-        decoder = family.config(AutoConfig.for_model(**config), "float32")
-        places = places_of(decoder, family.tensors(decoder))
-    except Exception as error:  # what the libraries make of sizes that no model has
-        raise UserError(f"its metadata describe no model ({error})") from error
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[name.upper()], config["num_hidden_layers"])
-    known = {}
-    for place in places.values():
-        for theirs in place.names:
-            stem, _, kind = theirs.rpartition(".")
-            known[f"{names.get_name(stem)}.{kind}"] = theirs, place
-    return known
 
 
 def _write_safetensors(path: Path, tensors: dict[str, _Output]) -> None:

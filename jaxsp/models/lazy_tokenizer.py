@@ -1,0 +1,92 @@
+"""``LazyTokenizer``: a ``transformers`` tokenizer, loaded when more is asked of it than an answer needs.
+
+Importing transformers takes longer than reading a small model's weights. The ``tokenizers`` library, which
+does the work inside, encodes and decodes without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tokenizers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class LazyTokenizer:
+    """A tokenizer in a folder of our own making, where ``tokenizer.json`` holds all of it.
+
+    It has whatever a ``transformers`` tokenizer has, and gives the same; the methods below do not load it.
+
+    Args:
+      directory: where ``tokenizer.json`` and ``tokenizer_config.json`` are.
+
+    Raises:
+      Exception: the files are absent or damaged; the library has no kind of its own for it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self._settings = json.loads((directory / "tokenizer_config.json").read_text("utf-8"))
+
+    @functools.cached_property
+    def _whole(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        whole = AutoTokenizer.from_pretrained(self._directory)
+        self._backend = whole.backend_tokenizer  # so that both know a token that is added
+        return whole
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self._whole, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._whole, name, value)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self._whole(*args, **options)
+
+    def __len__(self) -> int:
+        return self._backend.get_vocab_size()
+
+    @property
+    def vocab_size(self) -> int:
+        return self._backend.get_vocab_size(with_added_tokens=False)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        word = self._settings.get("eos_token")
+        return None if word is None else self._backend.token_to_id(word)
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._backend.get_vocab()
+
+    def convert_ids_to_tokens(self, ids: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(ids, int):
+            return self._backend.id_to_token(ids)
+        return self._whole.convert_ids_to_tokens(ids, *args, **options)
+
+    def encode(self, text: Any, *args: Any, **options: Any) -> list[int]:
+        plain = {"add_special_tokens": True, "split_special_tokens": False}
+        if args or not isinstance(text, str) or not options.keys() <= plain.keys():
+            return self._whole.encode(text, *args, **options)
+        options = plain | options
+        self._backend.encode_special_tokens = options["split_special_tokens"]
+        return self._backend.encode(text, add_special_tokens=options["add_special_tokens"]).ids
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **options: Any) -> Any:
+        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        if options or not all(isinstance(i, int | np.integer) for i in ids):
+            return self._whole.decode(token_ids, skip_special_tokens=skip_special_tokens, **options)
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
