@@ -86,12 +86,10 @@ def print_summary(result: Result, out: str, started: float) -> None:
 
 def print_answers(report: Mapping[str, Any], most: int) -> None:
     """Prints the answers to some held-out queries beside each other."""
-    table = Table("question", "full context", "soft prompt σ", "no context", title="Held-out")
     held_out = [query for query in report["queries"] if query["split"] == "held_out"]
     names = "query", "answer_full_context", "answer_prompt", "answer_no_context"
-    for query in held_out[:most]:
-        table.add_row(*(query[name] for name in names))
-    _print(table)
+    rows = ([query[name] for name in names] for query in held_out[:most])
+    _print(_table(rows, "question", "full context", "soft prompt σ", "no context", title="Held-out"))
 
 
 def result_row(result: Result) -> list[str]:
@@ -107,10 +105,7 @@ def result_row(result: Result) -> list[str]:
 
 def print_results(rows: Iterable[list[str]]) -> None:
     """Prints the rows of many prompts."""
-    table = Table("id", "objective", "K", "tokens", "gap closed", "σ: KL", "none: KL", box=None)
-    for row in rows:
-        table.add_row(*row)
-    _print(table)
+    _print(_table(rows, "id", "objective", "K", "tokens", "gap closed", "σ: KL", "none: KL", box=None))
 
 
 def size(count: int) -> str:
@@ -124,10 +119,14 @@ def size(count: int) -> str:
 
 
 def _print_pairs(rows: Mapping[str, object]) -> None:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in rows.items():
-        table.add_row(name, str(value))
-    _print(table)
+    _print(_table(rows.items(), show_header=False, box=None, padding=(0, 2, 0, 0)))
+
+
+def _table(rows: Iterable[Iterable[object]], *columns: str, **options: Any) -> Table:
+    table = Table(*columns, **options)
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table
 
 
 def _print(*things: Table | str) -> None:

@@ -41,9 +41,6 @@ FILL = 0.9
 BEFORE = 32
 """Tokens of a chat's text before the context, about."""
 
-_MATMUL = {"cpu": 2048}  # width of the product that is timed
-_ACCELERATOR_MATMUL = 8192
-
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -245,23 +242,17 @@ def compiled(
     cut = 0
     if mesh is not None:
         cut = cut_axis(prompts, mesh.shape[DATA])
-        of = sharding.shardings(config, mesh)
-
-        def on(leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
         def lie(axis: int | None, tree: PyTree) -> PyTree:
-            return jax.tree.map(lambda leaf: on(leaf, NamedSharding(mesh, along(DATA, axis))), tree)
+            where = NamedSharding(mesh, along(DATA, axis))
+            return jax.tree.map(lambda leaf: leaf.update(sharding=where), tree)
 
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: on(leaf, of("/".join(key.key for key in path), leaf.shape)), params
-        )
-
+        layout = sharding.layout(params, config, mesh)
+        params = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), params, layout)
         preamble, batches = lie(None, preamble), lie(cut, batches)
         states = lie(None if cut else 0, states)
     frozen = Frozen(params, preamble)
-    program = sharded_update.lower(states, batches, frozen=frozen, settings=chosen, mesh=mesh, cut=cut)
-    return program.compile()
+    return sharded_update.lower(states, batches, frozen=frozen, settings=chosen, mesh=mesh, cut=cut).compile()
 
 
 def step_flops(
@@ -293,7 +284,7 @@ def step_flops(
 
 def matmul_rate(config: DecoderConfig) -> float:
     """What the device makes of a square matrix product in the model's dtype: operations a second, at best."""
-    size = _MATMUL.get(jax.default_backend(), _ACCELERATOR_MATMUL)
+    size = 2048 if jax.default_backend() == "cpu" else 8192  # width of the product that is timed
     product = jax.jit(functools.partial(jnp.matmul, precision=config.precision))
     matrix = jax.random.normal(jax.random.key(0), (size, size)).astype(config.dtype)
     product(matrix, matrix).block_until_ready()

@@ -43,8 +43,7 @@ def join(coordinator: str | None, process_id: int | None, processes: int | None)
       UserError: some of the three are given and others not, or they can't be meant. If the others don't
         come in time the process ends with a message: nothing else can stop a waiting jax.
     """
-    given = (coordinator, process_id, processes)
-    if all(value is None for value in given):
+    if coordinator is None and process_id is None and processes is None:
         _start_crash_reporter()
         with _no_longer_than(PATIENCE, "The other hosts of this TPU pod have not come"):
             jax.distributed.initialize()

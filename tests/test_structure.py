@@ -37,7 +37,7 @@ FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 ONLY_IN = {
     "matplotlib": {"evaluation/plots.py"},
     "orbax": {"training/checkpoint.py"},
-    "transformers": {"models/language_model.py", "models/load.py", "models/gguf/convert.py"},
+    "transformers": {"models/lazy_tokenizer.py", "models/load.py", "models/gguf/convert.py"},
     "jinja2": {"evaluation/report.py"},
     "rich": {"progress.py", "console.py", "cli.py"},
     "tyro": {"cli.py"},

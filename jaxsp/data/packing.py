@@ -8,6 +8,7 @@ Reference: Krell et al. 2021, Efficient Sequence Packing without Cross-contamina
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import heapq
 import math
@@ -149,14 +150,13 @@ class Packing:
         """
         most = max(1, int(self.tokens // lengths.mean()))
         stream = batch_indices(len(lengths), cursor, 2 * most, key)
-        fits, fails = 1, 2 * most + 1
-        while fails - fits > 1:
-            middle = (fits + fails) // 2
-            if self.places(lengths[stream[:middle]].tolist()) is None:
-                fails = middle
-            else:
-                fits = middle
-        return stream[:fits]
+
+        def fit(count: int) -> bool:
+            return self.places(lengths[stream[:count]].tolist()) is not None
+
+        # From the whole stream down to two sequences; one always fits.
+        left_out = bisect.bisect_left(range(2 * most, 1, -1), True, key=fit)
+        return stream[: 2 * most - left_out]
 
     def pack(self, rows: Rows, index: Int[np.ndarray, " n"]) -> Rows:
         """The sequences of these indices as one batch; of none, an empty one.

@@ -121,11 +121,9 @@ class DecoderLayer(nn.Module):
         c = self.config
         dense = functools.partial(self._dense, bias=c.mlp_bias)
         activation = ACTIVATIONS[c.activation]
+        y = activation(dense("gate_proj" if c.gated_mlp else "up_proj", c.mlp_width, x_BTD))
         if c.gated_mlp:
-            gate = activation(dense("gate_proj", c.mlp_width, x_BTD))
-            y = gate * dense("up_proj", c.mlp_width, x_BTD)
-        else:
-            y = activation(dense("up_proj", c.mlp_width, x_BTD))
+            y *= dense("up_proj", c.mlp_width, x_BTD)
         return dense("down_proj", c.width, y)
 
 
@@ -153,8 +151,7 @@ class Decoder(nn.Module):
             self.lm_head = table(c.vocab_size)
 
     def embed(self, ids_BT: Array) -> Array:
-        scale = jnp.asarray(self.config.embedding_scale, self.config.dtype)
-        return self.embed_tokens(ids_BT) * scale
+        return self.embed_tokens(ids_BT) * jnp.asarray(self.config.embedding_scale, self.config.dtype)
 
     def hidden(
         self, x_BTD: Array, positions_BT: Array, past: tuple[KeyValues, ...], segment_ids_BT: Array | None

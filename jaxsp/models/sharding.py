@@ -111,15 +111,17 @@ def shardings(config: DecoderConfig, mesh: Mesh) -> Callable[[str, tuple[int, ..
     return of
 
 
+def layout(params: Params, config: DecoderConfig, mesh: Mesh) -> PyTree:
+    """Where each of the weights, or of their shapes, goes: a tree of shardings."""
+    of = shardings(config, mesh)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: of(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape), params
+    )
+
+
 def place(params: Params, config: DecoderConfig, mesh: Mesh) -> Params:
     """The weights on the mesh; those that lie there already stay."""
-    of = shardings(config, mesh)
-
-    def put(path: tuple, leaf: jax.Array) -> jax.Array:
-        name = "/".join(str(getattr(key, "key", key)) for key in path)
-        return jax.device_put(leaf, of(name, leaf.shape))
-
-    return jax.tree_util.tree_map_with_path(put, params)
+    return jax.device_put(params, layout(params, config, mesh))
 
 
 def joined(tree: PyTree, mesh: Mesh) -> PyTree:

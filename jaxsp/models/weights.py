@@ -315,17 +315,15 @@ def _as_named(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> Mapping[
 def places_of(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> dict[str, Place]:
     """Each parameter of a decoder with full weights, by its path, and the tensors that it is read from."""
     leaves = _leaves(config.replace(weights="full"))
+    found = [(path, leaf, tensors[path]) for path, leaf in leaves.items()]
     outputs: dict[str, int] = {}
-    for path, leaf in leaves.items():
-        tensor = tensors[path]
+    for _, leaf, tensor in found:
         last = tensor.rows[1] if tensor.rows else leaf.shape[-1]
         outputs[tensor.name] = max(last, outputs.get(tensor.name, 0))
-    places = {}
-    for path, leaf in leaves.items():
-        tensor = tensors[path]
-        transposed = tensor.outputs_first and path.endswith("/kernel")
-        places[path] = Place(leaf, tensor, transposed, outputs[tensor.name])
-    return places
+    return {
+        path: Place(leaf, tensor, tensor.outputs_first and path.endswith("/kernel"), outputs[tensor.name])
+        for path, leaf, tensor in found
+    }
 
 
 def _check_names(
@@ -334,24 +332,19 @@ def _check_names(
     present = {name for name in checkpoint if not _DERIVED.fullmatch(name)}
     wanted = {name for place in places.values() for name in place.names}
     if config.tied_head:
-        names = (tensors[path].name for path in ("lm_head/embedding", "embed_tokens/embedding"))
-        present -= _tied_copy(checkpoint, *names)
+        head, table = (tensors[path].name for path in ("lm_head/embedding", "embed_tokens/embedding"))
+        # Some writers store a tied head a second time: harmless when it is the same matrix.
+        if {head, table} <= present:
+            if not np.array_equal(checkpoint[head].read(), checkpoint[table].read()):
+                raise UserError(
+                    f"config.json says that the head is tied, but {head} differs from {table};"
+                    " set tie_word_embeddings to false if the head is meant."
+                )
+            present.remove(head)
     if missing := sorted(wanted - present):
         raise UserError(f"The checkpoint lacks {_some(missing)}, which its config.json asks for.")
     if extra := sorted(present - wanted):
         raise UserError(f"The checkpoint holds {_some(extra)}, which its config.json has no place for.")
-
-
-def _tied_copy(checkpoint: Checkpoint, head: str, table: str) -> set[str]:
-    # Some writers store a tied head a second time: harmless when it is the same matrix.
-    if not {head, table} <= set(checkpoint):
-        return set()
-    if not np.array_equal(checkpoint[head].read(), checkpoint[table].read()):
-        raise UserError(
-            f"config.json says that the head is tied, but {head} differs from {table};"
-            " set tie_word_embeddings to false if the head is meant."
-        )
-    return {head}
 
 
 def _some(names: list[str]) -> str:

@@ -57,7 +57,11 @@ def attend(inputs: AttentionInputs) -> Array:
     N = ceil_div(T, max(SMALLEST_CHUNK, SCORE_BYTES // query_bytes))
     C = ceil_div(T, N)
     if N > 1:
-        inputs = _mask_with_scores(inputs)
+        # A mask depends on positions alone, the same in every layer. In a scan over layers jax's derivative
+        # would compute all chunks' masks beforehand and keep them: 9 GiB at 32k tokens. Tied to the queries,
+        # it can't.
+        tied = jax.lax.optimization_barrier((inputs.q_BTHF, inputs.positions_BT, inputs.segment_ids_BT))
+        inputs = dataclasses.replace(inputs, q_BTHF=tied[0], positions_BT=tied[1], segment_ids_BT=tied[2])
 
     def split(x_BT: Array, fill: int) -> Array:
         return padded(x_BT, N * C, fill).reshape(B, N, C, *x_BT.shape[2:]).swapaxes(0, 1)
@@ -76,13 +80,6 @@ def attend(inputs: AttentionInputs) -> Array:
     out_NBGXF: Any = _attend(rule, queries_N, slots, inputs.window)  # older jax types it as object
     out_NBGRCF = out_NBGXF.reshape(N, B, G, R, C, F)
     return out_NBGRCF.transpose(1, 0, 4, 2, 3, 5).reshape(B, N * C, H, F)[:, :T]
-
-
-def _mask_with_scores(inputs: AttentionInputs) -> AttentionInputs:
-    # A mask depends on positions alone, the same in every layer. In a scan over layers jax's derivative would
-    # compute all chunks' masks beforehand and keep them: 9 GiB at 32k tokens. Tied to the queries, it can't.
-    tied = jax.lax.optimization_barrier((inputs.q_BTHF, inputs.positions_BT, inputs.segment_ids_BT))
-    return dataclasses.replace(inputs, q_BTHF=tied[0], positions_BT=tied[1], segment_ids_BT=tied[2])
 
 
 def _without_batch(slots: Slots, batch: int) -> Slots:
@@ -126,17 +123,11 @@ def _backward(rule: _Rule, kept: tuple, d_out_NBGXF: Array) -> tuple:
         more = [(d_keys, d_values) for _, d_keys, d_values in parts]
         return jax.tree.map(jnp.add, d_slots, more), d_q_BGXF
 
-    zeros = [(jnp.zeros(s.keys.shape), jnp.zeros(s.values.shape)) for s in slots]
-    d_slots, d_q_NBGXF = jax.lax.scan(step, zeros, (queries_N, out_NBGXF, log_sum_NBGX, d_out_NBGXF))
-    d_slots = tuple(
-        s._replace(
-            keys=d_keys.astype(s.keys.dtype),
-            values=d_values.astype(s.values.dtype),
-            positions=None,
-            segment_ids=None,
-        )
-        for s, (d_keys, d_values) in zip(slots, d_slots, strict=True)
-    )
+    key_values = [(s.keys, s.values) for s in slots]
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), key_values)
+    totals, d_q_NBGXF = jax.lax.scan(step, zeros, (queries_N, out_NBGXF, log_sum_NBGX, d_out_NBGXF))
+    totals = jax.tree.map(lambda total, x: total.astype(x.dtype), totals, key_values)
+    d_slots = tuple(Slots._make((*pair, None, None)) for pair in totals)  # positions and ids have none
     return (queries_N._replace(q_BGXF=d_q_NBGXF, positions_BX=None, segment_ids_BX=None), d_slots, None)
 
 

@@ -259,12 +259,13 @@ def _read(given: _Given, rows: int, state: _State) -> _State:
     length_N = jnp.where(served_N, table.length_B[index_N], 0)
     if table.after_B is not None:
         prefix = _rows(prefix, table.after_B[index_N])
+    first_N1 = prefix.next_position[:, None]
 
     def read_chunk(n: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         last_ND, *caches = carry
         start = n * chunk
         offsets_W = start + jnp.arange(chunk)
-        positions_NW = jnp.where(offsets_W < length_N[:, None], _first(prefix) + offsets_W, EMPTY)
+        positions_NW = jnp.where(offsets_W < length_N[:, None], first_N1 + offsets_W, EMPTY)
         earlier = _queries(prefix, jnp.minimum(start, length_N), *caches)
         ids_NW = jax.lax.dynamic_slice_in_dim(table.ids_BZ[index_N], start, chunk, axis=1)
         inputs = decoder.embed(params, config, ids_NW)
@@ -335,11 +336,5 @@ def _step(given: _Given, state: _State) -> _State:
 def _queries(prefix: KeyValues, read_B: Array, keys: Array, values: Array) -> KeyValues:
     """The cached queries, of which ``read_B`` tokens are there."""
     at_Z = jnp.arange(keys.shape[2])
-    positions_BZ = jnp.where(at_Z < read_B[:, None], _first(prefix) + at_Z, EMPTY)
+    positions_BZ = jnp.where(at_Z < read_B[:, None], prefix.next_position[:, None] + at_Z, EMPTY)
     return KeyValues(keys, values, positions_BZ)
-
-
-def _first(prefix: KeyValues) -> Array:
-    """The position after the prefix, ``[1]`` or ``[B, 1]``: to be added to places in a query."""
-    next_B = prefix.next_position
-    return next_B if len(next_B) == 1 else next_B[:, None]

@@ -53,8 +53,13 @@ class Work:
             raise UserError(f"slots must be at least 1; got {self.slots}.")
         if len(self.samplings) != len(self.requests):
             raise UserError(f"There are {len(self.requests)} requests, but {len(self.samplings)} samplings.")
-        if self.key is not None and not _is_key(self.key):
-            raise UserError(f"key must be one random key, as jax.random.key(0); got {self.key!r}.")
+        if self.key is not None:
+            try:
+                jax.random.fold_in(self.key, 0)  # jax's own check
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"key must be one random key, as jax.random.key(0); got {self.key!r}."
+                ) from error
         before_R = np.asarray(self.prefix.next_position)[self._rows()]
         each = zip(self.requests, self.samplings, before_R, strict=True)
         for index, (request, sampling, before) in enumerate(each):
@@ -126,11 +131,3 @@ def _check_ids(name: str, request: Sequence[int], vocab: int) -> None:
             f"{name} has the token id {ids[at]} at place {at}; the vocabulary has {vocab}: give ids from"
             f" 0 to {vocab - 1}."
         )
-
-
-def _is_key(key: Array) -> bool:
-    try:
-        jax.random.fold_in(key, 0)  # jax's own check
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -100,8 +100,7 @@ def convert(path: Path, directory: Path) -> None:
         raise UserError(f"it holds a {name!r} model, but from GGUF jaxsp reads {', '.join(ARCHITECTURES)}")
     if (parts := metadata.read("split.count", int, 1)) != 1:
         raise UserError(f"it is one of {parts} parts of a model; join them with llama-gguf-split")
-    config = _config(metadata, name, tensors)
-    config, places = _described(config)
+    config, places = _described(_config(metadata, name, tensors))
     outputs = _outputs(name, config, tensors, places)
     _tokenizer(metadata, config).save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2), "utf-8")

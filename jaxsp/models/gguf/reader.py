@@ -151,5 +151,4 @@ def _tensor(data: np.ndarray, name: str, dimensions: list[int], kind: int, offse
     size = math.prod(outer) * row_bytes
     if offset + size > data.size:
         raise UserError(f"the file ends before the tensor {name!r} does; download it again")
-    rows = data[offset : offset + size].reshape(-1, row_bytes)
-    return StoredTensor(shape, quantization, rows)
+    return StoredTensor(shape, quantization, data[offset : offset + size].reshape(-1, row_bytes))

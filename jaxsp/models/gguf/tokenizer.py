@@ -61,13 +61,12 @@ def build(metadata: Metadata) -> Tokenizer:
                 f"its tokenizer is of the kind {kind!r}; from GGUF jaxsp reads 'gpt2' and 'llama'."
                 " Use the model's original directory"
             )
-        tokenizer.add_tokens(
-            [
-                AddedToken(word, special=its == _CONTROL, normalized=False)
-                for word, its in zip(words, types, strict=True)
-                if its in (_CONTROL, _USER_DEFINED)
-            ]
-        )
+        added = [
+            AddedToken(word, special=its == _CONTROL, normalized=False)
+            for word, its in zip(words, types, strict=True)
+            if its in (_CONTROL, _USER_DEFINED)
+        ]
+        tokenizer.add_tokens(added)
         _frame(tokenizer, metadata, adds_bos)
     except UserError:
         raise
