@@ -193,6 +193,7 @@ class Decoder(nn.Module):
 def parameter_shapes(config: DecoderConfig) -> Params:
     """The parameter tree as shapes and dtypes; nothing is allocated."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    # A key that is made outside would be computed.
     return jax.eval_shape(lambda ids: Decoder(config).init(jax.random.key(0), ids), ids)["params"]
 
 

@@ -27,7 +27,13 @@ class LazyTokenizer:
       directory: where ``tokenizer.json`` and ``tokenizer_config.json`` are.
 
     Raises:
-      Exception: the files are absent or damaged; the library has no kind of its own for it.
+      Exception: a file is absent or damaged; the tokenizers library raises no narrower kind.
+
+    Example:
+      >>> import jaxsp
+      >>> tokenizer = jaxsp.load_model("smollm2-135m-instruct").tokenizer
+      >>> tokenizer.decode(tokenizer.encode("How long is the cable?"))
+      'How long is the cable?'
     """
 
     def __init__(self, directory: Path) -> None:

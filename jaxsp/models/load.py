@@ -212,10 +212,10 @@ def _download(hub_id: str) -> Path:
 def _hugging_face_config(directory: Path) -> PreTrainedConfig | SimpleNamespace:
     """The content of config.json, with the defaults of transformers."""
     file = directory / "config.json"
-    if is_converted(directory):
-        return SimpleNamespace(**_json(file))  # which has them
     if not file.is_file():
         raise UserError(f"{directory} is not a model directory: it has no config.json.")
+    if is_converted(directory):
+        return SimpleNamespace(**_json(file))  # which has them
     from transformers import AutoConfig
 
     try:

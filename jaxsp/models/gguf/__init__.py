@@ -11,6 +11,7 @@ from jaxsp.typing import UserError
 
 __all__ = ["converted", "is_converted"]
 
+_MARK = "converted_by_jaxsp"
 CONVERSION = 3  # raise when what is written changes: older conversions are then not reused
 
 
@@ -40,6 +41,7 @@ def converted(path: Path) -> Path:
     ) as scratch:
         try:
             convert(path, Path(scratch))
+            (Path(scratch) / _MARK).touch()
         except (UserError, OSError) as error:
             raise UserError(f"{path} can't be converted: {error}.") from error
         try:
@@ -55,4 +57,4 @@ def is_converted(directory: Path) -> bool:
 
     Its config.json lacks no default, and its ``tokenizer.json`` is all of the tokenizer.
     """
-    return directory.parent == cache_folder()
+    return (directory / _MARK).is_file()

@@ -15,7 +15,8 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
 
 import jaxsp
-from jaxsp.models.gguf import convert, converted
+from jaxsp.models.gguf import convert, converted, is_converted
+from jaxsp.models.lazy_tokenizer import LazyTokenizer
 from jaxsp.typing import UserError
 from tests import tiny
 from tests.gguf_files import SPM, config_of, write_gguf
@@ -38,6 +39,21 @@ def test_gguf_gives_the_logits_of_the_original(tmp_path, cache, architecture, ti
     assert a.stop_ids == b.stop_ids == (2,)
     assert a.config == b.config
     assert [p.name for p in cache.iterdir()] == [a.directory.name]  # nothing half-written is left
+
+
+def test_a_model_of_the_users_own_in_the_cache_folder_is_not_taken_for_a_conversion(tmp_path, cache):
+    """Its config.json lacks defaults, and transformers knows more of its tokenizer than tokenizer.json."""
+    config = write_gguf(tmp_path / "m.gguf")
+    ours = converted(tmp_path / "m.gguf")
+    tiny.write(cache / "mine", **config)
+    assert is_converted(ours)
+    assert not is_converted(cache / "mine")
+    a, b = (jaxsp.load_model(directory, dtype="float32") for directory in (ours, cache / "mine"))
+    assert a.config == b.config
+    assert [isinstance(model.tokenizer, LazyTokenizer) for model in (a, b)] == [True, False]
+    (cache / "programs").mkdir(exist_ok=True)
+    with pytest.raises(UserError, match="it has no config"):
+        jaxsp.load_model(cache / "programs")
 
 
 def test_a_llama_with_biases(tmp_path, cache):
