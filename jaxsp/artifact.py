@@ -119,10 +119,15 @@ class SoftPrompt:
     def load(cls, directory: str | Path) -> SoftPrompt:
         """Reads a saved prompt.
 
+        Args:
+          directory: the folder; a file in it will do.
+
         Raises:
           UserError: the folder holds none, or its files are damaged or do not belong together.
         """
         directory = Path(directory)
+        if directory.is_file():
+            directory = directory.parent
         if not (directory / MANIFEST).is_file() or not (directory / ARRAYS).is_file():
             raise UserError(f"{directory} holds no soft prompt ({ARRAYS} and {MANIFEST}).")
         try:

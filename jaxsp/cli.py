@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.resources
-import io
-import itertools
 import json
 import os
 import shlex
 import sys
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
+from jaxsp.arguments import parse, program
 from jaxsp.errors import Interrupted, UserError
 from jaxsp.settings import Settings, check_limits, make_settings, plain
 
@@ -29,6 +28,9 @@ if TYPE_CHECKING:
 EMBEDDED = "smollm2-135m-instruct"
 _STARTED = time.perf_counter()
 
+File = Annotated[str, tyro.conf.arg(metavar="FILE")]
+Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
@@ -37,7 +39,8 @@ class ModelOptions:
     model: str = EMBEDDED
     """A directory, a .gguf file, a hub id, or the name of the embedded model."""
     dtype: str | None = None
-    """Dtype of weights and activations; by default bfloat16 where the hardware computes it, else float32."""
+    """Dtype of weights and activations: bfloat16, float32 or float16; by default bfloat16 where the hardware
+    computes it, else float32."""
     weights: Literal["full", "int8"] = "full"
     """Precision of the layers' matrices; int8 halves bfloat16's memory and rounds them."""
 
@@ -72,7 +75,7 @@ class Processes:
 class Output:
     """The folder of the run."""
 
-    out: str
+    out: Folder
     """Folder for all that is written."""
     resume: bool = False
     """Go on with the interrupted run in --out."""
@@ -106,11 +109,17 @@ class _Run(Settings):
 class Compress(_Run):
     """Learn a soft prompt that stands in for a document, and measure how well it does."""
 
-    context: tyro.conf.Positional[str]
+    examples: ClassVar[str] = """
+      jaxsp compress manual.md --queries questions.txt --out prompt/
+      jaxsp compress manual.md --queries questions.txt --length 32 --objective 'kl=0.7,nll=0.3'
+      cat manual.md | jaxsp compress - --queries questions.jsonl --held-out other_questions.txt
+      jaxsp compress manual.md --queries questions.txt --out prompt/ --resume
+    """
+    context: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DOCUMENT")]]
     """The document: a .txt or .md file, or - for standard input."""
-    queries: str
+    queries: File
     """What will be asked: a file with one query per line, or JSONL {"query", "answer" (optional)}."""
-    held_out: float | str = 0.2
+    held_out: Annotated[float | str, tyro.conf.arg(metavar="FILE|FRACTION")] = 0.2
     """Queries to measure on, never trained on: a file, or a fraction of --queries."""
     output: Output = Output("jaxsp-out")
 
@@ -132,7 +141,11 @@ class Compress(_Run):
 class CompressMany(_Run):
     """Learn a soft prompt for each of many contexts, many in one step; any run over many settings."""
 
-    contexts: tyro.conf.Positional[str]
+    examples: ClassVar[str] = """
+      jaxsp compress-many contexts.jsonl --out many/
+      jaxsp compress-many contexts.jsonl --objective nll --steps 200 --at-once 8 --keep-going
+    """
+    contexts: tyro.conf.Positional[File]
     """JSONL {"id", "context", "queries", "held_out"}, and any setting below that is to differ in a row."""
     at_once: int | None = None
     """Prompts in one step; by default as many as suit the device."""
@@ -171,7 +184,11 @@ class CompressMany(_Run):
 class Plan(Settings, ModelOptions):
     """Say beforehand what memory and time a compression will take; loads no weights."""
 
-    model: tyro.conf.Positional[str] = EMBEDDED
+    examples: ClassVar[str] = """
+      jaxsp plan --context-tokens 4000 --length 32
+      jaxsp plan HuggingFaceTB/SmolLM2-360M-Instruct --batch-size 16 --accumulate 2
+    """
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]] = EMBEDDED
     """A directory (config.json is enough), a .gguf file, a hub id, or the name of the embedded model."""
     context_tokens: int = 1000
     """Tokens of the context, about."""
@@ -197,7 +214,7 @@ class Plan(Settings, ModelOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Saved:
-    directory: tyro.conf.Positional[str]
+    directory: tyro.conf.Positional[Folder]
     """The folder that compress wrote."""
     model: str | None = None
     """Where the model is now, if not where it was."""
@@ -213,8 +230,13 @@ class _Saved:
 class Ask(_Saved):
     """Ask the model a question, with a soft prompt in place of the document."""
 
-    question: tyro.conf.Positional[str | None] = None
-    """The question; without one, a chat loop."""
+    examples: ClassVar[str] = """
+      jaxsp ask prompt/ "How long is the warranty?"
+      echo "How long is the warranty?" | jaxsp ask prompt/ -
+      jaxsp ask prompt/
+    """
+    question: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="QUESTION")]] = ()
+    """The question, or - for standard input; without one, a chat loop."""
     max_tokens: int = 128
     """Longest answer."""
 
@@ -222,7 +244,8 @@ class Ask(_Saved):
         from jaxsp.artifact import SoftPrompt
 
         prompt = SoftPrompt.load(self.directory)
-        if self.question is not None and not self.question.strip():
+        question = sys.stdin.read() if self.question == ("-",) else " ".join(self.question)
+        if self.question and not question.strip():
             raise UserError("The question is empty; leave it away for a chat loop.")
         model = self.load(prompt)
         prefix = prompt.prefix(model)
@@ -232,8 +255,8 @@ class Ask(_Saved):
                 print(piece, end="", flush=True)
             print(flush=True)
 
-        if self.question is not None:
-            answer(self.question)
+        if self.question:
+            answer(question.strip())
             return
         print("Each question is answered on its own. An empty line ends.", file=sys.stderr)
         with contextlib.suppress(EOFError):
@@ -248,7 +271,11 @@ class Ask(_Saved):
 class Evaluate(_Saved):
     """Measure a soft prompt between its brackets, on queries of your choice."""
 
-    queries: str
+    examples: ClassVar[str] = """
+      jaxsp evaluate prompt/ --queries other_questions.txt
+      jaxsp evaluate prompt/ --queries other_questions.txt --json
+    """
+    queries: File
     """A file with one query per line, or JSONL."""
     json: bool = False
     """Print everything as JSON on standard output."""
@@ -270,7 +297,10 @@ class Evaluate(_Saved):
 class Inspect:
     """Show what a saved soft prompt is, without loading a model."""
 
-    directory: tyro.conf.Positional[str]
+    examples: ClassVar[str] = """
+      jaxsp inspect prompt/
+    """
+    directory: tyro.conf.Positional[Folder]
     """The folder that compress wrote."""
 
     def run(self) -> None:
@@ -284,8 +314,12 @@ class Inspect:
 class Demo:
     """Compress the manual that jaxsp ships, and answer held-out questions with it."""
 
+    examples: ClassVar[str] = """
+      jaxsp demo
+      jaxsp demo --steps 20 --out try/
+    """
     model: ModelOptions = ModelOptions()
-    out: str = "jaxsp-demo"
+    out: Folder = "jaxsp-demo"
     """Folder for the prompt, the report and the checkpoints."""
     steps: int = 60
     """Updates of the prompt."""
@@ -310,21 +344,36 @@ class Demo:
         result = api.compress(model, context, queries, held_out=held_out, **output, **settings)
         console.print_answers(result.report, most=3)
         console.print_summary(result, self.out, _STARTED)
-        print(f'Ask it yourself:  jaxsp ask {shlex.quote(self.out)} "How long is the cable?"')
+        print(f'Ask it yourself:  {program()} ask {shlex.quote(self.out)} "How long is the cable?"')
 
 
 Command = Compress | CompressMany | Plan | Ask | Evaluate | Inspect | Demo
+COMMANDS: dict[str, type[Command]] = {
+    "compress": Compress,
+    "compress-many": CompressMany,
+    "plan": Plan,
+    "ask": Ask,
+    "evaluate": Evaluate,
+    "inspect": Inspect,
+    "demo": Demo,
+}
 
 
 def main() -> None:
     """Entry point of the console script ``jaxsp``."""
     try:
-        _run(_parsed())
+        try:
+            _run(parse(COMMANDS, sys.argv[1:]))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read it has gone (| head). Python would say so once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, KeyboardInterrupt) as error:
         print(f"jaxsp: {str(error) or 'interrupted.'}", file=sys.stderr)
         if isinstance(error, Interrupted):
             arguments = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
-            print(f"  jaxsp {shlex.join([*arguments, '--resume'])}", file=sys.stderr)
+            print(f"  {program()} {shlex.join([*arguments, '--resume'])}", file=sys.stderr)
         code = 130 if isinstance(error, Interrupted | KeyboardInterrupt) else 2
         if joined := sys.modules.get("jaxsp.processes"):
             joined.shutdown(code)
@@ -358,31 +407,6 @@ def _lighter(command: Command) -> str:
     parts = [command, *filter(dataclasses.is_dataclass, vars(command).values())]
     *most, last = [way for name, way in ways.items() if any(hasattr(part, name) for part in parts)]
     return f"{', '.join(most)} or {last}" if most else last
-
-
-def _parsed() -> Command:
-    """The command that the arguments ask for.
-
-    Raises:
-      UserError: they can't be parsed; tyro's box of several lines becomes one sentence.
-    """
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(
-                Command,  # type: ignore[arg-type]  # a union of commands is no `type` to pyright
-                prog="jaxsp",
-                description="Soft prompts that stand in for long contexts.",
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise  # --help
-        # The box: a title, then what is wrong, then a rule and advice.
-        lines = [line.strip("│ ") for line in box.getvalue().splitlines()[1:]]
-        wrong = itertools.takewhile(lambda line: line and not set(line) <= set("─╰╯"), lines)
-        message = " ".join(wrong).replace(". (required)", "").rstrip(".")
-        raise UserError(f"{message}; see --help.") from None
 
 
 def _checked(given: Settings) -> Settings:

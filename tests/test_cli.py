@@ -7,7 +7,10 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -16,6 +19,8 @@ import pytest
 
 import jaxsp
 from jaxsp import plan
+from jaxsp.arguments import parse, program
+from jaxsp.cli import COMMANDS, Compress
 from tests import tiny
 
 FAST = ("--length", 4, "--steps", 2, "--batch-size", 4, "--max-answer-tokens", 6)
@@ -235,11 +240,20 @@ def test_unusable_options(compress, tmp_path, options, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("compress",), ("Missing", "--queries")),
-        ((), ("Expected one of", "compress", "demo")),
-        (("frobnicate",), ("frobnicate",)),
-        (("compress", "c.txt", "--queries", "q.txt", "--lenght", "3"), ("--lenght",)),
-        (("demo", "--steps", "two"), ("--steps", "'two'")),
+        (("compress",), ("Missing: DOCUMENT and --queries FILE; see jaxsp compress --help.",)),
+        (("ask",), ("Missing: DIR; see jaxsp ask --help.",)),
+        (("frobnicate",), ("There is no command 'frobnicate'; see jaxsp --help.",)),
+        (("compres", "c.txt"), ("'compres'; did you mean compress? See jaxsp --help.",)),
+        (
+            ("compress", "c.txt", "--queries", "q.txt", "--lenght", "3"),
+            ("There is no option --lenght; did you mean --length? See jaxsp compress --help.",),
+        ),
+        (("compress", "c.txt", "--querys=q.txt"), ("--querys; did you mean --queries?",)),
+        (("compress", "c.txt", "--batchsize", "3"), ("did you mean --batch-size?",)),
+        (("plan", "--out", "x"), ("There is no option --out; see jaxsp plan --help.",)),
+        (("inspect", "a", "b"), ("b; see jaxsp inspect --help",)),
+        (("demo", "--steps", "two"), ("--steps must be a whole number, not 'two'; see",)),
+        (("compress", "c", "--queries", "q", "--learning-rate", "x"), ("must be a number, not 'x'",)),
     ],
 )
 def test_unusable_command_lines(jaxsp_command, arguments, words):
@@ -247,6 +261,73 @@ def test_unusable_command_lines(jaxsp_command, arguments, words):
     refused(result, *words)
     assert len(result[2].splitlines()) == 1
     assert result[1] == ""
+
+
+def test_without_arguments_help_is_shown(jaxsp_command):
+    code, out, err = jaxsp_command()
+    assert (code, err) == (0, "")
+    assert all(name in out for name in COMMANDS)
+    assert "--tyro-print-completion" in out
+    assert jaxsp_command("--help") == (code, out, err)
+    assert jaxsp_command("--version") == (0, f"jaxsp {jaxsp.__version__}\n", "")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_examples_that_can_be_parsed(jaxsp_command, name):
+    code, out, _ = jaxsp_command(name, "--help")
+    assert code == 0
+    shown = out.partition("examples:")[2].splitlines()
+    lines = [line.rpartition("|")[2].strip() for line in shown if line.strip()]
+    assert lines
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "jaxsp"
+        assert isinstance(parse(COMMANDS, arguments), COMMANDS[name])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_mistake_is_one_sentence_in_every_encoding(python, encoding):
+    done = python("-m", "jaxsp", "compress", "--length", "3", env={"PYTHONIOENCODING": encoding})
+    assert done.stderr == "jaxsp: Missing: DOCUMENT and --queries FILE; see jaxsp compress --help.\n"
+    assert done.returncode == 2
+
+
+def test_options_with_underscores_and_after_an_end_of_options():
+    command = parse(COMMANDS, ["compress", "c", "--queries", "q", "--batch_size=3"])
+    assert isinstance(command, Compress)
+    assert command.training.batch_size == 3
+    with pytest.raises(jaxsp.UserError, match="Unrecognized"):  # no option to be looked for
+        parse(COMMANDS, ["inspect", "prompt", "--", "--lenght"])
+
+
+def test_a_pipe_that_closes_early(python):
+    """As in ``jaxsp compress --help | head -1``."""
+    script = "import os, sys; sys.argv = ['jaxsp', 'compress', '--help']; from jaxsp.cli import main; main()"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-c", script], stdout=closed, stderr=subprocess.PIPE, check=False
+        )
+    assert done.stderr == b""
+
+
+def test_how_to_call_the_program_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "a b" / "bin" / "jaxsp"
+    script.parent.mkdir(parents=True)
+    script.touch(mode=0o755)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert program() == "'a b/bin/jaxsp'"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert program() == "jaxsp"
+    monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")  # the path is that of `uv run` alone
+    assert program() == "'a b/bin/jaxsp'"
+    monkeypatch.setattr(sys, "argv", ["/elsewhere/jaxsp/__main__.py"])
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    assert program() == ".venv/bin/python -m jaxsp"
 
 
 def test_help_is_shown(jaxsp_command):
@@ -431,6 +512,10 @@ def test_non_finite_loss_stops_at_the_last_good_state(compress, tmp_path):
 def test_ask_inspect_evaluate(jaxsp_command, finished, job, tiny_directory, monkeypatch):
     code, out, err = jaxsp_command("ask", finished, "What now?", "--max-tokens", 5)
     assert code == 0, err
+    quoted = jaxsp_command("ask", finished, "What", "now?", "--max-tokens", 5)
+    assert quoted == (code, out, err)
+    monkeypatch.setattr("sys.stdin", io.StringIO("What now?\n"))
+    assert jaxsp_command("ask", finished / "prompt.safetensors", "-", "--max-tokens", 5) == quoted
     code, out, err = jaxsp_command("inspect", finished)
     assert code == 0
     assert "embedding, 4 vectors" in out
