@@ -1,15 +1,15 @@
 """jaxsp: soft prompts that stand in for long contexts, in JAX.
 
     import jaxsp
-    model = jaxsp.load_model("smollm2-135m-instruct")
-    result = jaxsp.compress(model, context, queries, length=16)
-    jaxsp.ask(model, result.prompt, "How long is the cable?")
+    result = jaxsp.compress("smollm2-135m-instruct", context, queries, length=16)
+    result.ask("How long is the cable?")
 
 The parts load when they are first used, so ``import jaxsp`` costs nothing.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,9 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_HOME[name]), name)
     if name in _ROOMS:
         return importlib.import_module(f"jaxsp.{name}")
-    raise AttributeError(f"module 'jaxsp' has no attribute {name!r}")
+    close = difflib.get_close_matches(name, __dir__(), n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else ""
+    raise AttributeError(f"module 'jaxsp' has no attribute {name!r}{meant}")
 
 
 def __dir__() -> list[str]:

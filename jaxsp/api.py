@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 from jaxsp import processes
 from jaxsp.artifact import SoftPrompt
 from jaxsp.data.documents import Query, as_queries
 from jaxsp.evaluation import brackets, report as reports
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.models.load import as_model
 from jaxsp.progress import Display
 from jaxsp.runs.folder import Result
 from jaxsp.runs.start import Start, open_run, run_one
@@ -25,7 +26,7 @@ Queries = Sequence[str | Query | Mapping[str, str]]
 
 @processes.peer_failure_as_user_error()
 def compress(
-    model: LanguageModel,
+    model: LanguageModel | str | Path,
     context: str,
     queries: Queries,
     *,
@@ -40,7 +41,7 @@ def compress(
     """Learns a soft prompt that stands in for a context, and measures how well it does.
 
     Args:
-      model: the frozen model, with its tokenizer.
+      model: the frozen model, with its tokenizer; or a name, as ``load_model`` takes it.
       context: the text to fold into the prompt.
       queries: inputs z to train on: texts, or dicts ``{"query": ..., "answer": optional}``; a given
         answer replaces the teacher's as ŷ.
@@ -80,7 +81,7 @@ def compress(
     """
     row = {"id": "prompt", "context": context, "queries": queries, "held_out": held_out}
     start = Start(out, resume, overwrite, Display(visible=progress), callbacks)
-    result = run_one(model, row, settings, start)
+    result = run_one(as_model(model), row, settings, start)
     if result.error:
         where = "" if out is None else f" The best prompt until then is saved in {out}."
         raise NonFiniteLoss(f"{result.error}{where}", result)
@@ -88,7 +89,7 @@ def compress(
 
 
 def compress_many(
-    model: LanguageModel,
+    model: LanguageModel | str | Path,
     jobs: Iterable[Mapping[str, Any]],
     *,
     out: str | Path | None = None,
@@ -107,7 +108,7 @@ def compress_many(
     a run alone but for the rounding of sums.
 
     Args:
-      model: the frozen model, with its tokenizer.
+      model: as in ``compress``.
       jobs: dicts ``{"id", "context", "queries", "held_out"}``, with ``held_out`` as in ``compress``, and
         any field of ``Settings`` that is to differ from the run's.
       out: a folder: one folder a job, and ``results.parquet`` with a row each. Several processes need one
@@ -143,15 +144,27 @@ def compress_many(
     """
     rows = [(f"job {i}", row) for i, row in enumerate(jobs, start=1)]
     start = Start(out, resume, overwrite, Display(visible=progress), callbacks, keep_going, at_once)
-    return open_run(model, rows, settings, start)
+    return open_run(as_model(model), rows, settings, start)
 
 
-def ask(model: LanguageModel, prompt: SoftPrompt, question: str, *, max_tokens: int = 128) -> str:
+@overload
+def ask(prompt: SoftPrompt | str | Path, question: str, /, *, max_tokens: int = 128) -> str: ...
+@overload
+def ask(
+    model: LanguageModel | str | Path,
+    prompt: SoftPrompt | str | Path,
+    question: str,
+    *,
+    max_tokens: int = 128,
+) -> str: ...
+def ask(model: Any, prompt: Any, question: str | None = None, *, max_tokens: int = 128) -> str:
     """The model's greedy answer to a question, reading the soft prompt in place of the context.
 
+    ``ask(prompt, question)`` or ``ask(model, prompt, question)``.
+
     Args:
-      model: the model that the prompt was trained for.
-      prompt: the soft prompt.
+      model: the model that the prompt was trained for; by default the one of that name.
+      prompt: the soft prompt, or its folder.
       question: the input z.
       max_tokens: longest answer.
 
@@ -160,17 +173,20 @@ def ask(model: LanguageModel, prompt: SoftPrompt, question: str, *, max_tokens: 
 
     Example:
       >>> import jaxsp
+      >>> answer = jaxsp.ask(demo_folder, "How long is the cable?")
       >>> model = jaxsp.load_model("smollm2-135m-instruct")
-      >>> answer = jaxsp.ask(model, jaxsp.SoftPrompt.load(demo_folder), "How long is the cable?")
-      >>> isinstance(answer, str)
+      >>> answer == jaxsp.ask(model, jaxsp.SoftPrompt.load(demo_folder), "How long is the cable?")
       True
     """
-    return "".join(model.stream_answer(prompt.prefix(model), question, prompt.slots, max_tokens=max_tokens))
+    if question is None:
+        model, prompt, question = None, model, prompt
+    prompt = prompt if isinstance(prompt, SoftPrompt) else SoftPrompt.load(prompt)
+    return prompt.ask(question, model=model, max_tokens=max_tokens)
 
 
 def evaluate(
-    model: LanguageModel,
-    prompt: SoftPrompt,
+    model: LanguageModel | str | Path,
+    prompt: SoftPrompt | str | Path,
     queries: Queries,
     *,
     context: str | None = None,
@@ -179,8 +195,8 @@ def evaluate(
     """Measures a saved prompt between its brackets, on queries of your choice.
 
     Args:
-      model: the model that the prompt was trained for.
-      prompt: the soft prompt.
+      model: the model that the prompt was trained for, or its name.
+      prompt: the soft prompt, or its folder.
       queries: inputs z, preferably none that it was trained on.
       context: the text that the prompt stands for; by default the one saved with it.
       progress: whether to show what is going on, on standard error.
@@ -191,6 +207,8 @@ def evaluate(
     Raises:
       UserError: the prompt belongs to another model, or its context is not known.
     """
+    prompt = prompt if isinstance(prompt, SoftPrompt) else SoftPrompt.load(prompt)
+    model = as_model(model, prompt.weights)
     prompt.check(model)
     context = prompt.context if context is None else context
     if context is None:

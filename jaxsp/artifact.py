@@ -21,6 +21,7 @@ from jaxsp.files import atomic_write
 from jaxsp.models.chat import ChatSlots
 from jaxsp.models.config import DecoderConfig, Weights
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.models.load import as_model
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.settings import Settings, plain
 from jaxsp.typing import Array, KeyValues, Params, PyTree, UserError
@@ -54,6 +55,10 @@ class SoftPrompt:
     sigma: dict[str, Any]
     manifest: dict[str, Any]
     context: str | None = None
+
+    def __repr__(self) -> str:
+        tokens, model = self.manifest["context_tokens"], self.manifest["model"]["name"]
+        return f"SoftPrompt({self.kind}, {self.length} vectors for {tokens} tokens, {model})"
 
     @property
     def kind(self) -> str:
@@ -103,6 +108,28 @@ class SoftPrompt:
                     f" {self.manifest['model']['name']} ({theirs[:12]}), the loaded model is"
                     f" {model.name} ({actual[:12]})."
                 )
+
+    def ask(
+        self, question: str, *, model: LanguageModel | str | Path | None = None, max_tokens: int = 128
+    ) -> str:
+        """The greedy answer to a question, with the prompt in place of the context.
+
+        Args:
+          question: the input z.
+          model: that it was trained for, or where it is now; by default by the name it had then. A model in
+            memory is used again.
+          max_tokens: longest answer.
+
+        Raises:
+          UserError: the prompt belongs to another model, or the question is too long.
+
+        Example:
+          >>> import jaxsp
+          >>> isinstance(jaxsp.SoftPrompt.load(demo_folder).ask("How long is the cable?"), str)
+          True
+        """
+        model = as_model(model or self.manifest["model"]["name"], self.weights)
+        return "".join(model.stream_answer(self.prefix(model), question, self.slots, max_tokens=max_tokens))
 
     def save(self, directory: str | Path) -> None:
         """Writes the files into ``directory``, the manifest last: it never stands alone."""

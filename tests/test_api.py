@@ -117,3 +117,34 @@ def test_the_public_settings_are_what_compress_takes():
     assert set(Options.__annotations__) == set(plain(jaxsp.Settings()))
     assert issubclass(jaxsp.NonFiniteLoss, jaxsp.UserError)
     assert issubclass(jaxsp.Interrupted, jaxsp.UserError)
+
+
+def test_what_one_types_first(tiny_directory, tmp_path, monkeypatch):
+    """Names in place of objects; a model is loaded once, and one that the user holds is not loaded again."""
+    name, folder = str(tiny_directory), str(tmp_path / "out")
+    result = jaxsp.compress(name, CONTEXT, QUERIES, out=folder, **OPTIONS)
+
+    def not_again(*_, **__):
+        raise AssertionError("loaded again")
+
+    monkeypatch.setattr(load, "load_model", not_again)
+    question = {"max_tokens": 4}
+    answer = result.ask("What now?", **question)
+    assert answer == result.prompt.ask("What now?", **question)
+    assert answer == jaxsp.ask(folder, "What now?", **question)
+    assert answer == jaxsp.ask(name, result.prompt, "What now?", **question)
+    assert jaxsp.evaluate(name, folder, QUERIES[:2], progress=False)["held_out"]["queries"] == 2
+    assert len(list(jaxsp.compress_many(name, [], **OPTIONS))) == 0
+    with pytest.raises(AssertionError, match="loaded again"):
+        result.ask("What now?", model=str(tmp_path / "elsewhere"))
+
+
+def test_what_is_shown_of_things(calm_model, tmp_path):
+    result = compress(calm_model)
+    assert repr(result.prompt) == f"SoftPrompt(embedding, 2 vectors for 20 tokens, {calm_model.name})"
+    assert repr(result).startswith(f"Result({result.prompt!r}, ")
+    assert "\n" not in repr(result)
+    with pytest.raises(AttributeError, match="no attribute 'compres'; did you mean 'compress'?"):
+        _ = jaxsp.compres
+    with pytest.raises(AttributeError, match="no attribute 'xyz'$"):
+        _ = jaxsp.xyz

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import logging
 import os
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +38,8 @@ _EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 logging.getLogger("transformers").addFilter(lambda record: "PyTorch" not in record.getMessage())
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+_LOADED: weakref.WeakSet[LanguageModel] = weakref.WeakSet()
 
 
 def load_model(
@@ -90,7 +94,7 @@ def load_model(
     stop_ids = _stop_ids(directory, tokenizer)
     _check_vocabulary(config, tokenizer, stop_ids)
     jax.block_until_ready(params)
-    return LanguageModel(
+    model = LanguageModel(
         name=os.fspath(name_or_path),
         config=config,
         params=params,
@@ -99,6 +103,40 @@ def load_model(
         stop_ids=stop_ids,
         load_seconds=time.perf_counter() - started,
     )
+    _LOADED.add(model)
+    return model
+
+
+def as_model(model: LanguageModel | str | os.PathLike[str], weights: Weights = "full") -> LanguageModel:
+    """The model itself, or the one of this name: one that is loaded already, else loaded now.
+
+    The last one that was loaded here stays in memory for the next call.
+
+    Args:
+      model: a model, or a name as ``load_model`` takes it.
+      weights: as in ``load_model``, of a name.
+
+    Raises:
+      UserError: as ``load_model``.
+
+    Example:
+      >>> import jaxsp
+      >>> model = jaxsp.load_model("smollm2-135m-instruct")
+      >>> as_model(model) is model and as_model("smollm2-135m-instruct") is model
+      True
+    """
+    if isinstance(model, LanguageModel):
+        return model
+    name = os.fspath(model)
+    for loaded in list(_LOADED):
+        if loaded.name == name and loaded.config.weights == weights and loaded.tokenizer is not None:
+            return loaded
+    return _kept(name, weights)
+
+
+@functools.lru_cache(maxsize=1)
+def _kept(name: str, weights: Weights) -> LanguageModel:
+    return load_model(name, weights=weights)
 
 
 def model_config(

@@ -35,6 +35,13 @@ class Result:
     report: dict[str, Any]
     lines: list[dict[str, Any]]
 
+    def __repr__(self) -> str:
+        return f"Result({self.prompt!r}, {self.error or self.report['verdict']['text']})"
+
+    def ask(self, question: str, **options: Any) -> str:
+        """The model's answer with the prompt in place of the context; options as in ``SoftPrompt.ask``."""
+        return self.prompt.ask(question, **options)
+
     @property
     def error(self) -> str | None:
         """Why training failed: the prompt is the best until then, nothing is measured."""
