@@ -12,6 +12,7 @@ import pytest
 
 import jaxsp
 from jaxsp.losses import OBJECTIVES
+from jaxsp.models import load
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.settings import Options, plain
 from tests.conftest import CONTEXT, QUERIES
