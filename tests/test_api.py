@@ -135,14 +135,15 @@ def test_what_one_types_first(tiny_directory, tmp_path, monkeypatch):
     assert answer == jaxsp.ask(folder, "What now?", **question)
     assert answer == jaxsp.ask(name, result.prompt, "What now?", **question)
     assert jaxsp.evaluate(name, folder, QUERIES[:2], progress=False)["held_out"]["queries"] == 2
-    assert len(list(jaxsp.compress_many(name, [], **OPTIONS))) == 0
+    with pytest.raises(jaxsp.UserError, match="no context"):
+        list(jaxsp.compress_many(name, [], **OPTIONS))
     with pytest.raises(AssertionError, match="loaded again"):
         result.ask("What now?", model=str(tmp_path / "elsewhere"))
 
 
 def test_what_is_shown_of_things(calm_model, tmp_path):
     result = compress(calm_model)
-    assert repr(result.prompt) == f"SoftPrompt(embedding, 2 vectors for 20 tokens, {calm_model.name})"
+    assert repr(result.prompt) == f"SoftPrompt(embedding, 4 vectors for 87 tokens, {calm_model.name})"
     assert repr(result).startswith(f"Result({result.prompt!r}, ")
     assert "\n" not in repr(result)
     with pytest.raises(AttributeError, match="no attribute 'compres'; did you mean 'compress'"):
