@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import pkgutil
@@ -12,33 +13,57 @@ import pytest
 import jaxsp
 from jaxsp.artifact import make_artifact
 from jaxsp.data.documents import Query
+from jaxsp.models import load
 from jaxsp.settings import make_settings
 from jaxsp.teacher.problem import tokenize
 from tests.conftest import CONTEXT
 
-pytestmark = pytest.mark.usefixtures("optimized")
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(jaxsp.__path__, "jaxsp.")
     if module.name != "jaxsp.__main__"
 ]
+# They train: what they print is the same with a tiny model in the place of the embedded one.
+ON_A_TINY_MODEL = {"jaxsp.api", "jaxsp.training.drivers"}
 
 
-@pytest.fixture(scope="session")
-def demo_folder(tmp_path_factory):
-    """A saved prompt of two vectors for the embedded model: the context's first two, untrained."""
+@pytest.fixture
+def tiny_instead(calm_model, monkeypatch):
+    """The embedded model's name gives a tiny one."""
+    _only(dataclasses.replace(calm_model, name="smollm2-135m-instruct"), monkeypatch)
+
+
+@pytest.fixture
+def embedded(optimized, smollm2, monkeypatch):
+    """The embedded model, loaded once for all examples."""
+    _only(smollm2, monkeypatch)
+
+
+def _only(model, monkeypatch):
+    def load_model(name, dtype=None):
+        return model
+
+    monkeypatch.setattr(jaxsp, "load_model", load_model, raising=False)
+    monkeypatch.setattr(load, "_LOADED", {model})
+    monkeypatch.setattr(load, "load_model", load_model)
+
+
+@pytest.fixture
+def demo_folder(tmp_path):
+    """A saved prompt of two vectors: the context's first two, untrained."""
     model, settings = jaxsp.load_model("smollm2-135m-instruct"), make_settings({"length": 2})
     job = tokenize(model, CONTEXT, [Query("How long is the cable?")], [], settings)
     sigma = {"embeddings": np.asarray(model.embed(job.context_ids[:2]), np.float32)}
-    out = tmp_path_factory.mktemp("doctest") / "prompt"
-    make_artifact(model, job, settings, sigma, CONTEXT, steps=0).save(out)
-    return out
+    make_artifact(model, job, settings, sigma, CONTEXT, steps=0).save(tmp_path / "prompt")
+    return tmp_path / "prompt"
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name, request):
     module = importlib.import_module(name)
     tests = [t for t in doctest.DocTestFinder().find(module) if t.examples]
+    if any("load_model" in test.docstring or "demo_folder" in test.docstring for test in tests):
+        request.getfixturevalue("tiny_instead" if name in ON_A_TINY_MODEL else "embedded")
     for test in tests:
         if "demo_folder" in test.docstring:
             test.globs["demo_folder"] = request.getfixturevalue("demo_folder")

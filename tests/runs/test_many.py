@@ -151,31 +151,25 @@ def test_a_finished_run_is_read_not_done_again(calm_model, results, monkeypatch)
     assert again[0].lines == found[0].lines
 
 
-def test_killed_and_resumed(calm_directory, tmp_path):
+def test_killed_and_resumed(calm_directory, calm_model, tmp_path):
     """Killed in the middle of a block, twice: what was finished stays, the rest is the same to the bit."""
     file = tmp_path / "contexts.jsonl"
     jobs = [job(f"j{i}", f"{CONTEXT} No. {i}.", seed=i, steps=30 + 7 * i) for i in range(4)]
     file.write_text("\n".join(json.dumps(row) for row in jobs))
-
-    def command(out, *more):
-        options = [
-            part for name, value in OPTIONS.items() for part in (f"--{name.replace('_', '-')}", str(value))
-        ]
-        return [
-            sys.executable, "-m", "jaxsp", "compress-many", str(file), "--out", str(tmp_path / out),
-            "--model", str(calm_directory), "--dtype", "float32", "--at-once", "2",
-            "--checkpoint-every", "5", *options, *more,
-        ]  # fmt: skip
+    settings = {**OPTIONS, "checkpoint_every": 5, "at_once": 2}
+    options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    command = [
+        sys.executable, "-m", "jaxsp", "compress-many", str(file), "--out", str(tmp_path / "pieces"),
+        "--model", str(calm_directory), "--dtype", "float32", *options,
+    ]  # fmt: skip
 
     def steps_done(name):
         lines = tmp_path / "pieces" / name / "metrics.jsonl"
         return lines.read_bytes().count(b"\n") - 1 if lines.exists() else 0
 
-    subprocess.run(command("whole"), check=True, capture_output=True)
+    compress_many(calm_model, jobs, out=tmp_path / "whole", **settings)
     for name, steps, more in (("j1", 12, ()), ("j2", 11, ("--resume",))):
-        process = subprocess.Popen(
-            command("pieces", *more), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
+        process = subprocess.Popen([*command, *more], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         while steps_done(name) < steps and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
@@ -183,8 +177,8 @@ def test_killed_and_resumed(calm_directory, tmp_path):
     first = tmp_path / "pieces" / "j0" / "report.json"
     written = first.stat().st_mtime_ns
     assert not (tmp_path / "pieces" / "j2" / "report.json").exists()
-    done = subprocess.run(command("pieces", "--resume"), check=True, capture_output=True, text=True)
-    assert "results.parquet" in done.stderr
+    compress_many(calm_model, jobs, out=tmp_path / "pieces", resume=True, **settings)
+    assert (tmp_path / "pieces" / "results.parquet").is_file()
     assert first.stat().st_mtime_ns == written
     for row in jobs:
         whole, pieces = (tmp_path / out / row["id"] for out in ("whole", "pieces"))

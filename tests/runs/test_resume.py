@@ -2,53 +2,42 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
-from safetensors.numpy import load_file
 
+import jaxsp
 from tests.conftest import CONTEXT, QUERIES
 
 STEPS = 400
 
 
+SETTINGS = {
+    "length": 4, "steps": STEPS, "batch_size": 4, "max_answer_tokens": 6, "evaluate_every": 7,
+    "checkpoint_every": 5,
+}  # fmt: skip
+
+
+def compress(model, out: Path, **more) -> jaxsp.Result:
+    return jaxsp.compress(model, CONTEXT, QUERIES, out=out, progress=False, **SETTINGS, **more)
+
+
 @pytest.fixture
-def command(tmp_path, tiny_directory, job):
+def command(tiny_directory, job):
+    """The same as a command line, for a process that is killed."""
+
     def arguments(out: Path, *more: str) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "jaxsp",
-            "compress",
-            str(job["context"]),
-            "--queries",
-            str(job["queries"]),
-            "--model",
-            str(tiny_directory),
-            "--dtype",
-            "float32",
-            "--out",
-            str(out),
-            "--length",
-            "4",
-            "--steps",
-            str(STEPS),
-            "--batch-size",
-            "4",
-            "--max-answer-tokens",
-            "6",
-            "--evaluate-every",
-            "7",
-            "--checkpoint-every",
-            "5",
-            *more,
-        ]
+        options = [part for name, value in SETTINGS.items() for part in (f"--{name}", value)]
+        words = [
+            "compress", job["context"], "--queries", job["queries"], "--model", tiny_directory,
+            "--dtype", "float32", "--out", out, *options, *more,
+        ]  # fmt: skip
+        return [sys.executable, "-m", "jaxsp", *map(str, words)]
 
     return arguments
 
@@ -69,29 +58,28 @@ def stop_after(arguments: list[str], out: Path, steps: int, how: signal.Signals)
     return process.returncode, err
 
 
-def test_killed_and_resumed_equals_uninterrupted(command, tmp_path):
-    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    subprocess.run(command(whole), check=True, capture_output=True)
-    stop_after(command(pieces), pieces, 12, signal.SIGKILL)
-    stop_after(command(pieces, "--resume"), pieces, 123, signal.SIGKILL)
-    code, err = stop_after(command(pieces, "--resume"), pieces, 250, signal.SIGINT)
+@pytest.fixture(scope="module")
+def whole(tiny_model, tmp_path_factory):
+    """The run that nobody stops."""
+    return compress(tiny_model, tmp_path_factory.mktemp("whole") / "out")
+
+
+def test_killed_and_resumed_equals_uninterrupted(command, whole, tiny_model, tmp_path):
+    out = tmp_path / "pieces"
+    stop_after(command(out), out, 123, signal.SIGKILL)
+    code, err = stop_after(command(out, "--resume"), out, 250, signal.SIGINT)
     assert code == 130
     assert "Interrupted after step" in err
     assert "--resume" in err
-    subprocess.run(command(pieces, "--resume"), check=True, capture_output=True)
+    pieces = compress(tiny_model, out, resume=True)
 
-    def sigma(out):
-        return load_file(out / "prompt.safetensors")["embeddings"]
-
-    assert (sigma(whole) == sigma(pieces)).all()
-    texts = [(d / "metrics.jsonl").read_text().splitlines() for d in (whole, pieces)]
-    lines = [[json.loads(line) for line in text] for text in texts]
-    assert [line["step"] for line in lines[1]] == list(range(STEPS + 1))
-    for a, b in zip(*lines, strict=True):
+    assert (whole.prompt.sigma["embeddings"] == pieces.prompt.sigma["embeddings"]).all()
+    assert [line["step"] for line in pieces.lines] == list(range(STEPS + 1))
+    for a, b in zip(whole.lines, pieces.lines, strict=True):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
-def test_killed_before_the_first_checkpoint(command, tmp_path):
+def test_killed_before_the_first_checkpoint(command, whole, tiny_model, tmp_path):
     """Only the settings are there yet: resuming starts from the beginning."""
     out = tmp_path / "out"
     process = subprocess.Popen(command(out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -100,26 +88,18 @@ def test_killed_before_the_first_checkpoint(command, tmp_path):
     process.kill()
     process.wait()
     assert process.returncode == -signal.SIGKILL
-    short = [*command(out, "--resume")]
-    subprocess.run(short, check=True, capture_output=True)
+    pieces = compress(tiny_model, out, resume=True)
     assert steps_done(out) == STEPS
+    assert (whole.prompt.sigma["embeddings"] == pieces.prompt.sigma["embeddings"]).all()
 
 
 def test_pmap_compresses_like_jit(calm_model):
-    import jaxsp
-
     def gap(parallel):
-        return jaxsp.compress(
-            calm_model,
-            CONTEXT,
-            QUERIES,
-            length=4,
-            steps=5,
-            batch_size=8,
-            max_answer_tokens=6,
-            parallel=parallel,
-            progress=False,
-        ).report["gap_closed"]["value"]
+        result = jaxsp.compress(
+            calm_model, CONTEXT, QUERIES, length=4, steps=5, batch_size=8, max_answer_tokens=6,
+            parallel=parallel, progress=False,
+        )  # fmt: skip
+        return result.report["gap_closed"]["value"]
 
     assert gap("pmap") == pytest.approx(gap("jit"), abs=1e-5)
-    assert os.environ["XLA_FLAGS"].endswith("8")
+    assert jax.local_device_count() == 8
