@@ -147,7 +147,7 @@ def test_gradient_is_that_of_the_mean_over_all_positions_and_improves_it(problem
     settings = settings_for(config, objective, optax.adam(0.02))
     driver = DRIVERS["jit"](frozen, settings)
     state, metrics = step(driver, state_for(sigma, settings), rows)
-    gradient = 10 * state.optimizer_state[0].mu["embeddings"][0]  # Adam's first moment, of which it is a tenth
+    gradient = 10 * state.optimizer_state[0].mu["embeddings"][0]  # a tenth is Adam's moment
     vectors = sigma["embeddings"]
     value, slope = jax.value_and_grad(loss)(states_of(vectors))
     expected = taken_back(vectors, slope)
