@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,8 @@ def test_links_lead_somewhere(name):
 def test_files_and_tables_of_contributing_are_there():
     for path in re.findall(r"`((?:jaxsp|tests|experiments)/[\w./]*)`", CONTRIBUTING):
         assert (ROOT / path).exists(), path
-    tables = re.findall(r"`(_?[A-Z_]{5,})`(?: line)?(?:\s+of|,\s+and in[^.]*?of)\s+`([\w./]+\.py)`", CONTRIBUTING)
+    of = r"`(_?[A-Z_]{5,})`(?: line)?(?:\s+of|,\s+and in[^.]*?of)\s+`([\w./]+\.py)`"
+    tables = re.findall(of, CONTRIBUTING)
     assert len(tables) >= 10
     for table, file in tables:
         assert re.search(rf"^{table}\b", (ROOT / file).read_text("utf-8"), re.MULTILINE), (table, file)
@@ -125,7 +127,7 @@ def test_lines_of_contributing_name_what_is_there():
         assert all((ROOT / word).exists() for word in text.split() if word.startswith("tests")), text
     for name in ("ruff", "pyright", "pytest"):
         assert lines(CONTRIBUTING, name)
-        assert shutil.which(name, path=Path(shutil.sys.executable).parent)
+        assert shutil.which(name, path=Path(sys.executable).parent)
 
 
 def test_the_plan_of_files_is_whole():
