@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from jaxsp.settings import Settings as Settings
     from jaxsp.training.slots import Step as Step
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _ROOMS = ("distributions", "losses", "training")
 _NAMES = {

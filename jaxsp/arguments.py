@@ -20,7 +20,7 @@ from typing import Any, TypeVar, Union
 
 import tyro
 
-from jaxsp import __version__
+import jaxsp
 from jaxsp.errors import UserError
 
 _Command = TypeVar("_Command")
@@ -46,7 +46,7 @@ def parse(commands: Mapping[str, type[_Command]], arguments: list[str]) -> _Comm
     """
     arguments = arguments or ["--help"]
     if arguments == ["--version"]:
-        print(f"jaxsp {__version__}")
+        print(f"jaxsp {jaxsp.__version__}")
         raise SystemExit
     name = arguments[0]
     _check_names(commands, *arguments)
