@@ -48,8 +48,8 @@ def print_prompt(prompt: SoftPrompt) -> None:
     manifest = prompt.manifest
     model, training, tokens = manifest["model"], manifest["training"], manifest["context_tokens"]
     rows = {
-        "kind": f"{prompt.kind}, {prompt.length} vectors, {manifest['dtype']}",
-        "stands for": f"{tokens} tokens ({tokens / prompt.length:.1f}×)",
+        "kind": f"{prompt.kind}, {prompt.prompt_length} vectors, {manifest['dtype']}",
+        "stands for": f"{tokens} tokens ({tokens / prompt.prompt_length:.1f}×)",
         "model": f"{model['name']} ({model['fingerprint'][:12]})",
         "tokenizer": manifest["tokenizer"]["fingerprint"][:12],
         "position": manifest["slots"]["position_offset"],

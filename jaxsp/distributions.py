@@ -65,7 +65,7 @@ def initial_prompt(
     preamble: KeyValues,
     *,
     key: Array,
-    length: int,
+    prompt_length: int,
     initial: str = "first",
     kind: str = "embedding",
 ) -> PyTree:
@@ -77,7 +77,7 @@ def initial_prompt(
       context_ids: token ids ``[C]`` of the context.
       preamble: what stands before it.
       key: random key, for the initializers that draw.
-      length: K.
+      prompt_length: K.
       initial: a key of ``jaxsp.prompts.initializers.INITIALIZERS``.
       kind: a key of ``jaxsp.prompts.PROMPT_KINDS``.
 
@@ -88,11 +88,11 @@ def initial_prompt(
     def embed(ids: Array | np.ndarray) -> Array:
         return decoder.embed(params, config, jnp.asarray(ids))
 
-    vectors = INITIALIZERS[initial](Source(key, context_ids, length, embed, config.vocab_size))
+    vectors = INITIALIZERS[initial](Source(key, context_ids, prompt_length, embed, config.vocab_size))
 
     def key_values() -> KeyValues:
         inputs = vectors[None].astype(config.dtype)
-        positions = preamble.next_position[:, None] + jnp.arange(length)[None]
+        positions = preamble.next_position[:, None] + jnp.arange(prompt_length)[None]
         return decoder.hidden(params, config, inputs, positions, (preamble,))[1]
 
     return PROMPT_KINDS[kind].initial(vectors, key_values)

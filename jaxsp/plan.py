@@ -131,7 +131,7 @@ def plan(
         shares, devices = mesh.shape[DATA], mesh.size
     else:
         shares = devices = jax.local_device_count() if settings.devices.parallel == "pmap" else 1
-    parts = shares * settings.devices.accumulate
+    parts = shares * settings.devices.grad_accumulation
 
     def packing_of(batch_size: int) -> Packing:
         return Packing.of(np.full(batch_size, query_tokens), batch_size).over(parts, query_tokens)
@@ -148,7 +148,7 @@ def plan(
         sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, found.output_size_in_bytes
         return Memory(*sizes, context_bytes)
 
-    flops = step_flops(config, settings.prompt.length, query_tokens, packing, readings=parts)
+    flops = step_flops(config, settings.prompt.prompt_length, query_tokens, packing, readings=parts)
     rate = matmul_rate(config)
     working = 1 if jax.default_backend() == "cpu" else devices  # a CPU's devices are one processor
     limit = memory_limit or device_memory(devices)
@@ -227,10 +227,10 @@ def compiled(
     chosen = UpdateSettings.of(config, settings)
 
     def start() -> TrainState:
-        length = settings.prompt.length
+        prompt_length = settings.prompt.prompt_length
         kind = PROMPT_KINDS[settings.prompt.kind]
-        vectors = jnp.zeros((length, config.width))
-        sigma = kind.initial(vectors, lambda: decoder.empty_prefix(config, length))
+        vectors = jnp.zeros((prompt_length, config.width))
+        sigma = kind.initial(vectors, lambda: decoder.empty_prefix(config, prompt_length))
         return initial_state(sigma, chosen.optimizer, key=jax.random.key(0))
 
     preamble = jax.eval_shape(lambda: decoder.empty_prefix(config, BEFORE))
@@ -256,7 +256,7 @@ def compiled(
 
 
 def step_flops(
-    config: DecoderConfig, length: int, query_tokens: int, packing: Packing, readings: int = 1
+    config: DecoderConfig, prompt_length: int, query_tokens: int, packing: Packing, readings: int = 1
 ) -> float:
     """Floating-point operations of an update that it can't do without.
 
@@ -267,15 +267,15 @@ def step_flops(
 
     Args:
       config: of the model.
-      length: K.
+      prompt_length: K.
       query_tokens: of a query with its answer; the answer's are half of them.
       packing: shape of the batch.
       readings: how often σ is read: once for each part that the batch is computed in.
     """
-    tokens, own = packing.tokens, readings * length
+    tokens, own = packing.tokens, readings * prompt_length
     projections = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
     mlp = (3 if config.gated_mlp else 2) * config.width * config.mlp_width
-    attended = tokens * (BEFORE + length + query_tokens / 2) + own * (BEFORE + length / 2)
+    attended = tokens * (BEFORE + prompt_length + query_tokens / 2) + own * (BEFORE + prompt_length / 2)
     attention = 4 * config.heads * config.head_width * attended
     layer = 2 * 2 * (tokens + own) * (projections + mlp) + 3 * attention
     # The head: of the teacher, of the student, and back.

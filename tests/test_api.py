@@ -17,7 +17,7 @@ from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.settings import Options, plain
 from tests.conftest import CONTEXT, QUERIES
 
-OPTIONS = {"length": 4, "steps": 4, "batch_size": 4, "max_answer_tokens": 6, "progress": False}
+OPTIONS = {"prompt_length": 4, "steps": 4, "batch_size": 4, "max_answer_tokens": 6, "progress": False}
 
 
 def compress(model, **options):
@@ -93,7 +93,7 @@ def key_value(monkeypatch):
         return preamble.append(jaxsp.typing.KeyValues(keys, values, positions))
 
     kind = types.SimpleNamespace(
-        initial=initial, prefix=prefix, length=lambda sigma: sigma["layers"]["keys"].shape[1]
+        initial=initial, prefix=prefix, prompt_length=lambda sigma: sigma["layers"]["keys"].shape[1]
     )
     monkeypatch.setitem(PROMPT_KINDS, "key_value", kind)
 

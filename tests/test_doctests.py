@@ -27,7 +27,7 @@ MODULES = [
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory):
     """A saved prompt of two vectors for the embedded model: the context's first two, untrained."""
-    model, settings = jaxsp.load_model("smollm2-135m-instruct"), make_settings({"length": 2})
+    model, settings = jaxsp.load_model("smollm2-135m-instruct"), make_settings({"prompt_length": 2})
     job = tokenize(model, CONTEXT, [Query("How long is the cable?")], [], settings)
     sigma = {"embeddings": np.asarray(model.embed(job.context_ids[:2]), np.float32)}
     out = tmp_path_factory.mktemp("doctest") / "prompt"

@@ -22,7 +22,7 @@ from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import UserError
 from tests import tiny
 
-SETTINGS = make_settings({"length": 4, "optimizer": "adam"})
+SETTINGS = make_settings({"prompt_length": 4, "optimizer": "adam"})
 MESH = make_settings({"parallel": "mesh", "mesh": "data=2,model=2"}, base=SETTINGS)
 
 
@@ -92,7 +92,7 @@ def programs(monkeypatch):
 
     def compiled(config, settings, packing, mesh, prompts=1):
         asked.append(packing)
-        sizes = (10_000, 1000 * prompts * packing.rows // settings.devices.accumulate, 500)
+        sizes = (10_000, 1000 * prompts * packing.rows // settings.devices.grad_accumulation, 500)
         names = ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes")
         found = SimpleNamespace(**dict(zip(names, sizes, strict=True)))
         return SimpleNamespace(memory_analysis=lambda: found)
@@ -119,8 +119,8 @@ def test_how_many_prompts_have_room(config, programs, monkeypatch, mesh, room, a
     ("changes", "rows", "share", "largest"),
     [
         ({}, 6, 6, 40),
-        ({"accumulate": 2}, 6, 6, 80),
-        ({"accumulate": 4}, 8, 8, 160),
+        ({"grad_accumulation": 2}, 6, 6, 80),
+        ({"grad_accumulation": 4}, 8, 8, 160),
         ({"parallel": "pmap"}, 8, 1, 320),
         ({"parallel": "mesh", "mesh": "data=2,model=2"}, 6, 6, 40),
     ],
@@ -142,12 +142,12 @@ def test_what_fits(config, programs, monkeypatch, changes, rows, share, largest)
     assert tight.largest_rows == 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"accumulate": 4}])
+@pytest.mark.parametrize("changes", [{}, {"grad_accumulation": 4}])
 @pytest.mark.parametrize(("query_tokens", "rows"), [(40, 9), (17, 200), (64, 3)])
 def test_the_largest_batch_size_fits(config, programs, monkeypatch, changes, query_tokens, rows):
     """A run with it takes no more tokens a batch than were found to fit; one more takes too many."""
     sizes = {"context_tokens": 99, "query_tokens": query_tokens}
-    parts = changes.get("accumulate", 1)
+    parts = changes.get("grad_accumulation", 1)
     monkeypatch.setattr(plan, "largest", lambda *_, **__: rows * parts)
     found = plan.plan(config, make_settings({"batch_size": 8, **changes}), **sizes)
     room = found.largest_rows * found.row_tokens
@@ -162,7 +162,7 @@ def test_the_largest_batch_size_fits(config, programs, monkeypatch, changes, que
 def test_sigma_is_read_once_a_part(config, programs, monkeypatch):
     monkeypatch.setattr(Packing, "of", lambda *_: Packing(4, 48))
     flops = [
-        plan.plan(config, make_settings({"accumulate": parts}), context_tokens=9, query_tokens=9).flops
+        plan.plan(config, make_settings({"grad_accumulation": parts}), context_tokens=9, query_tokens=9).flops
         for parts in (1, 2, 4)
     ]
     assert 0 < flops[1] - flops[0] == pytest.approx((flops[2] - flops[0]) / 3)

@@ -28,7 +28,7 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-SETTINGS = {"length": 4, "steps": STEPS, "max_answer_tokens": 6}
+SETTINGS = {"prompt_length": 4, "steps": STEPS, "max_answer_tokens": 6}
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_many_contexts_are_divided_among_processes(start, calm_model, tmp_path):
 @pytest.mark.parametrize(
     ("also", "difference"),
     [
-        (("--length", "5"), "length is 4 in process 0 and 5 in process 1"),
+        (("--prompt-length", "5"), "prompt_length is 4 in process 0 and 5 in process 1"),
         (("--queries", "{other}"), "queries is '[0-9a-f]+' in process 0 and '[0-9a-f]+'"),
     ],
 )

@@ -18,7 +18,7 @@ def test_a_block_runs(number, calm_directory, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("manual.md").write_text(CONTEXT)
     code = BLOCKS[number].replace('"smollm2-135m-instruct"', repr(str(calm_directory)))
-    exec(compile(code.replace("length=16", "length=8"), f"README block {number}", "exec"), {})
+    exec(compile(code.replace("prompt_length=16", "prompt_length=8"), f"README block {number}", "exec"), {})
 
 
 def test_the_loop_of_ones_own_is_short():

@@ -58,7 +58,7 @@ def turns(first: dict[str, Any]) -> Callable[[Step], None]:
 def train(optimizer: str, job: Job) -> None:
     """The first turn readies everything; every other takes some steps and measures."""
     model = load(job)
-    options = {"length": job.length, "steps": job.steps, "evaluate_every": job.evaluate_every}
+    options = {"prompt_length": job.prompt_length, "steps": job.steps, "evaluate_every": job.evaluate_every}
     settings = make_settings({**options, "optimizer": optimizer})
     rows = make_rows(job.queries, job.answers)
     packing = Packing.for_all(rows.lengths)
@@ -107,7 +107,7 @@ def tokenized(job: Job) -> TokenizedJob:
 def template_too(job: Job) -> Job:
     """The job in which the chat template's tokens are part of σ, as in PEFT's prompt tuning."""
     return dataclasses.replace(
-        job, before=[], context=job.before + job.context, length=len(job.before) + job.length
+        job, before=[], context=job.before + job.context, prompt_length=len(job.before) + job.prompt_length
     )
 
 

@@ -22,7 +22,7 @@ class Job:
       queries: ids of z, each up to where the answer starts; those trained on come first.
       answers: ids of ŷ, the end-of-turn id included.
       train: how many queries are trained on; the others are held out.
-      length: K.
+      prompt_length: K.
       steps: updates.
       evaluate_every: steps of a turn; the held-out KL is measured after each.
       batches: indices of the queries of every step.
@@ -37,7 +37,7 @@ class Job:
     queries: list[list[int]]
     answers: list[list[int]]
     train: int
-    length: int
+    prompt_length: int
     steps: int
     evaluate_every: int
     batches: list[list[int]]

@@ -110,7 +110,7 @@ def make_job(run: Run) -> Job:
         queries=job.query_ids,
         answers=[],
         train=len(train),
-        length=settings.prompt.length,
+        prompt_length=settings.prompt.prompt_length,
         steps=run.steps,
         evaluate_every=run.evaluate_every,
         batches=[
@@ -161,7 +161,7 @@ def measure(run: Run) -> dict[str, Any]:
         "job": {
             "context_tokens": len(job.context),
             "template_tokens": len(job.before),
-            "prompt_length": job.length,
+            "prompt_length": job.prompt_length,
             "train": job.train,
             "held_out": len(job.queries) - job.train,
             "answer_tokens": sum(map(len, job.answers)),

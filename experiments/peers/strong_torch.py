@@ -27,7 +27,7 @@ class Strong:
         with torch.no_grad():
             self._before = self._read(ids[: len(job.before)])
             self._context = self._read(ids)
-        self._sigma = self._embed(torch.tensor(job.context[: job.length])).float().requires_grad_()
+        self._sigma = self._embed(torch.tensor(job.context[: job.prompt_length])).float().requires_grad_()
         self.parameters = [self._sigma]
 
     def student(self, index: Sequence[int]) -> Tensor:

@@ -78,7 +78,7 @@ def load(job: Job) -> transformers.PreTrainedModel:
 
 def prompt_tuning(job: Job, base: transformers.PreTrainedModel) -> Peft:
     """Virtual tokens come before everything: those of the chat template are among them, and trained."""
-    first = torch.tensor(job.before + job.context[: job.length])
+    first = torch.tensor(job.before + job.context[: job.prompt_length])
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(first))
     model = peft.get_peft_model(base, config)
     vectors = base.model.embed_tokens(first)
@@ -88,7 +88,7 @@ def prompt_tuning(job: Job, base: transformers.PreTrainedModel) -> Peft:
 
 def cartridge(job: Job, base: transformers.PreTrainedModel) -> Peft:
     """Keys and values of the same tokens; those of the chat template stay as they are."""
-    first = torch.tensor(job.before + job.context[: job.length])
+    first = torch.tensor(job.before + job.context[: job.prompt_length])
     config = peft.CartridgeConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=len(first), num_frozen_tokens=len(job.before)
     )

@@ -29,11 +29,11 @@ CHIPS, HOST = 256, 4
 
 CONTEXT, QUERIES, HELD_OUT, QUERY, ANSWER = 1000, 32, 6, 32, 32
 """The job: tokens of a context; queries, and how many are held out; tokens of one and of its answer."""
-SETTINGS = make_settings({"length": 16, "batch_size": 8, "steps": 60, "max_answer_tokens": ANSWER})
+SETTINGS = make_settings({"prompt_length": 16, "batch_size": 8, "steps": 60, "max_answer_tokens": ANSWER})
 ROW = QUERY + ANSWER
 PACKING = Packing.of(np.full(QUERIES, ROW), SETTINGS.training.batch_size)
 TEACHER = BEFORE + decoder.round_size(CONTEXT)  # slots of its prefix
-STUDENT = BEFORE + SETTINGS.prompt.length
+STUDENT = BEFORE + SETTINGS.prompt.prompt_length
 EVALUATIONS = SETTINGS.training.steps // SETTINGS.training.evaluate_every + 1
 
 
@@ -86,7 +86,7 @@ def expected(
       prompts: side by side; 0 for one whose rows go over ``data``.
       answers: answer positions of the prompt's batch.
     """
-    parts, K, D = layout[DATA], SETTINGS.prompt.length, config.width
+    parts, K, D = layout[DATA], SETTINGS.prompt.prompt_length, config.width
     share = max(prompts, 1) / parts
     T, own, live = packing.rows * packing.length * share, max(1, share) * K, answers * share
     messages = size = 0.0
@@ -184,12 +184,12 @@ def works(config: DecoderConfig, prompts: int) -> Iterator[Work]:
     yield Work("signals and brackets", batches, *again)
 
     losses = head(config, prompts * tokens / 2, 3)
-    layers = prompts * step_flops(config, SETTINGS.prompt.length, ROW, PACKING) - losses[0]
+    layers = prompts * step_flops(config, SETTINGS.prompt.prompt_length, ROW, PACKING) - losses[0]
     told = expected(config, PACKING, {DATA: 1, MODEL: 2}, prompts, answers)
     steps = SETTINGS.training.steps / prompts
     yield Work("steps", steps, layers, 4 * layer_weights(config), told.messages, told.bytes)
     yield Work("steps", steps, *losses[:2])
-    watched = forward(config, prompts * (tokens + SETTINGS.prompt.length), STUDENT + ROW / 2)
+    watched = forward(config, prompts * (tokens + SETTINGS.prompt.prompt_length), STUDENT + ROW / 2)
     yield Work("evaluations", EVALUATIONS / prompts, *watched)
     yield Work("evaluations", EVALUATIONS / prompts, *head(config, prompts * HELD_OUT * ANSWER, 2))
 
@@ -230,11 +230,11 @@ def step_seconds(name: str, model: int) -> dict[str, float]:
 def spread_seconds(name: str, devices: int) -> dict[str, Any]:
     """A step of one prompt with its rows over so many chips."""
     config, packing = MODELS[name], PACKING.over(devices, ROW)
-    flops = step_flops(config, SETTINGS.prompt.length, ROW, packing, readings=devices) / devices
+    flops = step_flops(config, SETTINGS.prompt.prompt_length, ROW, packing, readings=devices) / devices
     positions = SETTINGS.training.batch_size * ANSWER / devices
     size = 4 * layer_weights(config) + head(config, positions, 3)[1]
     return {
         "model": name, "chips": devices, "tokens": packing.rows * packing.length // devices,
         "products": flops / (UTILISATION * PEAK), "memory": size / (UTILISATION * BANDWIDTH),
-        "exchange": all_reduce(devices, 1, 4 * (SETTINGS.prompt.length * config.width + 3)),
+        "exchange": all_reduce(devices, 1, 4 * (SETTINGS.prompt.prompt_length * config.width + 3)),
     }  # fmt: skip

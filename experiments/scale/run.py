@@ -154,7 +154,7 @@ def main() -> None:
         "job": {
             "context": CONTEXT, "before": BEFORE, "queries": QUERIES, "held_out": HELD_OUT,
             "query": QUERY, "answer": ANSWER, "batch": dataclasses.astuple(PACKING),
-            "length": SETTINGS.prompt.length, "steps": SETTINGS.training.steps,
+            "prompt_length": SETTINGS.prompt.prompt_length, "steps": SETTINGS.training.steps,
         },
         "weights": {name: _weights(config) for name, config in MODELS.items()},
         "flops": {name: _flops(config) for name, config in MODELS.items()},

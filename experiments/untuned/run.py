@@ -44,7 +44,7 @@ def main(run: Run) -> None:
                 context,
                 read_queries(HERE / name / "queries.txt"),
                 held_out=read_queries(HERE / name / "held_out.txt"),
-                length=tokens // COMPRESSION,
+                prompt_length=tokens // COMPRESSION,
                 steps=run.steps,
                 out=folder,
                 overwrite=True,

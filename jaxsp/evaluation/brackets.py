@@ -61,13 +61,13 @@ def measure_all(
       known: what was measured before and is not measured again.
     """
     preamble, kind = problem.preamble, settings.prompt.kind
-    length = PROMPT_KINDS[kind].length(sigmas["prompt"])
-    vectors = model.embed(problem.job.context_ids[:length]).astype(jnp.float32)
+    prompt_length = PROMPT_KINDS[kind].prompt_length(sigmas["prompt"])
+    vectors = model.embed(problem.job.context_ids[:prompt_length]).astype(jnp.float32)
     read = functools.partial(distributions.read_prompt, model.params, model.config)
     prefixes = {
         **{name: read(sigma, preamble, kind) for name, sigma in sigmas.items()},
         "truncated_context": read({"embeddings": vectors}, preamble, "embedding"),
-        "no_context": preamble.append(decoder.empty_prefix(model.config, length)),
+        "no_context": preamble.append(decoder.empty_prefix(model.config, prompt_length)),
     }
     new = {name: prefix for name, prefix in prefixes.items() if name not in known}
     measured = {**known, **measure(model, problem, new, settings.teacher.max_answer_tokens)}

@@ -110,10 +110,10 @@ def header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
     return {
         "model": model.name,
         "dtype": model.config.dtype,
-        "weights": model.config.weights,
+        "quantization": model.config.quantization,
         "context_tokens": manifest["context_tokens"],
-        "prompt_length": prompt.length,
-        "compression": manifest["context_tokens"] / prompt.length,
+        "prompt_length": prompt.prompt_length,
+        "compression": manifest["context_tokens"] / prompt.prompt_length,
         "objective": training["objective"],
         "steps": training["steps"],
         "kept": training.get("keep", "best"),
@@ -168,7 +168,7 @@ def _verdict(report: dict[str, Any]) -> dict[str, Any]:
         if train and np.mean([q["kl"] for q in held_out]) > 1.5 * np.mean([q["kl"] for q in train]):
             suggestions.append("add queries like those missed (--queries)")
         if sum(not q["captured"] for q in train) > len(train) / 10:
-            suggestions.append("a longer prompt (--length)")
+            suggestions.append("a longer prompt (--prompt-length)")
         suggestions.append("more steps (--steps)")
         text += f" What may help: {', '.join(suggestions)}."
     return {"text": text, "missed": [q["query"] for q in missed], "suggestions": suggestions}

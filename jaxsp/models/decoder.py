@@ -75,7 +75,7 @@ class DecoderLayer(nn.Module):
 
     def _dense(self, name: str, size: int, x: Array, *, bias: bool) -> Array:
         c = self.config
-        if c.weights == "int8":
+        if c.quantization == "int8":
             return Int8Dense(c, size, bias, name=name)(x)
         return nn.Dense(size, bias, dtype=c.dtype, param_dtype=c.dtype, precision=c.precision, name=name)(x)
 

@@ -203,7 +203,7 @@ class LanguageModel:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Identifies the weights: two models with the same fingerprint give the same logits."""
-        kind = "" if self.config.weights == "full" else f"{self.config.weights}:"
+        kind = "" if self.config.quantization == "none" else f"{self.config.quantization}:"
         return kind + fingerprint(weight_files(self.directory))
 
 

@@ -164,7 +164,7 @@ def load_params(
 
     def load(path: str, leaf: jax.ShapeDtypeStruct) -> Array:
         place = places[path.replace("/scale", "/kernel")]
-        if config.weights == "int8" and path.endswith(("/kernel", "/scale")):
+        if config.quantization == "int8" and path.endswith(("/kernel", "/scale")):
             read = functools.partial(place.read_int8, leaf, checkpoint)
         else:
             read = functools.partial(place.read, checkpoint)
@@ -270,7 +270,9 @@ class Place:
                 largest = np.abs(kernel).max(axis=0)
                 if not np.isfinite(largest).all():
                     name = self.names[layer]
-                    raise UserError(f"Tensor {name} holds NaN or infinity, which int8 can't; load it full.")
+                    raise UserError(
+                        f"Tensor {name} holds NaN or infinity, which int8 can't; load it without quantization."
+                    )
                 scale = np.maximum(largest, np.finfo(np.float32).tiny) / 127  # an output may be all 0
                 target = out[i, ..., first - outputs.start : columns.stop - outputs.start]
                 target[:] = np.rint(kernel[inputs[0]] / scale) if inputs else scale
@@ -313,8 +315,8 @@ def _as_named(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> Mapping[
 
 
 def places_of(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> dict[str, Place]:
-    """Each parameter of a decoder with full weights, by its path, and the tensors that it is read from."""
-    leaves = _leaves(config.replace(weights="full"))
+    """Each parameter of a decoder without quantization, by its path, and the tensors that it is read from."""
+    leaves = _leaves(config.replace(quantization="none"))
     found = [(path, leaf, tensors[path]) for path, leaf in leaves.items()]
     outputs: dict[str, int] = {}
     for _, leaf, tensor in found:

@@ -118,10 +118,10 @@ def tokenize(
             f" the longest query ({longest}) and the answer ({room}) that is {needed}, more than the"
             f" model's window of {model.config.window}. Shorten the context."
         )
-    if not settings.prompt.length < len(context_ids):
+    if not settings.prompt.prompt_length < len(context_ids):
         raise UserError(
-            f"The prompt must be shorter than the context: --length is {settings.prompt.length}, the"
-            f" context has {len(context_ids)} tokens."
+            f"The prompt must be shorter than the context: --prompt-length is"
+            f" {settings.prompt.prompt_length}, the context has {len(context_ids)} tokens."
         )
     is_train = np.arange(len(queries)) < len(train)
     return TokenizedJob(model.chat, model.preamble_ids, context_ids, queries, is_train, query_ids, given_ids)

@@ -47,7 +47,7 @@ class UpdateSettings:
       kind: of the prompt, a key of ``jaxsp.prompts.PROMPT_KINDS``.
       objective: what is trained on.
       optimizer: of the prompt.
-      accumulate: parts that a batch's rows are computed in, one after the other; never more than rows.
+      grad_accumulation: parts that a batch's rows are computed in, one after the other; never more than rows.
 
     Raises:
       UserError: the objective has no gradient.
@@ -57,7 +57,7 @@ class UpdateSettings:
     kind: str
     objective: Objective
     optimizer: optax.GradientTransformation
-    accumulate: int = 1
+    grad_accumulation: int = 1
 
     def __post_init__(self) -> None:
         self.objective.check_differentiable()
@@ -66,7 +66,7 @@ class UpdateSettings:
     def of(cls, config: DecoderConfig, settings: Settings) -> UpdateSettings:
         """What of the settings is compiled into the update of a model with these hyper-parameters."""
         objective, optimizer = as_objective(settings.training.objective), make_optimizer(settings.training)
-        return cls(config, settings.prompt.kind, objective, optimizer, settings.devices.accumulate)
+        return cls(config, settings.prompt.kind, objective, optimizer, settings.devices.grad_accumulation)
 
 
 def loss_totals(sigmas: PyTree, frozen: Frozen, batches: Rows, settings: UpdateSettings) -> Total:
@@ -95,8 +95,8 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One step of gradient descent on the σ of M prompts, each on its own batch.
 
-    Totals, counts and gradients are summed over the parts that ``settings.accumulate`` asks for and over
-    ``axis_name``, and divided once: the result is that of the whole batch, however its rows are spread.
+    Totals, counts and gradients are summed over the parts that ``settings.grad_accumulation`` asks for and
+    over ``axis_name``, and divided once: the result is that of the whole batch, however its rows are spread.
     A prompt that has done all the steps of its schedule stays as it is.
 
     Args:
@@ -120,7 +120,7 @@ def update(
 
         return jax.grad(totals, has_aux=True)(states.sigma)
 
-    gradients, losses = _in_parts(gradients_and_losses, batches, settings.accumulate)
+    gradients, losses = _in_parts(gradients_and_losses, batches, settings.grad_accumulation)
     drawn = jax.vmap(lambda rows: rows.sequences)(batches)
     if axis_name is not None:
         # As one float32 message: a batch's sequences are few enough to be exact.

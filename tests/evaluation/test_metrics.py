@@ -84,10 +84,10 @@ def test_verdicts():
     assert "has not captured it for 1" in unseen["text"]
     assert unseen["missed"] == ["held_out 0.9"]
     assert any("--queries" in s for s in unseen["suggestions"])
-    assert not any("--length" in s for s in unseen["suggestions"])
+    assert not any("--prompt-length" in s for s in unseen["suggestions"])
 
     small = verdict(0.5, [query("held_out", 0.9, False), query("train", 0.9, False)])
-    assert any("--length" in s for s in small["suggestions"])
+    assert any("--prompt-length" in s for s in small["suggestions"])
     assert not any("--queries" in s for s in small["suggestions"])
 
     useless = verdict(0.1, [query("held_out", 1.5, False)], truncated=1.2)

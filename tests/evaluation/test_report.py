@@ -48,7 +48,7 @@ def report() -> dict:
         "verdict": {"text": "σ closes most of it."},
         "model": "tiny <i> & {{ 1 }}",
         "dtype": "float32",
-        "weights": "full",
+        "quantization": "none",
         "compression": 21.75,
         "objective": "kl",
         "steps": 2,
@@ -76,7 +76,7 @@ def test_the_report_for_people(report):
 
 σ closes most of it.
 
-- model: tiny <i> & {{{{ 1 }}}} (float32, full weights)
+- model: tiny <i> & {{{{ 1 }}}} (float32, quantization: none)
 - compression: 21.8×, objective: kl, 2 steps
 - gap closed on held-out queries: 81.2% (95% interval -50.0% to 100.0%) (0: no context, 1: full context)
 - the same against the truncated context: 50.0% (95% interval 25.0% to 75.0%)

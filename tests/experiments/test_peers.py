@@ -68,7 +68,7 @@ def tiny_job(tiny_directory: Path, tmp_path: Path) -> Job:
         queries=[[30 + i, 4, 5] for i in range(6)],
         answers=[[40 + i, 7, 2] for i in range(6)],
         train=4,
-        length=4,
+        prompt_length=4,
         steps=4,
         evaluate_every=2,
         batches=[],

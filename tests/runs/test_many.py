@@ -20,7 +20,7 @@ from jaxsp.typing import EMPTY, UserError
 from tests.conftest import CONTEXT, QUERIES
 
 OPTIONS = {
-    "length": 4, "steps": 12, "batch_size": 3, "max_answer_tokens": 6,
+    "prompt_length": 4, "steps": 12, "batch_size": 3, "max_answer_tokens": 6,
     "evaluate_every": 4,
 }  # fmt: skip
 
@@ -35,7 +35,7 @@ UNEVEN = [
     job("long", f"{CONTEXT} {CONTEXT}", [f"{query}!" for query in QUERIES], seed=3),
     job("same", seed=1, initial="spread", learning_rate=0.1, steps=6),
     job("other", objective="nll", steps=4),
-    job("longer", length=6, held_out=0.4),
+    job("longer", prompt_length=6, held_out=0.4),
 ]
 
 
@@ -198,7 +198,7 @@ def test_killed_and_resumed(calm_directory, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_fails_alone(calm_model, tmp_path):
-    wild = {"learning_rate": 1e38, "clip": 0.0}
+    wild = {"learning_rate": 1e38, "max_grad_norm": 0.0}
     jobs = [job("a", **wild), job("b", **wild, seed=1), job("c")]
     found = compress_many(calm_model, jobs, out=tmp_path / "out")
     assert [bool(r.error) for r in found] == [True, True, False]
@@ -206,13 +206,13 @@ def test_a_loss_that_is_not_finite_fails_alone(calm_model, tmp_path):
     assert found[2].report["gap_closed"]["value"] > 0
     rows = pyarrow.parquet.read_table(tmp_path / "out" / "results.parquet").to_pylist()
     assert ["is not finite" in (row["error"] or "") for row in rows] == [True, True, False]
-    assert jaxsp.SoftPrompt.load(tmp_path / "out" / "a").length == 4  # the best until then
+    assert jaxsp.SoftPrompt.load(tmp_path / "out" / "a").prompt_length == 4  # the best until then
     again = compress_many(calm_model, jobs, out=tmp_path / "out", resume=True)
     assert again[0].error == found[0].error
 
 
 def test_a_failed_job_says_what_it_did_and_can_be_mended(calm_model, tmp_path, jaxsp_command):
-    wild = {"learning_rate": 1e38, "clip": 0.0}
+    wild = {"learning_rate": 1e38, "max_grad_norm": 0.0}
     (failed,) = compress_many(calm_model, [job("a", **wild)], out=tmp_path / "out")
     assert failed.report["steps"] == failed.lines[-1]["step"] < OPTIONS["steps"]
     assert "NaN" not in (tmp_path / "out" / "a" / "metrics.jsonl").read_text()
@@ -347,11 +347,12 @@ GOOD = job("good")
         (job("x", held_out=QUERIES[:1]), "is both for training and held out"),
         (job("x", colour="red"), "Unknown setting 'colour'"),
         (job("x", objective="zero_one"), "can't train on zero_one"),
-        (job("x", length=900), "prompt must be shorter than the context"),
+        (job("x", prompt_length=900), "prompt must be shorter than the context"),
+        (job("x", length=4), "Unknown setting 'length'; it is called prompt_length now."),
         (job("x", seed=2**70), "--seed must be at least 0 and below 4294967296"),
         (job("x", seed=-1), "--seed must be at least 0 and below 4294967296, not -1"),
         (job("x", steps=10**12), "--steps must be at least 0 and below 2147483648"),
-        (job("x", clip=float("nan")), "--clip must be a finite number, not nan"),
+        (job("x", max_grad_norm=float("nan")), "--max-grad-norm must be a finite number, not nan"),
         (job("x", "\ud800" + CONTEXT), "there is text that is no Unicode"),
         (job("Good"), "the id 'Good' is given twice"),
         (job("results.parquet"), "neither 'run' nor 'results'"),
@@ -384,7 +385,7 @@ def test_the_command_reports_bad_rows(jaxsp_command, calm_directory, tmp_path):
     file.write_text(json.dumps(good, ensure_ascii=False) + '\n{"id": \n', "utf-8")
     common = [
         "compress-many", file, "--out", tmp_path / "out", "--model", calm_directory, "--dtype",
-        "float32", "--length", 4, "--steps", 2, "--max-answer-tokens", 4,
+        "float32", "--prompt-length", 4, "--steps", 2, "--max-answer-tokens", 4,
     ]  # fmt: skip
     code, out, err = jaxsp_command(*common)
     assert code == 2

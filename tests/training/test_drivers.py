@@ -40,7 +40,7 @@ def model(tmp_path_factory):
     return jaxsp.load_model(directory, dtype="float32")
 
 
-SETTINGS = make_settings({"length": 4, "steps": 10, "max_answer_tokens": 6})
+SETTINGS = make_settings({"prompt_length": 4, "steps": 10, "max_answer_tokens": 6})
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_weights_are_never_gathered(model, problem, mesh):
 
 def test_a_whole_compression_on_a_mesh(model, tmp_path):
     """The teacher, generation and evaluation as well; and it goes on where another layout stopped."""
-    options = {"length": 4, "steps": 6, "max_answer_tokens": 6, "checkpoint_every": 2}
+    options = {"prompt_length": 4, "steps": 6, "max_answer_tokens": 6, "checkpoint_every": 2}
     options |= {"progress": False}
     expected = jaxsp.compress(model, CONTEXT, QUERIES, **options)
     mesh = {"parallel": "mesh", "mesh": "data=2,model=4"}
@@ -146,7 +146,7 @@ MANY.append({**MANY[0], "id": "other", "objective": "nll"})
 
 @pytest.fixture(scope="module")
 def many_on_one_device(model):
-    options = {"length": 4, "steps": 6, "max_answer_tokens": 6, "progress": False}
+    options = {"prompt_length": 4, "steps": 6, "max_answer_tokens": 6, "progress": False}
     return list(jaxsp.compress_many(model, MANY, **options)), options
 
 

@@ -246,7 +246,7 @@ def undivided(problem):
 def test_a_batch_in_parts_gives_the_update_of_the_whole(problem, undivided, parallel, mesh, parts, packing):
     frozen, config, batch, sigma, _ = problem
     settings = settings_for(config, optimizer=optax.sgd(1.0))
-    settings = dataclasses.replace(settings, accumulate=parts)
+    settings = dataclasses.replace(settings, grad_accumulation=parts)
     driver = DRIVERS[parallel](frozen, settings, mesh=mesh and as_mesh(mesh))
     if packing:
         packing = packing.over(driver.multiple, int(batch.lengths.max()))
@@ -272,7 +272,7 @@ def test_many_prompts_in_parts(problem):
     batches = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
     (one, metrics), (two, in_parts) = (
         jax.jit(update, static_argnames="settings")(
-            states, batches, frozen=frozen, settings=dataclasses.replace(whole, accumulate=parts)
+            states, batches, frozen=frozen, settings=dataclasses.replace(whole, grad_accumulation=parts)
         )
         for parts in (1, 2)
     )
@@ -314,7 +314,7 @@ def test_a_batch_in_parts_needs_less_memory(problem):
 
     def temporary(parts):
         settings = settings_for(config, optimizer=optax.sgd(1.0))
-        settings = dataclasses.replace(settings, accumulate=parts)
+        settings = dataclasses.replace(settings, grad_accumulation=parts)
         program = jax.jit(update, static_argnames="settings")
         state = state_for(sigma, settings)
         lowered = program.lower(state, one(batch), frozen=frozen, settings=settings)
