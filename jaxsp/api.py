@@ -112,7 +112,7 @@ def compress_many(
       jobs: dicts ``{"id", "context", "queries", "held_out"}``, with ``held_out`` as in ``compress``, and
         any field of ``Settings`` that is to differ from the run's.
       out: a folder: one folder a job, and ``results.parquet`` with a row each. Several processes need one
-        that all can reach; each does a piece of the list, and gives all results.
+        that all can reach; each does a part of the list, and gives all results.
       resume: go on with the run in ``out``; what is finished there is not done again.
       overwrite: replace an earlier run in ``out``.
       keep_going: report jobs that are invalid, and do the others.
@@ -226,4 +226,4 @@ def evaluate(
         sigmas = {"prompt": prompt.sigma, "initial": start_state(model, problem, settings).sigma}
         measured = brackets.measure_all(model, problem, sigmas, settings, known={})
         summary = reports.summarise(model, problem, measured, settings.training.seed)
-    return {**reports.header(model, prompt), **summary}
+    return {**reports.report_header(model, prompt), **summary}

@@ -277,5 +277,5 @@ def tokenizer_fingerprint(tokenizer) -> str:
     """SHA-256 over a tokenizer's vocabulary and how it splits a probing text."""
     probe = "The 12,345 naïve co-operators' don't\tsay  “hello”\n\n<|x|> 你好 🙂."
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    told = json.dumps([vocabulary, tokenizer.encode(probe, add_special_tokens=False)])
-    return hashlib.sha256(told.encode()).hexdigest()
+    text = json.dumps([vocabulary, tokenizer.encode(probe, add_special_tokens=False)])
+    return hashlib.sha256(text.encode()).hexdigest()

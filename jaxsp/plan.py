@@ -38,7 +38,7 @@ on two CPU cores, and nowhere else yet."""
 FILL = 0.9
 """Part of a device's memory to count on: programs and fragments take some, too."""
 
-BEFORE = 32
+PREAMBLE_TOKENS = 32
 """Tokens of a chat's text before the context, about."""
 
 
@@ -118,14 +118,14 @@ def plan(
       memory_limit: of a device, in bytes; by default what it says of itself, on a CPU the machine's memory.
 
     Raises:
-      UserError: settings that can't be meant, or that fit neither the model nor the devices.
+      UserError: settings that are invalid, or that fit neither the model nor the devices.
     """
     if context_tokens < 1 or query_tokens < 2:
         raise UserError(
             "--context-tokens must be at least 1 and --query-tokens at least 2; got"
             f" {context_tokens} and {query_tokens}."
         )
-    config.check_length(BEFORE + context_tokens + query_tokens)
+    config.check_length(PREAMBLE_TOKENS + context_tokens + query_tokens)
     mesh = mesh_of(settings)
     if mesh is not None:
         shares, devices = mesh.shape[DATA], mesh.size
@@ -137,7 +137,7 @@ def plan(
         return Packing.of(np.full(batch_size, query_tokens), batch_size).over(parts, query_tokens)
 
     packing = packing_of(settings.training.batch_size)
-    context = jax.eval_shape(lambda: decoder.empty_prefix(config, BEFORE + context_tokens))
+    context = jax.eval_shape(lambda: decoder.empty_prefix(config, PREAMBLE_TOKENS + context_tokens))
     context_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(context))
 
     @functools.cache
@@ -233,7 +233,7 @@ def compiled(
         sigma = kind.initial(vectors, lambda: decoder.empty_prefix(config, prompt_length))
         return initial_state(sigma, chosen.optimizer, key=jax.random.key(0))
 
-    preamble = jax.eval_shape(lambda: decoder.empty_prefix(config, BEFORE))
+    preamble = jax.eval_shape(lambda: decoder.empty_prefix(config, PREAMBLE_TOKENS))
     params = decoder.parameter_shapes(config)
     states, batches = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((prompts, *leaf.shape), leaf.dtype),
@@ -275,7 +275,8 @@ def step_flops(
     tokens, own = packing.tokens, readings * prompt_length
     projections = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
     mlp = (3 if config.gated_mlp else 2) * config.width * config.mlp_width
-    attended = tokens * (BEFORE + prompt_length + query_tokens / 2) + own * (BEFORE + prompt_length / 2)
+    attended = tokens * (PREAMBLE_TOKENS + prompt_length + query_tokens / 2)
+    attended += own * (PREAMBLE_TOKENS + prompt_length / 2)
     attention = 4 * config.heads * config.head_width * attended
     layer = 2 * 2 * (tokens + own) * (projections + mlp) + 3 * attention
     # The head: of the teacher, of the student, and back.

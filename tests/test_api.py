@@ -111,7 +111,7 @@ def test_a_prompt_kind_of_ones_own_is_trained_saved_and_asked(calm_model, tmp_pa
     )
     rows = [{"id": f"{i}", "context": CONTEXT, "queries": QUERIES, "seed": i} for i in range(2)]
     many = jaxsp.compress_many(calm_model, rows, kind="key_value", **OPTIONS)
-    assert all(r.report["held_out"]["conditions"]["full_context"]["kl"] < 1e-6 for r in many)
+    assert all(r.report["held_out"]["brackets"]["full_context"]["kl"] < 1e-6 for r in many)
 
 
 def test_the_public_settings_are_what_compress_takes():

@@ -98,7 +98,7 @@ def test_compress_writes_everything(compress, tmp_path):
     } <= files
     assert not any(name.endswith(".part") for name in files)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    conditions = {"full_context", "prompt", "initial", "truncated_context", "no_context"}
+    brackets = {"full_context", "prompt", "initial", "truncated_context", "no_context"}
     metrics = {
         "kl",
         "reverse_kl",
@@ -115,15 +115,15 @@ def test_compress_writes_everything(compress, tmp_path):
     }
     answer_metrics = {"sequence_mismatch", "rouge_l"}  # nobody answers the training queries once more
     for split, names, expected in (
-        ("held_out", conditions, metrics),
+        ("held_out", brackets, metrics),
         ("train", {"prompt", "no_context"}, metrics - answer_metrics),
     ):
-        assert set(report[split]["conditions"]) == names
-        for row in report[split]["conditions"].values():
+        assert set(report[split]["brackets"]) == names
+        for row in report[split]["brackets"].values():
             assert set(row) == expected
             assert np.isfinite(list(row.values())).all()
-    assert report["held_out"]["conditions"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
-    assert report["held_out"]["conditions"]["full_context"]["rouge_l"] == 1.0
+    assert report["held_out"]["brackets"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert report["held_out"]["brackets"]["full_context"]["rouge_l"] == 1.0
     assert set(report["gap_closed"]) == {"value", "low", "high"}
     assert {"load", "answers", "signals", "compile", "train", "evaluate", "total"} <= set(report["seconds"])
     assert {q["split"] for q in report["queries"]} == {"train", "held_out"}
@@ -358,7 +358,7 @@ def test_plan_says_what_a_run_will_need(jaxsp_command, tiny_directory, tmp_path,
     assert rows < 9
     batch_size = re.search(r"largest batch +--batch-size (\d+)", out)
     assert batch_size is not None
-    assert rows < int(batch_size.group(1)) <= 9 * tokens / 64  # a query's tokens, unless told otherwise
+    assert rows < int(batch_size.group(1)) <= 9 * tokens / 64  # a query's tokens, unless printed otherwise
     given = plan.Memory(2**40, 2**41, 3, 4)
     found = plan.Plan("cpu", 1, 3, 80, given, 2**38, 2e9, 1e9, 0.5, 4.0, 0, 0)
     monkeypatch.setattr(plan, "plan", lambda *_, **__: found)
@@ -366,9 +366,9 @@ def test_plan_says_what_a_run_will_need(jaxsp_command, tiny_directory, tmp_path,
     assert "3,072.00 GiB of 256.00 GiB: does not fit" in out
     assert "none fits; lower --batch-size, raise --grad-accumulation" in " ".join(out.split())
     code, out, err = jaxsp_command("plan", *options, "--json")
-    told = json.loads(out)
-    assert told == {**dataclasses.asdict(found), "memory": told["memory"]}
-    assert told["memory"] == {**dataclasses.asdict(given), "total": given.total}
+    printed = json.loads(out)
+    assert printed == {**dataclasses.asdict(found), "memory": printed["memory"]}
+    assert printed["memory"] == {**dataclasses.asdict(given), "total": given.total}
     monkeypatch.undo()
     refused(jaxsp_command("plan", *options, "--query-tokens", 600), "window of 512")
     refused(jaxsp_command("plan", *options, "--batch-size", 0), "--batch-size must be at least 1")
@@ -529,7 +529,7 @@ def test_ask_inspect_evaluate(jaxsp_command, finished, job, tiny_directory, monk
     assert code == 0, err
     report = json.loads(out)
     assert report["held_out"]["queries"] == 10
-    assert report["held_out"]["conditions"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert report["held_out"]["brackets"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
     code, out, err = jaxsp_command("evaluate", finished, "--queries", job["queries"])
     assert code == 0
     assert "closes" in out

@@ -36,11 +36,11 @@ def test_the_program_is_the_one_that_runs(tiny_model, settings):
     """Compiled from shapes alone, its memory is that of the driver's step on real arrays."""
     params, config = tiny_model.params, tiny_model.config
     packing = Packing(4, 40)
-    context = np.full((1, plan.BEFORE), 5)
-    before = distributions.context_prefix(params, config, context)
+    context = np.full((1, plan.PREAMBLE_TOKENS), 5)
+    preamble = distributions.context_prefix(params, config, context)
     rows = make_rows([[3, 4, 5]], [[6, 7]])
     rows = rows.with_targets(hidden=np.zeros((1, 2, config.width), np.float32))
-    batch, frozen = packing.pack(rows, np.arange(1)), Frozen(params, before)
+    batch, frozen = packing.pack(rows, np.arange(1)), Frozen(params, preamble)
     chosen, mesh = UpdateSettings.of(config, settings), mesh_of(settings)
     sigma = {"embeddings": tiny_model.embed(context[0, :4])}
     states = stack([initial_state(sigma, chosen.optimizer, key=jax.random.key(0))])
@@ -129,8 +129,8 @@ def test_what_fits(config, programs, monkeypatch, changes, rows, share, largest)
     """The whole of it but the compiler; with 40 of its rows a device is full to nine tenths."""
     monkeypatch.setattr(Packing, "of", lambda *_: Packing(6, 48))
     settings = make_settings(changes)
-    context = 2 * 4 * config.layers * config.kv_heads * config.head_width * (99 + plan.BEFORE)
-    context += 4 * (99 + plan.BEFORE)  # positions
+    context = 2 * 4 * config.layers * config.kv_heads * config.head_width * (99 + plan.PREAMBLE_TOKENS)
+    context += 4 * (99 + plan.PREAMBLE_TOKENS)  # positions
     limit = math.ceil((10_500 + context + 40_000) / plan.FILL)
     common = {"context_tokens": 99, "query_tokens": 40}
     found = plan.plan(config, settings, **common, memory_limit=limit)

@@ -99,7 +99,7 @@ def test_two_processes_are_one_and_neither_waits_for_a_dead_one(start, tmp_path)
     close = {"atol": 1e-5 * np.abs(expected).max()}
     np.testing.assert_allclose(sigma(both), expected, **close)
     kl = [
-        json.loads((out / "report.json").read_text())["held_out"]["conditions"]["prompt"]["kl"]
+        json.loads((out / "report.json").read_text())["held_out"]["brackets"]["prompt"]["kl"]
         for out in (one, both)
     ]
     assert kl[0] == pytest.approx(kl[1], rel=1e-4)

@@ -55,9 +55,9 @@ def test_refusals(values, message):
 
 def test_objects_of_the_users_own_are_told_apart_as_texts():
     own = make_settings({"objective": OBJECTIVES["js"], "optimizer": optax.adamw(0.1)})
-    told = plain(own)
-    assert told["objective"] == "js"
-    assert "GradientTransformation" in told["optimizer"]
+    summary = plain(own)
+    assert summary["objective"] == "js"
+    assert "GradientTransformation" in summary["optimizer"]
     assert "0x" not in told["optimizer"]
     assert plain(make_settings({"optimizer": optax.adamw(0.1)}))["optimizer"] == told["optimizer"]
 

@@ -72,7 +72,7 @@ def test_the_demo_shows_what_it_promises(python, tmp_path):
     result = python("-m", "jaxsp", "demo", cwd=tmp_path, env={"XLA_FLAGS": ""})
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "jaxsp-demo" / "report.json").read_text())
-    held_out = report["held_out"]["conditions"]
+    held_out = report["held_out"]["brackets"]
     assert report["prompt_length"] == 16
     assert 300 <= report["context_tokens"] <= 500
     assert report["train"]["queries"] + report["held_out"]["queries"] >= 40

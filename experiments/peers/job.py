@@ -12,12 +12,12 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A compression as token ids: the sequence is ``before · context or σ · query · answer``.
+    """A compression as token ids: the sequence is ``preamble · context or σ · query · answer``.
 
     Attributes:
       model: folder of the weights, as Hugging Face's.
       dtype: of weights and activations.
-      before: ids in front of the context.
+      preamble: ids in front of the context.
       context: ids of c.
       queries: ids of z, each up to where the answer starts; those trained on come first.
       answers: ids of ŷ, the end-of-turn id included.
@@ -32,7 +32,7 @@ class Job:
 
     model: str
     dtype: str
-    before: list[int]
+    preamble: list[int]
     context: list[int]
     queries: list[list[int]]
     answers: list[list[int]]

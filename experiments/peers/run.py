@@ -105,7 +105,7 @@ def make_job(run: Run) -> Job:
     return Job(
         model=str(model.directory),
         dtype=model.config.dtype,
-        before=job.preamble_ids.tolist(),
+        preamble=job.preamble_ids.tolist(),
         context=job.context_ids.tolist(),
         queries=job.query_ids,
         answers=[],
@@ -160,7 +160,7 @@ def measure(run: Run) -> dict[str, Any]:
         "no_context_kl": sides[0].turns[0]["no_context_kl"],
         "job": {
             "context_tokens": len(job.context),
-            "template_tokens": len(job.before),
+            "template_tokens": len(job.preamble),
             "prompt_length": job.prompt_length,
             "train": job.train,
             "held_out": len(job.queries) - job.train,
@@ -206,9 +206,9 @@ def answers_row(side: Side, ours: Side) -> dict[str, Any]:
     }
 
 
-def training_row(name: str, told: list[dict[str, Any]], steps: int) -> dict[str, Any]:
+def training_row(name: str, messages: list[dict[str, Any]], steps: int) -> dict[str, Any]:
     """What a side's turns come to; an online peer's seconds are those of all its steps at its median."""
-    first, *turns = told
+    first, *turns = messages
     taken = [step for turn in turns for step in turn["steps"]]
     seconds = [step["seconds"] for step in taken]
     median = statistics.median(seconds)
@@ -224,9 +224,9 @@ def training_row(name: str, told: list[dict[str, Any]], steps: int) -> dict[str,
         "seconds_warm": first["setup_warm"] + steps * median,
         "initial_kl": first["kl"],
         "final_kl": turns[-1]["kl"] if whole else None,
-        "peak_mib": told[-1]["peak_mib"],
+        "peak_mib": messages[-1]["peak_mib"],
         "losses": [step["loss"] for step in taken],
-        "curve": curve(told),
+        "curve": curve(messages),
     }
 
 

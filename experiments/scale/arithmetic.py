@@ -17,7 +17,7 @@ from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.rope import make_rope
 from jaxsp.models.sharding import DATA, MODEL
-from jaxsp.plan import BEFORE, UTILISATION, step_flops
+from jaxsp.plan import PREAMBLE_TOKENS, UTILISATION, step_flops
 from jaxsp.settings import make_settings
 
 PEAK, HBM, BANDWIDTH = 197e12, 16_000_000_000, 819e9
@@ -32,8 +32,8 @@ CONTEXT, QUERIES, HELD_OUT, QUERY, ANSWER = 1000, 32, 6, 32, 32
 SETTINGS = make_settings({"prompt_length": 16, "batch_size": 8, "steps": 60, "max_answer_tokens": ANSWER})
 ROW = QUERY + ANSWER
 PACKING = Packing.of(np.full(QUERIES, ROW), SETTINGS.training.batch_size)
-TEACHER = BEFORE + decoder.round_size(CONTEXT)  # slots of its prefix
-STUDENT = BEFORE + SETTINGS.prompt.prompt_length
+TEACHER = PREAMBLE_TOKENS + decoder.round_size(CONTEXT)  # slots of its prefix
+STUDENT = PREAMBLE_TOKENS + SETTINGS.prompt.prompt_length
 EVALUATIONS = SETTINGS.training.steps // SETTINGS.training.evaluate_every + 1
 
 
@@ -168,7 +168,7 @@ def works(config: DecoderConfig, prompts: int) -> Iterator[Work]:
     """All that a context takes; its training ``prompts`` at a time, one prompt's share of it."""
     tokens, answers = PACKING.rows * PACKING.length, SETTINGS.training.batch_size * ANSWER
     batches = math.ceil(QUERIES / SETTINGS.training.batch_size)
-    yield Work("context", 1, *forward(config, TEACHER - BEFORE, TEACHER / 2))
+    yield Work("context", 1, *forward(config, TEACHER - PREAMBLE_TOKENS, TEACHER / 2))
     for slots, rounds in ((TEACHER, 1), (STUDENT, 3)):  # the teacher; start, no context and σ
         read = forward(config, 8 * QUERY, slots + QUERY / 2, slots)  # eight queries at a time
         yield Work("answers", rounds * QUERIES / 8, *read)
@@ -185,9 +185,9 @@ def works(config: DecoderConfig, prompts: int) -> Iterator[Work]:
 
     losses = head(config, prompts * tokens / 2, 3)
     layers = prompts * step_flops(config, SETTINGS.prompt.prompt_length, ROW, PACKING) - losses[0]
-    told = expected(config, PACKING, {DATA: 1, MODEL: 2}, prompts, answers)
+    exchanged = expected(config, PACKING, {DATA: 1, MODEL: 2}, prompts, answers)
     steps = SETTINGS.training.steps / prompts
-    yield Work("steps", steps, layers, 4 * layer_weights(config), told.messages, told.bytes)
+    yield Work("steps", steps, layers, 4 * layer_weights(config), exchanged.messages, exchanged.bytes)
     yield Work("steps", steps, *losses[:2])
     watched = forward(config, prompts * (tokens + SETTINGS.prompt.prompt_length), STUDENT + ROW / 2)
     yield Work("evaluations", EVALUATIONS / prompts, *watched)

@@ -22,13 +22,13 @@ import jax
 from experiments.scale import host
 from experiments.scale.arithmetic import (
     ANSWER,
-    BEFORE,
     CONTEXT,
     HBM,
     HELD_OUT,
     HOST,
     MODELS,
     PACKING,
+    PREAMBLE_TOKENS,
     QUERIES,
     QUERY,
     ROW,
@@ -152,7 +152,7 @@ def main() -> None:
         row["per_hour_with_host"] = row["per_hour"] / (1 + waits / row["total"])
     result = {
         "job": {
-            "context": CONTEXT, "before": BEFORE, "queries": QUERIES, "held_out": HELD_OUT,
+            "context": CONTEXT, "preamble": PREAMBLE_TOKENS, "queries": QUERIES, "held_out": HELD_OUT,
             "query": QUERY, "answer": ANSWER, "batch": dataclasses.astuple(PACKING),
             "prompt_length": SETTINGS.prompt.prompt_length, "steps": SETTINGS.training.steps,
         },

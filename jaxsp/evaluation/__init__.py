@@ -1,1 +1,1 @@
-"""How well σ stands in for the context: conditions, metrics, report, plots."""
+"""How well σ stands in for the context: brackets, metrics, report, plots."""

@@ -71,7 +71,7 @@ def at_positions(
 
     Args:
       model: the frozen model.
-      prefix: of the condition measured; ``None`` for the teacher's own last hidden states.
+      prefix: of the bracket measured; ``None`` for the teacher's own last hidden states.
       rows: with the teacher's targets.
       packing: of the batches they are read in.
       names: keys of ``jaxsp.losses.OBJECTIVES``.
@@ -170,7 +170,7 @@ def gap_closed(
 
     Args:
       prompt: per query, KL of σ summed over its answer positions, and the number of these.
-      bracket: the same of the condition compared with.
+      bracket: the same of the bracket compared with.
       seed: of the resampling.
 
     Returns:

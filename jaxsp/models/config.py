@@ -114,7 +114,7 @@ class DecoderConfig:
 
 
 def _per_layer(values: tuple[Any, ...]) -> str:
-    """Each layer's value, told by its number where there are several."""
+    """Each layer's value, found by its number where there are several."""
     kinds = list(dict.fromkeys(values))
     if len(kinds) == 1:
         return f"{len(values)} × {kinds[0]}"

@@ -54,9 +54,9 @@ def as_mesh(mesh: Mesh | str) -> Mesh:
         sizes[name] = int(size)
     wanted = math.prod(sizes.values())
     if devices % wanted:
-        told = " × ".join(f"{name}={size}" for name, size in sizes.items())
+        layout = " × ".join(f"{name}={size}" for name, size in sizes.items())
         raise UserError(
-            f"The mesh {told} takes {wanted} devices, which doesn't divide the {devices} there are;"
+            f"The mesh {layout} takes {wanted} devices, which doesn't divide the {devices} there are;"
             " choose sizes whose product does."
         )
     processes = jax.process_count()

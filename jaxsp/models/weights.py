@@ -271,7 +271,7 @@ class Place:
                 if not np.isfinite(largest).all():
                     name = self.names[layer]
                     raise UserError(
-                        f"Tensor {name} holds NaN or infinity, which int8 can't; load it without quantization."
+                        f"Tensor {name} holds NaN or infinity, which int8 can't; load it unquantised."
                     )
                 scale = np.maximum(largest, np.finfo(np.float32).tiny) / 127  # an output may be all 0
                 target = out[i, ..., first - outputs.start : columns.stop - outputs.start]

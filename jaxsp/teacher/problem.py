@@ -110,11 +110,11 @@ def tokenize(
     for ids in filter(None, given_ids):
         model.check_ids(ids)
     room = max(settings.teacher.max_answer_tokens, *(len(ids or ()) for ids in given_ids))
-    longest, before = max(map(len, query_ids)), len(model.preamble_ids)
-    needed = before + len(context_ids) + longest + room
+    longest, preamble = max(map(len, query_ids)), len(model.preamble_ids)
+    needed = preamble + len(context_ids) + longest + room
     if needed > model.config.window:
         raise UserError(
-            f"The context has {len(context_ids)} tokens; with the chat's text ({before}),"
+            f"The context has {len(context_ids)} tokens; with the chat's text ({preamble}),"
             f" the longest query ({longest}) and the answer ({room}) that is {needed}, more than the"
             f" model's window of {model.config.window}. Shorten the context."
         )

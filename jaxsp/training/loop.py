@@ -218,8 +218,8 @@ class Block:
     def _fail(self, place: int, step: int, values: dict[str, float]) -> None:
         """Ends a prompt: σ before the step may be what was wrong, the one before that was good."""
         slot = self.slots[place]
-        told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        slot.error = f"Training stopped: step {step} is not finite ({told}). Lower --learning-rate."
+        summary = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        slot.error = f"Training stopped: step {step} is not finite ({summary}). Lower --learning-rate."
         before, now = (unstack(self.driver.fetch(states), place) for states in (self.recent[0], self.states))
         slot.good = dataclasses.replace(before, best_sigma=now.best_sigma, best_kl=now.best_kl)
 

@@ -65,12 +65,12 @@ def query(split, kl, captured):
 
 def verdict(gap, queries, truncated=1.0):
     ours = float(np.mean([q["kl"] for q in queries if q["split"] == "held_out"]))
-    conditions = {"prompt": {"kl": ours}, "truncated_context": {"kl": truncated}}
+    brackets = {"prompt": {"kl": ours}, "truncated_context": {"kl": truncated}}
     return _verdict(
         {
             "queries": queries,
             "gap_closed": {"value": gap, "low": gap - 0.1, "high": gap + 0.1},
-            "held_out": {"conditions": conditions},
+            "held_out": {"brackets": brackets},
         }
     )
 

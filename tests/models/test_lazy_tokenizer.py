@@ -29,9 +29,9 @@ def test_it_gives_what_the_whole_tokenizer_gives(directory):
                 ids = lazy.encode(text, **options)
                 assert ids == whole.encode(text, **options), (text, options)
                 for skip in (True, False):
-                    told = whole.decode(ids, skip_special_tokens=skip)
-                    assert lazy.decode(ids, skip_special_tokens=skip) == told
-                    assert lazy.decode(np.array(ids), skip) == told
+                    expected = whole.decode(ids, skip_special_tokens=skip)
+                    assert lazy.decode(ids, skip_special_tokens=skip) == expected
+                    assert lazy.decode(np.array(ids), skip) == expected
         assert lazy.encode(text) == whole.encode(text, split_special_tokens=False)
     assert lazy.decode(5) == whole.decode(5)
     assert lazy.get_vocab() == whole.get_vocab()

@@ -117,7 +117,7 @@ def test_neighbours_change_nothing_of_what_is_drawn(calm_model):
     for ours, theirs in zip(beside.lines, alone.lines, strict=True):
         for name in ("tokens", "answer_tokens"):
             assert ours.get(name) == theirs.get(name)
-    kl = [r.report["held_out"]["conditions"]["prompt"]["kl"] for r in (beside, alone)]
+    kl = [r.report["held_out"]["brackets"]["prompt"]["kl"] for r in (beside, alone)]
     assert kl[0] == pytest.approx(kl[1], rel=2e-3)
 
 
@@ -132,15 +132,13 @@ def test_one_folder_and_one_row_each(calm_model, results):
         assert (prompt.sigma["embeddings"] == result.prompt.sigma["embeddings"]).all()
         assert row["error"] is None
         assert row["gap_closed"] == result.report["gap_closed"]["value"]
-        assert row["prompt_kl"] == result.report["held_out"]["conditions"]["prompt"]["kl"]
+        assert row["prompt_kl"] == result.report["held_out"]["brackets"]["prompt"]["kl"]
         assert row["seed"] == result.report["settings"]["seed"]
         assert json.loads((out / row["id"] / "report.json").read_text()) == json.loads(
             json.dumps(result.report)
         )
     again = jaxsp.evaluate(calm_model, jaxsp.SoftPrompt.load(out / "few"), ["What is left?"], progress=False)
-    _assert_close(
-        again["held_out"]["conditions"]["prompt"], found[1].report["held_out"]["conditions"]["prompt"]
-    )
+    _assert_close(again["held_out"]["brackets"]["prompt"], found[1].report["held_out"]["brackets"]["prompt"])
 
 
 def test_a_finished_run_is_read_not_done_again(calm_model, results, monkeypatch):
@@ -263,8 +261,8 @@ def test_a_prompt_is_evaluated_on_longer_queries_than_its_own(calm_model, result
 
 
 def test_the_same_context_is_taught_once(calm_model, monkeypatch):
-    calls, teach = [], runner.run_teacher
-    monkeypatch.setattr(runner, "run_teacher", lambda *a: calls.append(1) or teach(*a))
+    calls, run_teacher = [], runner.run_teacher
+    monkeypatch.setattr(runner, "run_teacher", lambda *a: calls.append(1) or run_teacher(*a))
     held_out = ["What is left?"]
     jobs = [job(f"{o}-{s}", objective=o, seed=s, held_out=held_out) for o in ("kl", "nll") for s in (0, 1)]
     found = compress_many(calm_model, jobs, steps=4)
@@ -303,7 +301,7 @@ def test_the_last_prompt_instead_of_the_best(calm_model):
     kl = [line["held_out_kl"] for line in best.lines if "held_out_kl" in line]
     assert min(kl) < kl[-1]
     for result, expected in ((best, min(kl)), (last, kl[-1])):
-        found = result.report["held_out"]["conditions"]["prompt"]["kl"]
+        found = result.report["held_out"]["brackets"]["prompt"]["kl"]
         assert found == pytest.approx(expected, rel=1e-4)
     assert (best.report["kept"], last.report["kept"]) == ("best", "last")
 

@@ -123,8 +123,8 @@ def test_a_whole_compression_on_a_mesh(model, tmp_path):
     sigma = expected.prompt.sigma["embeddings"]
     close = {"atol": 1e-5 * np.abs(sigma).max()}
     np.testing.assert_allclose(spread.prompt.sigma["embeddings"], sigma, **close)
-    for name, value in expected.report["held_out"]["conditions"]["prompt"].items():
-        assert spread.report["held_out"]["conditions"]["prompt"][name] == pytest.approx(value, abs=1e-4)
+    for name, value in expected.report["held_out"]["brackets"]["prompt"].items():
+        assert spread.report["held_out"]["brackets"]["prompt"][name] == pytest.approx(value, abs=1e-4)
     assert [q["answer_full_context"] for q in spread.report["queries"]] == [
         q["answer_full_context"] for q in expected.report["queries"]
     ]

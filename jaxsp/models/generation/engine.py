@@ -90,7 +90,7 @@ def generate(
       slots: how many sequences decode together.
       key: of the random draws; needed if any temperature is above 0.
       decode: the text of token ids; needed if there are stop strings.
-      on_finished: told the index and the tokens of each answer as it ends.
+      on_finished: called with the index and the tokens of each answer as it ends.
 
     Returns:
       The tokens of each answer, in the order of the requests; a stop id that ended it is its last.

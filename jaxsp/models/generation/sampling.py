@@ -32,7 +32,7 @@ class Sampling:
       max_tokens: longest answer.
 
     Raises:
-      UserError: a value that can't be meant.
+      UserError: a value is invalid.
 
     Example:
       >>> Sampling(temperature=0.8, top_p=0.9, max_tokens=64).top_k
