@@ -84,7 +84,7 @@ class SoftPrompt:
         return ChatSlots(**{k: self.manifest["slots"][k] for k in ("before", "between", "after")})
 
     def prefix(self, model: LanguageModel) -> KeyValues:
-        """What the model attends to in place of the context.
+        """The keys and values that the model attends to in place of the context.
 
         Raises:
           UserError: the prompt belongs to another model or tokenizer.

@@ -72,7 +72,7 @@ class Processes:
     process_id: int | None = None
     """Number of this process, from 0."""
     num_processes: int | None = None
-    """How many there are."""
+    """Number of processes."""
 
     def join(self) -> bool:
         """Joins the others, before jax is used; says whether there are any."""
@@ -131,7 +131,7 @@ class Compress(_Run):
     context: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DOCUMENT")]]
     """The document: a .txt or .md file, or - for standard input."""
     queries: File
-    """What will be asked: a file with one query per line, or JSONL {"query", "answer" (optional)}."""
+    """Queries that will be asked: a file with one query per line, or JSONL {"query", "answer" (optional)}."""
     held_out: Annotated[float | str, tyro.conf.arg(metavar="FILE|FRACTION")] = 0.2
     """Queries to measure on, never trained on: a file, or a fraction of --queries."""
     output: Output = Output("jaxsp-out")
@@ -408,7 +408,7 @@ def _run(command: Command) -> None:
 
 
 def _lighter(command: Command) -> str:
-    """How to need less memory, by the options that a command has."""
+    """The ways to need less memory, by the options that a command has."""
     ways = {
         "batch_size": "lower --batch-size",
         "at_once": "lower --at-once",

@@ -22,7 +22,7 @@ def print_plan(plan: Plan, steps: int, advice: str) -> None:
     Args:
       plan: its needs.
       steps: updates to be done.
-      advice: how to need less memory, said if no batch fits.
+      advice: a way to need less memory, said if no batch fits.
     """
     memory, largest = plan.memory, plan.largest_batch_size
     fits = "" if plan.fits else ": does not fit"

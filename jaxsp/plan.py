@@ -1,4 +1,4 @@
-"""What a compression will need, before it is run: memory by the compiled update, time by arithmetic.
+"""The needs of a compression, before it is run: memory by the compiled update, time by arithmetic.
 
 No weights are loaded, and nothing is executed but a matrix product that measures the device.
 """
@@ -65,20 +65,20 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a compression will need.
+    """The needs of a compression.
 
     Attributes:
       device: its kind.
-      devices: how many share a step.
-      rows: of a batch, on all devices.
-      row_tokens: of a row.
+      devices: number that share a step.
+      rows: rows of a batch, on all devices.
+      row_tokens: tokens of a row.
       memory: on each device.
       memory_limit: what a device has, in bytes.
-      flops: of a step, on all devices.
-      matmul_rate: of one device, measured, in floating-point operations a second.
+      flops: operations of a step, on all devices.
+      matmul_rate: speed of one device, measured, in floating-point operations a second.
       utilisation: assumed, of that rate.
       step_seconds: expected; communication is not counted.
-      largest_rows: of the largest batch found to fit in ``FILL`` of the memory; 0 if none does.
+      largest_rows: rows of the largest batch found to fit in ``FILL`` of the memory; 0 if none does.
       largest_batch_size: the setting whose batches take no more tokens than that one; 0 if none does.
     """
 
@@ -111,11 +111,11 @@ def plan(
     """Memory, time and the largest batch of a compression.
 
     Args:
-      config: of the model.
+      config: configuration of the model.
       settings: as in ``compress``.
-      context_tokens: of the context.
-      query_tokens: of a query with its answer, about; half of them are taken to be the answer's.
-      memory_limit: of a device, in bytes; by default what it says of itself, on a CPU the machine's memory.
+      context_tokens: tokens of the context.
+      query_tokens: tokens of a query with its answer, about; half of them are taken to be the answer's.
+      memory_limit: bytes of a device; by default what it says of itself, on a CPU the machine's memory.
 
     Raises:
       UserError: settings that are invalid, or that fit neither the model nor the devices.
@@ -181,15 +181,15 @@ def prompts_at_once(
     most: int,
     memory_limit: int | None = None,
 ) -> int:
-    """How many prompts, at most ``most``, one step has room for: at least one for each part of ``data``.
+    """Prompts, at most ``most``, that one step has room for: at least one for each part of ``data``.
 
     Args:
-      config: of the model.
-      settings: of all prompts.
-      packing: of a prompt's batches.
+      config: configuration of the model.
+      settings: settings of all prompts.
+      packing: packing of a prompt's batches.
       mesh: over whose axis ``data`` the prompts go.
       most: a multiple of that axis.
-      memory_limit: of a device, in bytes; by default what it says of itself, and without that no limit.
+      memory_limit: bytes of a device; by default what it says of itself, and without that no limit.
     """
     limit = memory_limit or _memory_stats().get("bytes_limit", math.inf)
     parts = 1 if mesh is None else mesh.shape[DATA]
@@ -266,11 +266,11 @@ def step_flops(
     often that runs, and the layers are a loop.
 
     Args:
-      config: of the model.
+      config: configuration of the model.
       prompt_length: K.
-      query_tokens: of a query with its answer; the answer's are half of them.
+      query_tokens: tokens of a query with its answer; the answer's are half of them.
       packing: shape of the batch.
-      readings: how often σ is read: once for each part that the batch is computed in.
+      readings: number of times that σ is read: once for each part that the batch is computed in.
     """
     tokens, own = packing.tokens, readings * prompt_length
     projections = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
@@ -284,7 +284,7 @@ def step_flops(
 
 
 def matmul_rate(config: DecoderConfig) -> float:
-    """What the device makes of a square matrix product in the model's dtype: operations a second, at best."""
+    """The device's speed at a square matrix product in the model's dtype: operations a second, at best."""
     size = 2048 if jax.default_backend() == "cpu" else 8192  # width of the product that is timed
     product = jax.jit(functools.partial(jnp.matmul, precision=config.precision))
     matrix = jax.random.normal(jax.random.key(0), (size, size)).astype(config.dtype)
@@ -299,7 +299,7 @@ def matmul_rate(config: DecoderConfig) -> float:
 
 
 def device_memory(devices: int) -> int:
-    """What a device has, in bytes; ``devices`` of a CPU share the machine's memory."""
+    """The memory of a device, in bytes; ``devices`` of a CPU share the machine's memory."""
     own = _memory_stats().get("bytes_limit")
     return own or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // devices
 

@@ -36,8 +36,8 @@ def join(coordinator: str | None, process_id: int | None, processes: int | None)
 
     Args:
       coordinator: host:port of the process 0.
-      process_id: of this one, from 0.
-      processes: how many there are.
+      process_id: number of this one, from 0.
+      processes: number of processes.
 
     Raises:
       UserError: some of the three are given and others not, or one is invalid. If the others don't
@@ -160,7 +160,7 @@ def is_first() -> bool:
 
 
 def on_first_process(function: Callable[[], Any]) -> Any:
-    """What ``function`` returns in the first process, as JSON carries it; the others wait for it.
+    """The value of ``function`` in the first process, as JSON carries it; the others wait for it.
 
     Raises:
       UserError: it did there: then everywhere.
@@ -211,7 +211,7 @@ def gather_strided(values: Sequence[Any] | np.ndarray, things: int) -> Any:
 
     Args:
       values: a list of what JSON can carry, or an array ``[share, ...]``.
-      things: how many there are.
+      things: number of things.
     """
     if not are_several():
         return values
@@ -249,7 +249,7 @@ def _exchange(value: Any) -> list[Any]:
 
 
 def _exchange_bytes(data: bytes) -> list[bytes]:
-    """What every process has to say, by its number."""
+    """Every process's bytes, by its number."""
     from jax.experimental.multihost_utils import process_allgather
 
     try:

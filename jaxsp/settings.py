@@ -172,7 +172,7 @@ def check_limits(name: str, value: Any, **limits: float) -> None:
     """Raises ``UserError`` if an option's value is beyond its limits.
 
     Args:
-      name: of the option, with underscores.
+      name: name of the option, with underscores.
       value: given for it.
       **limits: any of ``at_least``, ``above`` and ``below``.
 

@@ -1,4 +1,4 @@
-"""What users bring along: an objective, an optimizer, a callback and a prompt kind of their own."""
+"""Things that users bring along: an objective, an optimizer, a callback and a prompt kind of their own."""
 
 from __future__ import annotations
 

@@ -382,7 +382,7 @@ def out_of_memory(*_, **__):
 def test_a_device_without_memory(
     compress, jaxsp_command, monkeypatch, finished, job, tiny_directory, tmp_path
 ):
-    """What to lower is said in one sentence, by the options that the command has."""
+    """The advice is one sentence, by the options that the command has."""
     common = ("Out of memory allocating 99 bytes", "`jaxsp plan`")
     training = ("--batch-size", "--grad-accumulation", "--quantization int8", "--parallel mesh", *common)
     monkeypatch.setattr("jaxsp.training.drivers.JitDriver.step", out_of_memory)

@@ -1,4 +1,4 @@
-"""What a compression will need: the compiled program's own memory, and arithmetic that XLA agrees with."""
+"""The needs of a compression: the compiled program's own memory, and arithmetic that XLA agrees with."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ PARTS = [part.name for part in dataclasses.fields(Settings)]
 
 
 def test_options_are_the_fields_of_all_parts():
-    """What an editor completes is what there is."""
+    """An editor completes what there is."""
     assert list(typing.get_type_hints(Options)) == list(plain(Settings()))
 
 

@@ -41,7 +41,7 @@ AT_A_TIME = 2  # contexts: a run that is stopped has every objective on the same
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is compressed, and how."""
+    """The compressions and their settings."""
 
     contexts: int
     objectives: tuple[str, ...]
@@ -73,7 +73,7 @@ class Run:
     full: bool = False
     """Everything, instead of two contexts and two objectives."""
     contexts: int | None = None
-    """How many contexts; by default 2, or 20 with --full."""
+    """Number of contexts; by default 2, or 20 with --full."""
     out: Path = Path("objectives-out")
     """Folder of the prompts and their reports."""
     results: Path | None = None

@@ -1,4 +1,4 @@
-"""What both sides share: the job as token ids, and the turns they take. Needs neither jax nor torch."""
+"""Shared by both sides: the job as token ids, and the turns they take. Needs neither jax nor torch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Job:
 
     Attributes:
       model: folder of the weights, as Hugging Face's.
-      dtype: of weights and activations.
+      dtype: dtype of weights and activations.
       preamble: ids in front of the context.
       context: ids of c.
       queries: ids of z, each up to where the answer starts; those trained on come first.
       answers: ids of ŷ, the end-of-turn id included.
-      train: how many queries are trained on; the others are held out.
+      train: number of queries trained on; the others are held out.
       prompt_length: K.
       steps: updates.
       evaluate_every: steps of a turn; the held-out KL is measured after each.

@@ -51,7 +51,7 @@ class Run:
     evaluate_every: int = 5
     """Steps of a turn; the held-out KL is measured after each, outside the seconds."""
     dtype: str | None = None
-    """Of weights and activations, for all sides; by default the fastest here."""
+    """Dtype of weights and activations, for all sides; by default the fastest here."""
     batch_size: int = 8
     """Queries a step; jaxsp packs about as many."""
     out: Path = HERE
@@ -73,7 +73,7 @@ class Side:
         self._wait()
 
     def turn(self) -> dict[str, Any]:
-        """What the side did in its turn."""
+        """The record of the side's turn."""
         assert self._process.stdin
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -207,7 +207,7 @@ def answers_row(side: Side, ours: Side) -> dict[str, Any]:
 
 
 def training_row(name: str, messages: list[dict[str, Any]], steps: int) -> dict[str, Any]:
-    """What a side's turns come to; an online peer's seconds are those of all its steps at its median."""
+    """The sum of a side's turns; an online peer's seconds are those of all its steps at its median."""
     first, *turns = messages
     taken = [step for turn in turns for step in turn["steps"]]
     seconds = [step["seconds"] for step in taken]

@@ -112,7 +112,7 @@ def train(build: Callable[[Job, transformers.PreTrainedModel], Peer], job: Job, 
     peer = build(job, model)
 
     def teachers(index: Sequence[int]) -> list[Tensor]:
-        """What is kept of the teacher for each query."""
+        """The part of the teacher that is kept for each query."""
         parts: list[Tensor] = []
         for start in range(0, len(index), BATCH):
             some = index[start : start + BATCH]

@@ -21,7 +21,7 @@ from jaxsp.data.documents import Query, read_context, read_queries
 HERE = Path(__file__).parent
 DTYPES = ("float32", "bfloat16")
 DEMO = {"batch_size": 4, "evaluate_every": 20, "max_answer_tokens": 32}
-"""What ``jaxsp demo`` sets."""
+"""The settings of ``jaxsp demo``."""
 DRAWN = ("step", "loss", "held_out_kl")
 
 
@@ -80,7 +80,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
 def float32_answers(
     model: jaxsp.LanguageModel, context: str, queries: list[Query], held_out: list[Query]
 ) -> dict[str, str]:
-    """What the model says with the context, by query: the ŷ of all runs."""
+    """The model's answers with the context, by query: the ŷ of all runs."""
     report = jaxsp.compress(
         model, context, queries, held_out=held_out, steps=1, progress=False, **DEMO
     ).report

@@ -1,4 +1,4 @@
-"""What a v5e-256 would do, as arithmetic: the chip, the models, the job, and what a context of it takes."""
+"""The work of a v5e-256, as arithmetic: the chip, the models, the job, and what a context of it takes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from jaxsp.plan import PREAMBLE_TOKENS, UTILISATION, step_flops
 from jaxsp.settings import make_settings
 
 PEAK, HBM, BANDWIDTH = 197e12, 16_000_000_000, 819e9
-"""Of a v5e chip: bfloat16 FLOP/s, bytes, bytes/s (cloud.google.com/tpu/docs/v5e)."""
+"""A v5e chip: bfloat16 FLOP/s, bytes, bytes/s (cloud.google.com/tpu/docs/v5e)."""
 LINK, HOP = 1600e9 / 8 / 4, 1e-6
-"""Of each of its four ports, bytes/s each way; and seconds to a neighbour, which is assumed."""
+"""Each of its four ports: bytes/s each way; and seconds to a neighbour, which is assumed."""
 CHIPS, HOST = 256, 4
 """In all, and of one host."""
 
@@ -80,8 +80,8 @@ def expected(
     [K, D] and three numbers in float32 (with one part, to itself); several prompts have nothing to say.
 
     Args:
-      config: of the model.
-      packing: of a prompt's batch, on all devices.
+      config: configuration of the model.
+      packing: packing of a prompt's batch, on all devices.
       layout: parts of each axis.
       prompts: side by side; 0 for one whose rows go over ``data``.
       answers: answer positions of the prompt's batch.
@@ -138,13 +138,13 @@ def all_reduce(chips: int, messages: float, size: float) -> float:
 
 
 def layer_weights(config: DecoderConfig) -> int:
-    """Of all layers: q, k, v, o and the three of the MLP."""
+    """Weights of all layers: q, k, v, o and the three of the MLP."""
     projections = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
     return config.layers * (projections + 3 * config.width * config.mlp_width)
 
 
 def forward(config: DecoderConfig, tokens: int, slots: float, cached: float = 0.0) -> Any:
-    """Of the layers: two operations for each weight and token, four for each head's entry and seen slot.
+    """Work of the layers: two operations for each weight and token, four for each head's entry and seen slot.
 
     Weights and ``cached`` tokens' keys and values are read once; [tokens, D] is added up twice a layer, and
     once for the embedding.
@@ -157,7 +157,7 @@ def forward(config: DecoderConfig, tokens: int, slots: float, cached: float = 0.
 
 
 def head(config: DecoderConfig, positions: float, products: int) -> Any:
-    """Of the head: products with [V, D], which each chunk of positions (an accelerator's) reads anew."""
+    """Work of the head: products with [V, D], which each chunk of positions (an accelerator's) reads anew."""
     C = min(max(128, 2**30 // (24 * config.vocab_size)), max(64, int(2 * positions) // 8))
     table, chunks = config.width * config.vocab_size, math.ceil(positions / C)
     flops, size = 2 * products * table * positions, 2 * products * table * chunks
@@ -198,10 +198,10 @@ def rates(name: str, prompts: int, model: int, utilisation: float, repeats: int 
     """Contexts an hour on all chips, and the seconds of each part by what bounds it.
 
     Args:
-      name: of the model.
+      name: name of the model.
       prompts: side by side on a group of chips.
       model: chips of a group.
-      utilisation: of the operations and of the memory's bytes.
+      utilisation: share that is used of the operations and of the memory's bytes.
       repeats: chips that all do the same for the teacher and the brackets: ``data`` divides only training.
     """
     parts: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))

@@ -53,8 +53,8 @@ class Packing:
         """The shape that holds about ``batch_size`` of these sequences.
 
         Args:
-          lengths: of the sequences.
-          batch_size: how many of them, about.
+          lengths: lengths of the sequences.
+          batch_size: number of them, about.
 
         Example:
           >>> Packing.of(np.array([30, 42, 60, 48]), 8)
@@ -141,9 +141,9 @@ class Packing:
         """The next batch: as many sequences from ``cursor`` on as fit, at least one.
 
         Args:
-          lengths: of all sequences, none longer than a row.
-          cursor: how many of the endless shuffled stream were drawn before.
-          key: of the stream, as in ``batch_indices``.
+          lengths: lengths of all sequences, none longer than a row.
+          cursor: number drawn of the endless shuffled stream before.
+          key: random key of the stream, as in ``batch_indices``.
 
         Returns:
           Indices into ``lengths``.
@@ -194,7 +194,7 @@ class Packing:
         return np.split(np.arange(len(rows)), starts[1:])
 
     def unpack(self, values: Sequence[np.ndarray], rows: Rows, batches: Sequence[np.ndarray]) -> np.ndarray:
-        """What stands at the packed answer positions, at those of ``rows``; 0 elsewhere.
+        """The values at the packed answer positions, at those of ``rows``; 0 elsewhere.
 
         Args:
           values: ``[rows, length, ...]`` of each batch.

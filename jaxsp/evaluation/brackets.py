@@ -57,7 +57,7 @@ def measure_all(
       model: the frozen model.
       problem: the queries, and what the teacher said.
       sigmas: ``prompt`` and ``initial``, of the same length.
-      settings: of the prompts.
+      settings: settings of the prompts.
       known: what was measured before and is not measured again.
     """
     preamble, kind = problem.preamble, settings.prompt.kind

@@ -35,13 +35,13 @@ GOOD = 0.8
 def summarise(
     model: LanguageModel, problem: Problem, measured: dict[str, Measured], seed: int
 ) -> dict[str, Any]:
-    """What the report says of the measurements.
+    """The report's fields that come from the measurements.
 
     Args:
       model: whose tokenizer reads the answers.
       problem: the queries, and what the teacher said.
       measured: by bracket, all of ``BRACKETS``, in any order.
-      seed: of the bootstrap.
+      seed: seed of the bootstrap.
 
     Returns:
       The report's ``gap_closed``, ``gap_closed_vs_truncated``, ``held_out``, ``train`` (if any query is for

@@ -31,7 +31,7 @@ _ARRAYS = 6  # of the size of the logits, float32, when an objective is differen
 
 
 def chunk_size(positions: int, tokens: int, *, masked: bool, metrics: int = 0) -> int:
-    """How many positions at a time fit the budget, evenly spread; shorter with a mask."""
+    """The number of positions at a time that fit the budget, evenly spread; shorter with a mask."""
     budget = _BUDGET.get(jax.default_backend(), _ACCELERATOR_BUDGET)
     size = max(96, budget // (4 * (_ARRAYS + metrics) * tokens))  # each chunk reads the head: not too short
     if masked:  # the last chunk of live positions is computed whole: shorter ones waste less
@@ -50,7 +50,7 @@ class Plan:
       metrics: what is evaluated on the same logits.
       chunk: positions at a time.
       all_live: there was no mask.
-      softcap: of both sides' logits.
+      softcap: softcap of both sides' logits.
       axis_name: over which the heads' rows are sharded.
     """
 

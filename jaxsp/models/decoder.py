@@ -250,7 +250,7 @@ def prefill(
       params: the parameter tree.
       config: its hyper-parameters.
       inputs: one sequence of vectors; it may be empty.
-      prefix: what stands before it, if anything.
+      prefix: prefix that stands before it, if anything.
 
     Returns:
       Keys and values with batch size 1: ``prefix`` followed by ``inputs``.
@@ -278,8 +278,8 @@ def read_long(
     Args:
       params: the parameter tree.
       config: its hyper-parameters.
-      ids: of one sequence.
-      prefix: what stands before it, if anything.
+      ids: token ids of one sequence.
+      prefix: prefix that stands before it, if anything.
       longest: tokens read at once.
 
     Returns:

@@ -40,7 +40,7 @@ class LanguageModel:
     stop_ids: tuple[int, ...]
     """Token ids that end a turn or a text."""
     load_seconds: float = 0.0
-    """How long loading took."""
+    """The time that loading took, in seconds."""
 
     def embed(self, ids: Any) -> Float[Array, "*b t d"]:
         """Input vectors of token ids ``[*b, t]``: the space of a soft prompt.

@@ -70,7 +70,7 @@ class Tensor:
     """Where a parameter of the decoder stands in a checkpoint.
 
     Attributes:
-      name: of the tensor; ``{layer}`` where the layer's number stands.
+      name: name of the tensor; ``{layer}`` where the layer's number stands.
       rows: which outputs are meant, where several matrices are stored as one.
       outputs_first: a matrix stands there as ``[outputs, inputs]``, as torch's ``Linear`` has it.
       plus: added to what is stored; Gemma stores norm weights less one.
@@ -147,7 +147,7 @@ def load_params(
       files: safetensors files, from ``weight_files``.
       config: the decoder that the weights are for.
       tensors: the family's ``tensors(config)``.
-      sharding: of the parameter with this path and shape; by default all is on the default device.
+      sharding: sharding of the parameter with this path and shape; by default all is on the default device.
 
     Returns:
       The parameter tree; layers stacked along the first axis.

@@ -292,7 +292,7 @@ class Runner:
             self.display.say(f"Resuming after step {int(states.step[0])}.")
 
     def _slots(self, jobs: Sequence[Job]) -> int:
-        """How many prompts train in one step."""
+        """The number of prompts that train in one step."""
         if self.single:
             return 1
         problem, settings = self._problem(jobs[0]), jobs[0].settings
@@ -379,7 +379,7 @@ class Runner:
         return result
 
     def _measured(self, job: Job, problem: Problem, sigma: PyTree, display: Display) -> dict[str, Any]:
-        """What the report says of the queries: all brackets, the gap closed, the verdict.
+        """The report's part on the queries: all brackets, the gap closed, the verdict.
 
         The brackets, which σ has no part in, are measured once for all jobs that have the same.
         """

@@ -24,7 +24,7 @@ def open_run(
       model: the frozen model.
       rows: the jobs, each with where it comes from.
       settings: those of the rows that say nothing else.
-      start: how to begin.
+      start: the way to begin.
 
     Raises:
       UserError: something is invalid; nothing is then done.

@@ -36,8 +36,8 @@ class TokenizedJob:
       context_ids: ``[C]``.
       queries: as texts.
       is_train: ``[N]`` True for those to train on, False for those held out.
-      query_ids: of each query, up to where the answer starts.
-      given_ids: of the user's own answers, where there are any.
+      query_ids: token ids of each query, up to where the answer starts.
+      given_ids: token ids of the user's own answers, where there are any.
     """
 
     chat: ChatSlots

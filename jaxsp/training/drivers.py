@@ -29,7 +29,7 @@ class Driver(Protocol):
     """Holds the frozen weights where they are needed; turns (states, batches) into (states, metrics)."""
 
     multiple: int
-    """What a batch's rows must be a multiple of: the devices that share them, times the parts that each
+    """A batch's rows must be a multiple of it: the devices that share them, times the parts that each
     computes its share in."""
 
     def place(self, states: TrainState) -> TrainState:

@@ -27,7 +27,7 @@ Metrics = dict[str, Float[Array, " m"]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """What an update reads and never changes.
+    """The arrays that an update reads and never changes.
 
     Attributes:
       params: the model's weights.
@@ -40,13 +40,13 @@ class Frozen:
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSettings:
-    """What is fixed when an update is compiled: a static argument; one object for one choice compiles once.
+    """Choices that an update is compiled for: a static argument; one object for one choice compiles once.
 
     Attributes:
-      config: of the model.
-      kind: of the prompt, a key of ``jaxsp.prompts.PROMPT_KINDS``.
+      config: configuration of the model.
+      kind: kind of the prompt, a key of ``jaxsp.prompts.PROMPT_KINDS``.
       objective: what is trained on.
-      optimizer: of the prompt.
+      optimizer: optimizer of the prompt.
       grad_accumulation: parts that a batch's rows are computed in, one after the other; never more than rows.
 
     Raises:
@@ -64,7 +64,7 @@ class UpdateSettings:
 
     @classmethod
     def of(cls, config: DecoderConfig, settings: Settings) -> UpdateSettings:
-        """What of the settings is compiled into the update of a model with these hyper-parameters."""
+        """The part of the settings that is compiled into the update of a model."""
         objective, optimizer = as_objective(settings.training.objective), make_optimizer(settings.training)
         return cls(config, settings.prompt.kind, objective, optimizer, settings.devices.grad_accumulation)
 
@@ -106,7 +106,7 @@ def update(
       frozen: weights and preamble, which stay as they are; an argument, so that nothing of them is folded
         into the program.
       settings: static.
-      axis_name: of the mapped device axis over which each batch's rows are spread, if there is one.
+      axis_name: name of the mapped device axis over which each batch's rows are spread, if there is one.
 
     Returns:
       The states after the step, and ``loss`` (the objective's cost per answer token), ``gradient_norm``,
@@ -130,7 +130,7 @@ def update(
 
 
 def _in_parts(compute: Callable[[Rows], PyTree], batches: Rows, parts: int) -> PyTree:
-    """What ``compute`` gives for parts of the batches' rows, added up; its memory is that of one part."""
+    """Adds up what ``compute`` gives for parts of the batches' rows; its memory is that of one part."""
     rows = batches.tokens.shape[1]
     size = ceil_div(rows, parts)
     parts = ceil_div(rows, size)

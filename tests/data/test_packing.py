@@ -51,7 +51,7 @@ def test_a_batch_fits_and_is_the_streams_next_part(lengths, batch_size, cursor):
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(jobs=st.lists(LENGTHS, min_size=1, max_size=4), batch_size=st.integers(1, 20))
 def test_a_shared_shape_holds_the_batches_of_all(jobs, batch_size):
-    """What each job draws is decided by its own shape; the shared one only has room for it."""
+    """The draws of each job are decided by its own shape; the shared one only has room for it."""
     own = [Packing.of(lengths, batch_size) for lengths in jobs]
     batches = []
     for lengths, packing in zip(jobs, own, strict=True):

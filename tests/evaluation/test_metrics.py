@@ -44,7 +44,7 @@ def test_gap_closed_weighs_tokens_not_queries():
 
 
 def test_gap_closed_interval_covers_and_narrows():
-    """Of 200 experiments with a known gap about 95% of the intervals hold it."""
+    """About 95% of the intervals of 200 experiments with a known gap hold it."""
     random = np.random.default_rng(0)
     held, widths = 0, {20: [], 200: []}
     for i in range(200):

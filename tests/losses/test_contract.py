@@ -36,7 +36,7 @@ def value(name, inputs=INPUTS, mask=None, entry=None):
 
 
 def gradient(name, inputs=INPUTS, mask=None, entry=None, wrt=None):
-    """Of the sum, with respect to the student's side unless said otherwise."""
+    """The gradient of the sum, with respect to the student's side unless said otherwise."""
     wrt = wrt or student_of(entry or OBJECTIVES[name])
 
     def total(array):

@@ -31,11 +31,11 @@ class AttentionInputs:
       q_BTHF: rotated queries; ``H`` is a multiple of ``G``.
       positions_BT: int32; ``EMPTY`` for padding, whose output is finite and meaningless.
       slots: keys and values in the order of their positions (padding aside), the queries' own last.
-      scale: of the products of queries and keys.
+      scale: scale of the products of queries and keys.
       softcap: bound of the scores: ``softcap * tanh(scores / softcap)``, before the mask.
-      window: how many positions back a query sees, itself included; it may be traced. None: all.
-      segment_ids_BT: of the queries, where several sequences are packed in one row.
-      precision: of the matrix products.
+      window: number of positions back that a query sees, itself included; it may be traced. None: all.
+      segment_ids_BT: segment ids of the queries, where several sequences are packed in one row.
+      precision: precision of the matrix products.
     """
 
     q_BTHF: Float[Array, "b t h f"]

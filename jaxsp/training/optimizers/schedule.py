@@ -13,14 +13,14 @@ from jaxsp.typing import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How many steps a run has and the learning rate of each: it rises to its peak in a line, then falls
+    """The number of steps of a run and the learning rate of each: it rises to its peak in a line, then falls
     along a cosine.
 
     Arrays and not settings, so that runs of other lengths and rates share a compiled update.
 
     Attributes:
       peak: the highest rate.
-      steps: of the run; an update beyond them changes nothing.
+      steps: steps of the run; an update beyond them changes nothing.
       warmup: those of the rise.
       fall: the part of the peak that is gone at the end; 1 falls to 0, 0 stays at the peak.
 

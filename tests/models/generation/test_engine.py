@@ -300,7 +300,7 @@ def join(prefixes: list[KeyValues]) -> KeyValues:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_several_prefixes_answer_as_each_alone(tiny_model, prefix, temperature):
-    """Of other content and length, with ``EMPTY`` slots before, behind, or nothing else."""
+    """Prefixes of other content and length, with ``EMPTY`` slots before, behind, or nothing else."""
     params, config = tiny_model.params, tiny_model.config
     long = np.random.RandomState(1).randint(3, 259, (1, 19))
     prefixes = [
