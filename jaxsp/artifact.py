@@ -19,7 +19,7 @@ from safetensors.numpy import load, save
 from jaxsp import distributions
 from jaxsp.errors import RENAMED
 from jaxsp.files import atomic_write
-from jaxsp.models.chat import ChatSlots
+from jaxsp.models.chat import ChatTexts
 from jaxsp.models.config import DecoderConfig, Quantization
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.load import as_model
@@ -79,9 +79,9 @@ class SoftPrompt:
         return self.manifest["model"].get("quantization", "none")
 
     @property
-    def slots(self) -> ChatSlots:
+    def chat(self) -> ChatTexts:
         """The texts around the prompt and the query."""
-        return ChatSlots(**{k: self.manifest["slots"][k] for k in ("before", "between", "after")})
+        return ChatTexts(**{k: self.manifest["slots"][k] for k in ("before", "between", "after")})
 
     def prefix(self, model: LanguageModel) -> KeyValues:
         """The keys and values that the model attends to in place of the context.
@@ -132,7 +132,7 @@ class SoftPrompt:
           True
         """
         model = as_model(model or self.manifest["model"]["name"], self.quantization)
-        return "".join(model.stream_answer(self.prefix(model), question, self.slots, max_tokens=max_tokens))
+        return "".join(model.stream_answer(self.prefix(model), question, self.chat, max_tokens=max_tokens))
 
     def save(self, directory: str | Path) -> None:
         """Writes the files into ``directory``, the manifest last: it never stands alone."""
@@ -266,10 +266,10 @@ def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     sigma: dict[str, Any] = {}
     for path, array in arrays.items():
         *folders, name = path.split("/")
-        place = sigma
+        node = sigma
         for folder in folders:
-            place = place.setdefault(folder, {})
-        place[name] = array
+            node = node.setdefault(folder, {})
+        node[name] = array
     return sigma
 
 

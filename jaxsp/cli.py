@@ -264,7 +264,7 @@ class Ask(_Saved):
         prefix = prompt.prefix(model)
 
         def answer(question: str) -> None:
-            for piece in model.stream_answer(prefix, question, prompt.slots, max_tokens=self.max_tokens):
+            for piece in model.stream_answer(prefix, question, prompt.chat, max_tokens=self.max_tokens):
                 print(piece, end="", flush=True)
             print(flush=True)
 

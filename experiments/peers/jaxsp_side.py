@@ -22,7 +22,7 @@ from jaxsp.data.examples import Rows, make_rows
 from jaxsp.data.packing import Packing
 from jaxsp.evaluation.metrics import at_positions, mean_kl_function
 from jaxsp.models import decoder
-from jaxsp.models.chat import ChatSlots
+from jaxsp.models.chat import ChatTexts
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.settings import make_settings
 from jaxsp.teacher import targets
@@ -101,7 +101,7 @@ def tokenized(job: Job) -> TokenizedJob:
     given: list[list[int] | None] = [*job.answers]
     preamble, context = np.array(job.preamble, np.int32), np.array(job.context, np.int32)
     is_train = np.arange(len(job.queries)) < job.train
-    return TokenizedJob(ChatSlots("", "", ""), preamble, context, [], is_train, job.queries, given)
+    return TokenizedJob(ChatTexts("", "", ""), preamble, context, [], is_train, job.queries, given)
 
 
 def template_too(job: Job) -> Job:

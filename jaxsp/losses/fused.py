@@ -217,10 +217,12 @@ def fused_objective(
         chunk_size = chunked_head.chunk_size(
             math.prod(batch), width, masked=mask is not None, metrics=len(measures)
         )
-    plan = chunked_head.Plan(objective, rule, measures, chunk_size, mask is None, softcap, axis_name)
+    settings = chunked_head.ChunkSettings(
+        objective, rule, measures, chunk_size, mask is None, softcap, axis_name
+    )
     given = {name: array.reshape(-1, *array.shape[len(batch) :]) for name, array in given.items()}
     flat = vocabulary.like_varying(student_hidden.reshape(-1, student_hidden.shape[-1]), *given.values())
-    results: Any = chunked_head.evaluate(plan, flat, given, (teacher_head, unembedding))
+    results: Any = chunked_head.evaluate(settings, flat, given, (teacher_head, unembedding))
     values, measured = results
     return values.reshape(batch), {name: measured[name].reshape(batch) for name in metrics}
 

@@ -29,7 +29,7 @@ class LayerInputs(NamedTuple):
     past_kv: tuple[tuple[Array, Array], ...]
     rope: Array | None
     """Which of the model's rotations turns this layer; None: its only one, or it has none."""
-    window: Array | None
+    sliding_window: Array | None
     """None: the configuration's first is that of all layers, or it has none."""
 
 
@@ -100,7 +100,9 @@ class DecoderLayer(nn.Module):
             tuple(slots),
             scale=c.head_width**-0.5 if c.query_scale is None else c.query_scale,
             softcap=c.attention_softcap,
-            window=next(iter(c.sliding_windows), None) if own.window is None else own.window,
+            sliding_window=next(iter(c.sliding_windows), None)
+            if own.sliding_window is None
+            else own.sliding_window,
             segment_ids_BT=reading.segment_ids_BT,
             precision=c.precision,
         )
@@ -166,7 +168,7 @@ class Decoder(nn.Module):
         own = LayerInputs(
             past_kv=tuple((kv.keys, kv.values) for kv in past),
             rope=jnp.array([ropes.index(rope) for rope in c.ropes]) if len(ropes) > 1 else None,
-            window=jnp.array(windows, jnp.int32) if len(set(windows)) > 1 else None,
+            sliding_window=jnp.array(windows, jnp.int32) if len(set(windows)) > 1 else None,
         )
         reading = Reading(
             positions_BT,

@@ -16,7 +16,7 @@ from jaxsp.data.documents import Query
 from jaxsp.data.examples import Rows, make_rows
 from jaxsp.data.packing import Packing
 from jaxsp.models import decoder
-from jaxsp.models.chat import ChatSlots, encode
+from jaxsp.models.chat import ChatTexts, encode
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.settings import Settings, TeacherSettings, plain
@@ -40,7 +40,7 @@ class TokenizedJob:
       given_ids: token ids of the user's own answers, where there are any.
     """
 
-    chat: ChatSlots
+    chat: ChatTexts
     preamble_ids: Int[np.ndarray, " p"]
     context_ids: Int[np.ndarray, " c"]
     queries: list[Query]

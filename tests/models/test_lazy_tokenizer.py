@@ -68,7 +68,7 @@ def test_an_answer_does_without_transformers(directory, python):
 import sys, jaxsp, numpy
 model = jaxsp.load_model(sys.argv[1], dtype="float32")
 prefix = jaxsp.distributions.context_prefix(model.params, model.config, numpy.array([[1, 2]]))
-chat = jaxsp.models.chat.ChatSlots("", " ", "!")
+chat = jaxsp.models.chat.ChatTexts("", " ", "!")
 print(len(list(model.stream_answer(prefix, "hi", chat, max_tokens=3))), "transformers" in sys.modules)
 """
     done = python("-c", script, str(directory))
