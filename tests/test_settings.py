@@ -58,8 +58,8 @@ def test_objects_of_the_users_own_are_told_apart_as_texts():
     summary = plain(own)
     assert summary["objective"] == "js"
     assert "GradientTransformation" in summary["optimizer"]
-    assert "0x" not in told["optimizer"]
-    assert plain(make_settings({"optimizer": optax.adamw(0.1)}))["optimizer"] == told["optimizer"]
+    assert "0x" not in summary["optimizer"]
+    assert plain(make_settings({"optimizer": optax.adamw(0.1)}))["optimizer"] == summary["optimizer"]
 
 
 def with_new_field(part: str, value: int, *, per_prompt: bool = False) -> Settings:
