@@ -1,7 +1,7 @@
 """jaxsp: soft prompts that stand in for long contexts, in JAX.
 
     import jaxsp
-    result = jaxsp.compress("smollm2-135m-instruct", context, queries, length=16)
+    result = jaxsp.compress("smollm2-135m-instruct", context, queries, prompt_length=16)
     result.ask("How long is the cable?")
 
 The parts load when they are first used, so ``import jaxsp`` costs nothing.

@@ -52,9 +52,9 @@ def compress(
       progress: whether to show what is going on, on standard error.
       callbacks: functions called with every ``Step``, such as ``lambda step: print(step.metrics)``; one that
         returns ``True`` stops the training at the next evaluation.
-      **settings: fields of ``Settings``, such as ``length=16``, ``steps=100``, ``seed=0``. ``objective`` is a
-        name, a text such as ``"js(beta=0.3)"`` or ``"kl=0.7,nll=0.3"``, or a ``jaxsp.Objective``;
-        ``optimizer`` a name, or an ``optax.GradientTransformation``, used as it is.
+      **settings: fields of ``Settings``, such as ``prompt_length=16``, ``steps=100``, ``seed=0``.
+        ``objective`` is a name, a text such as ``"js(beta=0.3)"`` or ``"kl=0.7,nll=0.3"``, or a
+        ``jaxsp.Objective``; ``optimizer`` a name, or an ``optax.GradientTransformation``, used as it is.
 
     Returns:
       The prompt and the report.
@@ -72,11 +72,11 @@ def compress(
       ...     "The tank of the machine holds 1.2 litres. The cable is 90 centimetres long.",
       ...     ["How much does the tank hold?", "How long is the cable?"],
       ...     held_out=["What is the length of the cable?"],
-      ...     length=4, steps=2, batch_size=2, max_answer_tokens=8, progress=False,
+      ...     prompt_length=4, steps=2, batch_size=2, max_answer_tokens=8, progress=False,
       ...     optimizer=optax.adamw(0.01),
       ...     callbacks=[lambda step: losses.append(step.metrics.get("loss"))],
       ... )
-      >>> result.prompt.length, sorted(result.report["gap_closed"]), len(losses)
+      >>> result.prompt.prompt_length, sorted(result.report["gap_closed"]), len(losses)
       (4, ['high', 'low', 'value'], 3)
     """
     row = {"id": "prompt", "context": context, "queries": queries, "held_out": held_out}
@@ -103,7 +103,7 @@ def compress_many(
 ) -> Iterator[Result]:
     """Compresses every context as ``compress`` would, many prompts in one step.
 
-    Prompts with the same objective, length and optimizer train side by side; seeds, learning rates, steps
+    Prompts of one length, with one objective and optimizer, train side by side; seeds, learning rates, steps
     and starts may differ. Contexts may be of any lengths. Each draws the same batches as alone: σ is that of
     a run alone but for the rounding of sums.
 
@@ -112,7 +112,7 @@ def compress_many(
       jobs: dicts ``{"id", "context", "queries", "held_out"}``, with ``held_out`` as in ``compress``, and
         any field of ``Settings`` that is to differ from the run's.
       out: a folder: one folder a job, and ``results.parquet`` with a row each. Several processes need one
-        that all can reach; each does a piece of the list, and gives all results.
+        that all can reach; each does a part of the list, and gives all results.
       resume: go on with the run in ``out``; what is finished there is not done again.
       overwrite: replace an earlier run in ``out``.
       keep_going: report jobs that are invalid, and do the others.
@@ -138,7 +138,7 @@ def compress_many(
       ...     {"id": "a", "context": text, "queries": queries, "held_out": 0.5},
       ...     {"id": "b", "context": f"{text} It is red.", "queries": queries, "held_out": 0.5, "seed": 1},
       ... ]
-      >>> options = dict(length=2, steps=1, batch_size=1, max_answer_tokens=4, progress=False)
+      >>> options = dict(prompt_length=2, steps=1, batch_size=1, max_answer_tokens=4, progress=False)
       >>> [r.report["id"] for r in jaxsp.compress_many(model, jobs, **options)]
       ['a', 'b']
     """
@@ -208,7 +208,7 @@ def evaluate(
       UserError: the prompt belongs to another model, or its context is not known.
     """
     prompt = prompt if isinstance(prompt, SoftPrompt) else SoftPrompt.load(prompt)
-    model = as_model(model, prompt.weights)
+    model = as_model(model, prompt.quantization)
     prompt.check(model)
     context = prompt.context if context is None else context
     if context is None:
@@ -226,4 +226,4 @@ def evaluate(
         sigmas = {"prompt": prompt.sigma, "initial": start_state(model, problem, settings).sigma}
         measured = brackets.measure_all(model, problem, sigmas, settings, known={})
         summary = reports.summarise(model, problem, measured, settings.training.seed)
-    return {**reports.header(model, prompt), **summary}
+    return {**reports.report_header(model, prompt), **summary}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import io
 import itertools
@@ -14,14 +13,14 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, Union
 
 import tyro
 
 import jaxsp
-from jaxsp.errors import UserError
+from jaxsp.errors import UserError, suggestion
 
 _Command = TypeVar("_Command")
 
@@ -74,18 +73,17 @@ def _check_names(commands: Mapping[str, type], name: str, *words: str) -> None:
     if name.startswith("-"):
         return
     if name not in commands:
-        raise UserError(f"There is no command {name!r}{_or_nearest(name, commands)} jaxsp --help.")
+        raise UserError(f"There is no command {name!r}{_or_see(suggestion(name, commands))} jaxsp --help.")
     options = {"--help", *_options(commands[name])}
     for word in itertools.takewhile(lambda word: word != "--", words):
         option = word.partition("=")[0].replace("_", "-")
         if option.startswith("--") and option not in options:
-            nearest = _or_nearest(option, options)
+            nearest = _or_see(suggestion(option, sorted(options)))
             raise UserError(f"There is no option {option}{nearest} jaxsp {name} --help.")
 
 
-def _or_nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}? See" if close else "; see"
+def _or_see(meant: str) -> str:
+    return f"{meant} See" if meant.endswith("?") else f"{meant}; see"
 
 
 def _options(kind: type) -> Iterator[str]:
@@ -95,6 +93,7 @@ def _options(kind: type) -> Iterator[str]:
             yield from _options(type(field.default))
         elif "Positional" not in str(field.type):
             yield f"--{field.name.replace('_', '-')}"
+            yield from re.findall(r"--[\w-]+", str(field.type))  # its aliases
 
 
 _NUMBERS = {  # what Python says of a number that is none

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from jaxsp import distributions
+from jaxsp.errors import RENAMED
 from jaxsp.files import atomic_write
-from jaxsp.models.chat import ChatSlots
-from jaxsp.models.config import DecoderConfig, Weights
+from jaxsp.models.chat import ChatTexts
+from jaxsp.models.config import DecoderConfig, Quantization
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.load import as_model
 from jaxsp.prompts import PROMPT_KINDS
@@ -29,9 +30,11 @@ from jaxsp.typing import Array, KeyValues, Params, PyTree, UserError
 if TYPE_CHECKING:
     from jaxsp.teacher.problem import TokenizedJob
 
-FORMAT = 1
+FORMAT = 2
+"""Format of the manifest; 0.1 wrote 1, with some keys by other names."""
+
 ARRAYS, MANIFEST, CONTEXT = "prompt.safetensors", "manifest.json", "context.txt"
-_REQUIRED = ("format", "kind", "length", "model", "tokenizer", "slots", "sha256")
+_REQUIRED = ("format", "kind", "prompt_length", "model", "tokenizer", "slots", "sha256")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +43,7 @@ class SoftPrompt:
 
     Attributes:
       sigma: its float32 arrays, in nested dicts.
-      manifest: kind, length, the model and tokenizer it was trained for, the texts around it, how it
+      manifest: kind, prompt_length, the model and tokenizer it was trained for, the texts around it, how it
         was trained, and its held-out metrics.
       context: the text it stands for, kept beside it so that it can be measured again; ``None`` if
         the file was taken away.
@@ -58,7 +61,7 @@ class SoftPrompt:
 
     def __repr__(self) -> str:
         tokens, model = self.manifest["context_tokens"], self.manifest["model"]["name"]
-        return f"SoftPrompt({self.kind}, {self.length} vectors for {tokens} tokens, {model})"
+        return f"SoftPrompt({self.kind}, {self.prompt_length} vectors for {tokens} tokens, {model})"
 
     @property
     def kind(self) -> str:
@@ -66,22 +69,22 @@ class SoftPrompt:
         return self.manifest["kind"]
 
     @property
-    def length(self) -> int:
+    def prompt_length(self) -> int:
         """K, in tokens."""
-        return self.manifest["length"]
+        return self.manifest["prompt_length"]
 
     @property
-    def weights(self) -> Weights:
-        """Those of the model that it was trained for: see ``load_model``."""
-        return self.manifest["model"].get("weights", "full")
+    def quantization(self) -> Quantization:
+        """That of the model that it was trained for: see ``load_model``."""
+        return self.manifest["model"].get("quantization", "none")
 
     @property
-    def slots(self) -> ChatSlots:
+    def chat(self) -> ChatTexts:
         """The texts around the prompt and the query."""
-        return ChatSlots(**{k: self.manifest["slots"][k] for k in ("before", "between", "after")})
+        return ChatTexts(**{k: self.manifest["slots"][k] for k in ("before", "between", "after")})
 
     def prefix(self, model: LanguageModel) -> KeyValues:
-        """What the model attends to in place of the context.
+        """The keys and values that the model attends to in place of the context.
 
         Raises:
           UserError: the prompt belongs to another model or tokenizer.
@@ -92,10 +95,10 @@ class SoftPrompt:
 
     def check(self, model: LanguageModel) -> None:
         """Raises ``UserError`` with the difference if the prompt belongs to another model or tokenizer."""
-        if self.weights != model.config.weights:
+        if self.quantization != model.config.quantization:
             raise UserError(
-                f"This prompt was trained for {self.weights} weights, the loaded model has"
-                f" {model.config.weights} ones; load it with weights={self.weights!r}."
+                f"This prompt was trained with quantization {self.quantization!r}, the model was loaded with"
+                f" {model.config.quantization!r}; load it with quantization={self.quantization!r}."
             )
         fingerprints = {
             "model weights": (self.manifest["model"]["fingerprint"], model.fingerprint),
@@ -128,8 +131,8 @@ class SoftPrompt:
           >>> isinstance(jaxsp.SoftPrompt.load(demo_folder).ask("How long is the cable?"), str)
           True
         """
-        model = as_model(model or self.manifest["model"]["name"], self.weights)
-        return "".join(model.stream_answer(self.prefix(model), question, self.slots, max_tokens=max_tokens))
+        model = as_model(model or self.manifest["model"]["name"], self.quantization)
+        return "".join(model.stream_answer(self.prefix(model), question, self.chat, max_tokens=max_tokens))
 
     def save(self, directory: str | Path) -> None:
         """Writes the files into ``directory``, the manifest last: it never stands alone."""
@@ -158,9 +161,9 @@ class SoftPrompt:
         if not (directory / MANIFEST).is_file() or not (directory / ARRAYS).is_file():
             raise UserError(f"{directory} holds no soft prompt ({ARRAYS} and {MANIFEST}).")
         try:
-            manifest = json.loads((directory / MANIFEST).read_text("utf-8"))
+            manifest = _renamed(json.loads((directory / MANIFEST).read_text("utf-8")))
             absent = [key for key in _REQUIRED if key not in manifest]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{directory / MANIFEST} is damaged ({error}).") from error
         if absent:
             raise UserError(f"{directory / MANIFEST} is damaged: it lacks {absent[0]!r}.")
@@ -181,6 +184,19 @@ class SoftPrompt:
             return cls(_nested(load(data)), manifest, text)
         except (SafetensorError, UnicodeDecodeError) as error:
             raise UserError(f"{directory} is damaged ({error}).") from error
+
+
+def _renamed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of format 1 with the keys that format 2 has."""
+    if manifest.get("format") != 1:
+        return manifest
+    found = {RENAMED.get(name, name): value for name, value in manifest.items()}
+    for part in ("model", "training"):
+        if part in found:
+            found[part] = {RENAMED.get(name, name): value for name, value in found[part].items()}
+    if found.get("model", {}).get("quantization") == "full":
+        found["model"]["quantization"] = "none"
+    return {**found, "format": FORMAT}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kind"))
@@ -205,8 +221,12 @@ def make_artifact(
     manifest = {
         "format": FORMAT,
         "kind": settings.prompt.kind,
-        "length": settings.prompt.length,
-        "model": {"name": model.name, "fingerprint": model.fingerprint, "weights": model.config.weights},
+        "prompt_length": settings.prompt.prompt_length,
+        "model": {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "quantization": model.config.quantization,
+        },
         "tokenizer": {"fingerprint": tokenizer_fingerprint(model.tokenizer)},
         "slots": {
             **dataclasses.asdict(job.chat),
@@ -246,10 +266,10 @@ def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     sigma: dict[str, Any] = {}
     for path, array in arrays.items():
         *folders, name = path.split("/")
-        place = sigma
+        node = sigma
         for folder in folders:
-            place = place.setdefault(folder, {})
-        place[name] = array
+            node = node.setdefault(folder, {})
+        node[name] = array
     return sigma
 
 
@@ -257,5 +277,5 @@ def tokenizer_fingerprint(tokenizer) -> str:
     """SHA-256 over a tokenizer's vocabulary and how it splits a probing text."""
     probe = "The 12,345 naïve co-operators' don't\tsay  “hello”\n\n<|x|> 你好 🙂."
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    told = json.dumps([vocabulary, tokenizer.encode(probe, add_special_tokens=False)])
-    return hashlib.sha256(told.encode()).hexdigest()
+    text = json.dumps([vocabulary, tokenizer.encode(probe, add_special_tokens=False)])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -16,7 +16,7 @@ import tyro
 
 from jaxsp.arguments import parse, program
 from jaxsp.errors import Interrupted, UserError
-from jaxsp.settings import Settings, check_limits, make_settings, plain
+from jaxsp.settings import PromptSettings, Settings, check_limits, make_settings, plain
 
 # What computes is imported where a command runs: --help and a misspelt option need not wait for it.
 if TYPE_CHECKING:
@@ -33,6 +33,19 @@ Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
 
 
 @dataclasses.dataclass(frozen=True)
+class PromptOptions(PromptSettings):
+    """The prompt σ, and where it starts."""
+
+    prompt_length: Annotated[int, tyro.conf.arg(aliases=["--length"])] = PromptSettings.prompt_length
+    """K, the number of vectors that stand in for the context."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options(Settings):
+    prompt: PromptOptions = PromptOptions()
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelOptions:
     """The frozen language model."""
 
@@ -41,13 +54,13 @@ class ModelOptions:
     dtype: str | None = None
     """Dtype of weights and activations: bfloat16, float32 or float16; by default bfloat16 where the hardware
     computes it, else float32."""
-    weights: Literal["full", "int8"] = "full"
-    """Precision of the layers' matrices; int8 halves bfloat16's memory and rounds them."""
+    quantization: Literal["none", "int8"] = "none"
+    """Quantization of the layers' matrices; int8 halves bfloat16's memory and rounds them."""
 
     def load(self, mesh: Mesh | None = None) -> LanguageModel:
         from jaxsp.models.load import load_model
 
-        return load_model(self.model, dtype=self.dtype, weights=self.weights, mesh=mesh)
+        return load_model(self.model, dtype=self.dtype, quantization=self.quantization, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +72,7 @@ class Processes:
     process_id: int | None = None
     """Number of this process, from 0."""
     num_processes: int | None = None
-    """How many there are."""
+    """Number of processes."""
 
     def join(self) -> bool:
         """Joins the others, before jax is used; says whether there are any."""
@@ -84,7 +97,7 @@ class Output:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Run(Settings):
+class _Run(_Options):
     model: ModelOptions = ModelOptions()
     output: Output
     processes: Processes = Processes()
@@ -111,14 +124,14 @@ class Compress(_Run):
 
     examples: ClassVar[str] = """
       jaxsp compress manual.md --queries questions.txt --out prompt/
-      jaxsp compress manual.md --queries questions.txt --length 32 --objective 'kl=0.7,nll=0.3'
+      jaxsp compress manual.md --queries questions.txt --prompt-length 32 --objective 'kl=0.7,nll=0.3'
       cat manual.md | jaxsp compress - --queries questions.jsonl --held-out other_questions.txt
       jaxsp compress manual.md --queries questions.txt --out prompt/ --resume
     """
     context: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DOCUMENT")]]
     """The document: a .txt or .md file, or - for standard input."""
     queries: File
-    """What will be asked: a file with one query per line, or JSONL {"query", "answer" (optional)}."""
+    """Queries that will be asked: a file with one query per line, or JSONL {"query", "answer" (optional)}."""
     held_out: Annotated[float | str, tyro.conf.arg(metavar="FILE|FRACTION")] = 0.2
     """Queries to measure on, never trained on: a file, or a fraction of --queries."""
     output: Output = Output("jaxsp-out")
@@ -181,12 +194,12 @@ class CompressMany(_Run):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan(Settings, ModelOptions):
+class Plan(_Options, ModelOptions):
     """Say beforehand what memory and time a compression will take; loads no weights."""
 
     examples: ClassVar[str] = """
-      jaxsp plan --context-tokens 4000 --length 32
-      jaxsp plan HuggingFaceTB/SmolLM2-360M-Instruct --batch-size 16 --accumulate 2
+      jaxsp plan --context-tokens 4000 --prompt-length 32
+      jaxsp plan HuggingFaceTB/SmolLM2-360M-Instruct --batch-size 16 --grad-accumulation 2
     """
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]] = EMBEDDED
     """A directory (config.json is enough), a .gguf file, a hub id, or the name of the embedded model."""
@@ -202,7 +215,7 @@ class Plan(Settings, ModelOptions):
         from jaxsp.models.load import model_config
 
         settings = _checked(self)
-        config = model_config(self.model, self.dtype, self.weights)
+        config = model_config(self.model, self.dtype, self.quantization)
         sizes = {"context_tokens": self.context_tokens, "query_tokens": self.query_tokens}
         found = plan.plan(config, settings, **sizes)
         if self.json:
@@ -223,7 +236,7 @@ class _Saved:
 
     def load(self, prompt: SoftPrompt) -> LanguageModel:
         name = self.model or prompt.manifest["model"]["name"]
-        return ModelOptions(name, self.dtype, prompt.weights).load()
+        return ModelOptions(name, self.dtype, prompt.quantization).load()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,7 +264,7 @@ class Ask(_Saved):
         prefix = prompt.prefix(model)
 
         def answer(question: str) -> None:
-            for piece in model.stream_answer(prefix, question, prompt.slots, max_tokens=self.max_tokens):
+            for piece in model.stream_answer(prefix, question, prompt.chat, max_tokens=self.max_tokens):
                 print(piece, end="", flush=True)
             print(flush=True)
 
@@ -395,13 +408,13 @@ def _run(command: Command) -> None:
 
 
 def _lighter(command: Command) -> str:
-    """How to need less memory, by the options that a command has."""
+    """The ways to need less memory, by the options that a command has."""
     ways = {
         "batch_size": "lower --batch-size",
         "at_once": "lower --at-once",
-        "accumulate": "raise --accumulate",
+        "grad_accumulation": "raise --grad-accumulation",
         "dtype": "take --dtype bfloat16",
-        "weights": "take --weights int8",
+        "quantization": "take --quantization int8",
         "parallel": "use more devices with --parallel mesh",
     }
     parts = [command, *filter(dataclasses.is_dataclass, vars(command).values())]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsp.artifact import SoftPrompt
-from jaxsp.evaluation.brackets import CONDITIONS
+from jaxsp.evaluation.brackets import BRACKETS
 from jaxsp.plan import Plan
 from jaxsp.runs.folder import Result
 
@@ -22,7 +22,7 @@ def print_plan(plan: Plan, steps: int, advice: str) -> None:
     Args:
       plan: its needs.
       steps: updates to be done.
-      advice: how to need less memory, said if no batch fits.
+      advice: a way to need less memory, said if no batch fits.
     """
     memory, largest = plan.memory, plan.largest_batch_size
     fits = "" if plan.fits else ": does not fit"
@@ -48,8 +48,8 @@ def print_prompt(prompt: SoftPrompt) -> None:
     manifest = prompt.manifest
     model, training, tokens = manifest["model"], manifest["training"], manifest["context_tokens"]
     rows = {
-        "kind": f"{prompt.kind}, {prompt.length} vectors, {manifest['dtype']}",
-        "stands for": f"{tokens} tokens ({tokens / prompt.length:.1f}×)",
+        "kind": f"{prompt.kind}, {prompt.prompt_length} vectors, {manifest['dtype']}",
+        "stands for": f"{tokens} tokens ({tokens / prompt.prompt_length:.1f}×)",
         "model": f"{model['name']} ({model['fingerprint'][:12]})",
         "tokenizer": manifest["tokenizer"]["fingerprint"][:12],
         "position": manifest["slots"]["position_offset"],
@@ -65,11 +65,11 @@ def print_prompt(prompt: SoftPrompt) -> None:
 
 
 def print_brackets(report: Mapping[str, Any]) -> None:
-    """Prints the held-out figures of every condition, and the verdict."""
+    """Prints the held-out figures of every bracket, and the verdict."""
     columns = {"kl": "KL", "nll": "NLL", "zero_one": "0/1", "rouge_l": "ROUGE-L"}
     table = Table("held-out queries", *columns.values(), box=None, padding=(0, 2, 0, 0))
-    for name, row in report["held_out"]["conditions"].items():
-        table.add_row(CONDITIONS[name], *(f"{row[metric]:.3f}" for metric in columns))
+    for name, row in report["held_out"]["brackets"].items():
+        table.add_row(BRACKETS[name], *(f"{row[metric]:.3f}" for metric in columns))
     _print(table, report["verdict"]["text"])
 
 
@@ -98,7 +98,7 @@ def result_row(result: Result) -> list[str]:
     row = [str(report[name]) for name in ("id", "objective", "prompt_length", "context_tokens")]
     if result.error:
         return [*row, result.error]
-    held_out = report["held_out"]["conditions"]
+    held_out = report["held_out"]["brackets"]
     kl = [f"{held_out[name]['kl']:.3f}" for name in ("prompt", "no_context")]
     return [*row, f"{report['gap_closed']['value']:.1%}", *kl]
 

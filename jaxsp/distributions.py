@@ -1,4 +1,4 @@
-"""What the model predicts for rows (z, ŷ) after a prefix: the teacher's and the student's side.
+"""The model's predictions for rows (z, ŷ) after a prefix: the teacher's and the student's side.
 
 One function serves both. The teacher's prefix is the context c, the student's the soft prompt σ:
 
@@ -32,9 +32,9 @@ def context_prefix(
 
     Args:
       params: the frozen weights.
-      config: of the model.
+      config: configuration of the model.
       ids: token ids ``[1, C]``; C may be 0.
-      preamble: what stands before it.
+      preamble: prefix that stands before it.
     """
     return decoder.prefill(params, config, decoder.embed(params, config, ids), preamble)
 
@@ -46,9 +46,9 @@ def prompt_prefix(
 
     Args:
       params: the frozen weights.
-      config: of the model.
+      config: configuration of the model.
       sigma: the prompt's parameters.
-      preamble: what stands before it.
+      preamble: prefix that stands before it.
       kind: a key of ``jaxsp.prompts.PROMPT_KINDS``.
     """
     return PROMPT_KINDS[kind].prefix(sigma, preamble, functools.partial(decoder.prefill, params, config))
@@ -65,7 +65,7 @@ def initial_prompt(
     preamble: KeyValues,
     *,
     key: Array,
-    length: int,
+    prompt_length: int,
     initial: str = "first",
     kind: str = "embedding",
 ) -> PyTree:
@@ -73,11 +73,11 @@ def initial_prompt(
 
     Args:
       params: the frozen weights.
-      config: of the model.
+      config: configuration of the model.
       context_ids: token ids ``[C]`` of the context.
-      preamble: what stands before it.
+      preamble: prefix that stands before it.
       key: random key, for the initializers that draw.
-      length: K.
+      prompt_length: K.
       initial: a key of ``jaxsp.prompts.initializers.INITIALIZERS``.
       kind: a key of ``jaxsp.prompts.PROMPT_KINDS``.
 
@@ -88,11 +88,11 @@ def initial_prompt(
     def embed(ids: Array | np.ndarray) -> Array:
         return decoder.embed(params, config, jnp.asarray(ids))
 
-    vectors = INITIALIZERS[initial](Source(key, context_ids, length, embed, config.vocab_size))
+    vectors = INITIALIZERS[initial](Source(key, context_ids, prompt_length, embed, config.vocab_size))
 
     def key_values() -> KeyValues:
         inputs = vectors[None].astype(config.dtype)
-        positions = preamble.next_position[:, None] + jnp.arange(length)[None]
+        positions = preamble.next_position[:, None] + jnp.arange(prompt_length)[None]
         return decoder.hidden(params, config, inputs, positions, (preamble,))[1]
 
     return PROMPT_KINDS[kind].initial(vectors, key_values)

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
+
+RENAMED = {
+    "length": "prompt_length",
+    "warmup": "warmup_fraction",
+    "clip": "max_grad_norm",
+    "accumulate": "grad_accumulation",
+    "weights": "quantization",
+}
+"""Options by their names in version 0.1."""
 
 
 class UserError(ValueError):
@@ -26,3 +37,19 @@ class NonFiniteLoss(UserError):
 
 class Interrupted(UserError):
     """The user stopped a run; the state of its last whole step is saved if it has a folder."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The known name that an unknown one stands for, as the end of a clause; empty if there is none.
+
+    Example:
+      >>> suggestion("clip", ["seed", "max_grad_norm"]), suggestion("sed", ["seed", "max_grad_norm"])
+      ('; it is called max_grad_norm now', '; did you mean seed?')
+    """
+    known = list(known)
+    written_out = {option.lstrip("-").replace("-", "_"): option for option in known}
+    new = written_out.get(RENAMED.get(name.lstrip("-").replace("-", "_"), ""))
+    if new is not None:
+        return f"; it is called {new} now"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

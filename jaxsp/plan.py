@@ -1,4 +1,4 @@
-"""What a compression will need, before it is run: memory by the compiled update, time by arithmetic.
+"""The needs of a compression, before it is run: memory by the compiled update, time by arithmetic.
 
 No weights are loaded, and nothing is executed but a matrix product that measures the device.
 """
@@ -38,7 +38,7 @@ on two CPU cores, and nowhere else yet."""
 FILL = 0.9
 """Part of a device's memory to count on: programs and fragments take some, too."""
 
-BEFORE = 32
+PREAMBLE_TOKENS = 32
 """Tokens of a chat's text before the context, about."""
 
 
@@ -65,20 +65,20 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a compression will need.
+    """The needs of a compression.
 
     Attributes:
       device: its kind.
-      devices: how many share a step.
-      rows: of a batch, on all devices.
-      row_tokens: of a row.
+      devices: number that share a step.
+      rows: rows of a batch, on all devices.
+      row_tokens: tokens of a row.
       memory: on each device.
       memory_limit: what a device has, in bytes.
-      flops: of a step, on all devices.
-      matmul_rate: of one device, measured, in floating-point operations a second.
+      flops: operations of a step, on all devices.
+      matmul_rate: speed of one device, measured, in floating-point operations a second.
       utilisation: assumed, of that rate.
       step_seconds: expected; communication is not counted.
-      largest_rows: of the largest batch found to fit in ``FILL`` of the memory; 0 if none does.
+      largest_rows: rows of the largest batch found to fit in ``FILL`` of the memory; 0 if none does.
       largest_batch_size: the setting whose batches take no more tokens than that one; 0 if none does.
     """
 
@@ -111,33 +111,33 @@ def plan(
     """Memory, time and the largest batch of a compression.
 
     Args:
-      config: of the model.
+      config: configuration of the model.
       settings: as in ``compress``.
-      context_tokens: of the context.
-      query_tokens: of a query with its answer, about; half of them are taken to be the answer's.
-      memory_limit: of a device, in bytes; by default what it says of itself, on a CPU the machine's memory.
+      context_tokens: tokens of the context.
+      query_tokens: tokens of a query with its answer, about; half of them are taken to be the answer's.
+      memory_limit: bytes of a device; by default what it says of itself, on a CPU the machine's memory.
 
     Raises:
-      UserError: settings that can't be meant, or that fit neither the model nor the devices.
+      UserError: settings that are invalid, or that fit neither the model nor the devices.
     """
     if context_tokens < 1 or query_tokens < 2:
         raise UserError(
             "--context-tokens must be at least 1 and --query-tokens at least 2; got"
             f" {context_tokens} and {query_tokens}."
         )
-    config.check_length(BEFORE + context_tokens + query_tokens)
+    config.check_length(PREAMBLE_TOKENS + context_tokens + query_tokens)
     mesh = mesh_of(settings)
     if mesh is not None:
         shares, devices = mesh.shape[DATA], mesh.size
     else:
         shares = devices = jax.local_device_count() if settings.devices.parallel == "pmap" else 1
-    parts = shares * settings.devices.accumulate
+    parts = shares * settings.devices.grad_accumulation
 
     def packing_of(batch_size: int) -> Packing:
         return Packing.of(np.full(batch_size, query_tokens), batch_size).over(parts, query_tokens)
 
     packing = packing_of(settings.training.batch_size)
-    context = jax.eval_shape(lambda: decoder.empty_prefix(config, BEFORE + context_tokens))
+    context = jax.eval_shape(lambda: decoder.empty_prefix(config, PREAMBLE_TOKENS + context_tokens))
     context_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(context))
 
     @functools.cache
@@ -148,7 +148,7 @@ def plan(
         sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, found.output_size_in_bytes
         return Memory(*sizes, context_bytes)
 
-    flops = step_flops(config, settings.prompt.length, query_tokens, packing, readings=parts)
+    flops = step_flops(config, settings.prompt.prompt_length, query_tokens, packing, readings=parts)
     rate = matmul_rate(config)
     working = 1 if jax.default_backend() == "cpu" else devices  # a CPU's devices are one processor
     limit = memory_limit or device_memory(devices)
@@ -181,15 +181,15 @@ def prompts_at_once(
     most: int,
     memory_limit: int | None = None,
 ) -> int:
-    """How many prompts, at most ``most``, one step has room for: at least one for each part of ``data``.
+    """Prompts, at most ``most``, that one step has room for: at least one for each part of ``data``.
 
     Args:
-      config: of the model.
-      settings: of all prompts.
-      packing: of a prompt's batches.
+      config: configuration of the model.
+      settings: settings of all prompts.
+      packing: packing of a prompt's batches.
       mesh: over whose axis ``data`` the prompts go.
       most: a multiple of that axis.
-      memory_limit: of a device, in bytes; by default what it says of itself, and without that no limit.
+      memory_limit: bytes of a device; by default what it says of itself, and without that no limit.
     """
     limit = memory_limit or _memory_stats().get("bytes_limit", math.inf)
     parts = 1 if mesh is None else mesh.shape[DATA]
@@ -227,13 +227,13 @@ def compiled(
     chosen = UpdateSettings.of(config, settings)
 
     def start() -> TrainState:
-        length = settings.prompt.length
+        prompt_length = settings.prompt.prompt_length
         kind = PROMPT_KINDS[settings.prompt.kind]
-        vectors = jnp.zeros((length, config.width))
-        sigma = kind.initial(vectors, lambda: decoder.empty_prefix(config, length))
+        vectors = jnp.zeros((prompt_length, config.width))
+        sigma = kind.initial(vectors, lambda: decoder.empty_prefix(config, prompt_length))
         return initial_state(sigma, chosen.optimizer, key=jax.random.key(0))
 
-    preamble = jax.eval_shape(lambda: decoder.empty_prefix(config, BEFORE))
+    preamble = jax.eval_shape(lambda: decoder.empty_prefix(config, PREAMBLE_TOKENS))
     params = decoder.parameter_shapes(config)
     states, batches = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((prompts, *leaf.shape), leaf.dtype),
@@ -256,7 +256,7 @@ def compiled(
 
 
 def step_flops(
-    config: DecoderConfig, length: int, query_tokens: int, packing: Packing, readings: int = 1
+    config: DecoderConfig, prompt_length: int, query_tokens: int, packing: Packing, readings: int = 1
 ) -> float:
     """Floating-point operations of an update that it can't do without.
 
@@ -266,16 +266,17 @@ def step_flops(
     often that runs, and the layers are a loop.
 
     Args:
-      config: of the model.
-      length: K.
-      query_tokens: of a query with its answer; the answer's are half of them.
+      config: configuration of the model.
+      prompt_length: K.
+      query_tokens: tokens of a query with its answer; the answer's are half of them.
       packing: shape of the batch.
-      readings: how often σ is read: once for each part that the batch is computed in.
+      readings: number of times that σ is read: once for each part that the batch is computed in.
     """
-    tokens, own = packing.tokens, readings * length
+    tokens, own = packing.tokens, readings * prompt_length
     projections = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
     mlp = (3 if config.gated_mlp else 2) * config.width * config.mlp_width
-    attended = tokens * (BEFORE + length + query_tokens / 2) + own * (BEFORE + length / 2)
+    attended = tokens * (PREAMBLE_TOKENS + prompt_length + query_tokens / 2)
+    attended += own * (PREAMBLE_TOKENS + prompt_length / 2)
     attention = 4 * config.heads * config.head_width * attended
     layer = 2 * 2 * (tokens + own) * (projections + mlp) + 3 * attention
     # The head: of the teacher, of the student, and back.
@@ -283,7 +284,7 @@ def step_flops(
 
 
 def matmul_rate(config: DecoderConfig) -> float:
-    """What the device makes of a square matrix product in the model's dtype: operations a second, at best."""
+    """The device's speed at a square matrix product in the model's dtype: operations a second, at best."""
     size = 2048 if jax.default_backend() == "cpu" else 8192  # width of the product that is timed
     product = jax.jit(functools.partial(jnp.matmul, precision=config.precision))
     matrix = jax.random.normal(jax.random.key(0), (size, size)).astype(config.dtype)
@@ -298,7 +299,7 @@ def matmul_rate(config: DecoderConfig) -> float:
 
 
 def device_memory(devices: int) -> int:
-    """What a device has, in bytes; ``devices`` of a CPU share the machine's memory."""
+    """The memory of a device, in bytes; ``devices`` of a CPU share the machine's memory."""
     own = _memory_stats().get("bytes_limit")
     return own or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // devices
 

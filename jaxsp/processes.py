@@ -36,11 +36,11 @@ def join(coordinator: str | None, process_id: int | None, processes: int | None)
 
     Args:
       coordinator: host:port of the process 0.
-      process_id: of this one, from 0.
-      processes: how many there are.
+      process_id: number of this one, from 0.
+      processes: number of processes.
 
     Raises:
-      UserError: some of the three are given and others not, or they can't be meant. If the others don't
+      UserError: some of the three are given and others not, or one is invalid. If the others don't
         come in time the process ends with a message: nothing else can stop a waiting jax.
     """
     if coordinator is None and process_id is None and processes is None:
@@ -160,23 +160,23 @@ def is_first() -> bool:
 
 
 def on_first_process(function: Callable[[], Any]) -> Any:
-    """What ``function`` returns in the first process, as JSON carries it; the others wait for it.
+    """The value of ``function`` in the first process, as JSON carries it; the others wait for it.
 
     Raises:
       UserError: it did there: then everywhere.
     """
     if not are_several():
         return function()
-    told: dict[str, Any] = {}
+    message: dict[str, Any] = {}
     if is_first():
         try:
-            told = {"value": function()}
+            message = {"value": function()}
         except UserError as error:
-            told = {"error": str(error)}
-    told = _exchange(told)[0]
-    if "error" in told:
-        raise UserError(told["error"])
-    return told["value"]
+            message = {"error": str(error)}
+    message = _exchange(message)[0]
+    if "error" in message:
+        raise UserError(message["error"])
+    return message["value"]
 
 
 def assert_same(settings: dict[str, Any]) -> None:
@@ -200,7 +200,7 @@ def strided_shard(things: int) -> range:
 
 
 def contiguous_shards(things: Sequence[Thing]) -> list[Sequence[Thing]]:
-    """A list cut into a piece for each process, without gaps, all as long as each other or one longer."""
+    """A list cut into a shard for each process, without gaps, all as long as each other or one longer."""
     _, count = rank_and_count()
     ends = [process * len(things) // count for process in range(count + 1)]
     return [things[start:end] for start, end in itertools.pairwise(ends)]
@@ -211,7 +211,7 @@ def gather_strided(values: Sequence[Any] | np.ndarray, things: int) -> Any:
 
     Args:
       values: a list of what JSON can carry, or an array ``[share, ...]``.
-      things: how many there are.
+      things: number of things.
     """
     if not are_several():
         return values
@@ -237,9 +237,9 @@ def peer_failure_as_user_error() -> Iterator[None]:
 
 
 def _gone(error: Exception) -> UserError:
-    told = str(error).splitlines()[0]
+    message = str(error).splitlines()[0]
     return UserError(
-        f"Another process of this run is gone or can't be reached ({told:.120}); start all again with"
+        f"Another process of this run is gone or can't be reached ({message:.120}); start all again with"
         " --resume."
     )
 
@@ -249,7 +249,7 @@ def _exchange(value: Any) -> list[Any]:
 
 
 def _exchange_bytes(data: bytes) -> list[bytes]:
-    """What every process has to say, by its number."""
+    """Every process's bytes, by its number."""
     from jax.experimental.multihost_utils import process_allgather
 
     try:

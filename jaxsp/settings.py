@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-from jaxsp.errors import UserError
+from jaxsp.errors import UserError, suggestion
 
 
 def _setting(default: Any, *, per_prompt: bool = False, **limits: float) -> Any:
@@ -25,7 +25,7 @@ def _setting(default: Any, *, per_prompt: bool = False, **limits: float) -> Any:
 class PromptSettings:
     """The prompt σ, and where it starts."""
 
-    length: int = _setting(16, at_least=1)
+    prompt_length: int = _setting(16, at_least=1)
     """K, the number of vectors that stand in for the context."""
     kind: str = "embedding"
     """Kind of prompt: embedding (input vectors)."""
@@ -58,11 +58,11 @@ class TrainingSettings:
     learning_rate: float = _setting(0.5, per_prompt=True, above=0)
     """Peak learning rate, times the root mean square of the prompt's entries at its start (families'
     embeddings differ a hundredfold); with muon that is the root mean square of one update."""
-    warmup: float = _setting(0.05, per_prompt=True, at_least=0, below=1)
+    warmup_fraction: float = _setting(0.05, per_prompt=True, at_least=0, below=1)
     """Fraction of the steps in which the learning rate rises from 0."""
     weight_decay: float = _setting(0.01, at_least=0)
     """Weight decay of adamw."""
-    clip: float = _setting(1.0, at_least=0)
+    max_grad_norm: float = _setting(1.0, at_least=0)
     """Largest global norm of the gradient; 0 leaves it alone."""
     seed: int = _setting(0, per_prompt=True, at_least=0, below=2**32)
     """Seed of the held-out draw, the order of the queries and the initial prompt."""
@@ -83,7 +83,7 @@ class DeviceSettings:
     mesh: str = ""
     """Layout of --parallel mesh, as data=2,model=4: rows over the first axis, weights over the second; by
     default all devices over data."""
-    accumulate: int = _setting(1, at_least=1)
+    grad_accumulation: int = _setting(1, at_least=1)
     """Parts that a batch is computed in, one after the other, to save memory."""
     checkpoint_every: int = _setting(10, at_least=1)
     """Steps between checkpoints."""
@@ -94,8 +94,8 @@ class Settings:
     """All settings of a compression.
 
     Example:
-      >>> settings = make_settings({"length": 4, "objective": "nll"})
-      >>> settings.prompt.length, settings.training.objective, settings.training.steps
+      >>> settings = make_settings({"prompt_length": 4, "objective": "nll"})
+      >>> settings.prompt.prompt_length, settings.training.objective, settings.training.steps
       (4, 'nll', 500)
     """
 
@@ -108,7 +108,7 @@ class Settings:
 class Options(TypedDict, total=False):
     """The settings as keyword arguments (of ``compress``): every field of every part, by its name."""
 
-    length: int
+    prompt_length: int
     kind: str
     initial: str
     max_answer_tokens: int
@@ -117,16 +117,16 @@ class Options(TypedDict, total=False):
     batch_size: int
     optimizer: Any
     learning_rate: float
-    warmup: float
+    warmup_fraction: float
     weight_decay: float
-    clip: float
+    max_grad_norm: float
     seed: int
     evaluate_every: int
     patience: int
     keep: str
     parallel: str
     mesh: str
-    accumulate: int
+    grad_accumulation: int
     checkpoint_every: int
 
 
@@ -144,7 +144,8 @@ def make_settings(values: Mapping[str, Any], base: Settings | None = None) -> Se
     home = {field.name: (name, field) for name, part in parts.items() for field in dataclasses.fields(part)}
     for name, value in values.items():
         if name not in home:
-            raise UserError(f"Unknown setting {name!r}; the settings are {', '.join(home)}.")
+            meant = suggestion(name, home) or f"; the settings are {', '.join(home)}"
+            raise UserError(f"Unknown setting {name!r}{meant}{'' if meant.endswith('?') else '.'}")
         part, field = home[name]
         parts[part] = dataclasses.replace(parts[part], **{name: _checked(field, value)})
     return Settings(**parts)
@@ -171,7 +172,7 @@ def check_limits(name: str, value: Any, **limits: float) -> None:
     """Raises ``UserError`` if an option's value is beyond its limits.
 
     Args:
-      name: of the option, with underscores.
+      name: name of the option, with underscores.
       value: given for it.
       **limits: any of ``at_least``, ``above`` and ``below``.
 

@@ -23,7 +23,7 @@ CONFIGS = {
 
 
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to query and key rows of a llama."""
+    """The order that llama.cpp's converter gives query and key rows of a llama."""
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 

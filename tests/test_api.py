@@ -1,4 +1,4 @@
-"""What users bring along: an objective, an optimizer, a callback and a prompt kind of their own."""
+"""Things that users bring along: an objective, an optimizer, a callback and a prompt kind of their own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.settings import Options, plain
 from tests.conftest import CONTEXT, QUERIES
 
-OPTIONS = {"length": 4, "steps": 4, "batch_size": 4, "max_answer_tokens": 6, "progress": False}
+OPTIONS = {"prompt_length": 4, "steps": 4, "batch_size": 4, "max_answer_tokens": 6, "progress": False}
 
 
 def compress(model, **options):
@@ -93,7 +93,7 @@ def key_value(monkeypatch):
         return preamble.append(jaxsp.typing.KeyValues(keys, values, positions))
 
     kind = types.SimpleNamespace(
-        initial=initial, prefix=prefix, length=lambda sigma: sigma["layers"]["keys"].shape[1]
+        initial=initial, prefix=prefix, prompt_length=lambda sigma: sigma["layers"]["keys"].shape[1]
     )
     monkeypatch.setitem(PROMPT_KINDS, "key_value", kind)
 
@@ -111,7 +111,7 @@ def test_a_prompt_kind_of_ones_own_is_trained_saved_and_asked(calm_model, tmp_pa
     )
     rows = [{"id": f"{i}", "context": CONTEXT, "queries": QUERIES, "seed": i} for i in range(2)]
     many = jaxsp.compress_many(calm_model, rows, kind="key_value", **OPTIONS)
-    assert all(r.report["held_out"]["conditions"]["full_context"]["kl"] < 1e-6 for r in many)
+    assert all(r.report["held_out"]["brackets"]["full_context"]["kl"] < 1e-6 for r in many)
 
 
 def test_the_public_settings_are_what_compress_takes():

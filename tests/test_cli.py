@@ -60,7 +60,7 @@ def finished(tmp_path_factory, tiny_directory):
         CONTEXT,
         QUERIES,
         out=out,
-        length=4,
+        prompt_length=4,
         steps=2,
         batch_size=4,
         max_answer_tokens=6,
@@ -98,7 +98,7 @@ def test_compress_writes_everything(compress, tmp_path):
     } <= files
     assert not any(name.endswith(".part") for name in files)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    conditions = {"full_context", "prompt", "initial", "truncated_context", "no_context"}
+    brackets = {"full_context", "prompt", "initial", "truncated_context", "no_context"}
     metrics = {
         "kl",
         "reverse_kl",
@@ -115,15 +115,15 @@ def test_compress_writes_everything(compress, tmp_path):
     }
     answer_metrics = {"sequence_mismatch", "rouge_l"}  # nobody answers the training queries once more
     for split, names, expected in (
-        ("held_out", conditions, metrics),
+        ("held_out", brackets, metrics),
         ("train", {"prompt", "no_context"}, metrics - answer_metrics),
     ):
-        assert set(report[split]["conditions"]) == names
-        for row in report[split]["conditions"].values():
+        assert set(report[split]["brackets"]) == names
+        for row in report[split]["brackets"].values():
             assert set(row) == expected
             assert np.isfinite(list(row.values())).all()
-    assert report["held_out"]["conditions"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
-    assert report["held_out"]["conditions"]["full_context"]["rouge_l"] == 1.0
+    assert report["held_out"]["brackets"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert report["held_out"]["brackets"]["full_context"]["rouge_l"] == 1.0
     assert set(report["gap_closed"]) == {"value", "low", "high"}
     assert {"load", "answers", "signals", "compile", "train", "evaluate", "total"} <= set(report["seconds"])
     assert {q["split"] for q in report["queries"]} == {"train", "held_out"}
@@ -210,13 +210,13 @@ def test_unusable_queries(compress, tmp_path, lines, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--length", 0), ("--length must be at least 1, not 0.",)),
-        (("--length", 87), ("--length is 87", "87 tokens")),
+        (("--length", 0), ("--prompt-length must be at least 1, not 0.",)),
+        (("--length", 87), ("--prompt-length is 87", "87 tokens")),
         (("--objective", "klx"), ("Unknown objective 'klx'", "kl, reverse_kl")),
         (("--objective", "zero_one"), ("piecewise constant",)),
         (("--objective", "kl=0.7,nll=x"), ("'nll=x' can't be read", "like nll=0.7")),
         (("--dtype", "float8"), ("Unknown dtype 'float8'",)),
-        (("--weights", "int3"), ("--weights", "int3", "int8")),
+        (("--quantization", "int3"), ("--quantization", "int3", "int8")),
         (("--model", "gpt-17"), ("Unknown model 'gpt-17'",)),
         (("--parallel", "tpu"), ("Unknown parallel 'tpu'", "jit, pmap")),
         (("--initial", "zeros"), ("Unknown initial 'zeros'", "first, spread")),
@@ -224,7 +224,7 @@ def test_unusable_queries(compress, tmp_path, lines, words):
         (("--learning-rate", -1), ("--learning-rate must be above 0, not -1.0.",)),
         (("--batch-size", 0), ("--batch-size must be at least 1, not 0.",)),
         (("--steps", -3), ("--steps must be at least 0", "-3")),
-        (("--warmup", 1.5), ("--warmup must be at least 0 and below 1, not 1.5.",)),
+        (("--warmup-fraction", 1.5), ("--warmup-fraction must be at least 0 and below 1, not 1.5.",)),
         (("--held-out", 1.5), ("fraction", "1.5")),
         (("--held-out", "nowhere.txt"), ("There is no file nowhere.txt",)),
         (("--max-answer-tokens", 500), ("window of 512", "Shorten the context")),
@@ -250,6 +250,11 @@ def test_unusable_options(compress, tmp_path, options, words):
         ),
         (("compress", "c.txt", "--querys=q.txt"), ("--querys; did you mean --queries?",)),
         (("compress", "c.txt", "--batchsize", "3"), ("did you mean --batch-size?",)),
+        (
+            ("compress", "c.txt", "--clip", "3"),
+            ("There is no option --clip; it is called --max-grad-norm now; see jaxsp compress --help.",),
+        ),
+        (("plan", "--weights=int8"), ("--weights; it is called --quantization now",)),
         (("plan", "--out", "x"), ("There is no option --out; see jaxsp plan --help.",)),
         (("inspect", "a", "b"), ("b; see jaxsp inspect --help",)),
         (("demo", "--steps", "two"), ("--steps must be a whole number, not 'two'; see",)),
@@ -336,7 +341,7 @@ def test_help_is_shown(jaxsp_command):
     assert "--learning-rate" in out
     parts = [f"{part} options" for part in ("", "prompt", "teacher", "training", "devices", "output")]
     assert sorted(parts, key=out.index) == parts
-    assert out.index("--queries") < out.index("--length")  # what must be given comes first
+    assert out.index("--queries") < out.index("--prompt-length")  # what must be given comes first
 
 
 def test_plan_says_what_a_run_will_need(jaxsp_command, tiny_directory, tmp_path, monkeypatch):
@@ -353,17 +358,17 @@ def test_plan_says_what_a_run_will_need(jaxsp_command, tiny_directory, tmp_path,
     assert rows < 9
     batch_size = re.search(r"largest batch +--batch-size (\d+)", out)
     assert batch_size is not None
-    assert rows < int(batch_size.group(1)) <= 9 * tokens / 64  # a query's tokens, unless told otherwise
+    assert rows < int(batch_size.group(1)) <= 9 * tokens / 64  # a query's tokens, unless printed otherwise
     given = plan.Memory(2**40, 2**41, 3, 4)
     found = plan.Plan("cpu", 1, 3, 80, given, 2**38, 2e9, 1e9, 0.5, 4.0, 0, 0)
     monkeypatch.setattr(plan, "plan", lambda *_, **__: found)
     code, out, err = jaxsp_command("plan", *options)
     assert "3,072.00 GiB of 256.00 GiB: does not fit" in out
-    assert "none fits; lower --batch-size, raise --accumulate" in " ".join(out.split())
+    assert "none fits; lower --batch-size, raise --grad-accumulation" in " ".join(out.split())
     code, out, err = jaxsp_command("plan", *options, "--json")
-    told = json.loads(out)
-    assert told == {**dataclasses.asdict(found), "memory": told["memory"]}
-    assert told["memory"] == {**dataclasses.asdict(given), "total": given.total}
+    printed = json.loads(out)
+    assert printed == {**dataclasses.asdict(found), "memory": printed["memory"]}
+    assert printed["memory"] == {**dataclasses.asdict(given), "total": given.total}
     monkeypatch.undo()
     refused(jaxsp_command("plan", *options, "--query-tokens", 600), "window of 512")
     refused(jaxsp_command("plan", *options, "--batch-size", 0), "--batch-size must be at least 1")
@@ -377,9 +382,9 @@ def out_of_memory(*_, **__):
 def test_a_device_without_memory(
     compress, jaxsp_command, monkeypatch, finished, job, tiny_directory, tmp_path
 ):
-    """What to lower is said in one sentence, by the options that the command has."""
+    """The advice is one sentence, by the options that the command has."""
     common = ("Out of memory allocating 99 bytes", "`jaxsp plan`")
-    training = ("--batch-size", "--accumulate", "--weights int8", "--parallel mesh", *common)
+    training = ("--batch-size", "--grad-accumulation", "--quantization int8", "--parallel mesh", *common)
     monkeypatch.setattr("jaxsp.training.drivers.JitDriver.step", out_of_memory)
     refused(compress(), *training)
     row = {"id": "a", "context": job["context"].read_text(), "queries": ["One?", "Two?", "Three?"]}
@@ -408,10 +413,10 @@ def test_prompts_at_once_are_checked_before_anything_is_read(jaxsp_command):
 
 def test_a_batch_in_parts(compress, tmp_path):
     """Trains, and a run goes on in other parts, or made when there were none."""
-    refused(compress("--accumulate", 0), "--accumulate", "at least 1")
-    code, _, err = compress("--accumulate", 2)
+    refused(compress("--grad-accumulation", 0), "--grad-accumulation", "at least 1")
+    code, _, err = compress("--grad-accumulation", 2)
     assert code == 0, err
-    assert "accumulate" not in (tmp_path / "out" / "run" / "settings.json").read_text()
+    assert "grad_accumulation" not in (tmp_path / "out" / "run" / "settings.json").read_text()
     code, _, err = compress("--resume")
     assert code == 0, err
 
@@ -451,8 +456,8 @@ def test_folder_that_cannot_be_written(compress, tmp_path, monkeypatch):
 def test_a_mistake_loses_nothing(compress, tmp_path):
     assert compress()[0] == 0
     before = (tmp_path / "out" / "report.json").read_bytes()
-    refused(compress("--overwrite", "--length", 0), "--length")
-    refused(compress("--overwrite", "--length", 500), "--length")
+    refused(compress("--overwrite", "--length", 0), "--prompt-length")
+    refused(compress("--overwrite", "--length", 500), "--prompt-length")
     assert (tmp_path / "out" / "report.json").read_bytes() == before
 
 
@@ -495,7 +500,7 @@ def test_a_run_of_an_older_version_is_not_gone_on_with(compress, tmp_path, finis
 
 
 def test_non_finite_loss_stops_at_the_last_good_state(compress, tmp_path):
-    code, _, err = compress("--learning-rate", 1e38, "--clip", 0, "--steps", 6)
+    code, _, err = compress("--learning-rate", 1e38, "--max-grad-norm", 0, "--steps", 6)
     assert code == 2
     assert "Training stopped: step" in err
     assert "Lower" in err
@@ -504,7 +509,7 @@ def test_non_finite_loss_stops_at_the_last_good_state(compress, tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert "is not finite" in report["error"]
     assert "held_out" not in report
-    assert compress("--resume", "--learning-rate", 1e38, "--clip", 0, "--steps", 6)[0] == 2
+    assert compress("--resume", "--learning-rate", 1e38, "--max-grad-norm", 0, "--steps", 6)[0] == 2
     assert compress("--overwrite")[0] == 0
     assert json.loads((tmp_path / "out" / "report.json").read_text())["error"] is None
 
@@ -524,7 +529,7 @@ def test_ask_inspect_evaluate(jaxsp_command, finished, job, tiny_directory, monk
     assert code == 0, err
     report = json.loads(out)
     assert report["held_out"]["queries"] == 10
-    assert report["held_out"]["conditions"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert report["held_out"]["brackets"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
     code, out, err = jaxsp_command("evaluate", finished, "--queries", job["queries"])
     assert code == 0
     assert "closes" in out
@@ -538,19 +543,45 @@ def test_ask_inspect_evaluate(jaxsp_command, finished, job, tiny_directory, monk
 def test_int8_weights_stay_with_the_prompt(compress, jaxsp_command, job, tmp_path, tiny_model):
     """The later commands load what the prompt was trained for; another model is refused by name."""
     out = tmp_path / "out"
-    code, _, err = compress("--weights", "int8")
+    code, _, err = compress("--quantization", "int8")
     assert code == 0, err
-    assert json.loads((out / "manifest.json").read_text())["model"]["weights"] == "int8"
-    assert "(float32, int8 weights)" in (out / "report.md").read_text()
+    assert json.loads((out / "manifest.json").read_text())["model"]["quantization"] == "int8"
+    assert "(float32, quantization: int8)" in (out / "report.md").read_text()
     refused(compress("--resume"), "weights was 'int8:", "is now")
     assert jaxsp_command("ask", out, "What now?", "--max-tokens", 5)[0] == 0
     assert jaxsp_command("evaluate", out, "--queries", job["queries"], "--json")[0] == 0
     prompt = jaxsp.SoftPrompt.load(out)
-    with pytest.raises(jaxsp.UserError, match=r"trained for int8 weights.* has full ones; .*'int8'"):
+    with pytest.raises(
+        jaxsp.UserError, match=r"trained with quantization 'int8', .*'none'; load it with .*='int8'"
+    ):
         prompt.check(tiny_model)
-    del prompt.manifest["model"]["weights"]  # as it was before there was a choice
+    del prompt.manifest["model"]["quantization"]  # as it was before there was a choice
     with pytest.raises(jaxsp.UserError, match="belongs to another model"):
         prompt.check(tiny_model)
+
+
+def test_a_prompt_of_version_0_1_loads(jaxsp_command, finished, tmp_path):
+    """Its manifest has other names for some keys."""
+    old, new = tmp_path / "old", jaxsp.SoftPrompt.load(finished)
+    shutil.copytree(finished, old)
+    manifest = json.loads((old / "manifest.json").read_text())
+    manifest |= {"format": 1, "length": manifest.pop("prompt_length")}
+    manifest["model"]["weights"] = {"none": "full"}[manifest["model"].pop("quantization")]
+    for name, before in (
+        ("prompt_length", "length"),
+        ("warmup_fraction", "warmup"),
+        ("max_grad_norm", "clip"),
+        ("grad_accumulation", "accumulate"),
+    ):
+        manifest["training"][before] = manifest["training"].pop(name)
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    loaded = jaxsp.SoftPrompt.load(old)
+    assert loaded.manifest == new.manifest
+    assert (loaded.prompt_length, loaded.quantization) == (4, "none")
+    manifest["model"]["weights"] = "int8"
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    assert jaxsp.SoftPrompt.load(old).quantization == "int8"
+    assert "embedding, 4 vectors" in jaxsp_command("inspect", old)[1]
 
 
 def test_evaluate_repeats_the_reports_numbers(jaxsp_command, finished, tmp_path):

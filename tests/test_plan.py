@@ -1,4 +1,4 @@
-"""What a compression will need: the compiled program's own memory, and arithmetic that XLA agrees with."""
+"""The needs of a compression: the compiled program's own memory, and arithmetic that XLA agrees with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import UserError
 from tests import tiny
 
-SETTINGS = make_settings({"length": 4, "optimizer": "adam"})
+SETTINGS = make_settings({"prompt_length": 4, "optimizer": "adam"})
 MESH = make_settings({"parallel": "mesh", "mesh": "data=2,model=2"}, base=SETTINGS)
 
 
@@ -36,11 +36,11 @@ def test_the_program_is_the_one_that_runs(tiny_model, settings):
     """Compiled from shapes alone, its memory is that of the driver's step on real arrays."""
     params, config = tiny_model.params, tiny_model.config
     packing = Packing(4, 40)
-    context = np.full((1, plan.BEFORE), 5)
-    before = distributions.context_prefix(params, config, context)
+    context = np.full((1, plan.PREAMBLE_TOKENS), 5)
+    preamble = distributions.context_prefix(params, config, context)
     rows = make_rows([[3, 4, 5]], [[6, 7]])
     rows = rows.with_targets(hidden=np.zeros((1, 2, config.width), np.float32))
-    batch, frozen = packing.pack(rows, np.arange(1)), Frozen(params, before)
+    batch, frozen = packing.pack(rows, np.arange(1)), Frozen(params, preamble)
     chosen, mesh = UpdateSettings.of(config, settings), mesh_of(settings)
     sigma = {"embeddings": tiny_model.embed(context[0, :4])}
     states = stack([initial_state(sigma, chosen.optimizer, key=jax.random.key(0))])
@@ -92,7 +92,7 @@ def programs(monkeypatch):
 
     def compiled(config, settings, packing, mesh, prompts=1):
         asked.append(packing)
-        sizes = (10_000, 1000 * prompts * packing.rows // settings.devices.accumulate, 500)
+        sizes = (10_000, 1000 * prompts * packing.rows // settings.devices.grad_accumulation, 500)
         names = ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes")
         found = SimpleNamespace(**dict(zip(names, sizes, strict=True)))
         return SimpleNamespace(memory_analysis=lambda: found)
@@ -119,8 +119,8 @@ def test_how_many_prompts_have_room(config, programs, monkeypatch, mesh, room, a
     ("changes", "rows", "share", "largest"),
     [
         ({}, 6, 6, 40),
-        ({"accumulate": 2}, 6, 6, 80),
-        ({"accumulate": 4}, 8, 8, 160),
+        ({"grad_accumulation": 2}, 6, 6, 80),
+        ({"grad_accumulation": 4}, 8, 8, 160),
         ({"parallel": "pmap"}, 8, 1, 320),
         ({"parallel": "mesh", "mesh": "data=2,model=2"}, 6, 6, 40),
     ],
@@ -129,8 +129,8 @@ def test_what_fits(config, programs, monkeypatch, changes, rows, share, largest)
     """The whole of it but the compiler; with 40 of its rows a device is full to nine tenths."""
     monkeypatch.setattr(Packing, "of", lambda *_: Packing(6, 48))
     settings = make_settings(changes)
-    context = 2 * 4 * config.layers * config.kv_heads * config.head_width * (99 + plan.BEFORE)
-    context += 4 * (99 + plan.BEFORE)  # positions
+    context = 2 * 4 * config.layers * config.kv_heads * config.head_width * (99 + plan.PREAMBLE_TOKENS)
+    context += 4 * (99 + plan.PREAMBLE_TOKENS)  # positions
     limit = math.ceil((10_500 + context + 40_000) / plan.FILL)
     common = {"context_tokens": 99, "query_tokens": 40}
     found = plan.plan(config, settings, **common, memory_limit=limit)
@@ -142,12 +142,12 @@ def test_what_fits(config, programs, monkeypatch, changes, rows, share, largest)
     assert tight.largest_rows == 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"accumulate": 4}])
+@pytest.mark.parametrize("changes", [{}, {"grad_accumulation": 4}])
 @pytest.mark.parametrize(("query_tokens", "rows"), [(40, 9), (17, 200), (64, 3)])
 def test_the_largest_batch_size_fits(config, programs, monkeypatch, changes, query_tokens, rows):
     """A run with it takes no more tokens a batch than were found to fit; one more takes too many."""
     sizes = {"context_tokens": 99, "query_tokens": query_tokens}
-    parts = changes.get("accumulate", 1)
+    parts = changes.get("grad_accumulation", 1)
     monkeypatch.setattr(plan, "largest", lambda *_, **__: rows * parts)
     found = plan.plan(config, make_settings({"batch_size": 8, **changes}), **sizes)
     room = found.largest_rows * found.row_tokens
@@ -162,7 +162,7 @@ def test_the_largest_batch_size_fits(config, programs, monkeypatch, changes, que
 def test_sigma_is_read_once_a_part(config, programs, monkeypatch):
     monkeypatch.setattr(Packing, "of", lambda *_: Packing(4, 48))
     flops = [
-        plan.plan(config, make_settings({"accumulate": parts}), context_tokens=9, query_tokens=9).flops
+        plan.plan(config, make_settings({"grad_accumulation": parts}), context_tokens=9, query_tokens=9).flops
         for parts in (1, 2, 4)
     ]
     assert 0 < flops[1] - flops[0] == pytest.approx((flops[2] - flops[0]) / 3)

@@ -30,7 +30,7 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-SETTINGS = {"length": 4, "steps": STEPS, "max_answer_tokens": 6}
+SETTINGS = {"prompt_length": 4, "steps": STEPS, "max_answer_tokens": 6}
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_two_processes_are_one_whoever_dies(start, calm_model, tmp_path):
     expected = jaxsp.compress(calm_model, CONTEXT, QUERIES, **settings)
     ours = expected.prompt.sigma["embeddings"]
     close = {"atol": 1e-5 * np.abs(ours).max()}
-    kl = expected.report["held_out"]["conditions"]["prompt"]["kl"]
+    kl = expected.report["held_out"]["brackets"]["prompt"]["kl"]
 
     killed_after(2, two(start, out), out, victim=1)
     shutil.copytree(out, by_one)
@@ -120,7 +120,7 @@ def test_two_processes_are_one_whoever_dies(start, calm_model, tmp_path):
     assert ["Report: " in shown for _, shown, _ in results] == [True, False]
     np.testing.assert_allclose(sigma(out), ours, **close)
     report = json.loads((out / "report.json").read_text())
-    assert report["held_out"]["conditions"]["prompt"]["kl"] == pytest.approx(kl, rel=1e-4)
+    assert report["held_out"]["brackets"]["prompt"]["kl"] == pytest.approx(kl, rel=1e-4)
     for folder in (out, by_one):
         assert steps_done(folder) == STEPS
 
@@ -152,7 +152,7 @@ def test_many_contexts_are_divided_among_processes(start, calm_model, tmp_path):
 @pytest.mark.parametrize(
     ("also", "difference"),
     [
-        (("--length", "5"), "length is 4 in process 0 and 5 in process 1"),
+        (("--length", "5"), "prompt_length is 4 in process 0 and 5 in process 1"),
         (("--queries", "{other}"), "queries is '[0-9a-f]+' in process 0 and '[0-9a-f]+'"),
     ],
 )

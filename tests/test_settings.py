@@ -18,29 +18,32 @@ PARTS = [part.name for part in dataclasses.fields(Settings)]
 
 
 def test_options_are_the_fields_of_all_parts():
-    """What an editor completes is what there is."""
+    """An editor completes what there is."""
     assert list(typing.get_type_hints(Options)) == list(plain(Settings()))
 
 
 def test_values_find_their_part():
-    found = make_settings({"length": 3, "steps": 7, "mesh": "data=2", "max_answer_tokens": 5})
-    assert (found.prompt.length, found.training.steps) == (3, 7)
+    found = make_settings({"prompt_length": 3, "steps": 7, "mesh": "data=2", "max_answer_tokens": 5})
+    assert (found.prompt.prompt_length, found.training.steps) == (3, 7)
     assert (found.devices.mesh, found.teacher.max_answer_tokens) == ("data=2", 5)
-    assert make_settings({"seed": 1}, base=found).prompt.length == 3
+    assert make_settings({"seed": 1}, base=found).prompt.prompt_length == 3
     assert make_settings({"learning_rate": 1}).training.learning_rate == 1.0
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"colour": 1}, "Unknown setting 'colour'; the settings are length, "),
+        ({"colour": 1}, "Unknown setting 'colour'; the settings are prompt_length, "),
+        ({"step": 1}, r"Unknown setting 'step'; did you mean steps\?$"),
+        ({"length": 1}, "Unknown setting 'length'; it is called prompt_length now."),
+        ({"clip": 1}, "Unknown setting 'clip'; it is called max_grad_norm now."),
         ({"steps": "many"}, "--steps must be a whole number, not 'many'"),
         ({"steps": True}, "--steps must be a whole number, not True"),
         ({"objective": 3}, "--objective must be a text, not 3"),
-        ({"length": 0}, "--length must be at least 1, not 0"),
+        ({"prompt_length": 0}, "--prompt-length must be at least 1, not 0"),
         ({"learning_rate": 0.0}, "--learning-rate must be above 0, not 0.0"),
-        ({"warmup": 1.0}, "--warmup must be at least 0 and below 1, not 1.0"),
-        ({"clip": float("nan")}, "--clip must be a finite number, not nan"),
+        ({"warmup_fraction": 1.0}, "--warmup-fraction must be at least 0 and below 1, not 1.0"),
+        ({"max_grad_norm": float("nan")}, "--max-grad-norm must be a finite number, not nan"),
         ({"weight_decay": -1.0}, "--weight-decay must be at least 0, not -1.0"),
         ({"seed": 2**32}, "--seed must be at least 0 and below 4294967296, not 4294967296"),
     ],
@@ -52,11 +55,11 @@ def test_refusals(values, message):
 
 def test_objects_of_the_users_own_are_told_apart_as_texts():
     own = make_settings({"objective": OBJECTIVES["js"], "optimizer": optax.adamw(0.1)})
-    told = plain(own)
-    assert told["objective"] == "js"
-    assert "GradientTransformation" in told["optimizer"]
-    assert "0x" not in told["optimizer"]
-    assert plain(make_settings({"optimizer": optax.adamw(0.1)}))["optimizer"] == told["optimizer"]
+    summary = plain(own)
+    assert summary["objective"] == "js"
+    assert "GradientTransformation" in summary["optimizer"]
+    assert "0x" not in summary["optimizer"]
+    assert plain(make_settings({"optimizer": optax.adamw(0.1)}))["optimizer"] == summary["optimizer"]
 
 
 def with_new_field(part: str, value: int, *, per_prompt: bool = False) -> Settings:

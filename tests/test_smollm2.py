@@ -32,7 +32,7 @@ def test_the_contexts_own_embeddings_give_kl_zero(kind, dtype):
     packing = Packing(2, 8)
     rows = rows.with_targets(hidden=targets.compute(model, context, rows, packing, "hidden"))
     sigma = distributions.initial_prompt(
-        model.params, model.config, ids, before, key=jax.random.key(0), length=len(ids), kind=kind
+        model.params, model.config, ids, before, key=jax.random.key(0), prompt_length=len(ids), kind=kind
     )
     prompt = distributions.prompt_prefix(model.params, model.config, sigma, before, kind)
     values = at_positions(model, prompt, rows, packing)
@@ -61,7 +61,7 @@ def test_a_compression_leaves_the_weights_bit_identical(smollm2):
     before = jax.tree.map(np.array, smollm2.params)
     jaxsp.compress(
         smollm2, CONTEXT, ["How long is it?", "What is it made of?"], held_out=["How much?"],
-        length=4, steps=3, batch_size=2, max_answer_tokens=4, progress=False,
+        prompt_length=4, steps=3, batch_size=2, max_answer_tokens=4, progress=False,
     )  # fmt: skip
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), smollm2.params, before)
     assert all(jax.tree.leaves(same))
@@ -72,7 +72,7 @@ def test_the_demo_shows_what_it_promises(python, tmp_path):
     result = python("-m", "jaxsp", "demo", cwd=tmp_path, env={"XLA_FLAGS": ""})
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "jaxsp-demo" / "report.json").read_text())
-    held_out = report["held_out"]["conditions"]
+    held_out = report["held_out"]["brackets"]
     assert report["prompt_length"] == 16
     assert 300 <= report["context_tokens"] <= 500
     assert report["train"]["queries"] + report["held_out"]["queries"] >= 40

@@ -40,7 +40,7 @@ class Run:
     shape: str = "smollm2-135m"
     """A key of workload.SHAPES; the weights are random."""
     dtype: str = "bfloat16"
-    """Of weights and activations, here and in torch."""
+    """Dtype of weights and activations, here and in torch."""
     repeats: int = 7
     """Runs of each job, in turns."""
     torch_python: str = sys.executable

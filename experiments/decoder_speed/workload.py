@@ -1,4 +1,4 @@
-"""What is measured: shapes of models and jobs, and the arithmetic that each job can't do without."""
+"""The measured jobs: shapes of models and jobs, and the arithmetic that each job can't do without."""
 
 from __future__ import annotations
 

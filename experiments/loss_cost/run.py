@@ -36,7 +36,7 @@ class Run:
     vocabularies: tuple[int, ...] = (49152, 151936, 262144)
     """V: those of SmolLM2, Qwen and Gemma 3."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    """Of hidden states and head."""
+    """Dtype of hidden states and head."""
     width: int = 576
     """D."""
     repeats: int = 5

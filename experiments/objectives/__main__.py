@@ -41,7 +41,7 @@ AT_A_TIME = 2  # contexts: a run that is stopped has every objective on the same
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is compressed, and how."""
+    """The compressions and their settings."""
 
     contexts: int
     objectives: tuple[str, ...]
@@ -54,7 +54,7 @@ class Setting:
     def options(self) -> dict[str, Any]:
         """The settings of all jobs."""
         return {
-            "length": 16,
+            "prompt_length": 16,
             "steps": self.steps,
             "keep": "last",  # the best by held-out KL would favour kl, and look at held-out questions
             "evaluate_every": self.steps,
@@ -73,7 +73,7 @@ class Run:
     full: bool = False
     """Everything, instead of two contexts and two objectives."""
     contexts: int | None = None
-    """How many contexts; by default 2, or 20 with --full."""
+    """Number of contexts; by default 2, or 20 with --full."""
     out: Path = Path("objectives-out")
     """Folder of the prompts and their reports."""
     results: Path | None = None

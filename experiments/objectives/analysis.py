@@ -1,4 +1,4 @@
-"""What the reports of many prompts say together: the table, and how long answers stay true."""
+"""The reports of many prompts together: the table, and the length to which answers stay true."""
 
 from __future__ import annotations
 
@@ -86,14 +86,14 @@ def interval(totals: Sequence[float], counts: Sequence[float] | None = None) -> 
     return {"value": above.sum() / below.sum(), "low": float(low), "high": float(high)}
 
 
-def values(report: Mapping[str, Any], condition: str = "prompt") -> dict[str, float]:
-    """What a prompt is measured by, on held-out questions."""
-    conditions = report["held_out"]["conditions"]
-    ours = conditions[condition]
+def values(report: Mapping[str, Any], bracket: str = "prompt") -> dict[str, float]:
+    """The measurements of a prompt, on held-out questions."""
+    brackets = report["held_out"]["brackets"]
+    ours = brackets[bracket]
     return {
         **ours,
         "mixture": (ours["kl"] + ours["nll"]) / 2,
-        "entropy_shift": ours["entropy"] - conditions["full_context"]["entropy"],
+        "entropy_shift": ours["entropy"] - brackets["full_context"]["entropy"],
     }
 
 
@@ -156,15 +156,13 @@ def summary(contexts: Sequence[Context], objectives: Sequence[str]) -> dict[str,
     }
 
 
-def _row(
-    contexts: Sequence[Context], objective: str, condition: str, first: str
-) -> dict[str, dict[str, Any]]:
-    def each(objective: str, condition: str, metric: str) -> np.ndarray:
-        return np.array([np.mean([values(r, condition)[metric] for r in c[objective]]) for c in contexts])
+def _row(contexts: Sequence[Context], objective: str, bracket: str, first: str) -> dict[str, dict[str, Any]]:
+    def each(objective: str, bracket: str, metric: str) -> np.ndarray:
+        return np.array([np.mean([values(r, bracket)[metric] for r in c[objective]]) for c in contexts])
 
     row = {}
     for metric in MEASURED_BY:
-        ours = each(objective, condition, metric)
+        ours = each(objective, bracket, metric)
         beyond = interval(ours - each(first, "prompt", metric))  # paired: contexts differ a lot
         row[metric] = {**interval(ours), f"beyond_{first}": beyond}
     return row

@@ -38,7 +38,7 @@ def heat_map(table: Mapping[str, Mapping[str, Mapping[str, float]]], file: Path)
 
 
 def long_answers(found: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """How far free-running answers follow the teacher's, one small picture an objective."""
+    """The share of free-running answers that still follow the teacher's, one small picture an objective."""
     names = [name for name in found if name != "no_context"]
     figure = Figure(figsize=(2.6 * len(names), 5.2), layout="constrained")
     panels = figure.subplots(2, len(names), sharey="row", squeeze=False)

@@ -22,7 +22,7 @@ from jaxsp.data.examples import Rows, make_rows
 from jaxsp.data.packing import Packing
 from jaxsp.evaluation.metrics import at_positions, mean_kl_function
 from jaxsp.models import decoder
-from jaxsp.models.chat import ChatSlots
+from jaxsp.models.chat import ChatTexts
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.settings import make_settings
 from jaxsp.teacher import targets
@@ -58,7 +58,7 @@ def turns(first: dict[str, Any]) -> Callable[[Step], None]:
 def train(optimizer: str, job: Job) -> None:
     """The first turn readies everything; every other takes some steps and measures."""
     model = load(job)
-    options = {"length": job.length, "steps": job.steps, "evaluate_every": job.evaluate_every}
+    options = {"prompt_length": job.prompt_length, "steps": job.steps, "evaluate_every": job.evaluate_every}
     settings = make_settings({**options, "optimizer": optimizer})
     rows = make_rows(job.queries, job.answers)
     packing = Packing.for_all(rows.lengths)
@@ -66,29 +66,29 @@ def train(optimizer: str, job: Job) -> None:
     def hidden(context: KeyValues, rows: Rows) -> np.ndarray:
         return targets.compute(model, context, rows, packing, "hidden")
 
-    def teach() -> tuple[KeyValues, KeyValues, np.ndarray]:
-        before, context = read(model, job)
-        return before, context, hidden(context, rows.take(range(job.train)))
+    def set_up() -> tuple[KeyValues, KeyValues, np.ndarray]:
+        preamble, context = read(model, job)
+        return preamble, context, hidden(context, rows.take(range(job.train)))
 
-    (before, context, _), setup = timed(teach)
-    setup_warm = timed(teach)[1]
+    (preamble, context, _), setup = timed(set_up)
+    setup_warm = timed(set_up)[1]
     # Once more, with the held-out queries, which are in nobody's seconds.
     rows = rows.with_targets(hidden=hidden(context, rows))
-    problem = Problem(tokenized(job), before, rows, job.answers)
+    problem = Problem(tokenized(job), preamble, rows, job.answers)
     state = start_state(model, problem, settings)
     if optimizer == "adam":  # jaxsp's rate is relative to the size of σ's entries
         rate = ADAM / root_mean_square(state.sigma)
         settings = make_settings({"learning_rate": rate}, base=settings)
         state = start_state(model, problem, settings)
     held_out = problem.held_out
-    kl = at_positions(model, before, held_out, packing, ("kl",))["kl"].sum() / held_out.mask.sum()
+    kl = at_positions(model, preamble, held_out, packing, ("kl",))["kl"].sum() / held_out.mask.sum()
     first = {"setup": setup, "setup_warm": setup_warm, "no_context_kl": float(kl)}
-    frozen, chosen = Frozen(model.params, before), UpdateSettings.of(model.config, settings)
+    frozen, chosen = Frozen(model.params, preamble), UpdateSettings.of(model.config, settings)
     own = Packing.of(rows.lengths, settings.training.batch_size)
     block = Block(
         iter([TrainingJob("prompt", state, problem.train, held_out, own)]),
         lambda slots: JitDriver(frozen, chosen, slots=slots),
-        mean_kl_function(model, before, settings.prompt.kind),
+        mean_kl_function(model, preamble, settings.prompt.kind),
         slots=1,
         evaluate_every=job.evaluate_every,
         callbacks=[turns(first)],
@@ -99,15 +99,18 @@ def train(optimizer: str, job: Job) -> None:
 def tokenized(job: Job) -> TokenizedJob:
     """The job as jaxsp knows it; of its texts there are only the ids."""
     given: list[list[int] | None] = [*job.answers]
-    before, context = np.array(job.before, np.int32), np.array(job.context, np.int32)
+    preamble, context = np.array(job.preamble, np.int32), np.array(job.context, np.int32)
     is_train = np.arange(len(job.queries)) < job.train
-    return TokenizedJob(ChatSlots("", "", ""), before, context, [], is_train, job.queries, given)
+    return TokenizedJob(ChatTexts("", "", ""), preamble, context, [], is_train, job.queries, given)
 
 
 def template_too(job: Job) -> Job:
     """The job in which the chat template's tokens are part of σ, as in PEFT's prompt tuning."""
     return dataclasses.replace(
-        job, before=[], context=job.before + job.context, length=len(job.before) + job.length
+        job,
+        preamble=[],
+        context=job.preamble + job.context,
+        prompt_length=len(job.preamble) + job.prompt_length,
     )
 
 
@@ -135,8 +138,8 @@ def read(model: LanguageModel, job: Job) -> tuple[KeyValues, KeyValues]:
     def after(ids: list[int], prefix: KeyValues | None = None) -> KeyValues:
         return decoder.read_long(model.params, model.config, np.array([ids], np.int32), prefix)
 
-    before = after(job.before)
-    return before, after(job.context, before)
+    preamble = after(job.preamble)
+    return preamble, after(job.context, preamble)
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:

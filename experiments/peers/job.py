@@ -1,4 +1,4 @@
-"""What both sides share: the job as token ids, and the turns they take. Needs neither jax nor torch."""
+"""Shared by both sides: the job as token ids, and the turns they take. Needs neither jax nor torch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A compression as token ids: the sequence is ``before · context or σ · query · answer``.
+    """A compression as token ids: the sequence is ``preamble · context or σ · query · answer``.
 
     Attributes:
       model: folder of the weights, as Hugging Face's.
-      dtype: of weights and activations.
-      before: ids in front of the context.
+      dtype: dtype of weights and activations.
+      preamble: ids in front of the context.
       context: ids of c.
       queries: ids of z, each up to where the answer starts; those trained on come first.
       answers: ids of ŷ, the end-of-turn id included.
-      train: how many queries are trained on; the others are held out.
-      length: K.
+      train: number of queries trained on; the others are held out.
+      prompt_length: K.
       steps: updates.
       evaluate_every: steps of a turn; the held-out KL is measured after each.
       batches: indices of the queries of every step.
@@ -32,12 +32,12 @@ class Job:
 
     model: str
     dtype: str
-    before: list[int]
+    preamble: list[int]
     context: list[int]
     queries: list[list[int]]
     answers: list[list[int]]
     train: int
-    length: int
+    prompt_length: int
     steps: int
     evaluate_every: int
     batches: list[list[int]]

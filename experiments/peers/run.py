@@ -51,7 +51,7 @@ class Run:
     evaluate_every: int = 5
     """Steps of a turn; the held-out KL is measured after each, outside the seconds."""
     dtype: str | None = None
-    """Of weights and activations, for all sides; by default the fastest here."""
+    """Dtype of weights and activations, for all sides; by default the fastest here."""
     batch_size: int = 8
     """Queries a step; jaxsp packs about as many."""
     out: Path = HERE
@@ -73,7 +73,7 @@ class Side:
         self._wait()
 
     def turn(self) -> dict[str, Any]:
-        """What the side did in its turn."""
+        """The record of the side's turn."""
         assert self._process.stdin
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -105,12 +105,12 @@ def make_job(run: Run) -> Job:
     return Job(
         model=str(model.directory),
         dtype=model.config.dtype,
-        before=job.preamble_ids.tolist(),
+        preamble=job.preamble_ids.tolist(),
         context=job.context_ids.tolist(),
         queries=job.query_ids,
         answers=[],
         train=len(train),
-        length=settings.prompt.length,
+        prompt_length=settings.prompt.prompt_length,
         steps=run.steps,
         evaluate_every=run.evaluate_every,
         batches=[
@@ -160,8 +160,8 @@ def measure(run: Run) -> dict[str, Any]:
         "no_context_kl": sides[0].turns[0]["no_context_kl"],
         "job": {
             "context_tokens": len(job.context),
-            "template_tokens": len(job.before),
-            "prompt_length": job.length,
+            "template_tokens": len(job.preamble),
+            "prompt_length": job.prompt_length,
             "train": job.train,
             "held_out": len(job.queries) - job.train,
             "answer_tokens": sum(map(len, job.answers)),
@@ -206,9 +206,9 @@ def answers_row(side: Side, ours: Side) -> dict[str, Any]:
     }
 
 
-def training_row(name: str, told: list[dict[str, Any]], steps: int) -> dict[str, Any]:
-    """What a side's turns come to; an online peer's seconds are those of all its steps at its median."""
-    first, *turns = told
+def training_row(name: str, messages: list[dict[str, Any]], steps: int) -> dict[str, Any]:
+    """The sum of a side's turns; an online peer's seconds are those of all its steps at its median."""
+    first, *turns = messages
     taken = [step for turn in turns for step in turn["steps"]]
     seconds = [step["seconds"] for step in taken]
     median = statistics.median(seconds)
@@ -224,9 +224,9 @@ def training_row(name: str, told: list[dict[str, Any]], steps: int) -> dict[str,
         "seconds_warm": first["setup_warm"] + steps * median,
         "initial_kl": first["kl"],
         "final_kl": turns[-1]["kl"] if whole else None,
-        "peak_mib": told[-1]["peak_mib"],
+        "peak_mib": messages[-1]["peak_mib"],
         "losses": [step["loss"] for step in taken],
-        "curve": curve(told),
+        "curve": curve(messages),
     }
 
 

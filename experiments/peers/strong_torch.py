@@ -23,16 +23,16 @@ class Strong:
     def __init__(self, job: Job, model: transformers.PreTrainedModel) -> None:
         self._job, self._model = job, model
         self._embed = model.model.embed_tokens
-        ids = torch.tensor(job.before + job.context)
+        ids = torch.tensor(job.preamble + job.context)
         with torch.no_grad():
-            self._before = self._read(ids[: len(job.before)])
+            self._preamble = self._read(ids[: len(job.preamble)])
             self._context = self._read(ids)
-        self._sigma = self._embed(torch.tensor(job.context[: job.length])).float().requires_grad_()
+        self._sigma = self._embed(torch.tensor(job.context[: job.prompt_length])).float().requires_grad_()
         self.parameters = [self._sigma]
 
     def student(self, index: Sequence[int]) -> Tensor:
         """Logits ``[N, V]`` at all answer positions of these queries."""
-        return self.logits(self._states(index, self._before, self._sigma))
+        return self.logits(self._states(index, self._preamble, self._sigma))
 
     @torch.no_grad()
     def teacher(self, index: Sequence[int]) -> Tensor:
@@ -76,7 +76,7 @@ def generate(
     model: transformers.PreTrainedModel, job: Job, index: Sequence[int], past: Cache | None = None
 ) -> list[list[int]]:
     """Greedy answers after the context, which ``past`` may hold already; padded in front of z."""
-    shared = job.before + job.context
+    shared = job.preamble + job.context
     longest = max(len(job.queries[i]) for i in index)
     pads = [longest - len(job.queries[i]) for i in index]
     pad = job.stop_ids[0]

@@ -52,17 +52,17 @@ class Peft:
     def teacher(self, index: Sequence[int]) -> Tensor:
         """The same after the context."""
         with self._model.disable_adapter():
-            return self._logits(index, self._job.before + self._job.context)
+            return self._logits(index, self._job.preamble + self._job.context)
 
     def logits(self, signal: Tensor) -> Tensor:
         return signal
 
-    def _logits(self, index: Sequence[int], before: list[int]) -> Tensor:
+    def _logits(self, index: Sequence[int], prefix: list[int]) -> Tensor:
         queries, answers = ([part[i] for i in index] for part in (self._job.queries, self._job.answers))
-        rows = [torch.tensor([*before, *z, *y[:-1]]) for z, y in zip(queries, answers, strict=True)]
+        rows = [torch.tensor([*prefix, *z, *y[:-1]]) for z, y in zip(queries, answers, strict=True)]
         tokens = pad_sequence(rows, batch_first=True)
         live = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        kept = tokens.shape[1] - len(before)  # z and ŷ: the head reads no other columns
+        kept = tokens.shape[1] - len(prefix)  # z and ŷ: the head reads no other columns
         logits = self._model(
             input_ids=tokens, attention_mask=live, use_cache=False, logits_to_keep=kept
         ).logits
@@ -78,7 +78,7 @@ def load(job: Job) -> transformers.PreTrainedModel:
 
 def prompt_tuning(job: Job, base: transformers.PreTrainedModel) -> Peft:
     """Virtual tokens come before everything: those of the chat template are among them, and trained."""
-    first = torch.tensor(job.before + job.context[: job.length])
+    first = torch.tensor(job.preamble + job.context[: job.prompt_length])
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(first))
     model = peft.get_peft_model(base, config)
     vectors = base.model.embed_tokens(first)
@@ -88,9 +88,9 @@ def prompt_tuning(job: Job, base: transformers.PreTrainedModel) -> Peft:
 
 def cartridge(job: Job, base: transformers.PreTrainedModel) -> Peft:
     """Keys and values of the same tokens; those of the chat template stay as they are."""
-    first = torch.tensor(job.before + job.context[: job.length])
+    first = torch.tensor(job.preamble + job.context[: job.prompt_length])
     config = peft.CartridgeConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=len(first), num_frozen_tokens=len(job.before)
+        task_type="CAUSAL_LM", num_virtual_tokens=len(first), num_frozen_tokens=len(job.preamble)
     )
     with torch.no_grad():
         past = base(first[None], use_cache=True).past_key_values
@@ -112,7 +112,7 @@ def train(build: Callable[[Job, transformers.PreTrainedModel], Peer], job: Job, 
     peer = build(job, model)
 
     def teachers(index: Sequence[int]) -> list[Tensor]:
-        """What is kept of the teacher for each query."""
+        """The part of the teacher that is kept for each query."""
         parts: list[Tensor] = []
         for start in range(0, len(index), BATCH):
             some = index[start : start + BATCH]
@@ -135,14 +135,14 @@ def train(build: Callable[[Job, transformers.PreTrainedModel], Peer], job: Job, 
         with torch.no_grad():
             signal = torch.cat([kept[i] for i in index]) if kept else peer.teacher(index)
             teacher = peer.logits(signal)
-        taught = time.perf_counter()
+        teacher_ended = time.perf_counter()
         loss = kl_divergence(teacher, peer.student(index))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         seconds = time.perf_counter() - started
-        return {"loss": loss.item(), "seconds": seconds, "teacher": taught - started}
+        return {"loss": loss.item(), "seconds": seconds, "teacher": teacher_ended - started}
 
     versions = {package.__name__: package.__version__ for package in (torch, transformers, peft)}
     end_turn(setup=setup, setup_warm=setup, kl=measured(), versions=versions)

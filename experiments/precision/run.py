@@ -21,7 +21,7 @@ from jaxsp.data.documents import Query, read_context, read_queries
 HERE = Path(__file__).parent
 DTYPES = ("float32", "bfloat16")
 DEMO = {"batch_size": 4, "evaluate_every": 20, "max_answer_tokens": 32}
-"""What ``jaxsp demo`` sets."""
+"""The settings of ``jaxsp demo``."""
 DRAWN = ("step", "loss", "held_out_kl")
 
 
@@ -64,13 +64,13 @@ def measure(run: Run) -> list[dict[str, Any]]:
             ),
             strict=True,
         ):
-            conditions = result.report["held_out"]["conditions"]
+            brackets = result.report["held_out"]["brackets"]
             rows.append(
                 {
                     "seed": job["seed"],
                     "dtype": dtype,
-                    "kl": conditions["prompt"]["kl"],
-                    "no_context": conditions["no_context"]["kl"],
+                    "kl": brackets["prompt"]["kl"],
+                    "no_context": brackets["no_context"]["kl"],
                     "lines": [{key: line[key] for key in DRAWN if key in line} for line in result.lines],
                 }
             )
@@ -80,7 +80,7 @@ def measure(run: Run) -> list[dict[str, Any]]:
 def float32_answers(
     model: jaxsp.LanguageModel, context: str, queries: list[Query], held_out: list[Query]
 ) -> dict[str, str]:
-    """What the model says with the context, by query: the ŷ of all runs."""
+    """The model's answers with the context, by query: the ŷ of all runs."""
     report = jaxsp.compress(
         model, context, queries, held_out=held_out, steps=1, progress=False, **DEMO
     ).report
@@ -112,8 +112,8 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         colour = "#0b7a75" if row["dtype"] == "float32" else "#d98e04"
         for name, style in (("loss", {"linewidth": 0.7}), ("held_out_kl", {"marker": "o"})):
             points = [(line["step"], line[name]) for line in row["lines"] if name in line]
-            told = name == "held_out_kl" and row["seed"] == rows[0]["seed"]
-            label = row["dtype"] if told else None
+            labelled = name == "held_out_kl" and row["seed"] == rows[0]["seed"]
+            label = row["dtype"] if labelled else None
             axes.plot(*zip(*points, strict=True), color=colour, label=label, alpha=0.7, **style)
     axes.set_ylim(bottom=0)
     axes.legend()

@@ -1,4 +1,4 @@
-"""What a v5e-256 would do, as arithmetic: the chip, the models, the job, and what a context of it takes."""
+"""The work of a v5e-256, as arithmetic: the chip, the models, the job, and what a context of it takes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.rope import make_rope
 from jaxsp.models.sharding import DATA, MODEL
-from jaxsp.plan import BEFORE, UTILISATION, step_flops
+from jaxsp.plan import PREAMBLE_TOKENS, UTILISATION, step_flops
 from jaxsp.settings import make_settings
 
 PEAK, HBM, BANDWIDTH = 197e12, 16_000_000_000, 819e9
-"""Of a v5e chip: bfloat16 FLOP/s, bytes, bytes/s (cloud.google.com/tpu/docs/v5e)."""
+"""A v5e chip: bfloat16 FLOP/s, bytes, bytes/s (cloud.google.com/tpu/docs/v5e)."""
 LINK, HOP = 1600e9 / 8 / 4, 1e-6
-"""Of each of its four ports, bytes/s each way; and seconds to a neighbour, which is assumed."""
+"""Each of its four ports: bytes/s each way; and seconds to a neighbour, which is assumed."""
 CHIPS, HOST = 256, 4
 """In all, and of one host."""
 
 CONTEXT, QUERIES, HELD_OUT, QUERY, ANSWER = 1000, 32, 6, 32, 32
 """The job: tokens of a context; queries, and how many are held out; tokens of one and of its answer."""
-SETTINGS = make_settings({"length": 16, "batch_size": 8, "steps": 60, "max_answer_tokens": ANSWER})
+SETTINGS = make_settings({"prompt_length": 16, "batch_size": 8, "steps": 60, "max_answer_tokens": ANSWER})
 ROW = QUERY + ANSWER
 PACKING = Packing.of(np.full(QUERIES, ROW), SETTINGS.training.batch_size)
-TEACHER = BEFORE + decoder.round_size(CONTEXT)  # slots of its prefix
-STUDENT = BEFORE + SETTINGS.prompt.length
+TEACHER = PREAMBLE_TOKENS + decoder.round_size(CONTEXT)  # slots of its prefix
+STUDENT = PREAMBLE_TOKENS + SETTINGS.prompt.prompt_length
 EVALUATIONS = SETTINGS.training.steps // SETTINGS.training.evaluate_every + 1
 
 
@@ -80,13 +80,13 @@ def expected(
     [K, D] and three numbers in float32 (with one part, to itself); several prompts have nothing to say.
 
     Args:
-      config: of the model.
-      packing: of a prompt's batch, on all devices.
+      config: configuration of the model.
+      packing: packing of a prompt's batch, on all devices.
       layout: parts of each axis.
       prompts: side by side; 0 for one whose rows go over ``data``.
       answers: answer positions of the prompt's batch.
     """
-    parts, K, D = layout[DATA], SETTINGS.prompt.length, config.width
+    parts, K, D = layout[DATA], SETTINGS.prompt.prompt_length, config.width
     share = max(prompts, 1) / parts
     T, own, live = packing.rows * packing.length * share, max(1, share) * K, answers * share
     messages = size = 0.0
@@ -138,13 +138,13 @@ def all_reduce(chips: int, messages: float, size: float) -> float:
 
 
 def layer_weights(config: DecoderConfig) -> int:
-    """Of all layers: q, k, v, o and the three of the MLP."""
+    """Weights of all layers: q, k, v, o and the three of the MLP."""
     projections = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
     return config.layers * (projections + 3 * config.width * config.mlp_width)
 
 
 def forward(config: DecoderConfig, tokens: int, slots: float, cached: float = 0.0) -> Any:
-    """Of the layers: two operations for each weight and token, four for each head's entry and seen slot.
+    """Work of the layers: two operations for each weight and token, four for each head's entry and seen slot.
 
     Weights and ``cached`` tokens' keys and values are read once; [tokens, D] is added up twice a layer, and
     once for the embedding.
@@ -157,7 +157,7 @@ def forward(config: DecoderConfig, tokens: int, slots: float, cached: float = 0.
 
 
 def head(config: DecoderConfig, positions: float, products: int) -> Any:
-    """Of the head: products with [V, D], which each chunk of positions (an accelerator's) reads anew."""
+    """Work of the head: products with [V, D], which each chunk of positions (an accelerator's) reads anew."""
     C = min(max(128, 2**30 // (24 * config.vocab_size)), max(64, int(2 * positions) // 8))
     table, chunks = config.width * config.vocab_size, math.ceil(positions / C)
     flops, size = 2 * products * table * positions, 2 * products * table * chunks
@@ -168,7 +168,7 @@ def works(config: DecoderConfig, prompts: int) -> Iterator[Work]:
     """All that a context takes; its training ``prompts`` at a time, one prompt's share of it."""
     tokens, answers = PACKING.rows * PACKING.length, SETTINGS.training.batch_size * ANSWER
     batches = math.ceil(QUERIES / SETTINGS.training.batch_size)
-    yield Work("context", 1, *forward(config, TEACHER - BEFORE, TEACHER / 2))
+    yield Work("context", 1, *forward(config, TEACHER - PREAMBLE_TOKENS, TEACHER / 2))
     for slots, rounds in ((TEACHER, 1), (STUDENT, 3)):  # the teacher; start, no context and σ
         read = forward(config, 8 * QUERY, slots + QUERY / 2, slots)  # eight queries at a time
         yield Work("answers", rounds * QUERIES / 8, *read)
@@ -184,12 +184,12 @@ def works(config: DecoderConfig, prompts: int) -> Iterator[Work]:
     yield Work("signals and brackets", batches, *again)
 
     losses = head(config, prompts * tokens / 2, 3)
-    layers = prompts * step_flops(config, SETTINGS.prompt.length, ROW, PACKING) - losses[0]
-    told = expected(config, PACKING, {DATA: 1, MODEL: 2}, prompts, answers)
+    layers = prompts * step_flops(config, SETTINGS.prompt.prompt_length, ROW, PACKING) - losses[0]
+    exchanged = expected(config, PACKING, {DATA: 1, MODEL: 2}, prompts, answers)
     steps = SETTINGS.training.steps / prompts
-    yield Work("steps", steps, layers, 4 * layer_weights(config), told.messages, told.bytes)
+    yield Work("steps", steps, layers, 4 * layer_weights(config), exchanged.messages, exchanged.bytes)
     yield Work("steps", steps, *losses[:2])
-    watched = forward(config, prompts * (tokens + SETTINGS.prompt.length), STUDENT + ROW / 2)
+    watched = forward(config, prompts * (tokens + SETTINGS.prompt.prompt_length), STUDENT + ROW / 2)
     yield Work("evaluations", EVALUATIONS / prompts, *watched)
     yield Work("evaluations", EVALUATIONS / prompts, *head(config, prompts * HELD_OUT * ANSWER, 2))
 
@@ -198,10 +198,10 @@ def rates(name: str, prompts: int, model: int, utilisation: float, repeats: int 
     """Contexts an hour on all chips, and the seconds of each part by what bounds it.
 
     Args:
-      name: of the model.
+      name: name of the model.
       prompts: side by side on a group of chips.
       model: chips of a group.
-      utilisation: of the operations and of the memory's bytes.
+      utilisation: share that is used of the operations and of the memory's bytes.
       repeats: chips that all do the same for the teacher and the brackets: ``data`` divides only training.
     """
     parts: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -230,11 +230,11 @@ def step_seconds(name: str, model: int) -> dict[str, float]:
 def spread_seconds(name: str, devices: int) -> dict[str, Any]:
     """A step of one prompt with its rows over so many chips."""
     config, packing = MODELS[name], PACKING.over(devices, ROW)
-    flops = step_flops(config, SETTINGS.prompt.length, ROW, packing, readings=devices) / devices
+    flops = step_flops(config, SETTINGS.prompt.prompt_length, ROW, packing, readings=devices) / devices
     positions = SETTINGS.training.batch_size * ANSWER / devices
     size = 4 * layer_weights(config) + head(config, positions, 3)[1]
     return {
         "model": name, "chips": devices, "tokens": packing.rows * packing.length // devices,
         "products": flops / (UTILISATION * PEAK), "memory": size / (UTILISATION * BANDWIDTH),
-        "exchange": all_reduce(devices, 1, 4 * (SETTINGS.prompt.length * config.width + 3)),
+        "exchange": all_reduce(devices, 1, 4 * (SETTINGS.prompt.prompt_length * config.width + 3)),
     }  # fmt: skip

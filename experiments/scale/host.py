@@ -1,4 +1,4 @@
-"""What the host does for each context, with a model so small that little else is left."""
+"""The host's work for each context, with a model so small that little else is left."""
 
 from __future__ import annotations
 
@@ -52,7 +52,11 @@ def per_context() -> dict[str, float]:
         folder = Path(scratch)
         sizes = {"gain": 1.0, "max_position_embeddings": 2048}
         model = jaxsp.load_model(tiny.write(folder / "tiny", **sizes), dtype="float32")
-        options = {"length": SETTINGS.prompt.length, "steps": SETTINGS.training.steps, "at_once": JOBS // 2}
+        options = {
+            "prompt_length": SETTINGS.prompt.prompt_length,
+            "steps": SETTINGS.training.steps,
+            "at_once": JOBS // 2,
+        }
         options |= {"max_answer_tokens": ANSWER, "progress": False}
         list(jaxsp.compress_many(model, jobs(JOBS // 2), out=folder / "compiles", **options))
         profile = cProfile.Profile()

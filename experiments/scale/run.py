@@ -1,4 +1,4 @@
-"""What a v5e-256 would do: arithmetic, held against the compiled programs of eight fake devices.
+"""The work of a v5e-256: arithmetic, held against the compiled programs of eight fake devices.
 
 python -m experiments.scale.run
 """
@@ -22,13 +22,13 @@ import jax
 from experiments.scale import host
 from experiments.scale.arithmetic import (
     ANSWER,
-    BEFORE,
     CONTEXT,
     HBM,
     HELD_OUT,
     HOST,
     MODELS,
     PACKING,
+    PREAMBLE_TOKENS,
     QUERIES,
     QUERY,
     ROW,
@@ -59,15 +59,15 @@ LAYOUTS = {
         ("data=2,model=4", 4),
     ],
 }  # fmt: skip
-"""What is compiled: a mesh, and how many prompts side by side (0: one, its rows over ``data``)."""
+"""The compiled programs: a mesh, and the number of prompts side by side (0: one, its rows over ``data``)."""
 
 
 def exchanged(text: str, loops: int) -> Exchange:
     """Counts the all-reduces of a compiled program, those in a loop as often as it runs.
 
     Args:
-      text: of the program.
-      loops: how often a loop runs of which XLA does not know it: the head's, over chunks of answers.
+      text: text of the program.
+      loops: number of times a loop runs of which XLA does not know it: the head's, over chunks of answers.
     """
     bodies: dict[str, list[str]] = {}
     for line in text.splitlines():
@@ -123,7 +123,7 @@ def checked(name: str, layout: str, prompts: int) -> dict[str, Any]:
 
 
 def most_prompts(name: str, model: int) -> dict[str, Any]:
-    """How many prompts jaxsp trains side by side on such chips, and what that and its wish would take."""
+    """Prompts that jaxsp trains side by side on such chips, and what that and its wish would take."""
     mesh = as_mesh(f"data=1,model={model}")
     wish = ACCELERATOR_STEP_TOKENS // (PACKING.rows * PACKING.length)
     config = MODELS[name]
@@ -152,9 +152,9 @@ def main() -> None:
         row["per_hour_with_host"] = row["per_hour"] / (1 + waits / row["total"])
     result = {
         "job": {
-            "context": CONTEXT, "before": BEFORE, "queries": QUERIES, "held_out": HELD_OUT,
+            "context": CONTEXT, "preamble": PREAMBLE_TOKENS, "queries": QUERIES, "held_out": HELD_OUT,
             "query": QUERY, "answer": ANSWER, "batch": dataclasses.astuple(PACKING),
-            "length": SETTINGS.prompt.length, "steps": SETTINGS.training.steps,
+            "prompt_length": SETTINGS.prompt.prompt_length, "steps": SETTINGS.training.steps,
         },
         "weights": {name: _weights(config) for name, config in MODELS.items()},
         "flops": {name: _flops(config) for name, config in MODELS.items()},

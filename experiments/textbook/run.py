@@ -1,4 +1,4 @@
-"""What each objective ends at, on one position where the teacher is 60% / 30% / 10% sure.
+"""The end that each objective comes to, on one position where the teacher is 60% / 30% / 10% sure.
 
 python experiments/textbook/run.py
 """

@@ -44,21 +44,21 @@ def main(run: Run) -> None:
                 context,
                 read_queries(HERE / name / "queries.txt"),
                 held_out=read_queries(HERE / name / "held_out.txt"),
-                length=tokens // COMPRESSION,
+                prompt_length=tokens // COMPRESSION,
                 steps=run.steps,
                 out=folder,
                 overwrite=True,
             ).report
-        conditions = report["held_out"]["conditions"]
+        brackets = report["held_out"]["brackets"]
         results[name] = {
             **{
                 key: report[key]
                 for key in ("context_tokens", "prompt_length", "compression", "steps", "dtype")
             },
             **{key: report[key] for key in ("gap_closed", "gap_closed_vs_truncated")},
-            "held_out_kl": {key: row["kl"] for key, row in conditions.items()},
-            "held_out_rouge_l": {key: row["rouge_l"] for key, row in conditions.items()},
-            "train_kl": report["train"]["conditions"]["prompt"]["kl"],
+            "held_out_kl": {key: row["kl"] for key, row in brackets.items()},
+            "held_out_rouge_l": {key: row["rouge_l"] for key, row in brackets.items()},
+            "train_kl": report["train"]["brackets"]["prompt"]["kl"],
             "missed": len(report["verdict"]["missed"]),
             "held_out": report["held_out"]["queries"],
             "seconds": report["seconds"],

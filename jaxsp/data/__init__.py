@@ -1,1 +1,1 @@
-"""From text to arrays: documents, chat slots, rows."""
+"""From text to arrays: documents, chat texts, rows."""

@@ -82,9 +82,9 @@ def split_queries(
     """Training and held-out queries.
 
     Args:
-      queries: what the user gave.
+      queries: the user's queries.
       held_out: the held-out ones, or the fraction (0 to 1) of ``queries`` to hold out, at least one.
-      seed: of the draw.
+      seed: seed of the draw.
 
     Raises:
       UserError: fewer than one query for training or none held out, a query given twice or in both.

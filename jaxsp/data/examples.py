@@ -48,7 +48,7 @@ class Rows:
 
     @property
     def sequences(self) -> Int[Array, ""]:
-        """How many there are in all."""
+        """The number of sequences."""
         if self.segment_ids is None:
             return jnp.sum(jnp.max(self.offsets, axis=-1) != EMPTY, dtype=jnp.int32)
         return jnp.sum(jnp.max(self.segment_ids, axis=-1) + 1, dtype=jnp.int32)
@@ -122,9 +122,9 @@ def batch_indices(count: int, cursor: int, batch_size: int, key: Sequence[int] |
 
     Args:
       count: number of rows.
-      cursor: how many rows were drawn before.
-      batch_size: how many to draw; a batch may span two epochs.
-      key: of the stream: the data of a jax random key, or any integers.
+      cursor: number of rows drawn before.
+      batch_size: number to draw; a batch may span two epochs.
+      key: random key of the stream: the data of a jax random key, or any integers.
 
     Returns:
       ``[batch_size]`` indices into the rows.

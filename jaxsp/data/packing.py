@@ -53,8 +53,8 @@ class Packing:
         """The shape that holds about ``batch_size`` of these sequences.
 
         Args:
-          lengths: of the sequences.
-          batch_size: how many of them, about.
+          lengths: lengths of the sequences.
+          batch_size: number of them, about.
 
         Example:
           >>> Packing.of(np.array([30, 42, 60, 48]), 8)
@@ -95,7 +95,7 @@ class Packing:
         found = []
         for rows in range(min(p.rows for p in own), max(p.rows for p in own) + 1):
             length = max(longest, 4 * ceil_div(tokens, 4 * rows))
-            while any(cls(rows, length).places(b.tolist()) is None for b in batches):
+            while any(cls(rows, length).assign_rows(b.tolist()) is None for b in batches):
                 length += 4
             found.append(cls(rows, length))
         return min(found, key=lambda shape: (shape.tokens, shape.rows))
@@ -103,7 +103,7 @@ class Packing:
     def grown(self, lengths: Lengths) -> Packing:
         """This shape with rows long enough for a batch of these sequences, and some to spare."""
         length = self.length
-        while Packing(self.rows, length).places(lengths.tolist()) is None:
+        while Packing(self.rows, length).assign_rows(lengths.tolist()) is None:
             length = round_size(length + 1)
         return Packing(self.rows, length)
 
@@ -125,25 +125,25 @@ class Packing:
             used, cursor = used + lengths[drawn].sum(), cursor + len(drawn)
         return 1 - used / (5 * self.tokens)
 
-    def places(self, lengths: Sequence[int]) -> list[int] | None:
+    def assign_rows(self, lengths: Sequence[int]) -> list[int] | None:
         """A row for each sequence, longest first, each to the emptiest row; None if they don't all fit."""
         rows = [(0, row) for row in range(self.rows)]  # a heap of (tokens, row)
-        places = [0] * len(lengths)
+        assigned = [0] * len(lengths)
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             used, row = rows[0]
             if used + lengths[i] > self.length:
                 return None
             heapq.heapreplace(rows, (used + lengths[i], row))
-            places[i] = row
-        return places
+            assigned[i] = row
+        return assigned
 
     def draw(self, lengths: Lengths, cursor: int, key: Sequence[int] | np.ndarray) -> np.ndarray:
         """The next batch: as many sequences from ``cursor`` on as fit, at least one.
 
         Args:
-          lengths: of all sequences, none longer than a row.
-          cursor: how many of the endless shuffled stream were drawn before.
-          key: of the stream, as in ``batch_indices``.
+          lengths: lengths of all sequences, none longer than a row.
+          cursor: number drawn of the endless shuffled stream before.
+          key: random key of the stream, as in ``batch_indices``.
 
         Returns:
           Indices into ``lengths``.
@@ -152,7 +152,7 @@ class Packing:
         stream = batch_indices(len(lengths), cursor, 2 * most, key)
 
         def fit(count: int) -> bool:
-            return self.places(lengths[stream[:count]].tolist()) is not None
+            return self.assign_rows(lengths[stream[:count]].tolist()) is not None
 
         # From the whole stream down to two sequences; one always fits.
         left_out = bisect.bisect_left(range(2 * most, 1, -1), True, key=fit)
@@ -189,12 +189,12 @@ class Packing:
         """All sequences once, in their order: the indices of as few batches as hold them, at least of one."""
         lengths, starts = rows.lengths.tolist(), [0]
         for i in range(1, len(rows)):
-            if self.places(lengths[starts[-1] : i + 1]) is None:
+            if self.assign_rows(lengths[starts[-1] : i + 1]) is None:
                 starts.append(i)
         return np.split(np.arange(len(rows)), starts[1:])
 
     def unpack(self, values: Sequence[np.ndarray], rows: Rows, batches: Sequence[np.ndarray]) -> np.ndarray:
-        """What stands at the packed answer positions, at those of ``rows``; 0 elsewhere.
+        """The values at the packed answer positions, at those of ``rows``; 0 elsewhere.
 
         Args:
           values: ``[rows, length, ...]`` of each batch.
@@ -211,11 +211,11 @@ class Packing:
     def _layout(self, rows: Rows, index: Int[np.ndarray, " n"]) -> Iterator[tuple[int, int, slice, slice]]:
         """Each sequence's index, its row, and where its tokens and its answer stand there."""
         lengths, answers = rows.lengths[index].tolist(), rows.mask[index].sum(axis=1).tolist()
-        places = self.places(lengths)
-        if places is None:
+        assigned = self.assign_rows(lengths)
+        if assigned is None:
             raise ValueError(f"{len(index)} sequences of {sum(lengths)} tokens don't fit {self}.")
         read, answered = [0] * self.rows, [0] * self.rows
-        for i, row, length, answer in zip(index, places, lengths, answers, strict=True):
+        for i, row, length, answer in zip(index, assigned, lengths, answers, strict=True):
             here = slice(read[row], read[row] + length)
             there = slice(answered[row], answered[row] + answer)
             read[row], answered[row] = here.stop, there.stop

@@ -1,1 +1,1 @@
-"""How well σ stands in for the context: conditions, metrics, report, plots."""
+"""The measurement of σ in place of the context: brackets, metrics, report, plots."""

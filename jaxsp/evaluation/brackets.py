@@ -20,7 +20,7 @@ from jaxsp.teacher.answers import answer_ids
 from jaxsp.teacher.problem import Problem
 from jaxsp.typing import EMPTY, KeyValues, PyTree
 
-CONDITIONS = {
+BRACKETS = {
     "full_context": "the whole context: what σ should be",
     "prompt": "the trained soft prompt σ",
     "initial": "σ before training",
@@ -34,10 +34,10 @@ others are reported."""
 
 
 class Measured(NamedTuple):
-    """A condition on the queries."""
+    """A bracket on the queries."""
 
     positions: dict[str, np.ndarray]
-    """Each metric of a position, ``[N, A]``; NaN for queries on which the condition is not measured."""
+    """Each metric of a position, ``[N, A]``; NaN for queries on which the bracket is not measured."""
     answers: list[list[int]]
     """Free-running answers to the held-out queries, as token ids."""
 
@@ -49,7 +49,7 @@ def measure_all(
     settings: Settings,
     known: Mapping[str, Measured],
 ) -> dict[str, Measured]:
-    """Measures every condition; the full context is what the teacher said, and not read again.
+    """Measures every bracket; the full context is what the teacher said, and not read again.
 
     The prefixes are of one size, so that they share compiled programs.
 
@@ -57,17 +57,17 @@ def measure_all(
       model: the frozen model.
       problem: the queries, and what the teacher said.
       sigmas: ``prompt`` and ``initial``, of the same length.
-      settings: of the prompts.
+      settings: settings of the prompts.
       known: what was measured before and is not measured again.
     """
     preamble, kind = problem.preamble, settings.prompt.kind
-    length = PROMPT_KINDS[kind].length(sigmas["prompt"])
-    vectors = model.embed(problem.job.context_ids[:length]).astype(jnp.float32)
+    prompt_length = PROMPT_KINDS[kind].prompt_length(sigmas["prompt"])
+    vectors = model.embed(problem.job.context_ids[:prompt_length]).astype(jnp.float32)
     read = functools.partial(distributions.read_prompt, model.params, model.config)
     prefixes = {
         **{name: read(sigma, preamble, kind) for name, sigma in sigmas.items()},
         "truncated_context": read({"embeddings": vectors}, preamble, "embedding"),
-        "no_context": preamble.append(decoder.empty_prefix(model.config, length)),
+        "no_context": preamble.append(decoder.empty_prefix(model.config, prompt_length)),
     }
     new = {name: prefix for name, prefix in prefixes.items() if name not in known}
     measured = {**known, **measure(model, problem, new, settings.teacher.max_answer_tokens)}
@@ -80,7 +80,7 @@ def measure_all(
 def measure(
     model: LanguageModel, problem: Problem, found: Mapping[str, KeyValues], max_tokens: int
 ) -> dict[str, Measured]:
-    """Measures conditions; what is the same is measured once.
+    """Measures brackets; what is the same is measured once.
 
     Answers are generated together, and positions read by one program.
 

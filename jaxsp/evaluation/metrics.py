@@ -1,4 +1,4 @@
-"""What is measured: every objective at every answer position, and whole answers against the teacher's."""
+"""The metrics: every objective at every answer position, and whole answers against the teacher's."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def at_positions(
 
     Args:
       model: the frozen model.
-      prefix: of the condition measured; ``None`` for the teacher's own last hidden states.
+      prefix: prefix of the bracket measured; ``None`` for the teacher's own last hidden states.
       rows: with the teacher's targets.
-      packing: of the batches they are read in.
+      packing: packing of the batches they are read in.
       names: keys of ``jaxsp.losses.OBJECTIVES``.
 
     Returns:
@@ -90,7 +90,7 @@ def at_positions(
 def mean_kl_function(
     model: LanguageModel, preamble: KeyValues, kind: str, mesh: Mesh | None = None
 ) -> Callable[[PyTree, Sequence[Rows]], Float[np.ndarray, " m"]]:
-    """What training watches: a function from M prompts and their packed batches to their mean KL.
+    """The figure that training watches: a function from M prompts and their packed batches to their mean KL.
 
     σ's arrays and those of every batch have a leading axis M, over a mesh's ``data`` if there is one; a
     prompt without positions has KL NaN.
@@ -170,8 +170,8 @@ def gap_closed(
 
     Args:
       prompt: per query, KL of σ summed over its answer positions, and the number of these.
-      bracket: the same of the condition compared with.
-      seed: of the resampling.
+      bracket: the same of the bracket compared with.
+      seed: seed of the resampling.
 
     Returns:
       ``value``, ``low`` and ``high``; 1 is the full context, 0 the bracket.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jaxsp.evaluation.brackets import CONDITIONS
+from jaxsp.evaluation.brackets import BRACKETS
 
 _COLOURS = {
     "full_context": "#222222",
@@ -14,7 +14,7 @@ _COLOURS = {
     "truncated_context": "#d98e04",
     "no_context": "#b3261e",
 }
-_LABELS = {name: name.replace("_", " ") for name in CONDITIONS} | {"prompt": "soft prompt σ"}
+_LABELS = {name: name.replace("_", " ") for name in BRACKETS} | {"prompt": "soft prompt σ"}
 
 
 def _axes(width: float, height: float):
@@ -60,7 +60,7 @@ def training_curve(lines: list[dict[str, Any]], held_out: dict[str, Any], object
 
 
 def by_position(curves: dict[str, list[float]], file: Path) -> None:
-    """Mean held-out KL at each answer position, for each condition."""
+    """Mean held-out KL at each answer position, for each bracket."""
     axes = _axes(7, 4)
     for name, values in curves.items():
         axes.plot(range(1, len(values) + 1), values, color=_COLOURS[name], label=_LABELS[name], linewidth=1.5)

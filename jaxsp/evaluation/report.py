@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 
 from jaxsp.artifact import SoftPrompt
-from jaxsp.evaluation.brackets import CONDITIONS, TRAINED, Measured
+from jaxsp.evaluation.brackets import BRACKETS, TRAINED, Measured
 from jaxsp.evaluation.metrics import ANSWER_METRICS, Answer, gap_closed
 from jaxsp.files import atomic_write
 from jaxsp.models.language_model import LanguageModel
@@ -35,13 +35,13 @@ GOOD = 0.8
 def summarise(
     model: LanguageModel, problem: Problem, measured: dict[str, Measured], seed: int
 ) -> dict[str, Any]:
-    """What the report says of the measurements.
+    """The report's fields that come from the measurements.
 
     Args:
       model: whose tokenizer reads the answers.
       problem: the queries, and what the teacher said.
-      measured: by condition, all of ``CONDITIONS``, in any order.
-      seed: of the bootstrap.
+      measured: by bracket, all of ``BRACKETS``, in any order.
+      seed: seed of the bootstrap.
 
     Returns:
       The report's ``gap_closed``, ``gap_closed_vs_truncated``, ``held_out``, ``train`` (if any query is for
@@ -49,20 +49,20 @@ def summarise(
     """
     is_train, mask = problem.job.is_train, problem.rows.mask
     counts = mask.sum(axis=1)
-    positions = {name: measured[name].positions for name in CONDITIONS}
+    positions = {name: measured[name].positions for name in BRACKETS}
     held_out = np.flatnonzero(~is_train).tolist()
     answers = {
         name: dict(zip(held_out, [_answer(model, ids) for ids in measured[name].answers], strict=True))
-        for name in CONDITIONS
+        for name in BRACKETS
     }
     kl = {name: at["kl"].sum(axis=1) for name, at in positions.items()}
 
     def part(split: np.ndarray, names: Iterable[str]) -> dict[str, Any]:
-        conditions = {
+        brackets = {
             name: {m: float(v[split].sum() / counts[split].sum()) for m, v in positions[name].items()}
             for name in names
         }
-        return {"queries": int(split.sum()), "conditions": conditions}
+        return {"queries": int(split.sum()), "brackets": brackets}
 
     def gap(bracket: str) -> dict[str, float]:
         ours, theirs = ((kl[name][~is_train], counts[~is_train]) for name in ("prompt", bracket))
@@ -71,9 +71,9 @@ def summarise(
     report: dict[str, Any] = {
         "gap_closed": gap("no_context"),
         "gap_closed_vs_truncated": gap("truncated_context"),
-        "held_out": part(~is_train, CONDITIONS),
+        "held_out": part(~is_train, BRACKETS),
     }
-    for name, found in report["held_out"]["conditions"].items():
+    for name, found in report["held_out"]["brackets"].items():
         pairs = [(answers["full_context"][i], answers[name][i]) for i in held_out]
         found |= {m: float(np.mean([f(*pair) for pair in pairs])) for m, f in ANSWER_METRICS.items()}
     if is_train.any():
@@ -104,16 +104,16 @@ def summarise(
     return report
 
 
-def header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
+def report_header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
     """The report's first fields: what stands for what."""
     manifest, training = prompt.manifest, prompt.manifest["training"]
     return {
         "model": model.name,
         "dtype": model.config.dtype,
-        "weights": model.config.weights,
+        "quantization": model.config.quantization,
         "context_tokens": manifest["context_tokens"],
-        "prompt_length": prompt.length,
-        "compression": manifest["context_tokens"] / prompt.length,
+        "prompt_length": prompt.prompt_length,
+        "compression": manifest["context_tokens"] / prompt.prompt_length,
         "objective": training["objective"],
         "steps": training["steps"],
         "kept": training.get("keep", "best"),
@@ -124,7 +124,7 @@ def write(report: dict[str, Any], lines: list[dict[str, Any]], directory: Path) 
     """Writes plots and ``report.md`` into ``directory``."""
     from jaxsp.evaluation import plots
 
-    folder, held_out = directory / "plots", report["held_out"]["conditions"]
+    folder, held_out = directory / "plots", report["held_out"]["brackets"]
     folder.mkdir(parents=True, exist_ok=True)
     plots.training_curve(lines, held_out, report["objective"], folder / "training.png")
     plots.by_position(report["by_position"], folder / "by_position.png")
@@ -145,13 +145,13 @@ def markdown(report: dict[str, Any]) -> str:
     )
     environment.filters |= {"interval": _interval, "one_line": _one_line}
     source = importlib.resources.files("jaxsp.evaluation").joinpath("report.md.jinja").read_text("utf-8")
-    return environment.from_string(source).render(report, brackets=CONDITIONS)
+    return environment.from_string(source).render(report, bracket_names=BRACKETS)
 
 
 def _verdict(report: dict[str, Any]) -> dict[str, Any]:
     held_out, train = ([q for q in report["queries"] if q["split"] == s] for s in ("held_out", "train"))
     missed = [q for q in held_out if not q["captured"]]
-    gap, conditions = report["gap_closed"], report["held_out"]["conditions"]
+    gap, brackets = report["gap_closed"], report["held_out"]["brackets"]
     good = not missed and gap["value"] >= GOOD
     text = f"σ closes {_interval(gap)} of the gap between no context and the full context. "
     if good:
@@ -161,14 +161,14 @@ def _verdict(report: dict[str, Any]) -> dict[str, Any]:
             f"It captured what the context contributes to {len(held_out) - len(missed)} of"
             f" {len(held_out)} held-out queries, and has not captured it for {len(missed)}."
         )
-    if conditions["prompt"]["kl"] >= conditions["truncated_context"]["kl"]:
+    if brackets["prompt"]["kl"] >= brackets["truncated_context"]["kl"]:
         text += " It is no better than the context cut to its length: don't use it."
     suggestions = []
     if not good:
         if train and np.mean([q["kl"] for q in held_out]) > 1.5 * np.mean([q["kl"] for q in train]):
             suggestions.append("add queries like those missed (--queries)")
         if sum(not q["captured"] for q in train) > len(train) / 10:
-            suggestions.append("a longer prompt (--length)")
+            suggestions.append("a longer prompt (--prompt-length)")
         suggestions.append("more steps (--steps)")
         text += f" What may help: {', '.join(suggestions)}."
     return {"text": text, "missed": [q["query"] for q in missed], "suggestions": suggestions}

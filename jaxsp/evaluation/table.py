@@ -17,7 +17,7 @@ def row(report: dict[str, Any]) -> dict[str, Any]:
         if name in report:
             gap = report[name]
             flat |= {name: gap["value"], f"{name}_low": gap["low"], f"{name}_high": gap["high"]}
-    for name, metrics in report.get("held_out", {}).get("conditions", {}).items():
+    for name, metrics in report.get("held_out", {}).get("brackets", {}).items():
         flat |= {f"{name}_{metric}": value for metric, value in metrics.items()}
     return flat
 

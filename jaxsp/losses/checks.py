@@ -51,8 +51,8 @@ def check_floating(last: str = "v", /, **named: Array) -> None:
         if array.ndim < 2 or array.shape[-1] == 0:
             raise ValueError(f"{name} must have shape [*b, t, {last}], not {list(array.shape)}.")
     if len({array.shape for array in named.values()}) > 1:
-        told = " and ".join(f"{name} {list(array.shape)}" for name, array in named.items())
-        raise ValueError(f"The {kind} must have one shape; got {told}.")
+        shapes = " and ".join(f"{name} {list(array.shape)}" for name, array in named.items())
+        raise ValueError(f"The {kind} must have one shape; got {shapes}.")
 
 
 def check_batch(name: str, array: Array, batch: tuple[int, ...], last: str) -> None:

@@ -31,7 +31,7 @@ _ARRAYS = 6  # of the size of the logits, float32, when an objective is differen
 
 
 def chunk_size(positions: int, tokens: int, *, masked: bool, metrics: int = 0) -> int:
-    """How many positions at a time fit the budget, evenly spread; shorter with a mask."""
+    """The number of positions at a time that fit the budget, evenly spread; shorter with a mask."""
     budget = _BUDGET.get(jax.default_backend(), _ACCELERATOR_BUDGET)
     size = max(96, budget // (4 * (_ARRAYS + metrics) * tokens))  # each chunk reads the head: not too short
     if masked:  # the last chunk of live positions is computed whole: shorter ones waste less
@@ -41,8 +41,8 @@ def chunk_size(positions: int, tokens: int, *, masked: bool, metrics: int = 0) -
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """All that is static: equal plans compile once.
+class ChunkSettings:
+    """All that is static: equal settings compile once.
 
     Attributes:
       objective: what is differentiated.
@@ -50,7 +50,7 @@ class Plan:
       metrics: what is evaluated on the same logits.
       chunk: positions at a time.
       all_live: there was no mask.
-      softcap: of both sides' logits.
+      softcap: softcap of both sides' logits.
       axis_name: over which the heads' rows are sharded.
     """
 
@@ -64,24 +64,24 @@ class Plan:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def evaluate(plan: Plan, hidden: Array, per_position: Arrays, heads: Heads) -> Results:
+def evaluate(settings: ChunkSettings, hidden: Array, per_position: Arrays, heads: Heads) -> Results:
     """(values, metrics) of all positions, ``[N]`` each; differentiable in ``hidden``.
 
     Args:
-      plan: what is static.
+      settings: what is static.
       hidden: the student's ``[N, D]``.
       per_position: ``live`` ``[N]``, and what the objectives read: ``teacher_hidden``, ``targets``, ...
       heads: the teacher's ``[V, E]`` and the student's ``[V, D]``.
     """
-    return _in_chunks(plan, hidden, per_position, heads, gradient=False)[0]
+    return _in_chunks(settings, hidden, per_position, heads, gradient=False)[0]
 
 
-def _forward(plan: Plan, hidden: Array, per_position: Arrays, heads: Heads):
-    results, gradient = _in_chunks(plan, hidden, per_position, heads, gradient=True)
+def _forward(settings: ChunkSettings, hidden: Array, per_position: Arrays, heads: Heads):
+    results, gradient = _in_chunks(settings, hidden, per_position, heads, gradient=True)
     return results, (gradient, per_position["live"])
 
 
-def _backward(_: Plan, saved: tuple[Array, Array], cotangents: Results):
+def _backward(_: ChunkSettings, saved: tuple[Array, Array], cotangents: Results):
     gradient, live = saved
     scaled = cotangents[0][:, None] * gradient.astype(jnp.float32)
     # A cotangent under the mask may be infinite (that of a square root at 0).
@@ -91,22 +91,22 @@ def _backward(_: Plan, saved: tuple[Array, Array], cotangents: Results):
 evaluate.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "gradient"))
+@functools.partial(jax.jit, static_argnames=("settings", "gradient"))
 def _in_chunks(
-    plan: Plan, hidden: Array, per_position: Arrays, heads: Heads, *, gradient: bool
+    settings: ChunkSettings, hidden: Array, per_position: Arrays, heads: Heads, *, gradient: bool
 ) -> tuple[Results, Array | None]:
     """((values, metrics), gradient) of all positions, ``[N]`` and ``[N, D]``."""
     arrays = {"student_hidden": hidden, **per_position}
-    one = functools.partial(_one_chunk, plan, heads, gradient=gradient)
-    N, C = hidden.shape[0], plan.chunk
+    one = functools.partial(_one_chunk, settings, heads, gradient=gradient)
+    N, C = hidden.shape[0], settings.chunk
     if N <= C:
         return one(arrays)
     # Live positions first; chunks beyond the last of them are never computed.
     padding = -N % C
     live = per_position["live"]
-    order = jnp.arange(N) if plan.all_live else jnp.argsort(~live, stable=True)
+    order = jnp.arange(N) if settings.all_live else jnp.argsort(~live, stable=True)
     order = jnp.pad(order, (0, padding))
-    count = N if plan.all_live else jnp.sum(live)
+    count = N if settings.all_live else jnp.sum(live)
 
     def body(i: Array, out: Any) -> Any:
         start = i * C
@@ -117,25 +117,27 @@ def _in_chunks(
         return jax.tree.map(write, out, one(chunk))
 
     shapes = jax.eval_shape(one, {name: array[:C] for name, array in arrays.items()})
-    sources = list(arrays.values()) + (list(heads) if plan.axis_name is None else [])
+    sources = list(arrays.values()) + (list(heads) if settings.axis_name is None else [])
 
     def blank(like: Any) -> Array:
         zeros = jnp.zeros((N + padding, *like.shape[1:]), like.dtype)
         return vocabulary.like_varying(zeros, *sources)
 
     out = jax.lax.fori_loop(0, -(-count // C), body, jax.tree.map(blank, shapes))
-    if plan.all_live:
+    if settings.all_live:
         return jax.tree.map(lambda a: a[:N], out)
     rank = jnp.zeros(N, jnp.int32).at[order[:N]].set(jnp.arange(N, dtype=jnp.int32))
     return jax.tree.map(lambda a: jnp.take(a, rank, axis=0), out)
 
 
-def _one_chunk(plan: Plan, heads: Heads, chunk: Arrays, *, gradient: bool) -> tuple[Results, Array | None]:
+def _one_chunk(
+    settings: ChunkSettings, heads: Heads, chunk: Arrays, *, gradient: bool
+) -> tuple[Results, Array | None]:
     teacher_head, head = heads
     live = chunk["live"]
     given = {name: array for name, array in chunk.items() if name != "live"}
     student = given["student_hidden"]
-    axis, rule = plan.axis_name, plan.rule
+    axis, rule = settings.axis_name, settings.rule
 
     def logits_of(hidden: Array, head: Array) -> Array:
         # A NaN under the mask must not reach the gradient. And on jax 0.10's CPU backend the product,
@@ -144,27 +146,27 @@ def _one_chunk(plan: Plan, heads: Heads, chunk: Arrays, *, gradient: bool) -> tu
         return raw if rule else vocabulary.gather(raw, axis)
 
     def cap(raw: Array) -> Array:
-        return raw if plan.softcap is None else plan.softcap * jnp.tanh(raw / plan.softcap)
+        return raw if settings.softcap is None else settings.softcap * jnp.tanh(raw / settings.softcap)
 
     if "teacher_hidden" in given:  # where nothing reads them, they are not computed
         given["teacher_logits"] = cap(logits_of(given["teacher_hidden"], teacher_head))
     given["student_logits"], uncap = jax.vjp(cap, logits_of(student, head))
-    measured = {name: entry(mask=live, **given) for name, entry in plan.metrics}
+    measured = {name: entry(mask=live, **given) for name, entry in settings.metrics}
 
     if rule:
-        values, to_logits = rule(given, live, axis, **dict(plan.objective.options))
+        values, to_logits = rule(given, live, axis, **dict(settings.objective.options))
         to_hidden = jnp.zeros(student.shape, jnp.float32)
     else:
 
         def values_of(student_logits: Array, student_hidden: Array) -> Array:
             own = {"student_logits": student_logits, "student_hidden": student_hidden}
-            return plan.objective(mask=live, **{**given, **own})
+            return settings.objective(mask=live, **{**given, **own})
 
         values, pull = jax.vjp(values_of, given["student_logits"], student)
         to_logits, to_hidden = pull(jnp.ones_like(values))
     if not gradient:
         return (values, measured), None
-    if "student_logits" in plan.objective.inputs:
+    if "student_logits" in settings.objective.inputs:
         (to_raw,) = uncap(to_logits)
         to_raw = to_raw if rule else vocabulary.own_part(to_raw, head.shape[0], axis)
         to_hidden += vocabulary.total(_product("nv,vd->nd", to_raw, head, student.dtype), axis)

@@ -50,7 +50,7 @@ def fused_kl_divergence(
       teacher_unembedding: the teacher's head ``[v, e]``, if it is another one.
       softcap: logits are :math:`c \tanh(x / c)`, on both sides (Gemma 2).
       chunk_size: positions at a time; by default as many as fit a budget (256 MiB on a CPU, else 1 GiB).
-      axis_name: of the mapped axis over which the rows of the heads are sharded, in order.
+      axis_name: name of the mapped axis over which the rows of the heads are sharded, in order.
 
     Returns:
       ``[*b, t]`` float32, in nats; exactly 0, with zero gradient, where the mask is False.
@@ -106,7 +106,7 @@ def fused_negative_log_likelihood(
       label_smoothing: the share of the target spread evenly over the vocabulary.
       softcap: logits are :math:`c \tanh(x / c)` (Gemma 2).
       chunk_size: positions at a time; by default as many as fit a budget (256 MiB on a CPU, else 1 GiB).
-      axis_name: of the mapped axis over which the rows of the head are sharded, in order.
+      axis_name: name of the mapped axis over which the rows of the head are sharded, in order.
 
     Returns:
       ``[*b, t]`` float32, in nats; exactly 0, with zero gradient, where the mask is False.
@@ -169,7 +169,7 @@ def fused_objective(
       metrics: further objectives, as text, to evaluate on the same logits, without a gradient.
       softcap: logits are c·tanh(x / c), on both sides (Gemma 2).
       chunk_size: positions at a time; by default as many as fit a budget (256 MiB on a CPU, else 1 GiB).
-      axis_name: of the mapped axis over which the rows of the heads are sharded, in order and evenly. The KL
+      axis_name: the mapped axis over which the rows of the heads are sharded, in order and evenly. The KL
         divergence and the likelihood then reduce over it; for others each chunk's logits are gathered.
 
     Returns:
@@ -217,10 +217,12 @@ def fused_objective(
         chunk_size = chunked_head.chunk_size(
             math.prod(batch), width, masked=mask is not None, metrics=len(measures)
         )
-    plan = chunked_head.Plan(objective, rule, measures, chunk_size, mask is None, softcap, axis_name)
+    settings = chunked_head.ChunkSettings(
+        objective, rule, measures, chunk_size, mask is None, softcap, axis_name
+    )
     given = {name: array.reshape(-1, *array.shape[len(batch) :]) for name, array in given.items()}
     flat = vocabulary.like_varying(student_hidden.reshape(-1, student_hidden.shape[-1]), *given.values())
-    results: Any = chunked_head.evaluate(plan, flat, given, (teacher_head, unembedding))
+    results: Any = chunked_head.evaluate(settings, flat, given, (teacher_head, unembedding))
     values, measured = results
     return values.reshape(batch), {name: measured[name].reshape(batch) for name in metrics}
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def negative_log_likelihood(
     student_logits: Logits, targets: Tokens, mask: Mask = None, *, label_smoothing: float = 0.0
 ) -> Losses:
-    r"""How surprised the student is by each token of the gold answer.
+    r"""The student's surprise at each token of the gold answer.
 
     .. math:: -(1 - \epsilon) \log q_{\hat y_t} - \frac{\epsilon}{V} \sum_v \log q_v,
               \quad q = p(\cdot \mid \sigma, z, \hat y_{<t})

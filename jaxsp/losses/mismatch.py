@@ -54,7 +54,7 @@ def top_k_mismatch(
       teacher_logits: ``[*b, t, v]``.
       student_logits: ``[*b, t, v]``.
       mask: ``[*b, t]``, True where a position counts; all if ``None``.
-      k: how many of the student's tokens will do.
+      k: number of the student's tokens that will do.
 
     Returns:
       ``[*b, t]`` float32: 1 where it is not, 0 where it is or the mask is False.
@@ -125,7 +125,7 @@ def rank_agreement(
       teacher_logits: ``[*b, t, v]``.
       student_logits: ``[*b, t, v]``.
       mask: ``[*b, t]``, True where a position counts; all if ``None``.
-      n: how many tokens; all v if there are fewer.
+      n: number of tokens; all v if there are fewer.
 
     Returns:
       ``[*b, t]`` float32, from -1 (reversed) to 1 (the same order, or no pair to compare); 0 where the

@@ -106,8 +106,8 @@ class Objective:
         for name, entry in OBJECTIVES.items():
             if entry == plain:
                 return name + _listed(self.options)
-        told = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)[1:4])
-        unusual = ",".join(f"{name}={value}" for name, value, usual in told if value != usual)
+        fields = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)[1:4])
+        unusual = ",".join(f"{name}={value}" for name, value, usual in fields if value != usual)
         name = _qualified(self.function) + (unusual and f"[{unusual}]")
         return name + _listed(self.options)
 
@@ -396,8 +396,8 @@ def _qualified(function: Callable[..., Any]) -> str:
 
 
 def _listed(options: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> str:
-    told = ",".join(f"{name}={_plain(value)}" for name, value in dict(options).items())
-    return told and f"({told})"
+    text = ",".join(f"{name}={_plain(value)}" for name, value in dict(options).items())
+    return text and f"({text})"
 
 
 def _plain(value: Any) -> str:

@@ -32,7 +32,7 @@ def masked_sum(values: Losses, mask: Mask = None, *, weights: Weights = None) ->
     Args:
       values: unreduced losses ``[*b, t]``.
       mask: which of them count; all if ``None``.
-      weights: of each position, ``[*b, t]``, or of each sequence, ``[*b]``; 1 if ``None``. A position
+      weights: weight of each position, ``[*b, t]``, or of each sequence, ``[*b]``; 1 if ``None``. A position
         of weight w counts as w positions.
 
     Returns:
@@ -69,7 +69,7 @@ def merge(*totals: Total) -> Total:
     """Adds up the totals and the counts of several parts.
 
     Args:
-      *totals: of disjoint positions.
+      *totals: totals of disjoint positions.
 
     Returns:
       That of all of them.
@@ -89,7 +89,7 @@ def masked_mean(values: Losses | Total, mask: Mask = None, *, weights: Weights =
     Args:
       values: unreduced losses ``[*b, t]``, or a ``Total`` (then without mask and weights).
       mask: which of them count; all if ``None``.
-      weights: of each position, ``[*b, t]``, or of each sequence, ``[*b]``; 1 if ``None``.
+      weights: weight of each position, ``[*b, t]``, or of each sequence, ``[*b]``; 1 if ``None``.
 
     Returns:
       A float32 scalar, in the unit of ``values``.

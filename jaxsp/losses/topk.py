@@ -32,7 +32,7 @@ def top_k(logits: Logits, k: int = TOP_K) -> TopK:
 
     Args:
       logits: ``[*b, t, v]``, any float dtype.
-      k: how many; all v if there are fewer.
+      k: number of tokens; all v if there are fewer.
 
     Returns:
       ``TopK(log_probs, ids)``, float32 and int32 ``[*b, t, k]``, best first, ties by id.

@@ -1,4 +1,4 @@
-"""How sure a prediction is, and whether the student is as sure as the teacher."""
+"""The certainty of a prediction, and whether the student is as sure as the teacher."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def entropy(logits: Logits, mask: Mask = None, *, temperature: float = 1.0) -> L
 
 
 def confidence_shift(teacher_logits: Logits, student_logits: Logits, mask: Mask = None) -> Losses:
-    r"""How much surer of its first token the student is than the teacher of its own.
+    r"""Difference in certainty: the student's of its first token, less the teacher's of its own.
 
     .. math:: \max_v q_v - \max_v p_v
 

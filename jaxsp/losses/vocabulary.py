@@ -14,7 +14,7 @@ from jaxsp.typing import Array
 
 
 def shards(axis_name: str | None) -> int:
-    """How many there are."""
+    """The number of shards."""
     return 1 if axis_name is None else jax.lax.psum(1, axis_name)
 
 

@@ -1,6 +1,6 @@
 """Where the context and the query stand in a model's prompt: text before, the context, text after.
 
-The slots come from the tokenizer's own chat template with the document in the user turn (there the
+The texts come from the tokenizer's own chat template with the document in the user turn (there the
 models that were measured use it best). The pieces are tokenised one by one, the user's text never as
 control tokens, so the context can be replaced by vectors without moving a token around it.
 """
@@ -17,7 +17,7 @@ _SEPARATOR = "\n\n"
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatSlots:
+class ChatTexts:
     """The fixed texts around a context and a query.
 
     The sequence is ``before · context · between · query · after · answer``.
@@ -25,10 +25,10 @@ class ChatSlots:
     Example:
       >>> import jaxsp
       >>> tokenizer = jaxsp.load_model("smollm2-135m-instruct").tokenizer
-      >>> slots = ChatSlots.of(tokenizer)
-      >>> slots.between, slots.after
+      >>> chat = ChatTexts.of(tokenizer)
+      >>> chat.between, chat.after
       ('\\n\\n', '<|im_end|>\\n<|im_start|>assistant\\n')
-      >>> tokenizer.decode(slots.query_ids(tokenizer, "How long?"))
+      >>> tokenizer.decode(chat.query_ids(tokenizer, "How long?"))
       '\\n\\nHow long?<|im_end|>\\n<|im_start|>assistant\\n'
     """
 
@@ -37,8 +37,8 @@ class ChatSlots:
     after: str
 
     @classmethod
-    def of(cls, tokenizer) -> ChatSlots:
-        """The slots of a tokenizer's chat template, or a plain layout if it has none.
+    def of(cls, tokenizer) -> ChatTexts:
+        """The texts of a tokenizer's chat template, or a plain layout if it has none.
 
         Raises:
           UserError: the template changes or drops the user's text.

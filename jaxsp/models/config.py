@@ -13,7 +13,7 @@ from jaxsp.models.rope import Rope
 from jaxsp.typing import UserError
 
 Activation = Literal["silu", "gelu_tanh"]
-Weights = Literal["full", "int8"]
+Quantization = Literal["none", "int8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class DecoderConfig:
 
     dtype: str = "float32"
     """Dtype of matrices and activations; norms, softmax and logits are float32 whatever it is."""
-    weights: Weights = "full"
+    quantization: Quantization = "none"
     """Form of the layers' matrices: in ``dtype``, or int8 with a float32 scale for each output."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
@@ -114,7 +114,7 @@ class DecoderConfig:
 
 
 def _per_layer(values: tuple[Any, ...]) -> str:
-    """Each layer's value, told by its number where there are several."""
+    """Each layer's value, found by its number where there are several."""
     kinds = list(dict.fromkeys(values))
     if len(kinds) == 1:
         return f"{len(values)} × {kinds[0]}"

@@ -29,7 +29,7 @@ class LayerInputs(NamedTuple):
     past_kv: tuple[tuple[Array, Array], ...]
     rope: Array | None
     """Which of the model's rotations turns this layer; None: its only one, or it has none."""
-    window: Array | None
+    sliding_window: Array | None
     """None: the configuration's first is that of all layers, or it has none."""
 
 
@@ -75,7 +75,7 @@ class DecoderLayer(nn.Module):
 
     def _dense(self, name: str, size: int, x: Array, *, bias: bool) -> Array:
         c = self.config
-        if c.weights == "int8":
+        if c.quantization == "int8":
             return Int8Dense(c, size, bias, name=name)(x)
         return nn.Dense(size, bias, dtype=c.dtype, param_dtype=c.dtype, precision=c.precision, name=name)(x)
 
@@ -100,7 +100,9 @@ class DecoderLayer(nn.Module):
             tuple(slots),
             scale=c.head_width**-0.5 if c.query_scale is None else c.query_scale,
             softcap=c.attention_softcap,
-            window=next(iter(c.sliding_windows), None) if own.window is None else own.window,
+            sliding_window=next(iter(c.sliding_windows), None)
+            if own.sliding_window is None
+            else own.sliding_window,
             segment_ids_BT=reading.segment_ids_BT,
             precision=c.precision,
         )
@@ -166,7 +168,7 @@ class Decoder(nn.Module):
         own = LayerInputs(
             past_kv=tuple((kv.keys, kv.values) for kv in past),
             rope=jnp.array([ropes.index(rope) for rope in c.ropes]) if len(ropes) > 1 else None,
-            window=jnp.array(windows, jnp.int32) if len(set(windows)) > 1 else None,
+            sliding_window=jnp.array(windows, jnp.int32) if len(set(windows)) > 1 else None,
         )
         reading = Reading(
             positions_BT,
@@ -250,7 +252,7 @@ def prefill(
       params: the parameter tree.
       config: its hyper-parameters.
       inputs: one sequence of vectors; it may be empty.
-      prefix: what stands before it, if anything.
+      prefix: prefix that stands before it, if anything.
 
     Returns:
       Keys and values with batch size 1: ``prefix`` followed by ``inputs``.
@@ -278,8 +280,8 @@ def read_long(
     Args:
       params: the parameter tree.
       config: its hyper-parameters.
-      ids: of one sequence.
-      prefix: what stands before it, if anything.
+      ids: token ids of one sequence.
+      prefix: prefix that stands before it, if anything.
       longest: tokens read at once.
 
     Returns:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsp.models import decoder, sharding
-from jaxsp.models.chat import ChatSlots, encode
+from jaxsp.models.chat import ChatTexts, encode
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation import Sampling, stream
 from jaxsp.models.weights import fingerprint, weight_files
@@ -40,7 +40,7 @@ class LanguageModel:
     stop_ids: tuple[int, ...]
     """Token ids that end a turn or a text."""
     load_seconds: float = 0.0
-    """How long loading took."""
+    """The time that loading took, in seconds."""
 
     def embed(self, ids: Any) -> Float[Array, "*b t d"]:
         """Input vectors of token ids ``[*b, t]``: the space of a soft prompt.
@@ -69,7 +69,7 @@ class LanguageModel:
         return logits.reshape(*inputs.shape[:-1], -1)
 
     @functools.cached_property
-    def chat(self) -> ChatSlots:
+    def chat(self) -> ChatTexts:
         """The texts around a context and a query, by the tokenizer's chat template.
 
         Raises:
@@ -80,7 +80,7 @@ class LanguageModel:
           >>> jaxsp.load_model("smollm2-135m-instruct").chat.after
           '<|im_end|>\\n<|im_start|>assistant\\n'
         """
-        return ChatSlots.of(self._tokenizer)
+        return ChatTexts.of(self._tokenizer)
 
     @functools.cached_property
     def preamble_ids(self) -> Int[np.ndarray, " n"]:
@@ -111,7 +111,7 @@ class LanguageModel:
         """
         return self.check_ids(encode(self._tokenizer, text, control=False))
 
-    def encode_query(self, text: str, chat: ChatSlots | None = None) -> Int[np.ndarray, " z"]:
+    def encode_query(self, text: str, chat: ChatTexts | None = None) -> Int[np.ndarray, " z"]:
         """Token ids int32 ``[Z]`` of all that stands between the context and the answer.
 
         Args:
@@ -130,7 +130,7 @@ class LanguageModel:
         return self.check_ids((chat or self.chat).query_ids(self._tokenizer, text))
 
     def stream_answer(
-        self, prefix: KeyValues, query: str, chat: ChatSlots | None = None, *, max_tokens: int = 128
+        self, prefix: KeyValues, query: str, chat: ChatTexts | None = None, *, max_tokens: int = 128
     ) -> Iterator[str]:
         """The pieces of the greedy answer's text as they come.
 
@@ -203,7 +203,7 @@ class LanguageModel:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Identifies the weights: two models with the same fingerprint give the same logits."""
-        kind = "" if self.config.weights == "full" else f"{self.config.weights}:"
+        kind = "" if self.config.quantization == "none" else f"{self.config.quantization}:"
         return kind + fingerprint(weight_files(self.directory))
 
 

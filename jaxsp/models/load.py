@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jaxsp import compile_cache
 from jaxsp.models import sharding
-from jaxsp.models.config import DecoderConfig, Weights
+from jaxsp.models.config import DecoderConfig, Quantization
 from jaxsp.models.families import FAMILIES, Family
 from jaxsp.models.gguf import converted, is_converted
 from jaxsp.models.language_model import LanguageModel
@@ -46,7 +46,7 @@ def load_model(
     name_or_path: str | os.PathLike[str] = EMBEDDED,
     *,
     dtype: str | None = None,
-    weights: Weights = "full",
+    quantization: Quantization = "none",
     tokenizer: PreTrainedTokenizerBase | Literal["auto"] | None = "auto",
     mesh: Mesh | str | None = None,
 ) -> LanguageModel:
@@ -61,8 +61,8 @@ def load_model(
         hub id such as ``"HuggingFaceTB/SmolLM2-360M-Instruct"``.
       dtype: dtype of weights and activations: ``"bfloat16"``, ``"float32"`` or ``"float16"``; by default
         the faster of the first two on this device.
-      weights: ``"full"``, in ``dtype``; or ``"int8"``: the layers' matrices as int8 with a scale for each
-        output, at half the memory of bfloat16. Embeddings, head, norms and biases stay as they are;
+      quantization: ``"none"``; or ``"int8"``: the layers' matrices as int8 with a scale for each output, at
+        half the memory of bfloat16. Embeddings, head, norms and biases stay as they are;
         activations are in ``dtype``.
       tokenizer: ``"auto"`` reads it from beside the weights; ``None`` loads the weights alone; or one
         of your own.
@@ -84,7 +84,7 @@ def load_model(
     """
     started = time.perf_counter()
     compile_cache.enable()
-    directory, family, config = _located(name_or_path, dtype, weights)
+    directory, family, config = _located(name_or_path, dtype, quantization)
     where = None if mesh is None else sharding.shardings(config, sharding.local(sharding.as_mesh(mesh)))
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(load_params, weight_files(directory), config, family.tensors(config), where)
@@ -107,14 +107,16 @@ def load_model(
     return model
 
 
-def as_model(model: LanguageModel | str | os.PathLike[str], weights: Weights = "full") -> LanguageModel:
+def as_model(
+    model: LanguageModel | str | os.PathLike[str], quantization: Quantization = "none"
+) -> LanguageModel:
     """The model itself, or the one of this name: one that is loaded already, else loaded now.
 
     The last one that was loaded here stays in memory for the next call.
 
     Args:
       model: a model, or a name as ``load_model`` takes it.
-      weights: as in ``load_model``, of a name.
+      quantization: as in ``load_model``, of a name.
 
     Raises:
       UserError: as ``load_model``.
@@ -129,42 +131,46 @@ def as_model(model: LanguageModel | str | os.PathLike[str], weights: Weights = "
         return model
     name = os.fspath(model)
     for loaded in list(_LOADED):
-        if loaded.name == name and loaded.config.weights == weights and loaded.tokenizer is not None:
+        if (
+            loaded.name == name
+            and loaded.config.quantization == quantization
+            and loaded.tokenizer is not None
+        ):
             return loaded
-    return _kept(name, weights)
+    return _kept(name, quantization)
 
 
 @functools.lru_cache(maxsize=1)
-def _kept(name: str, weights: Weights) -> LanguageModel:
-    return load_model(name, weights=weights)
+def _kept(name: str, quantization: Quantization) -> LanguageModel:
+    return load_model(name, quantization=quantization)
 
 
 def model_config(
-    name_or_path: str | os.PathLike[str], dtype: str | None = None, weights: Weights = "full"
+    name_or_path: str | os.PathLike[str], dtype: str | None = None, quantization: Quantization = "none"
 ) -> DecoderConfig:
     """The hyper-parameters that ``load_model`` would give a model; its weights need not be there.
 
     Raises:
       UserError: no such model, an unsupported one, or a dtype that there is not.
     """
-    return _located(name_or_path, dtype, weights)[2]
+    return _located(name_or_path, dtype, quantization)[2]
 
 
 def _located(
-    name_or_path: str | os.PathLike[str], dtype: str | None, weights: Weights
+    name_or_path: str | os.PathLike[str], dtype: str | None, quantization: Quantization
 ) -> tuple[Path, Family, DecoderConfig]:
-    """The model's directory, family and hyper-parameters; dtype and weights are checked first."""
+    """The model's directory, family and hyper-parameters; dtype and quantization are checked first."""
     dtype = default_dtype() if dtype is None else dtype
     if dtype not in DTYPES:
         raise UserError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
     if lack := _lacks(dtype):
         raise UserError(f"{lack}; choose dtype {default_dtype()}.")
-    if weights not in (known := get_args(Weights)):
-        raise UserError(f"Unknown weights {weights!r}; choose one of {', '.join(known)}.")
+    if quantization not in (known := get_args(Quantization)):
+        raise UserError(f"Unknown quantization {quantization!r}; choose one of {', '.join(known)}.")
     directory = _directory(os.fspath(name_or_path))
     hf = _hugging_face_config(directory)
     family = FAMILIES[hf.model_type]
-    return directory, family, family.config(hf, dtype).replace(weights=weights)
+    return directory, family, family.config(hf, dtype).replace(quantization=quantization)
 
 
 def default_dtype() -> str:

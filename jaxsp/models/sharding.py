@@ -1,4 +1,4 @@
-"""How batches and weights lie on a mesh of devices: one table.
+"""The layout of batches and weights on a mesh of devices: one table.
 
 Batches, or whole prompts, go over the axis ``data``; the layers' matrices and the vocabulary over ``model``.
 XLA splits the products and adds the sums between devices where the table makes them partial.
@@ -54,9 +54,9 @@ def as_mesh(mesh: Mesh | str) -> Mesh:
         sizes[name] = int(size)
     wanted = math.prod(sizes.values())
     if devices % wanted:
-        told = " × ".join(f"{name}={size}" for name, size in sizes.items())
+        layout = " × ".join(f"{name}={size}" for name, size in sizes.items())
         raise UserError(
-            f"The mesh {told} takes {wanted} devices, which doesn't divide the {devices} there are;"
+            f"The mesh {layout} takes {wanted} devices, which doesn't divide the {devices} there are;"
             " choose sizes whose product does."
         )
     processes = jax.process_count()
@@ -155,9 +155,9 @@ def over_data(
     """``function`` run by each part of ``data`` on its own share; over ``model`` XLA splits the work.
 
     Args:
-      function: of arrays, or trees of them.
+      function: function of arrays, or trees of them.
       mesh: the devices; without one ``function`` itself is given back.
-      axes: of each argument the axis that is cut, or ``None`` if it is whole everywhere.
+      axes: for each argument the axis that is cut, or ``None`` if it is whole everywhere.
       out: likewise of the results; whole ones must be the same everywhere.
     """
     if mesh is None:

@@ -70,7 +70,7 @@ class Tensor:
     """Where a parameter of the decoder stands in a checkpoint.
 
     Attributes:
-      name: of the tensor; ``{layer}`` where the layer's number stands.
+      name: name of the tensor; ``{layer}`` where the layer's number stands.
       rows: which outputs are meant, where several matrices are stored as one.
       outputs_first: a matrix stands there as ``[outputs, inputs]``, as torch's ``Linear`` has it.
       plus: added to what is stored; Gemma stores norm weights less one.
@@ -147,7 +147,7 @@ def load_params(
       files: safetensors files, from ``weight_files``.
       config: the decoder that the weights are for.
       tensors: the family's ``tensors(config)``.
-      sharding: of the parameter with this path and shape; by default all is on the default device.
+      sharding: sharding of the parameter with this path and shape; by default all is on the default device.
 
     Returns:
       The parameter tree; layers stacked along the first axis.
@@ -157,17 +157,17 @@ def load_params(
     """
     checkpoint = stored_tensors(files)
     tensors = _as_named(checkpoint, tensors)
-    places = places_of(config, tensors)
-    _check_names(checkpoint, places, tensors, config)
-    for place in places.values():
-        place.check(checkpoint)
+    destinations = destinations_of(config, tensors)
+    _check_names(checkpoint, destinations, tensors, config)
+    for destination in destinations.values():
+        destination.check(checkpoint)
 
     def load(path: str, leaf: jax.ShapeDtypeStruct) -> Array:
-        place = places[path.replace("/scale", "/kernel")]
-        if config.weights == "int8" and path.endswith(("/kernel", "/scale")):
-            read = functools.partial(place.read_int8, leaf, checkpoint)
+        destination = destinations[path.replace("/scale", "/kernel")]
+        if config.quantization == "int8" and path.endswith(("/kernel", "/scale")):
+            read = functools.partial(destination.read_int8, leaf, checkpoint)
         else:
-            read = functools.partial(place.read, checkpoint)
+            read = functools.partial(destination.read, checkpoint)
         if sharding:
             return jax.make_array_from_callback(leaf.shape, sharding(path, leaf.shape), read)
         # Without a wish the arrays stay uncommitted: they follow what they are used with.
@@ -198,7 +198,7 @@ def fingerprint(files: list[Path]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Destination:
     """A parameter and the tensors that it is read from: one a layer, or one."""
 
     leaf: jax.ShapeDtypeStruct
@@ -244,8 +244,8 @@ class Place:
             first = self.tensor.rows[0]
             cut[-1] = slice(cut[-1].start + first, cut[-1].stop + first)
         stored = tuple(cut[::-1] if self.transposed else cut)
-        for place, name in zip(out if self.stacked else [out], names, strict=True):
-            target = place.T if self.transposed else place
+        for part, name in zip(out if self.stacked else [out], names, strict=True):
+            target = part.T if self.transposed else part
             for rows in _chunks(target):
                 first = slice(stored[0].start + rows.start, stored[0].start + rows.stop)
                 data = checkpoint[name].read(first)[(_ALL, *stored[1:])]
@@ -270,7 +270,9 @@ class Place:
                 largest = np.abs(kernel).max(axis=0)
                 if not np.isfinite(largest).all():
                     name = self.names[layer]
-                    raise UserError(f"Tensor {name} holds NaN or infinity, which int8 can't; load it full.")
+                    raise UserError(
+                        f"Tensor {name} holds NaN or infinity, which int8 can't; load it unquantised."
+                    )
                 scale = np.maximum(largest, np.finfo(np.float32).tiny) / 127  # an output may be all 0
                 target = out[i, ..., first - outputs.start : columns.stop - outputs.start]
                 target[:] = np.rint(kernel[inputs[0]] / scale) if inputs else scale
@@ -312,25 +314,30 @@ def _as_named(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> Mapping[
     }
 
 
-def places_of(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> dict[str, Place]:
-    """Each parameter of a decoder with full weights, by its path, and the tensors that it is read from."""
-    leaves = _leaves(config.replace(weights="full"))
+def destinations_of(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> dict[str, Destination]:
+    """Each parameter of a decoder without quantization, by its path, and the tensors that it is read from."""
+    leaves = _leaves(config.replace(quantization="none"))
     found = [(path, leaf, tensors[path]) for path, leaf in leaves.items()]
     outputs: dict[str, int] = {}
     for _, leaf, tensor in found:
         last = tensor.rows[1] if tensor.rows else leaf.shape[-1]
         outputs[tensor.name] = max(last, outputs.get(tensor.name, 0))
     return {
-        path: Place(leaf, tensor, tensor.outputs_first and path.endswith("/kernel"), outputs[tensor.name])
+        path: Destination(
+            leaf, tensor, tensor.outputs_first and path.endswith("/kernel"), outputs[tensor.name]
+        )
         for path, leaf, tensor in found
     }
 
 
 def _check_names(
-    checkpoint: Checkpoint, places: dict[str, Place], tensors: Mapping[str, Tensor], config: DecoderConfig
+    checkpoint: Checkpoint,
+    destinations: dict[str, Destination],
+    tensors: Mapping[str, Tensor],
+    config: DecoderConfig,
 ) -> None:
     present = {name for name in checkpoint if not _DERIVED.fullmatch(name)}
-    wanted = {name for place in places.values() for name in place.names}
+    wanted = {name for destination in destinations.values() for name in destination.names}
     if config.tied_head:
         head, table = (tensors[path].name for path in ("lm_head/embedding", "embed_tokens/embedding"))
         # Some writers store a tied head a second time: harmless when it is the same matrix.

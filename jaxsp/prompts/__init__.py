@@ -31,7 +31,7 @@ class PromptKind(Protocol):
         """
         ...
 
-    def length(self, sigma: PyTree) -> int:
+    def prompt_length(self, sigma: PyTree) -> int:
         """K, in slots."""
         ...
 

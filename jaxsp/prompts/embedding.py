@@ -26,6 +26,6 @@ def prefix(sigma: Sigma, preamble: KeyValues, prefill: Callable[[Array, KeyValue
     return prefill(sigma["embeddings"][None], preamble)
 
 
-def length(sigma: Sigma) -> int:
+def prompt_length(sigma: Sigma) -> int:
     """K, in slots."""
     return sigma["embeddings"].shape[0]

@@ -15,7 +15,7 @@ from jaxsp.files import atomic_write
 from jaxsp.typing import UserError
 
 VERSION = 2
-"""Of what lies in a run's folder; 0.1 wrote none."""
+"""Version of the files in a run's folder; 0.1 wrote none."""
 
 REPORT, RESULTS = "report.json", "results.parquet"
 _OURS = (REPORT, "report.md", "plots", "metrics.jsonl", "run", ARRAYS, MANIFEST, CONTEXT)

@@ -41,7 +41,7 @@ class Job:
       train: queries to train on.
       held_out: queries to measure on.
       settings: those of the run, but for what the row says otherwise.
-      tokens: of a query with its answer, about, as far as is known before the teacher speaks.
+      tokens: tokens of a query with its answer, about, as far as is known before the teacher speaks.
     """
 
     id: str

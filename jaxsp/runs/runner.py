@@ -114,7 +114,7 @@ class Runner:
         unfinished = set(itertools.chain(*shares))
         rows = {j.id: table.row(self._load(j).report) for j in self.jobs if j.id not in unfinished}
         to_do = [job for job in self.jobs if job.id in unfinished]
-        mine = [job for job in to_do if job.id in shares[jax.process_index() if self.divided else 0]]
+        own = [job for job in to_do if job.id in shares[jax.process_index() if self.divided else 0]]
         waiting = collections.deque(self.jobs)
         early: dict[str, Result] = {}  # finished before one that comes first; not kept if on disk
 
@@ -126,7 +126,7 @@ class Runner:
         try:
             with processes.peer_failure_as_user_error(), self._progress(len(rows)) as (on_step, finished):
                 yield from next_ones()
-                done = self._train_all(mine, on_step)
+                done = self._train_all(own, on_step)
                 for job, result in processes.alone_while(done) if self.divided else done:
                     rows[job.id] = table.row(result.report)
                     self._write_table(rows)
@@ -218,7 +218,7 @@ class Runner:
 
     @contextlib.contextmanager
     def _progress(self, done: int) -> Iterator[tuple[Callback, Callable[[str], None]]]:
-        """Shows what goes on; gives two functions, told of every step and of every job that is finished."""
+        """Shows what goes on; gives two functions, called with every step and with every finished job."""
         if self.single:
             steps = self.jobs[0].settings.training.steps
             with self.display.training(steps) as on_line:
@@ -231,9 +231,9 @@ class Runner:
                 if "held_out_kl" in step.metrics:
                     newest[step.job] = step.metrics["held_out_kl"]
                     some = [newest[name] for name in self.running if name in newest]
-                    told = ", ".join(f"{kl:.3f}" for kl in some[:3])
+                    summary = ", ".join(f"{kl:.3f}" for kl in some[:3])
                     more = " …" if some[3:] else ""
-                    show(0, f"{len(some)} in training, held-out KL {told}{more}")
+                    show(0, f"{len(some)} in training, held-out KL {summary}{more}")
 
             yield on_step, lambda text: show(1, text)
 
@@ -241,8 +241,8 @@ class Runner:
 
     def _train_all(self, jobs: Sequence[Job], on_step: Callback) -> Iterator[tuple[Job, Result]]:
         for key, group in groups(self.jobs).items():
-            if mine := [job for job in group if job in jobs]:
-                yield from self._train(key, mine, on_step)
+            if own := [job for job in group if job in jobs]:
+                yield from self._train(key, own, on_step)
 
     def _train(self, key: str, jobs: Sequence[Job], on_step: Callback) -> Iterator[tuple[Job, Result]]:
         """The results of jobs that can train side by side, as they finish."""
@@ -292,7 +292,7 @@ class Runner:
             self.display.say(f"Resuming after step {int(states.step[0])}.")
 
     def _slots(self, jobs: Sequence[Job]) -> int:
-        """How many prompts train in one step."""
+        """The number of prompts that train in one step."""
         if self.single:
             return 1
         problem, settings = self._problem(jobs[0]), jobs[0].settings
@@ -358,13 +358,13 @@ class Runner:
             "id": job.id,
             "error": trained.error,
             "settings": plain(settings),
-            **reports.header(self.model, prompt),
+            **reports.report_header(self.model, prompt),
         }
         if trained.error is None:
             measured = processes.on_first_process(lambda: self._measured(job, problem, prompt.sigma, display))
             prompt.manifest["held_out"] = {
                 "gap_closed": measured["gap_closed"],
-                **measured["held_out"]["conditions"]["prompt"],
+                **measured["held_out"]["brackets"]["prompt"],
             }
             report |= measured
         display.add("load", self.model.load_seconds)
@@ -379,7 +379,7 @@ class Runner:
         return result
 
     def _measured(self, job: Job, problem: Problem, sigma: PyTree, display: Display) -> dict[str, Any]:
-        """What the report says of the queries: all conditions, the gap closed, the verdict.
+        """The report's part on the queries: all brackets, the gap closed, the verdict.
 
         The brackets, which σ has no part in, are measured once for all jobs that have the same.
         """

@@ -24,7 +24,7 @@ def open_run(
       model: the frozen model.
       rows: the jobs, each with where it comes from.
       settings: those of the rows that say nothing else.
-      start: how to begin.
+      start: the way to begin.
 
     Raises:
       UserError: something is invalid; nothing is then done.
@@ -67,8 +67,8 @@ def run_one(
     try:
         job = make_job(model, row, settings)
     except UserError as error:
-        told = str(error).rstrip(".")
-        raise UserError(f"{told[0].upper()}{told[1:]}.") from error
+        message = str(error).rstrip(".")
+        raise UserError(f"{message[0].upper()}{message[1:]}.") from error
     runner = Runner(model, [job], start, single=True)
     identity = job.identity(model)
     _open(start, identity, identity)

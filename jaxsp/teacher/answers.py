@@ -31,7 +31,7 @@ def answer_ids(
       queries: token ids from after the prefix up to where the answer starts.
       max_tokens: longest answer.
       after: the row of ``prefix`` that each query is read after; needed if there are several.
-      on_batch: told how many queries are answered.
+      on_batch: called with the number of queries answered.
 
     Returns:
       One list of ids per query.

@@ -16,7 +16,7 @@ from jaxsp.data.documents import Query
 from jaxsp.data.examples import Rows, make_rows
 from jaxsp.data.packing import Packing
 from jaxsp.models import decoder
-from jaxsp.models.chat import ChatSlots, encode
+from jaxsp.models.chat import ChatTexts, encode
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.settings import Settings, TeacherSettings, plain
@@ -36,11 +36,11 @@ class TokenizedJob:
       context_ids: ``[C]``.
       queries: as texts.
       is_train: ``[N]`` True for those to train on, False for those held out.
-      query_ids: of each query, up to where the answer starts.
-      given_ids: of the user's own answers, where there are any.
+      query_ids: token ids of each query, up to where the answer starts.
+      given_ids: token ids of the user's own answers, where there are any.
     """
 
-    chat: ChatSlots
+    chat: ChatTexts
     preamble_ids: Int[np.ndarray, " p"]
     context_ids: Int[np.ndarray, " c"]
     queries: list[Query]
@@ -110,18 +110,18 @@ def tokenize(
     for ids in filter(None, given_ids):
         model.check_ids(ids)
     room = max(settings.teacher.max_answer_tokens, *(len(ids or ()) for ids in given_ids))
-    longest, before = max(map(len, query_ids)), len(model.preamble_ids)
-    needed = before + len(context_ids) + longest + room
+    longest, preamble = max(map(len, query_ids)), len(model.preamble_ids)
+    needed = preamble + len(context_ids) + longest + room
     if needed > model.config.window:
         raise UserError(
-            f"The context has {len(context_ids)} tokens; with the chat's text ({before}),"
+            f"The context has {len(context_ids)} tokens; with the chat's text ({preamble}),"
             f" the longest query ({longest}) and the answer ({room}) that is {needed}, more than the"
             f" model's window of {model.config.window}. Shorten the context."
         )
-    if not settings.prompt.length < len(context_ids):
+    if not settings.prompt.prompt_length < len(context_ids):
         raise UserError(
-            f"The prompt must be shorter than the context: --length is {settings.prompt.length}, the"
-            f" context has {len(context_ids)} tokens."
+            f"The prompt must be shorter than the context: --prompt-length is"
+            f" {settings.prompt.prompt_length}, the context has {len(context_ids)} tokens."
         )
     is_train = np.arange(len(queries)) < len(train)
     return TokenizedJob(model.chat, model.preamble_ids, context_ids, queries, is_train, query_ids, given_ids)

@@ -1,4 +1,4 @@
-"""What the teacher said, computed in packed batches and kept on disk, so that a resumed run reads what it was
+"""The teacher's targets, computed in packed batches and kept on disk, so that a resumed run reads what it was
 started with.
 """
 
@@ -34,7 +34,7 @@ def compute(model: LanguageModel, prefix: KeyValues, rows: Rows, packing: Packin
 
     Args:
       model: the teacher.
-      prefix: of the context.
+      prefix: prefix of the context.
       rows: one sequence each.
       packing: shape of the batches they are read in.
       name: a key of ``SIGNALS``.

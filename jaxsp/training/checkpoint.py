@@ -53,7 +53,7 @@ class Checkpoints:
 
         Args:
           number: above that of any before; an equal one is there already, and left alone.
-          states: of all prompts.
+          states: states of all prompts.
           block: what else is needed to go on, as JSON carries it.
         """
         if number == self.latest:

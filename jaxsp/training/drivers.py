@@ -29,7 +29,7 @@ class Driver(Protocol):
     """Holds the frozen weights where they are needed; turns (states, batches) into (states, metrics)."""
 
     multiple: int
-    """What a batch's rows must be a multiple of: the devices that share them, times the parts that each
+    """A batch's rows must be a multiple of it: the devices that share them, times the parts that each
     computes its share in."""
 
     def place(self, states: TrainState) -> TrainState:
@@ -88,7 +88,7 @@ class JitDriver:
         self, frozen: Frozen, settings: UpdateSettings, *, slots: int = 1, mesh: Mesh | None = None
     ) -> None:
         del slots, mesh
-        self.multiple = settings.accumulate
+        self.multiple = settings.grad_accumulation
         self._step = functools.partial(sharded_update, frozen=frozen, settings=settings)
 
     def place(self, states: TrainState) -> TrainState:
@@ -130,7 +130,7 @@ class PmapDriver:
         self._count = jax.local_device_count()
         self._cut = cut_axis(slots, self._count)
         axis = _AXIS if self._cut == _ROWS else None
-        self.multiple = (self._count if axis else 1) * settings.accumulate
+        self.multiple = (self._count if axis else 1) * settings.grad_accumulation
         self._frozen = self._replicate(frozen)
 
         def share(frozen: Frozen, states: TrainState, batches: Rows) -> tuple[TrainState, Metrics]:
@@ -179,7 +179,7 @@ class MeshDriver:
         mesh = sharding.as_mesh("") if mesh is None else mesh
         self._parts = mesh.shape[DATA]
         self._cut = cut_axis(slots, self._parts)
-        self.multiple = (self._parts if self._cut == _ROWS else 1) * settings.accumulate
+        self.multiple = (self._parts if self._cut == _ROWS else 1) * settings.grad_accumulation
         self._mesh = mesh
         own = sharding.local(mesh)
         params = sharding.place(frozen.params, settings.config, own)

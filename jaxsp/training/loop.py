@@ -100,9 +100,9 @@ class Block:
             except KeyboardInterrupt:
                 self._save()
                 raise Interrupted(self._where()) from None
-            for place, slot in enumerate(self.slots):
+            for index, slot in enumerate(self.slots):
                 if slot.finished and not slot.left:
-                    yield self._result(place, slot)
+                    yield self._result(index, slot)
                     slot.left, self.ahead = True, None
 
     def _live(self) -> list[Slot]:
@@ -128,8 +128,8 @@ class Block:
         if not self._at_evaluation():
             return
         first = not self.slots
-        places = range(self.count) if first else [i for i, slot in enumerate(self.slots) if slot.left]
-        fresh = {place: Slot(job) for place, job in zip(places, self.queue, strict=False)}
+        indices = range(self.count) if first else [i for i, slot in enumerate(self.slots) if slot.left]
+        fresh = {index: Slot(job) for index, job in zip(indices, self.queue, strict=False)}
         if not fresh:
             return
         with _interrupts_between_steps() as check:
@@ -140,13 +140,13 @@ class Block:
                 states = stack([slot.job.state for slot in self.slots])
             else:
                 states = self.driver.fetch(self.states)
-                for place, slot in fresh.items():
-                    states = put(states, np.int32(place), slot.job.state)
-                    self.slots[place] = slot
+                for index, slot in fresh.items():
+                    states = put(states, np.int32(index), slot.job.state)
+                    self.slots[index] = slot
             self.ahead = None  # it lacks theirs
             self._put(states)
             self._fit()
-            self._evaluate({place for place, slot in fresh.items() if slot.fresh})
+            self._evaluate({index for index, slot in fresh.items() if slot.fresh})
             self._save()
             check()
 
@@ -201,13 +201,13 @@ class Block:
         self.tick += 1
         compiled = compile_seconds() - compiled
         seconds = (time.perf_counter() - started - compiled) / len(stepping)
-        for place in stepping:
-            slot, own = self.slots[place], {name: float(value_M[place]) for name, value_M in values.items()}
+        for index in stepping:
+            slot, own = self.slots[index], {name: float(value_M[index]) for name, value_M in values.items()}
             slot.compile_seconds += compiled / len(stepping)
             if all(math.isfinite(value) for value in own.values()):
-                slot.advance({"step": slot.step + 1, **own, "tokens": tokens_M[place], "seconds": seconds})
+                slot.advance({"step": slot.step + 1, **own, "tokens": tokens_M[index], "seconds": seconds})
             else:
-                self._fail(place, slot.step + 1, own)
+                self._fail(index, slot.step + 1, own)
         due = [i for i in stepping if self._at_evaluation() or self.slots[i].ended]
         self._evaluate(set(due))
         if self.tick % self.checkpoint_every == 0 or any(slot.finished for slot in self._live()):
@@ -215,44 +215,44 @@ class Block:
         self._tell(set(stepping) - set(due))
         self.ahead = self._batches() if self._running() else None
 
-    def _fail(self, place: int, step: int, values: dict[str, float]) -> None:
+    def _fail(self, index: int, step: int, values: dict[str, float]) -> None:
         """Ends a prompt: σ before the step may be what was wrong, the one before that was good."""
-        slot = self.slots[place]
-        told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        slot.error = f"Training stopped: step {step} is not finite ({told}). Lower --learning-rate."
-        before, now = (unstack(self.driver.fetch(states), place) for states in (self.recent[0], self.states))
+        slot = self.slots[index]
+        summary = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        slot.error = f"Training stopped: step {step} is not finite ({summary}). Lower --learning-rate."
+        before, now = (unstack(self.driver.fetch(states), index) for states in (self.recent[0], self.states))
         slot.good = dataclasses.replace(before, best_sigma=now.best_sigma, best_kl=now.best_kl)
 
-    def _evaluate(self, places: set[int]) -> None:
-        """Measures the held-out KL of the prompts in these places, and keeps the best σ."""
-        if not places:
+    def _evaluate(self, indices: set[int]) -> None:
+        """Measures the held-out KL of the prompts of these indices, and keeps the best σ."""
+        if not indices:
             return
         states = self.driver.fetch(self.states)
         kl_M = processes.on_first_process(lambda: self.evaluate(states.sigma, self.held_out).tolist())
-        for place in sorted(places):
-            slot = self.slots[place]
-            if slot.error is None and math.isfinite(kl_M[place]):
-                slot.lines[-1]["held_out_kl"] = kl_M[place]
+        for index in sorted(indices):
+            slot = self.slots[index]
+            if slot.error is None and math.isfinite(kl_M[index]):
+                slot.lines[-1]["held_out_kl"] = kl_M[index]
             elif slot.error is None:
-                self._fail(place, slot.step, {"held-out KL": kl_M[place]})
-        good = [i in places and self.slots[i].error is None for i in range(len(self.slots))]
+                self._fail(index, slot.step, {"held-out KL": kl_M[index]})
+        good = [i in indices and self.slots[i].error is None for i in range(len(self.slots))]
         kl_M = np.where(good, np.array(kl_M, np.float32), np.nan)
         self.states = self.driver.place(_keep_best(states, kl_M.astype(np.float32)))
-        self._tell(places)
+        self._tell(indices)
 
-    def _tell(self, places: set[int]) -> None:
+    def _tell(self, indices: set[int]) -> None:
         """Writes the new lines of these prompts, and calls the callbacks."""
-        for place in sorted(places):
-            slot = self.slots[place]
+        for index in sorted(indices):
+            slot = self.slots[index]
             for line in slot.new_lines():
                 metrics = {name: value for name, value in line.items() if name != "step"}
-                sigma = functools.partial(self._sigma, place)
+                sigma = functools.partial(self._sigma, index)
                 step = Step(slot.job.id, line["step"], slot.steps, metrics, sigma)
                 answers = [callback(step) for callback in self.callbacks]  # each hears of it
                 slot.stopped |= True in answers
 
-    def _sigma(self, place: int) -> PyTree:
-        return unstack(self.driver.fetch(self.states), place).sigma
+    def _sigma(self, index: int) -> PyTree:
+        return unstack(self.driver.fetch(self.states), index).sigma
 
     def _save(self) -> None:
         if self.checkpoints is not None and self.held_out:  # else not all is in place
@@ -260,8 +260,8 @@ class Block:
             block = {"jobs": ids, "tick": self.tick, "packing": dataclasses.astuple(self.packing)}
             self.checkpoints.save(self.tick, self.driver.fetch(self.states), block)
 
-    def _result(self, place: int, slot: Slot) -> TrainingResult:
-        state = slot.good if slot.error else unstack(self.driver.fetch(self.states), place)
+    def _result(self, index: int, slot: Slot) -> TrainingResult:
+        state = slot.good if slot.error else unstack(self.driver.fetch(self.states), index)
         return TrainingResult(slot.job.id, state, slot.lines, slot.compile_seconds, slot.error)
 
 

@@ -46,7 +46,7 @@ class TrainingResult:
     """A prompt whose training has ended.
 
     Attributes:
-      id: of its job.
+      id: id of its job.
       state: at the end; of a failed one, the last that was good.
       lines: a dict of metrics a step; ``seconds`` is this prompt's share of the step.
       compile_seconds: its share of what was compiled meanwhile.
@@ -67,7 +67,7 @@ class Step:
     Attributes:
       job: id of the prompt.
       number: steps done, 0 before the first.
-      steps: of the run.
+      steps: steps of the run.
       metrics: ``loss``, ``gradient_norm``, ``learning_rate``, ``answer_tokens``, ``tokens``, ``seconds``; and
         ``held_out_kl`` where it was evaluated.
       sigma: gives the prompt after the step.

@@ -20,7 +20,7 @@ class TrainState:
 
     Attributes:
       sigma: the prompt's parameters, float32.
-      optimizer_state: of the optax transformation.
+      optimizer_state: state of the optax transformation.
       step: updates done.
       key: random key of the run, as raw key data; it orders the rows.
       cursor: training rows drawn so far; it fixes which come next.

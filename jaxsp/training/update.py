@@ -27,7 +27,7 @@ Metrics = dict[str, Float[Array, " m"]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """What an update reads and never changes.
+    """The arrays that an update reads and never changes.
 
     Attributes:
       params: the model's weights.
@@ -40,14 +40,14 @@ class Frozen:
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSettings:
-    """What is fixed when an update is compiled: a static argument; one object for one choice compiles once.
+    """Choices that an update is compiled for: a static argument; one object for one choice compiles once.
 
     Attributes:
-      config: of the model.
-      kind: of the prompt, a key of ``jaxsp.prompts.PROMPT_KINDS``.
+      config: configuration of the model.
+      kind: kind of the prompt, a key of ``jaxsp.prompts.PROMPT_KINDS``.
       objective: what is trained on.
-      optimizer: of the prompt.
-      accumulate: parts that a batch's rows are computed in, one after the other; never more than rows.
+      optimizer: optimizer of the prompt.
+      grad_accumulation: parts that a batch's rows are computed in, one after the other; never more than rows.
 
     Raises:
       UserError: the objective has no gradient.
@@ -57,16 +57,16 @@ class UpdateSettings:
     kind: str
     objective: Objective
     optimizer: optax.GradientTransformation
-    accumulate: int = 1
+    grad_accumulation: int = 1
 
     def __post_init__(self) -> None:
         self.objective.check_differentiable()
 
     @classmethod
     def of(cls, config: DecoderConfig, settings: Settings) -> UpdateSettings:
-        """What of the settings is compiled into the update of a model with these hyper-parameters."""
+        """The part of the settings that is compiled into the update of a model."""
         objective, optimizer = as_objective(settings.training.objective), make_optimizer(settings.training)
-        return cls(config, settings.prompt.kind, objective, optimizer, settings.devices.accumulate)
+        return cls(config, settings.prompt.kind, objective, optimizer, settings.devices.grad_accumulation)
 
 
 def loss_totals(sigmas: PyTree, frozen: Frozen, batches: Rows, settings: UpdateSettings) -> Total:
@@ -95,8 +95,8 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One step of gradient descent on the σ of M prompts, each on its own batch.
 
-    Totals, counts and gradients are summed over the parts that ``settings.accumulate`` asks for and over
-    ``axis_name``, and divided once: the result is that of the whole batch, however its rows are spread.
+    Totals, counts and gradients are summed over the parts that ``settings.grad_accumulation`` asks for and
+    over ``axis_name``, and divided once: the result is that of the whole batch, however its rows are spread.
     A prompt that has done all the steps of its schedule stays as it is.
 
     Args:
@@ -106,7 +106,7 @@ def update(
       frozen: weights and preamble, which stay as they are; an argument, so that nothing of them is folded
         into the program.
       settings: static.
-      axis_name: of the mapped device axis over which each batch's rows are spread, if there is one.
+      axis_name: name of the mapped device axis over which each batch's rows are spread, if there is one.
 
     Returns:
       The states after the step, and ``loss`` (the objective's cost per answer token), ``gradient_norm``,
@@ -120,7 +120,7 @@ def update(
 
         return jax.grad(totals, has_aux=True)(states.sigma)
 
-    gradients, losses = _in_parts(gradients_and_losses, batches, settings.accumulate)
+    gradients, losses = _in_parts(gradients_and_losses, batches, settings.grad_accumulation)
     drawn = jax.vmap(lambda rows: rows.sequences)(batches)
     if axis_name is not None:
         # As one float32 message: a batch's sequences are few enough to be exact.
@@ -130,7 +130,7 @@ def update(
 
 
 def _in_parts(compute: Callable[[Rows], PyTree], batches: Rows, parts: int) -> PyTree:
-    """What ``compute`` gives for parts of the batches' rows, added up; its memory is that of one part."""
+    """Adds up what ``compute`` gives for parts of the batches' rows; its memory is that of one part."""
     rows = batches.tokens.shape[1]
     size = ceil_div(rows, parts)
     parts = ceil_div(rows, size)

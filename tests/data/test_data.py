@@ -1,4 +1,4 @@
-"""Documents, chat slots and rows."""
+"""Documents, chat chat and rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from jaxsp.data.documents import Query, as_queries, read_context, read_queries, split_queries
 from jaxsp.data.examples import batch_indices, make_rows
-from jaxsp.models.chat import ChatSlots, encode
+from jaxsp.models.chat import ChatTexts, encode
 from jaxsp.typing import EMPTY, UserError
 from tests import tiny
 
@@ -41,30 +41,30 @@ def test_split_is_seeded_and_disjoint():
 
 def test_slots_of_a_chat_template():
     tokenizer = tiny.tokenizer()
-    slots = ChatSlots.of(tokenizer)
-    assert slots == ChatSlots("<|im_start|>user\n", "\n\n", "<|im_end|>\n<|im_start|>assistant\n")
+    chat = ChatTexts.of(tokenizer)
+    assert chat == ChatTexts("<|im_start|>user\n", "\n\n", "<|im_end|>\n<|im_start|>assistant\n")
     ids = [
-        *slots.before_ids(tokenizer),
+        *chat.before_ids(tokenizer),
         *encode(tokenizer, "C", control=False),
-        *slots.query_ids(tokenizer, "Q?"),
+        *chat.query_ids(tokenizer, "Q?"),
     ]
     assert tokenizer.decode(ids) == ("<|im_start|>user\nC\n\nQ?<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_control_tokens_in_the_users_text_are_text():
     tokenizer = tiny.tokenizer()
-    slots = ChatSlots.of(tokenizer)
-    ids = slots.query_ids(tokenizer, "<|im_end|>")
+    chat = ChatTexts.of(tokenizer)
+    ids = chat.query_ids(tokenizer, "<|im_end|>")
     assert ids.count(2) == 1  # the template's own
-    assert len(ids) > len(slots.query_ids(tokenizer, "")) + 5
+    assert len(ids) > len(chat.query_ids(tokenizer, "")) + 5
 
 
 def test_plain_layout_without_a_template_and_a_template_that_loses_text():
     tokenizer = tiny.tokenizer(chat_template=None)
-    slots = ChatSlots.of(tokenizer)
-    assert slots == ChatSlots("<|endoftext|>", "\n\n", "\n")
+    chat = ChatTexts.of(tokenizer)
+    assert chat == ChatTexts("<|endoftext|>", "\n\n", "\n")
     with pytest.raises(UserError, match="does not keep the user's text"):
-        ChatSlots.of(tiny.tokenizer("{{ messages[0]['content'] | length }}"))
+        ChatTexts.of(tiny.tokenizer("{{ messages[0]['content'] | length }}"))
 
 
 def test_rows_read_the_query_and_all_but_the_last_answer_token():

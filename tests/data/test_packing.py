@@ -21,7 +21,7 @@ def test_any_number_of_devices_holds_the_same_batch(lengths, batch_size, devices
     assert spread.rows % devices == 0
     for cursor in (0, 17, 100):
         drawn = packing.draw(lengths, cursor, [3])
-        assert spread.places(lengths[drawn].tolist()) is not None
+        assert spread.assign_rows(lengths[drawn].tolist()) is not None
 
 
 def test_every_device_has_work():
@@ -29,7 +29,7 @@ def test_every_device_has_work():
     packing = Packing.of(lengths, 8)
     spread = packing.over(8, int(lengths.max()))
     drawn = packing.draw(lengths, 0, [0])
-    assert len(set(spread.places(lengths[drawn].tolist()))) == min(8, len(drawn))
+    assert len(set(spread.assign_rows(lengths[drawn].tolist()))) == min(8, len(drawn))
     assert spread.length < packing.length
 
 
@@ -39,10 +39,10 @@ def test_a_batch_fits_and_is_the_streams_next_part(lengths, batch_size, cursor):
     packing = Packing.of(lengths, batch_size)
     drawn = packing.draw(lengths, cursor, [7])
     assert len(drawn) >= 1
-    places = packing.places(lengths[drawn].tolist())
-    assert places is not None
+    assigned = packing.assign_rows(lengths[drawn].tolist())
+    assert assigned is not None
     for row in range(packing.rows):
-        assert lengths[drawn][np.array(places) == row].sum() <= packing.length
+        assert lengths[drawn][np.array(assigned) == row].sum() <= packing.length
     stream = batch_indices(len(lengths), cursor, len(drawn) + 1, [7])
     np.testing.assert_array_equal(drawn, stream[: len(drawn)])
     assert packing.rows * packing.length - lengths[drawn].sum() < packing.rows * lengths.max()
@@ -51,18 +51,18 @@ def test_a_batch_fits_and_is_the_streams_next_part(lengths, batch_size, cursor):
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(jobs=st.lists(LENGTHS, min_size=1, max_size=4), batch_size=st.integers(1, 20))
 def test_a_shared_shape_holds_the_batches_of_all(jobs, batch_size):
-    """What each job draws is decided by its own shape; the shared one only has room for it."""
+    """The draws of each job are decided by its own shape; the shared one only has room for it."""
     own = [Packing.of(lengths, batch_size) for lengths in jobs]
     batches = []
     for lengths, packing in zip(jobs, own, strict=True):
         batches += [lengths[packing.draw(lengths, cursor, [1])] for cursor in (0, 9, 55)]
     shared = Packing.shared(own, batches)
-    assert all(shared.places(batch.tolist()) is not None for batch in batches)
+    assert all(shared.assign_rows(batch.tolist()) is not None for batch in batches)
     if len(set(own)) == 1:
         assert shared == own[0]
     longer = np.array([shared.length + 5])
     grown = shared.grown(longer)
-    assert grown.places(longer.tolist()) is not None
+    assert grown.assign_rows(longer.tolist()) is not None
     assert grown.rows == shared.rows
     assert shared.grown(batches[0]) == shared
 
@@ -73,8 +73,8 @@ def test_few_shapes_serve_all_that_is_read_once():
 
 
 def test_what_does_not_fit_is_refused():
-    assert Packing(2, 10).places([10, 5, 5]) is not None
-    assert Packing(2, 10).places([6, 6, 6]) is None
+    assert Packing(2, 10).assign_rows([10, 5, 5]) is not None
+    assert Packing(2, 10).assign_rows([6, 6, 6]) is None
     rows = make_rows([[3] * 6] * 3, [[2]] * 3)
     with pytest.raises(ValueError, match="3 sequences of 18 tokens don't fit"):
         Packing(2, 10).pack(rows, np.arange(3))

@@ -44,7 +44,7 @@ def test_gap_closed_weighs_tokens_not_queries():
 
 
 def test_gap_closed_interval_covers_and_narrows():
-    """Of 200 experiments with a known gap about 95% of the intervals hold it."""
+    """About 95% of the intervals of 200 experiments with a known gap hold it."""
     random = np.random.default_rng(0)
     held, widths = 0, {20: [], 200: []}
     for i in range(200):
@@ -65,12 +65,12 @@ def query(split, kl, captured):
 
 def verdict(gap, queries, truncated=1.0):
     ours = float(np.mean([q["kl"] for q in queries if q["split"] == "held_out"]))
-    conditions = {"prompt": {"kl": ours}, "truncated_context": {"kl": truncated}}
+    brackets = {"prompt": {"kl": ours}, "truncated_context": {"kl": truncated}}
     return _verdict(
         {
             "queries": queries,
             "gap_closed": {"value": gap, "low": gap - 0.1, "high": gap + 0.1},
-            "held_out": {"conditions": conditions},
+            "held_out": {"brackets": brackets},
         }
     )
 
@@ -84,10 +84,10 @@ def test_verdicts():
     assert "has not captured it for 1" in unseen["text"]
     assert unseen["missed"] == ["held_out 0.9"]
     assert any("--queries" in s for s in unseen["suggestions"])
-    assert not any("--length" in s for s in unseen["suggestions"])
+    assert not any("--prompt-length" in s for s in unseen["suggestions"])
 
     small = verdict(0.5, [query("held_out", 0.9, False), query("train", 0.9, False)])
-    assert any("--length" in s for s in small["suggestions"])
+    assert any("--prompt-length" in s for s in small["suggestions"])
     assert not any("--queries" in s for s in small["suggestions"])
 
     useless = verdict(0.1, [query("held_out", 1.5, False)], truncated=1.2)

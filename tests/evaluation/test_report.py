@@ -5,7 +5,7 @@ from __future__ import annotations
 import jinja2
 import pytest
 
-from jaxsp.evaluation.brackets import CONDITIONS
+from jaxsp.evaluation.brackets import BRACKETS
 from jaxsp.evaluation.report import markdown
 
 METRICS = ("kl", "reverse_kl", "js", "nll", "zero_one", "rank_agreement", "confidence_shift")
@@ -19,7 +19,7 @@ ABOUT = (
 TABLE = f"""\
 {ABOUT} The last two compare free-running answers with the full context's.
 
-| condition | {" | ".join(ROW)} |
+| bracket | {" | ".join(ROW)} |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|
 | the trained soft prompt σ | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 |
 | nothing where the context stood | nan | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 |
@@ -27,7 +27,7 @@ TABLE = f"""\
 TRAIN_TABLE = f"""\
 {ABOUT}
 
-| condition | {" | ".join(TRAIN_ROW)} |
+| bracket | {" | ".join(TRAIN_ROW)} |
 |---|---:|---:|---:|---:|---:|---:|---:|
 | the trained soft prompt σ | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 |
 """
@@ -41,14 +41,14 @@ def query(text: str, split: str, kl: float, answer: str = "yes") -> dict:
 
 @pytest.fixture
 def report() -> dict:
-    part = {"queries": 2, "conditions": {"prompt": ROW, "no_context": {**ROW, "kl": float("nan")}}}
+    part = {"queries": 2, "brackets": {"prompt": ROW, "no_context": {**ROW, "kl": float("nan")}}}
     return {
         "prompt_length": 4,
         "context_tokens": 87,
         "verdict": {"text": "σ closes most of it."},
         "model": "tiny <i> & {{ 1 }}",
         "dtype": "float32",
-        "weights": "full",
+        "quantization": "none",
         "compression": 21.75,
         "objective": "kl",
         "steps": 2,
@@ -56,7 +56,7 @@ def report() -> dict:
         "gap_closed_vs_truncated": {"value": 0.5, "low": 0.25, "high": 0.75},
         "kept": "best",
         "held_out": part,
-        "train": {"queries": 2, "conditions": {"prompt": TRAIN_ROW}},
+        "train": {"queries": 2, "brackets": {"prompt": TRAIN_ROW}},
         "queries": [
             query("Near?", "held_out", 0.25),
             query("Only {% trained %} on?", "train", 9.0),
@@ -76,7 +76,7 @@ def test_the_report_for_people(report):
 
 σ closes most of it.
 
-- model: tiny <i> & {{{{ 1 }}}} (float32, full weights)
+- model: tiny <i> & {{{{ 1 }}}} (float32, quantization: none)
 - compression: 21.8×, objective: kl, 2 steps
 - gap closed on held-out queries: 81.2% (95% interval -50.0% to 100.0%) (0: no context, 1: full context)
 - the same against the truncated context: 50.0% (95% interval 25.0% to 75.0%)
@@ -136,9 +136,9 @@ def test_the_five_worst_are_shown_and_the_last_prompt_is_named(report):
 
 
 def test_every_condition_has_its_words(report):
-    report["held_out"]["conditions"] = dict.fromkeys(CONDITIONS, ROW)
+    report["held_out"]["brackets"] = dict.fromkeys(BRACKETS, ROW)
     text = markdown(report)
-    assert all(f"\n| {words} | 0.250 |" in text for words in CONDITIONS.values())
+    assert all(f"\n| {words} | 0.250 |" in text for words in BRACKETS.values())
 
 
 def test_a_field_that_is_missing_is_no_blank(report):

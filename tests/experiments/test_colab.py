@@ -74,7 +74,7 @@ def test_it_is_stored_without_outputs(notebook):
 
 
 def test_its_install_cell_leaves_jax_as_it_is(cells, monkeypatch):
-    """What it would tell pip on a machine without jaxsp and the model."""
+    """The packages that it would tell pip on a machine without jaxsp and the model."""
     commands, constraints = [], []
     version = importlib.metadata.version
 

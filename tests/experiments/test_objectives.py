@@ -21,7 +21,7 @@ def report(kl, answers=(), nll=0.0, entropy=0.0, **more):
     """What the analysis reads of a report; answers are pairs, the teacher's first."""
     numbers = dict.fromkeys(analysis.MEASURED_BY, 0.0) | {"entropy": 1.0}
     ours = {**numbers, "kl": kl, "nll": nll, "entropy": entropy}
-    conditions = {**dict.fromkeys(analysis.REFERENCES, numbers), "prompt": ours}
+    brackets = {**dict.fromkeys(analysis.REFERENCES, numbers), "prompt": ours}
     queries = [
         {"split": "held_out", "answer_full_context": a, "answer_prompt": b, "answer_no_context": ""}
         for a, b in answers
@@ -31,7 +31,7 @@ def report(kl, answers=(), nll=0.0, entropy=0.0, **more):
     }  # fmt: skip
     return {
         "id": "made-up", "error": None, "seconds": {"total": 1.0}, "no_better_than_start": False,
-        "held_out": {"queries": len(queries), "conditions": conditions},
+        "held_out": {"queries": len(queries), "brackets": brackets},
         "queries": [trained, *queries], **more,
     }  # fmt: skip
 

@@ -36,7 +36,7 @@ def test_rows_say_how_soon_ours_reached_the_peers_last_kl():
         "cartridge, cached": turns(2.0, [10.0] * 4, [2.0, 0.9, 1.0]),
         "cartridge, online": turns(0.0, [20.0] * 2, [2.0, 1.1]),
     }
-    rows = [training_row(name, told, steps=4) for name, told in sides.items()]
+    rows = [training_row(name, messages, steps=4) for name, messages in sides.items()]
     ours, _, _, cached, online = compared(rows)
     assert "reached" not in ours
     assert (cached["seconds"], cached["final_kl"]) == (42.0, 1.0)
@@ -63,12 +63,12 @@ def tiny_job(tiny_directory: Path, tmp_path: Path) -> Job:
     job = Job(
         model=str(tiny_directory),
         dtype="float32",
-        before=[1, 2],
+        preamble=[1, 2],
         context=list(range(3, 23)),
         queries=[[30 + i, 4, 5] for i in range(6)],
         answers=[[40 + i, 7, 2] for i in range(6)],
         train=4,
-        length=4,
+        prompt_length=4,
         steps=4,
         evaluate_every=2,
         batches=[],
@@ -82,10 +82,10 @@ def tiny_job(tiny_directory: Path, tmp_path: Path) -> Job:
 
 @pytest.mark.parametrize("variant", ["jaxsp", "jaxsp, template too", "jaxsp, adam"])
 def test_jaxsp_waits_after_every_evaluation(tiny_job: Job, monkeypatch, variant: str):
-    told = []
-    monkeypatch.setattr(jaxsp_side, "end_turn", lambda **result: told.append(result))
+    messages = []
+    monkeypatch.setattr(jaxsp_side, "end_turn", lambda **result: messages.append(result))
     jaxsp_side.VARIANTS[variant](tiny_job)
-    first, *others = told
+    first, *others = messages
     assert [len(turn["steps"]) for turn in others] == [2, 2]
     assert all(step["seconds"] > 0 for turn in others for step in turn["steps"])
     assert others[-1]["kl"] < first["kl"]
@@ -93,16 +93,16 @@ def test_jaxsp_waits_after_every_evaluation(tiny_job: Job, monkeypatch, variant:
 
 
 def test_jaxsp_answers_every_query_in_each_turn(tiny_job: Job, monkeypatch):
-    told = []
+    messages = []
 
     def end_turn(**result):
-        told.append(result)
-        if len(told) == 3:
+        messages.append(result)
+        if len(messages) == 3:
             sys.exit()
 
     monkeypatch.setattr(jaxsp_side, "end_turn", end_turn)
     with pytest.raises(SystemExit):
         jaxsp_side.VARIANTS["answers"](tiny_job)
-    first, second = (turn["answers"] for turn in told[1:])
+    first, second = (turn["answers"] for turn in messages[1:])
     assert first == second
     assert len(first) == 6

@@ -60,7 +60,7 @@ def test_a_context_is_all_of_its_steps():
         sum(work.times * work.flops for work in arithmetic.works(config, prompts) if work.name == "steps")
         for prompts in (1, 8)
     )
-    flops = step_flops(config, SETTINGS.prompt.length, arithmetic.ROW, arithmetic.PACKING)
+    flops = step_flops(config, SETTINGS.prompt.prompt_length, arithmetic.ROW, arithmetic.PACKING)
     assert one == pytest.approx(steps * flops)
     assert several == pytest.approx(one)
 

@@ -13,7 +13,7 @@ from tests.conftest import CONTEXT, QUERIES
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_writes_the_same_again_and_leaves_the_prompt_alone(name, calm_model, tmp_path):
-    prompt = jaxsp.compress(calm_model, CONTEXT, QUERIES, length=2, steps=1, progress=False).prompt
+    prompt = jaxsp.compress(calm_model, CONTEXT, QUERIES, prompt_length=2, steps=1, progress=False).prompt
     before = jax.tree.map(np.copy, prompt.sigma)
     written = []
     for out in (tmp_path / "first", tmp_path / "second"):

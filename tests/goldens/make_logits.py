@@ -88,7 +88,7 @@ IDS = _RANDOM.randint(0, tiny.VOCAB, (1, 80))
 PREFIX = 6
 """Length of the prefixes: the first embeddings of IDS, or random keys and values."""
 POSITIONS, VOCABULARY = slice(PREFIX, None, 9), slice(0, None, 11)
-"""What is kept of logits."""
+"""The part of the logits that is kept."""
 WEIGHTS = _RANDOM.standard_normal((IDS.shape[1] - PREFIX, tiny.VOCAB)).astype(np.float32)
 """The gradients are those of the sum of WEIGHTS · logits."""
 SMOLLM2_TEXT = (
@@ -123,7 +123,7 @@ def torch_logits(directory: Path, ids: np.ndarray) -> np.ndarray:
 
 
 def torch_answers(directory: Path, prefix: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
-    """What a tiny model makes of IDS, computed by Hugging Face's own implementation, float32.
+    """A tiny model's outputs for IDS, computed by Hugging Face's own implementation, float32.
 
     ``logits``; ``embeddings_gradient`` with respect to the first PREFIX input vectors; and, where keys and
     values stand in for the first PREFIX tokens, ``prefix_logits``, ``keys_gradient``, ``values_gradient``.

@@ -36,7 +36,7 @@ def value(name, inputs=INPUTS, mask=None, entry=None):
 
 
 def gradient(name, inputs=INPUTS, mask=None, entry=None, wrt=None):
-    """Of the sum, with respect to the student's side unless said otherwise."""
+    """The gradient of the sum, with respect to the student's side unless said otherwise."""
     wrt = wrt or student_of(entry or OBJECTIVES[name])
 
     def total(array):
@@ -258,7 +258,7 @@ def test_bad_arguments_are_named(name):
     with pytest.raises(ValueError, match="mask must be boolean"):
         value(name, mask=np.ones((B, T), np.float32))
     for key in entry.inputs:
-        told = key.removesuffix("_hidden") if entry.function.__name__.startswith("cosine") else key
+        shown = key.removesuffix("_hidden") if entry.function.__name__.startswith("cosine") else key
         # a top-k would be taken from the teacher's logits
         missing = {key, "teacher_logits"} if key.startswith("teacher") else {key}
         with pytest.raises(ValueError, match=f"needs {key}"):
@@ -272,8 +272,8 @@ def test_bad_arguments_are_named(name):
                 with pytest.raises(ValueError, match=rf"{key} must lie in \[0, 7\); got {wrong}"):
                     value(name, {**INPUTS, key: np.full_like(INPUTS[key], wrong)})
         elif key != "logits":
-            told = "logits" if name == "entropy" else told
-            with pytest.raises(ValueError, match=f"{told} must be floating"):
+            shown = "logits" if name == "entropy" else shown
+            with pytest.raises(ValueError, match=f"{shown} must be floating"):
                 value(name, {**INPUTS, key: INPUTS[key].astype(np.int32)})
             with pytest.raises(ValueError, match=r"must have shape|must have one shape"):
                 value(name, {**INPUTS, key: INPUTS[key][0, 0]})

@@ -1,4 +1,4 @@
-"""What only the divergences promise."""
+"""The promises that only the divergences make."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def fused(objective, student=STUDENT, mask=None, head=HEAD, **options):
 
 
 def gradient(function, student=STUDENT, weights=WEIGHTS):
-    """Of a weighted sum, so that each position's own cotangent must arrive."""
+    """The gradient of a weighted sum, so that each position's own cotangent must arrive."""
     return jax.grad(lambda x: jnp.sum(function(x) * weights))(jnp.asarray(student))
 
 

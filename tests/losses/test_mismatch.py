@@ -59,7 +59,7 @@ def test_rank_agreement(n):
 
 
 def test_rank_agreement_reads_only_the_teachers_best():
-    """What the student does with the others changes nothing."""
+    """The student's other tokens change nothing."""
     worst = jnp.argsort(TEACHER, axis=-1)[..., :3]
     moved = jnp.put_along_axis(STUDENT, worst, 99.0, axis=-1, inplace=False)
     same = losses.rank_agreement(TEACHER, STUDENT, n=4)

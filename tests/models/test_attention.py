@@ -31,8 +31,8 @@ def reference(inputs: AttentionInputs):
             score = inputs.softcap * jnp.tanh(score / inputs.softcap)
         t, s = inputs.positions_BT[:, None, :, None], where[:, None, None, :]
         seen = (s != EMPTY) & (s <= t)
-        if inputs.window is not None:
-            seen &= t - s < inputs.window
+        if inputs.sliding_window is not None:
+            seen &= t - s < inputs.sliding_window
         if slots.segment_ids is not None:
             own = inputs.segment_ids_BT[:, None, :, None]
             seen &= own == jnp.broadcast_to(slots.segment_ids, where.shape)[:, None, None, :]
@@ -66,7 +66,7 @@ def make(
 ) -> AttentionInputs:
     where = jnp.asarray(where, jnp.int32)
     own = piece(where, segment_ids, seed=seed + 1, groups=groups, dtype=dtype)
-    settings = {"scale": 0.4, "softcap": None, "window": None, **options}
+    settings = {"scale": 0.4, "softcap": None, "sliding_window": None, **options}
     return AttentionInputs(
         numbers(*where.shape, H, F, seed=seed, dtype=dtype), where, (*past, own),
         segment_ids_BT=segment_ids, precision=jax.lax.Precision.DEFAULT, **settings,
@@ -96,9 +96,9 @@ CASES = {
     "padding between, nothing else": lambda **o: make(
         BETWEEN_AND_NOTHING, piece(PREFIX, seed=9, **o), **o
     ),
-    "window": lambda **o: make(row(5), piece(PREFIX, seed=9, **o), window=4, **o),
+    "window": lambda **o: make(row(5), piece(PREFIX, seed=9, **o), sliding_window=4, **o),
     "traced window, padding between": lambda **o: make(
-        BETWEEN_AND_NOTHING, piece(PREFIX, seed=9, **o), window=jnp.int32(3), **o
+        BETWEEN_AND_NOTHING, piece(PREFIX, seed=9, **o), sliding_window=jnp.int32(3), **o
     ),
     "softcap": lambda **o: make(row(5), piece(PREFIX, seed=9, **o), softcap=0.7, **o),
     "packing": lambda **o: make(PACKED_ROW, segment_ids=PACKED, **o),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxsp
-from jaxsp.models.chat import ChatSlots, encode
+from jaxsp.models.chat import ChatTexts, encode
 from jaxsp.typing import UserError
 from tests import tiny
 
@@ -45,13 +45,13 @@ def test_nothing_is_legal(tiny_model):
 
 def test_without_a_template_the_layout_is_plain(tiny_model):
     plain = with_template(tiny_model, None)
-    assert plain.chat == ChatSlots("<|endoftext|>", "\n\n", "\n")
+    assert plain.chat == ChatTexts("<|endoftext|>", "\n\n", "\n")
     assert plain.preamble_ids.tolist() == [0]
     assert plain.tokenizer.decode(plain.encode_query("Q?")) == "\n\nQ?\n"
 
 
 def test_a_saved_prompts_texts_replace_the_models(tiny_model):
-    query = tiny_model.encode_query("Q?", ChatSlots("", " | ", "\nA:"))
+    query = tiny_model.encode_query("Q?", ChatTexts("", " | ", "\nA:"))
     assert tiny_model.tokenizer.decode(query) == " | Q?\nA:"
 
 

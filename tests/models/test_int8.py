@@ -1,4 +1,4 @@
-"""``weights="int8"``: the same as a full model whose matrices were rounded beforehand, in less memory."""
+"""``quantization="int8"``: equal to a model whose matrices were rounded beforehand, in less memory."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ sixteen_bits = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="refuse
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
-def load(directory: Path, weights: str = "int8", dtype: str = "float32") -> jaxsp.LanguageModel:
-    return jaxsp.load_model(directory, dtype=dtype, weights=weights, tokenizer=None)
+def load(directory: Path, quantization: str = "int8", dtype: str = "float32") -> jaxsp.LanguageModel:
+    return jaxsp.load_model(directory, dtype=dtype, quantization=quantization, tokenizer=None)
 
 
 def change(directory: Path, name: str, rows: slice, value: float) -> None:
@@ -74,8 +74,8 @@ def test_equals_a_full_model_with_rounded_matrices(tmp_path, family, outputs):
     if family == "llama":
         change(tmp_path, Q_PROJ, slice(3, 5), 0.0)
     ours = logits_and_gradient(load(tmp_path))
-    expected = logits_and_gradient(load(rounded(tmp_path, outputs), "full"))
-    plain = logits_and_gradient(load(tmp_path, "full"))
+    expected = logits_and_gradient(load(rounded(tmp_path, outputs), "none"))
+    plain = logits_and_gradient(load(tmp_path, "none"))
     for a, b, unrounded in zip(ours, expected, plain, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.ptp(b), rtol=0)
         assert np.abs(a - unrounded).max() > 1e-3 * np.ptp(b)
@@ -97,11 +97,11 @@ def test_sixteen_bits_lose_what_they_lose_anyway(tmp_path, dtype):
     """Sums are float32 until they are scaled: one rounding a product, as in a full model."""
     tiny.write(tmp_path, with_tokenizer=False)
 
-    def error(weights):
-        narrow, wide = (load(tmp_path, weights, d).logits(IDS) for d in (dtype, "float32"))
+    def error(quantization):
+        narrow, wide = (load(tmp_path, quantization, d).logits(IDS) for d in (dtype, "float32"))
         return np.std(narrow - wide)
 
-    assert error("int8") < 1.5 * error("full")
+    assert error("int8") < 1.5 * error("none")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
@@ -135,7 +135,7 @@ def test_the_backward_pass_keeps_no_kernel_in_floats(tmp_path):
         program = jax.jit(jax.grad(total)).lower(jnp.ones((1, 4, 64)), model.params).compile()
         return program.memory_analysis().temp_size_in_bytes
 
-    full, int8 = load(tmp_path, "full"), load(tmp_path)
+    full, int8 = load(tmp_path, "none"), load(tmp_path)
     kernels = sum(a.nbytes for a in jax.tree.leaves(full.params["layers"]))
     assert scratch(int8) < scratch(full) + 0.25 * kernels
 
@@ -169,14 +169,14 @@ def test_numbers_that_int8_cannot_hold(tmp_path, value):
         load(tmp_path)
 
 
-def test_unknown_weights(tmp_path):
-    with pytest.raises(UserError, match="Unknown weights 'int3'; choose one of full, int8"):
+def test_unknown_quantization(tmp_path):
+    with pytest.raises(UserError, match="Unknown quantization 'int3'; choose one of none, int8"):
         load(tmp_path, "int3")
 
 
 def test_the_fingerprint_tells_them_apart(tmp_path):
     tiny.write(tmp_path, with_tokenizer=False)
-    assert load(tmp_path).fingerprint == f"int8:{load(tmp_path, 'full').fingerprint}"
+    assert load(tmp_path).fingerprint == f"int8:{load(tmp_path, 'none').fingerprint}"
 
 
 def test_loading_never_holds_the_floats(tmp_path, python):
@@ -193,7 +193,7 @@ def test_loading_never_holds_the_floats(tmp_path, python):
         "    text = pathlib.Path('/proc/self/status').read_text()\n"
         "    return int(re.search(kind + r':\\s+(\\d+)', text)[1]) * 1024\n"
         "def load(path):\n"
-        "    return jaxsp.load_model(path, dtype='float32', weights='int8', tokenizer=None)\n"
+        "    return jaxsp.load_model(path, dtype='float32', quantization='int8', tokenizer=None)\n"
         "load(sys.argv[1])\n"
         "before = memory('VmRSS')\n"
         "model = load(sys.argv[2])\n"

@@ -29,9 +29,9 @@ def test_it_gives_what_the_whole_tokenizer_gives(directory):
                 ids = lazy.encode(text, **options)
                 assert ids == whole.encode(text, **options), (text, options)
                 for skip in (True, False):
-                    told = whole.decode(ids, skip_special_tokens=skip)
-                    assert lazy.decode(ids, skip_special_tokens=skip) == told
-                    assert lazy.decode(np.array(ids), skip) == told
+                    expected = whole.decode(ids, skip_special_tokens=skip)
+                    assert lazy.decode(ids, skip_special_tokens=skip) == expected
+                    assert lazy.decode(np.array(ids), skip) == expected
         assert lazy.encode(text) == whole.encode(text, split_special_tokens=False)
     assert lazy.decode(5) == whole.decode(5)
     assert lazy.get_vocab() == whole.get_vocab()
@@ -68,7 +68,7 @@ def test_an_answer_does_without_transformers(directory, python):
 import sys, jaxsp, numpy
 model = jaxsp.load_model(sys.argv[1], dtype="float32")
 prefix = jaxsp.distributions.context_prefix(model.params, model.config, numpy.array([[1, 2]]))
-chat = jaxsp.models.chat.ChatSlots("", " ", "!")
+chat = jaxsp.models.chat.ChatTexts("", " ", "!")
 print(len(list(model.stream_answer(prefix, "hi", chat, max_tokens=3))), "transformers" in sys.modules)
 """
     done = python("-c", script, str(directory))

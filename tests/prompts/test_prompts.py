@@ -23,7 +23,7 @@ def preamble(tiny_model):
 
 def initial(model, preamble, kind, length):
     return distributions.initial_prompt(
-        model.params, model.config, CONTEXT, preamble, key=jax.random.key(0), length=length, kind=kind
+        model.params, model.config, CONTEXT, preamble, key=jax.random.key(0), prompt_length=length, kind=kind
     )
 
 
@@ -46,7 +46,7 @@ def test_a_prompt_equal_to_the_context_is_the_context(tiny_model, preamble, kind
 def test_parameters_are_float32_and_all_of_them_matter(tiny_model, preamble, kind):
     params, config = tiny_model.params, tiny_model.config
     sigma = initial(tiny_model, preamble, kind, 4)
-    assert PROMPT_KINDS[kind].length(sigma) == 4
+    assert PROMPT_KINDS[kind].prompt_length(sigma) == 4
     rows = make_rows([[8, 9]], [[11, 12]])
 
     def log_prob(sigma):

@@ -20,7 +20,7 @@ from jaxsp.typing import EMPTY, UserError
 from tests.conftest import CONTEXT, QUERIES
 
 OPTIONS = {
-    "length": 4, "steps": 12, "batch_size": 3, "max_answer_tokens": 6,
+    "prompt_length": 4, "steps": 12, "batch_size": 3, "max_answer_tokens": 6,
     "evaluate_every": 4,
 }  # fmt: skip
 
@@ -35,7 +35,7 @@ UNEVEN = [
     job("long", f"{CONTEXT} {CONTEXT}", [f"{query}!" for query in QUERIES], seed=3),
     job("same", seed=1, initial="spread", learning_rate=0.1, steps=6),
     job("other", objective="nll", steps=4),
-    job("longer", length=6, held_out=0.4),
+    job("longer", prompt_length=6, held_out=0.4),
 ]
 
 
@@ -117,7 +117,7 @@ def test_neighbours_change_nothing_of_what_is_drawn(calm_model):
     for ours, theirs in zip(beside.lines, alone.lines, strict=True):
         for name in ("tokens", "answer_tokens"):
             assert ours.get(name) == theirs.get(name)
-    kl = [r.report["held_out"]["conditions"]["prompt"]["kl"] for r in (beside, alone)]
+    kl = [r.report["held_out"]["brackets"]["prompt"]["kl"] for r in (beside, alone)]
     assert kl[0] == pytest.approx(kl[1], rel=2e-3)
 
 
@@ -132,15 +132,13 @@ def test_one_folder_and_one_row_each(calm_model, results):
         assert (prompt.sigma["embeddings"] == result.prompt.sigma["embeddings"]).all()
         assert row["error"] is None
         assert row["gap_closed"] == result.report["gap_closed"]["value"]
-        assert row["prompt_kl"] == result.report["held_out"]["conditions"]["prompt"]["kl"]
+        assert row["prompt_kl"] == result.report["held_out"]["brackets"]["prompt"]["kl"]
         assert row["seed"] == result.report["settings"]["seed"]
         assert json.loads((out / row["id"] / "report.json").read_text()) == json.loads(
             json.dumps(result.report)
         )
     again = jaxsp.evaluate(calm_model, jaxsp.SoftPrompt.load(out / "few"), ["What is left?"], progress=False)
-    _assert_close(
-        again["held_out"]["conditions"]["prompt"], found[1].report["held_out"]["conditions"]["prompt"]
-    )
+    _assert_close(again["held_out"]["brackets"]["prompt"], found[1].report["held_out"]["brackets"]["prompt"])
 
 
 def test_a_finished_run_is_read_not_done_again(calm_model, results, monkeypatch):
@@ -192,7 +190,7 @@ def test_killed_and_resumed(calm_directory, calm_model, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_fails_alone(calm_model, tmp_path):
-    wild = {"learning_rate": 1e38, "clip": 0.0}
+    wild = {"learning_rate": 1e38, "max_grad_norm": 0.0}
     jobs = [job("a", **wild), job("b", **wild, seed=1), job("c")]
     found = compress_many(calm_model, jobs, out=tmp_path / "out")
     assert [bool(r.error) for r in found] == [True, True, False]
@@ -200,13 +198,13 @@ def test_a_loss_that_is_not_finite_fails_alone(calm_model, tmp_path):
     assert found[2].report["gap_closed"]["value"] > 0
     rows = pyarrow.parquet.read_table(tmp_path / "out" / "results.parquet").to_pylist()
     assert ["is not finite" in (row["error"] or "") for row in rows] == [True, True, False]
-    assert jaxsp.SoftPrompt.load(tmp_path / "out" / "a").length == 4  # the best until then
+    assert jaxsp.SoftPrompt.load(tmp_path / "out" / "a").prompt_length == 4  # the best until then
     again = compress_many(calm_model, jobs, out=tmp_path / "out", resume=True)
     assert again[0].error == found[0].error
 
 
 def test_a_failed_job_says_what_it_did_and_can_be_mended(calm_model, tmp_path, jaxsp_command):
-    wild = {"learning_rate": 1e38, "clip": 0.0}
+    wild = {"learning_rate": 1e38, "max_grad_norm": 0.0}
     (failed,) = compress_many(calm_model, [job("a", **wild)], out=tmp_path / "out")
     assert failed.report["steps"] == failed.lines[-1]["step"] < OPTIONS["steps"]
     assert "NaN" not in (tmp_path / "out" / "a" / "metrics.jsonl").read_text()
@@ -257,8 +255,8 @@ def test_a_prompt_is_evaluated_on_longer_queries_than_its_own(calm_model, result
 
 
 def test_the_same_context_is_taught_once(calm_model, monkeypatch):
-    calls, teach = [], runner.run_teacher
-    monkeypatch.setattr(runner, "run_teacher", lambda *a: calls.append(1) or teach(*a))
+    calls, run_teacher = [], runner.run_teacher
+    monkeypatch.setattr(runner, "run_teacher", lambda *a: calls.append(1) or run_teacher(*a))
     held_out = ["What is left?"]
     jobs = [job(f"{o}-{s}", objective=o, seed=s, held_out=held_out) for o in ("kl", "nll") for s in (0, 1)]
     found = compress_many(calm_model, jobs, steps=4)
@@ -297,7 +295,7 @@ def test_the_last_prompt_instead_of_the_best(calm_model):
     kl = [line["held_out_kl"] for line in best.lines if "held_out_kl" in line]
     assert min(kl) < kl[-1]
     for result, expected in ((best, min(kl)), (last, kl[-1])):
-        found = result.report["held_out"]["conditions"]["prompt"]["kl"]
+        found = result.report["held_out"]["brackets"]["prompt"]["kl"]
         assert found == pytest.approx(expected, rel=1e-4)
     assert (best.report["kept"], last.report["kept"]) == ("best", "last")
 
@@ -341,11 +339,12 @@ GOOD = job("good")
         (job("x", held_out=QUERIES[:1]), "is both for training and held out"),
         (job("x", colour="red"), "Unknown setting 'colour'"),
         (job("x", objective="zero_one"), "can't train on zero_one"),
-        (job("x", length=900), "prompt must be shorter than the context"),
+        (job("x", prompt_length=900), "prompt must be shorter than the context"),
+        (job("x", length=4), "Unknown setting 'length'; it is called prompt_length now."),
         (job("x", seed=2**70), "--seed must be at least 0 and below 4294967296"),
         (job("x", seed=-1), "--seed must be at least 0 and below 4294967296, not -1"),
         (job("x", steps=10**12), "--steps must be at least 0 and below 2147483648"),
-        (job("x", clip=float("nan")), "--clip must be a finite number, not nan"),
+        (job("x", max_grad_norm=float("nan")), "--max-grad-norm must be a finite number, not nan"),
         (job("x", "\ud800" + CONTEXT), "there is text that is no Unicode"),
         (job("Good"), "the id 'Good' is given twice"),
         (job("results.parquet"), "neither 'run' nor 'results'"),
@@ -378,7 +377,7 @@ def test_the_command_reports_bad_rows(jaxsp_command, calm_directory, tmp_path):
     file.write_text(json.dumps(good, ensure_ascii=False) + '\n{"id": \n', "utf-8")
     common = [
         "compress-many", file, "--out", tmp_path / "out", "--model", calm_directory, "--dtype",
-        "float32", "--length", 4, "--steps", 2, "--max-answer-tokens", 4,
+        "float32", "--prompt-length", 4, "--steps", 2, "--max-answer-tokens", 4,
     ]  # fmt: skip
     code, out, err = jaxsp_command(*common)
     assert code == 2

@@ -18,7 +18,7 @@ STEPS = 400
 
 
 SETTINGS = {
-    "length": 4, "steps": STEPS, "batch_size": 4, "max_answer_tokens": 6, "evaluate_every": 7,
+    "prompt_length": 4, "steps": STEPS, "batch_size": 4, "max_answer_tokens": 6, "evaluate_every": 7,
     "checkpoint_every": 5,
 }  # fmt: skip
 
@@ -96,7 +96,7 @@ def test_killed_before_the_first_checkpoint(command, whole, tiny_model, tmp_path
 def test_pmap_compresses_like_jit(calm_model):
     def gap(parallel):
         result = jaxsp.compress(
-            calm_model, CONTEXT, QUERIES, length=4, steps=5, batch_size=8, max_answer_tokens=6,
+            calm_model, CONTEXT, QUERIES, prompt_length=4, steps=5, batch_size=8, max_answer_tokens=6,
             parallel=parallel, progress=False,
         )  # fmt: skip
         return result.report["gap_closed"]["value"]

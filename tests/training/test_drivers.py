@@ -40,7 +40,7 @@ def model(tmp_path_factory):
     return jaxsp.load_model(directory, dtype="float32")
 
 
-SETTINGS = make_settings({"length": 4, "steps": 10, "max_answer_tokens": 6})
+SETTINGS = make_settings({"prompt_length": 4, "steps": 10, "max_answer_tokens": 6})
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_weights_are_never_gathered(model, problem, mesh):
 
 def test_a_whole_compression_on_a_mesh(model, tmp_path):
     """The teacher, generation and evaluation as well; and it goes on where another layout stopped."""
-    options = {"length": 4, "steps": 6, "max_answer_tokens": 6, "checkpoint_every": 2}
+    options = {"prompt_length": 4, "steps": 6, "max_answer_tokens": 6, "checkpoint_every": 2}
     options |= {"progress": False}
     expected = jaxsp.compress(model, CONTEXT, QUERIES, **options)
     mesh = {"parallel": "mesh", "mesh": "data=2,model=4"}
@@ -123,8 +123,8 @@ def test_a_whole_compression_on_a_mesh(model, tmp_path):
     sigma = expected.prompt.sigma["embeddings"]
     close = {"atol": 1e-5 * np.abs(sigma).max()}
     np.testing.assert_allclose(spread.prompt.sigma["embeddings"], sigma, **close)
-    for name, value in expected.report["held_out"]["conditions"]["prompt"].items():
-        assert spread.report["held_out"]["conditions"]["prompt"][name] == pytest.approx(value, abs=1e-4)
+    for name, value in expected.report["held_out"]["brackets"]["prompt"].items():
+        assert spread.report["held_out"]["brackets"]["prompt"][name] == pytest.approx(value, abs=1e-4)
     assert [q["answer_full_context"] for q in spread.report["queries"]] == [
         q["answer_full_context"] for q in expected.report["queries"]
     ]
@@ -146,7 +146,7 @@ MANY.append({**MANY[0], "id": "other", "objective": "nll"})
 
 @pytest.fixture(scope="module")
 def many_on_one_device(model):
-    options = {"length": 4, "steps": 6, "max_answer_tokens": 6, "progress": False}
+    options = {"prompt_length": 4, "steps": 6, "max_answer_tokens": 6, "progress": False}
     return list(jaxsp.compress_many(model, MANY, **options)), options
 
 

@@ -39,7 +39,7 @@ def test_embeddings_of_any_size_train_alike(optimizer):
 
     def trained(unit):
         sigma = unit * start
-        settings = TrainingSettings(optimizer=optimizer, clip=0.0)
+        settings = TrainingSettings(optimizer=optimizer, max_grad_norm=0.0)
         settings = dataclasses.replace(settings, steps=20)
         transform, schedule = make_optimizer(settings), make_schedule(settings, sigma)
         state = transform.init(sigma)
@@ -92,7 +92,7 @@ def test_muon_moves_entries_by_the_learning_rate():
 
 
 def test_clipping_bounds_the_gradient():
-    optimizer = make_optimizer(TrainingSettings(optimizer="adam", clip=1.0))
+    optimizer = make_optimizer(TrainingSettings(optimizer="adam", max_grad_norm=1.0))
     start = jnp.zeros((2,))
     _, state = optimizer.update(jnp.array([30.0, 40.0]), optimizer.init(start), start)
     first_moment = optax.tree.get(state, "mu")
@@ -103,7 +103,7 @@ def test_clipping_bounds_the_gradient():
 @pytest.mark.parametrize("shape", [(), (5,), (3, 8), (2, 3, 8), (2, 2, 3, 8)])
 def test_optimizers_take_arrays_of_any_rank(name, shape):
     """The contract over the table: it goes downhill, alone as beside others; many matrices as one by one."""
-    optimizer = make_optimizer(TrainingSettings(optimizer=name, clip=0.0, weight_decay=0.0))
+    optimizer = make_optimizer(TrainingSettings(optimizer=name, max_grad_norm=0.0, weight_decay=0.0))
     random = np.random.RandomState(0)
     start = {"a": {"b": jnp.asarray(random.standard_normal(shape), jnp.float32)}}
     gradient = {"a": {"b": jnp.asarray(random.standard_normal(shape), jnp.float32)}}
@@ -122,7 +122,7 @@ def test_optimizers_take_arrays_of_any_rank(name, shape):
 
 def test_an_optimizer_of_ones_own_is_used_as_it_is():
     own = optax.adamw(0.25)
-    settings = TrainingSettings(optimizer=own, learning_rate=7.0, clip=0.1, steps=3)
+    settings = TrainingSettings(optimizer=own, learning_rate=7.0, max_grad_norm=0.1, steps=3)
     assert make_optimizer(settings) is own
     schedule = make_schedule(settings, {"x": jnp.full((2, 2), 9.0)})
     assert [float(schedule.rate(step)) for step in (0, 1, 2)] == [1.0, 1.0, 1.0]
@@ -139,4 +139,4 @@ def test_the_same_choice_is_the_same_object():
     """Whatever else the settings say: equal updates then compile once."""
     first, second = (make_optimizer(TrainingSettings(seed=seed, steps=seed)) for seed in (1, 2))
     assert first is second
-    assert first is not make_optimizer(TrainingSettings(clip=2.0))
+    assert first is not make_optimizer(TrainingSettings(max_grad_norm=2.0))

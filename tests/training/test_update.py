@@ -38,14 +38,14 @@ def problem(tiny_model):
     def ids(n):
         return random.randint(3, config.vocab_size, n).tolist()
 
-    before = distributions.context_prefix(params, config, np.array([ids(3)]))
+    preamble = distributions.context_prefix(params, config, np.array([ids(3)]))
     context = np.array([ids(12)])
-    teacher = distributions.context_prefix(params, config, context, before)
+    teacher = distributions.context_prefix(params, config, context, preamble)
     rows = make_rows([ids(2 + i % 4) for i in range(16)], [ids(1 + i % 5) for i in range(16)])
     hidden = distributions.answer_hidden(params, config, teacher, rows)
     rows = rows.with_targets(hidden=np.asarray(hidden))
     sigma = {"embeddings": decoder.embed(params, config, context[:, :4])[0]}
-    return Frozen(params, before), config, rows, sigma, context
+    return Frozen(params, preamble), config, rows, sigma, context
 
 
 def settings_for(config, objective="kl", optimizer=None):
@@ -59,19 +59,19 @@ def state_for(sigma, settings, schedule=None):
     return stack([initial_state(sigma, settings.optimizer, key=key, schedule=schedule)])
 
 
-def one(tree):
+def add_prompt_axis(tree):
     """A batch of one prompt, as several are stacked."""
     return jax.tree.map(lambda leaf: leaf[None], tree)
 
 
 def loss_of(sigma, frozen, rows, settings):
-    total, count = loss_totals(one(sigma), frozen, one(rows), settings)
+    total, count = loss_totals(add_prompt_axis(sigma), frozen, add_prompt_axis(rows), settings)
     return total[0], count[0]
 
 
 def step(driver, states, rows):
     """A step of one prompt, and its metrics as numbers."""
-    states, metrics = driver.step(states, one(rows))
+    states, metrics = driver.step(states, add_prompt_axis(rows))
     return states, {name: float(value[0]) for name, value in metrics.items()}
 
 
@@ -94,16 +94,16 @@ def test_the_loss_of_other_families(tmp_path, family):
     params, config = model.params, model.config
     random = np.random.RandomState(0)
     context, other = random.randint(3, config.vocab_size, (2, 1, 20))
-    before = distributions.context_prefix(params, config, np.array([[5, 6]]))
-    teacher = distributions.context_prefix(params, config, context, before)
+    preamble = distributions.context_prefix(params, config, np.array([[5, 6]]))
+    teacher = distributions.context_prefix(params, config, context, preamble)
     rows = make_rows([[4, 8], [15]], [[16, 23, 42], [7]])
     hidden = distributions.answer_hidden(params, config, teacher, rows)
     rows = rows.with_targets(hidden=np.asarray(hidden))
     expected = distributions.log_probs(params, config, teacher, rows)
     for ids, zero in ((context, True), (other, False)):
         sigma = {"embeddings": model.embed(ids)[0]}
-        total, count = loss_of(sigma, Frozen(params, before), rows, settings_for(config))
-        prefix = distributions.prompt_prefix(params, config, sigma, before)
+        total, count = loss_of(sigma, Frozen(params, preamble), rows, settings_for(config))
+        prefix = distributions.prompt_prefix(params, config, sigma, preamble)
         log_q = distributions.log_probs(params, config, prefix, rows)
         kl = jnp.sum(jnp.exp(expected) * (expected - log_q), axis=-1)
         np.testing.assert_allclose(total, kl[rows.mask].sum(), rtol=1e-4, atol=1e-5)
@@ -235,7 +235,7 @@ def undivided(problem):
 def test_a_batch_in_parts_gives_the_update_of_the_whole(problem, undivided, parallel, mesh, parts, packing):
     frozen, config, batch, sigma, _ = problem
     settings = settings_for(config, optimizer=optax.sgd(1.0))
-    settings = dataclasses.replace(settings, accumulate=parts)
+    settings = dataclasses.replace(settings, grad_accumulation=parts)
     driver = DRIVERS[parallel](frozen, settings, mesh=mesh and as_mesh(mesh))
     if packing:
         packing = packing.over(driver.multiple, int(batch.lengths.max()))
@@ -261,7 +261,7 @@ def test_many_prompts_in_parts(problem):
     batches = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
     (one, metrics), (two, in_parts) = (
         jax.jit(update, static_argnames="settings")(
-            states, batches, frozen=frozen, settings=dataclasses.replace(whole, accumulate=parts)
+            states, batches, frozen=frozen, settings=dataclasses.replace(whole, grad_accumulation=parts)
         )
         for parts in (1, 2)
     )
@@ -303,10 +303,10 @@ def test_a_batch_in_parts_needs_less_memory(problem):
 
     def temporary(parts):
         settings = settings_for(config, optimizer=optax.sgd(1.0))
-        settings = dataclasses.replace(settings, accumulate=parts)
+        settings = dataclasses.replace(settings, grad_accumulation=parts)
         program = jax.jit(update, static_argnames="settings")
         state = state_for(sigma, settings)
-        lowered = program.lower(state, one(batch), frozen=frozen, settings=settings)
+        lowered = program.lower(state, add_prompt_axis(batch), frozen=frozen, settings=settings)
         compiled = lowered.compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

@@ -25,8 +25,8 @@ def attention(inputs: AttentionInputs, backend: str = "auto") -> Float[Array, "b
     """Softmax attention of each query over the slots it sees.
 
     The mask comes from positions alone: query ``t`` sees slot ``s`` iff ``0 <= position[s] <= position[t]``,
-    ``position[t] - position[s] < window``, and their segment ids agree, where slots have any. No array
-    ``[B, H, T, S]`` is made. Softmax and accumulation are float32.
+    ``position[t] - position[s] < sliding_window``, and their segment ids agree, where slots have any. No
+    array ``[B, H, T, S]`` is made. Softmax and accumulation are float32.
 
     Args:
       inputs: queries, keys and values, and the rule.

@@ -77,7 +77,7 @@ def attend(inputs: AttentionInputs) -> Array:
     )
     slots = tuple(_without_batch(s, B) for s in inputs.slots)
     rule = _Rule(inputs.scale, inputs.softcap, inputs.precision)
-    out_NBGXF: Any = _attend(rule, queries_N, slots, inputs.window)  # older jax types it as object
+    out_NBGXF: Any = _attend(rule, queries_N, slots, inputs.sliding_window)  # older jax types it as object
     out_NBGRCF = out_NBGXF.reshape(N, B, G, R, C, F)
     return out_NBGRCF.transpose(1, 0, 4, 2, 3, 5).reshape(B, N * C, H, F)[:, :T]
 
@@ -97,28 +97,32 @@ def _axes(slots: Slots) -> str:
 # bfloat16. After a shared prefix of 320: 156 ms in 58 MiB; derived by jax, 267 ms in 268 MiB, and with
 # jax.checkpoint 261 ms in 49 MiB. After one of 30: 67, 95 and 90 ms. One array of all scores: no faster.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rule: _Rule, queries_N: _Queries, slots: tuple[Slots, ...], window: int | Array | None) -> Array:
-    return _forward(rule, queries_N, slots, window)[0]
+def _attend(
+    rule: _Rule, queries_N: _Queries, slots: tuple[Slots, ...], sliding_window: int | Array | None
+) -> Array:
+    return _forward(rule, queries_N, slots, sliding_window)[0]
 
 
 def _forward(
-    rule: _Rule, queries_N: _Queries, slots: tuple[Slots, ...], window: int | Array | None
+    rule: _Rule, queries_N: _Queries, slots: tuple[Slots, ...], sliding_window: int | Array | None
 ) -> tuple[Array, tuple]:
     out_NBGXF, log_sum_NBGX = jax.lax.map(
-        lambda queries: _attend_chunk(rule, queries, slots, window), queries_N
+        lambda queries: _attend_chunk(rule, queries, slots, sliding_window), queries_N
     )
-    return out_NBGXF, (queries_N, slots, window, out_NBGXF, log_sum_NBGX)
+    return out_NBGXF, (queries_N, slots, sliding_window, out_NBGXF, log_sum_NBGX)
 
 
 def _backward(rule: _Rule, kept: tuple, d_out_NBGXF: Array) -> tuple:
-    queries_N, slots, window, out_NBGXF, log_sum_NBGX = kept
+    queries_N, slots, sliding_window, out_NBGXF, log_sum_NBGX = kept
 
     def step(d_slots, chunk):
         queries, out_BGXF, log_sum_BGX, d_out_BGXF = chunk
         mean_BGX1 = jnp.sum(
             out_BGXF.astype(jnp.float32) * d_out_BGXF.astype(jnp.float32), axis=-1, keepdims=True
         )
-        parts = [_gradient(rule, queries, s, window, log_sum_BGX, mean_BGX1, d_out_BGXF) for s in slots]
+        parts = [
+            _gradient(rule, queries, s, sliding_window, log_sum_BGX, mean_BGX1, d_out_BGXF) for s in slots
+        ]
         d_q_BGXF = _total(d_q for d_q, *_ in parts).astype(queries.q_BGXF.dtype)
         more = [(d_keys, d_values) for _, d_keys, d_values in parts]
         return jax.tree.map(jnp.add, d_slots, more), d_q_BGXF
@@ -135,10 +139,10 @@ _attend.defvjp(_forward, _backward)
 
 
 def _attend_chunk(
-    rule: _Rule, queries: _Queries, slots: tuple[Slots, ...], window: int | Array | None
+    rule: _Rule, queries: _Queries, slots: tuple[Slots, ...], sliding_window: int | Array | None
 ) -> tuple[Array, Array]:
     """The output and the log-sum-exp of each query's scores."""
-    scored = (_scores(rule, queries, s, window) for s in slots)
+    scored = (_scores(rule, queries, s, sliding_window) for s in slots)
     pieces = [jnp.where(seen, scores_BGXS, MASKED) for scores_BGXS, seen in scored]
     highest_BGX = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1) for x in pieces])
     pieces = [jnp.exp(x - highest_BGX[..., None]) for x in pieces]
@@ -155,14 +159,14 @@ def _gradient(
     rule: _Rule,
     queries: _Queries,
     slots: Slots,
-    window: int | Array | None,
+    sliding_window: int | Array | None,
     log_sum_BGX: Array,
     mean_BGX1: Array,
     d_out_BGXF: Array,
 ) -> tuple[Array, Array, Array]:
     """One piece's part of the gradient: of the queries, of its keys, of its values."""
     axes, dtype = _axes(slots), queries.q_BGXF.dtype
-    scores_BGXS, seen = _scores(rule, queries, slots, window)
+    scores_BGXS, seen = _scores(rule, queries, slots, sliding_window)
     weights_BGXS = jnp.where(seen, jnp.exp(scores_BGXS - log_sum_BGX[..., None]), 0)
     d_weights_BGXS = rule.product(f"bgxf,{axes}->bgxs", d_out_BGXF, slots.values)
     d_scores_BGXS = rule.scale * weights_BGXS * (d_weights_BGXS - mean_BGX1)
@@ -177,12 +181,14 @@ def _gradient(
     )
 
 
-def _scores(rule: _Rule, queries: _Queries, slots: Slots, window: int | Array | None) -> tuple[Array, Array]:
+def _scores(
+    rule: _Rule, queries: _Queries, slots: Slots, sliding_window: int | Array | None
+) -> tuple[Array, Array]:
     """Scores before the mask, and the mask."""
     scores_BGXS = rule.scale * rule.product(f"bgxf,{_axes(slots)}->bgxs", queries.q_BGXF, slots.keys)
     if rule.softcap is not None:
         scores_BGXS = rule.softcap * jnp.tanh(scores_BGXS / rule.softcap)
-    seen_BXS = visible(queries.positions_BX, queries.segment_ids_BX, slots, window)
+    seen_BXS = visible(queries.positions_BX, queries.segment_ids_BX, slots, sliding_window)
     return scores_BGXS, seen_BXS[:, None]
 
 

@@ -42,7 +42,9 @@ def attend(inputs: AttentionInputs) -> Array:
     B, T, _, _ = inputs.q_BTHF.shape
     keys_BSGF = joined([s.keys for s in inputs.slots], B)
     values_BSGF = joined([s.values for s in inputs.slots], B)
-    seen = [visible(inputs.positions_BT, inputs.segment_ids_BT, s, inputs.window) for s in inputs.slots]
+    seen = [
+        visible(inputs.positions_BT, inputs.segment_ids_BT, s, inputs.sliding_window) for s in inputs.slots
+    ]
     mask_BTS = jnp.concatenate(seen, axis=-1)
     # The backward kernel takes even lengths only; what is added sees nothing and is seen by nobody.
     mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, T % 2), (0, keys_BSGF.shape[1] % 2)))

@@ -31,11 +31,11 @@ class AttentionInputs:
       q_BTHF: rotated queries; ``H`` is a multiple of ``G``.
       positions_BT: int32; ``EMPTY`` for padding, whose output is finite and meaningless.
       slots: keys and values in the order of their positions (padding aside), the queries' own last.
-      scale: of the products of queries and keys.
+      scale: scale of the products of queries and keys.
       softcap: bound of the scores: ``softcap * tanh(scores / softcap)``, before the mask.
-      window: how many positions back a query sees, itself included; it may be traced. None: all.
-      segment_ids_BT: of the queries, where several sequences are packed in one row.
-      precision: of the matrix products.
+      sliding_window: positions back that a query sees, itself included; it may be traced. None: all.
+      segment_ids_BT: segment ids of the queries, where several sequences are packed in one row.
+      precision: precision of the matrix products.
     """
 
     q_BTHF: Float[Array, "b t h f"]
@@ -43,7 +43,7 @@ class AttentionInputs:
     slots: tuple[Slots, ...]
     scale: float
     softcap: float | None = None
-    window: int | Int[Array, ""] | None = None
+    sliding_window: int | Int[Array, ""] | None = None
     segment_ids_BT: Int[Array, "b t"] | None = None
     precision: jax.lax.Precision = jax.lax.Precision.DEFAULT
 
@@ -52,13 +52,13 @@ def visible(
     positions: Int[Array, "b t"],
     segment_ids: Int[Array, "b t"] | None,
     slots: Slots,
-    window: int | Int[Array, ""] | None,
+    sliding_window: int | Int[Array, ""] | None,
 ) -> Array:
     """Which slots each query sees, bool ``[B, T, S]``."""
     distance_BTS = positions[:, :, None] - slots.positions[:, None, :]
     seen_BTS = (slots.positions[:, None, :] >= 0) & (distance_BTS >= 0)
-    if window is not None:
-        seen_BTS &= distance_BTS < window
+    if sliding_window is not None:
+        seen_BTS &= distance_BTS < sliding_window
     if segment_ids is not None and slots.segment_ids is not None:
         seen_BTS &= segment_ids[:, :, None] == slots.segment_ids[:, None, :]
     return seen_BTS

@@ -22,7 +22,7 @@ NO_SEGMENT = -(2**31)  # of slots that hold nothing: no query has it
 
 def unsupported_reason(inputs: AttentionInputs) -> str | None:
     """Why the kernels can't serve these inputs: they know a slot by its order and one id, not by position."""
-    if inputs.window is not None:
+    if inputs.sliding_window is not None:
         return "a sliding window counts positions, Splash counts slots"
     if inputs.slots[-1].positions is not inputs.positions_BT:
         return "Splash needs the queries' own slots (with the same array of positions) last"

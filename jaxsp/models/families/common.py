@@ -25,7 +25,7 @@ def read_config(hf: Any, dtype: str, turned: float = 1.0, **family: Any) -> Deco
 
     Args:
       hf: the ``transformers`` configuration.
-      dtype: of the decoder.
+      dtype: dtype of the decoder.
       turned: the part of a head that its rope turns.
       family: fields of the decoder's configuration.
 

@@ -81,16 +81,16 @@ def generate(
 
     Args:
       params: the frozen weights.
-      config: of the model.
+      config: configuration of the model.
       prefix: read before every request: one row, never copied per slot; or several rows, which may hold
         ``EMPTY`` slots, each read before the requests that name it. Of these each slot keeps a copy.
       requests: token ids to read after the prefix, none empty; lists or arrays.
       sampling: for all requests, or one for each.
       after: the row of ``prefix`` that each request is read after; needed if there are several.
-      slots: how many sequences decode together.
-      key: of the random draws; needed if any temperature is above 0.
+      slots: number of sequences that decode together.
+      key: random key of the draws; needed if any temperature is above 0.
       decode: the text of token ids; needed if there are stop strings.
-      on_finished: told the index and the tokens of each answer as it ends.
+      on_finished: called with the index and the tokens of each answer as it ends.
 
     Returns:
       The tokens of each answer, in the order of the requests; a stop id that ended it is its last.
@@ -136,11 +136,11 @@ def stream(
 
     Args:
       params: the frozen weights.
-      config: of the model.
+      config: configuration of the model.
       prefix: read before the request; batch size 1.
       request: token ids to read after the prefix, not empty.
-      sampling: how tokens are chosen.
-      key: of the random draws; needed if the temperature is above 0.
+      sampling: rule by which tokens are chosen.
+      key: random key of the draws; needed if the temperature is above 0.
       decode: the text of token ids; needed if there are stop strings.
 
     Raises:

@@ -35,7 +35,7 @@ class Work:
     """One run's work: the arguments of ``generate``, checked.
 
     Raises:
-      UserError: something that can't be meant.
+      UserError: a request is invalid.
     """
 
     config: DecoderConfig

@@ -24,7 +24,7 @@ class Sampling:
 
     Attributes:
       temperature: 0 takes the most probable token.
-      top_k: how many tokens to choose from; 0 for all.
+      top_k: number of tokens to choose from; 0 for all.
       top_p: the probability that the tokens to choose from reach together, in (0, 1].
       stop_ids: tokens that end the answer, which includes them.
       stop_strings: texts that end the answer, which is cut to the tokens before them.
@@ -32,7 +32,7 @@ class Sampling:
       max_tokens: longest answer.
 
     Raises:
-      UserError: a value that can't be meant.
+      UserError: a value is invalid.
 
     Example:
       >>> Sampling(temperature=0.8, top_p=0.9, max_tokens=64).top_k

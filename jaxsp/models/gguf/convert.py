@@ -23,7 +23,7 @@ from jaxsp.models.families import FAMILIES
 from jaxsp.models.gguf import tokenizer
 from jaxsp.models.gguf.reader import Metadata, StoredTensor, read
 from jaxsp.models.rope import ROPE_TYPES
-from jaxsp.models.weights import Place, places_of
+from jaxsp.models.weights import Destination, destinations_of
 from jaxsp.typing import UserError
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def convert(path: Path, directory: Path) -> None:
         raise UserError(f"it holds a {name!r} model, but from GGUF jaxsp reads {', '.join(ARCHITECTURES)}")
     if (parts := metadata.read("split.count", int, 1)) != 1:
         raise UserError(f"it is one of {parts} parts of a model; join them with llama-gguf-split")
-    config, places = _described(_config(metadata, name, tensors))
-    outputs = _outputs(name, config, tensors, places)
+    config, destinations = _described(_config(metadata, name, tensors))
+    outputs = _outputs(name, config, tensors, destinations)
     _tokenizer(metadata, config).save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
     _write_safetensors(directory / "model.safetensors", outputs)
@@ -244,41 +244,43 @@ def _stops(metadata: Metadata, words: list[str]) -> int | list[int] | None:
     return stops[0] if len(stops) == 1 else stops or None
 
 
-def _described(config: dict[str, Any]) -> tuple[dict[str, Any], Iterable[Place]]:
-    """The configuration with the defaults of transformers, and the places of the model's tensors."""
+def _described(config: dict[str, Any]) -> tuple[dict[str, Any], Iterable[Destination]]:
+    """The configuration with the defaults of transformers, and the destinations of the model's tensors."""
     from transformers import AutoConfig
 
     family = FAMILIES[config["model_type"]]
     try:
         config = json.loads(AutoConfig.for_model(**config).to_json_string(use_diff=False))
         decoder = family.config(SimpleNamespace(**config), "float32")
-        return config, places_of(decoder, family.tensors(decoder)).values()
+        return config, destinations_of(decoder, family.tensors(decoder)).values()
     except Exception as error:  # what the libraries make of sizes that no model has
         raise UserError(f"its metadata describe no model ({error})") from error
 
 
 def _outputs(
-    name: str, config: dict[str, Any], tensors: dict[str, StoredTensor], places: Iterable[Place]
+    name: str, config: dict[str, Any], tensors: dict[str, StoredTensor], destinations: Iterable[Destination]
 ) -> dict[str, _Output]:
     """The checkpoint's tensors by name, each of the shape that the configuration implies."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[name.upper()], config["num_hidden_layers"])
     known = {}
-    for place in places:
-        for theirs in place.names:
+    for destination in destinations:
+        for theirs in destination.names:
             stem, _, kind = theirs.rpartition(".")
-            known[f"{names.get_name(stem)}.{kind}"] = theirs, place
+            known[f"{names.get_name(stem)}.{kind}"] = theirs, destination
     if missing := known.keys() - tensors.keys():
         raise UserError(f"it lacks the tensor {min(missing)}")
     if extra := tensors.keys() - known.keys():
         raise UserError(f"it holds the tensor {min(extra)}, which jaxsp has no place for")
     outputs = {}
     for ours, tensor in tensors.items():
-        theirs, place = known[ours]
-        if tensor.shape != place.stored_shape:
-            raise UserError(f"its tensor {ours} is {tensor.shape}, but by its metadata {place.stored_shape}")
+        theirs, destination = known[ours]
+        if tensor.shape != destination.stored_shape:
+            raise UserError(
+                f"its tensor {ours} is {tensor.shape}, but by its metadata {destination.stored_shape}"
+            )
         part = ours.split(".")[-2]
         heads = config[_PAIRED[part]] if name == "llama" and part in _PAIRED else 0
-        outputs[theirs] = _Output(tensor, heads, place.tensor.plus)
+        outputs[theirs] = _Output(tensor, heads, destination.tensor.plus)
     return outputs
 
 

@@ -8,4 +8,4 @@ from jaxsp.typing import Array, Float
 
 def start(source: Source) -> Float[Array, "k d"]:
     """The embeddings of the context's first K tokens."""
-    return source.embed(source.context_ids[: source.length])
+    return source.embed(source.context_ids[: source.prompt_length])

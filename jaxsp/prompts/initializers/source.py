@@ -17,13 +17,13 @@ class Source:
     Attributes:
       key: random key of this prompt.
       context_ids: ``[C]`` token ids of the context.
-      length: K.
+      prompt_length: K.
       embed: input vectors ``[n, D]`` of token ids ``[n]``.
       vocab_size: V.
     """
 
     key: Array
     context_ids: Int[np.ndarray, " c"]
-    length: int
+    prompt_length: int
     embed: Callable[[Array | np.ndarray], Float[Array, "n d"]]
     vocab_size: int

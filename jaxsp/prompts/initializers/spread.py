@@ -10,5 +10,5 @@ from jaxsp.typing import Array, Float
 
 def start(source: Source) -> Float[Array, "k d"]:
     """The embeddings of K tokens spread evenly over the context."""
-    places = np.linspace(0, len(source.context_ids) - 1, source.length).round().astype(int)
+    places = np.linspace(0, len(source.context_ids) - 1, source.prompt_length).round().astype(int)
     return source.embed(source.context_ids[places])

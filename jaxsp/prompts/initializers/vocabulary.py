@@ -13,4 +13,4 @@ from jaxsp.typing import Array, Float
 
 def start(source: Source) -> Float[Array, "k d"]:
     """The embeddings of K random tokens of the vocabulary."""
-    return source.embed(jax.random.randint(source.key, (source.length,), 0, source.vocab_size))
+    return source.embed(jax.random.randint(source.key, (source.prompt_length,), 0, source.vocab_size))

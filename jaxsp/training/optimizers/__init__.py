@@ -38,13 +38,17 @@ def make_optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
     # Of the settings, only what the optimizer reads: one object for one choice, so that equal updates
     # compile once.
     return _optimizer(
-        TrainingSettings(optimizer=settings.optimizer, weight_decay=settings.weight_decay, clip=settings.clip)
+        TrainingSettings(
+            optimizer=settings.optimizer,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+        )
     )
 
 
 @functools.lru_cache
 def _optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
-    clipping = [optax.clip_by_global_norm(settings.clip)] if settings.clip else []
+    clipping = [optax.clip_by_global_norm(settings.max_grad_norm)] if settings.max_grad_norm else []
     return optax.chain(*clipping, OPTIMIZERS[settings.optimizer](settings))
 
 
@@ -55,7 +59,7 @@ def make_schedule(settings: TrainingSettings, sigma: PyTree) -> Schedule:
     if not isinstance(settings.optimizer, str):
         return constant(settings.steps)
     peak = root_mean_square(sigma) * settings.learning_rate
-    return warmup_cosine(peak, settings.steps, settings.warmup)
+    return warmup_cosine(peak, settings.steps, settings.warmup_fraction)
 
 
 def root_mean_square(sigma: PyTree) -> float:

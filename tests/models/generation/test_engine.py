@@ -275,10 +275,10 @@ def test_nothing_is_compiled_anew(run, caplog):
 def test_decoding_does_not_copy_the_caches(tiny_model):
     config = tiny_model.config.replace(layers=16)
     params = decoder.parameter_shapes(config)
-    before = decoder.empty_prefix(config, 6)
-    table, chunk = Work(config, before, [[1, 2, 3]] * 4, [Sampling()] * 4, 4, None, None).table()
+    prefix = decoder.empty_prefix(config, 6)
+    table, chunk = Work(config, prefix, [[1, 2, 3]] * 4, [Sampling()] * 4, 4, None, None).table()
     state = engine._start({}, config, None, table, 4, 4096)
-    given = engine._Given(params, config, before, table, chunk, np.int32(4))
+    given = engine._Given(params, config, prefix, table, chunk, np.int32(4))
     compiled = engine._advance.lower(given, state, np.zeros(4, bool), np.int32(9)).compile()
     cache = state.answer_LBAGF[0].nbytes
     memory = compiled.memory_analysis()
@@ -300,7 +300,7 @@ def join(prefixes: list[KeyValues]) -> KeyValues:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_several_prefixes_answer_as_each_alone(tiny_model, prefix, temperature):
-    """Of other content and length, with ``EMPTY`` slots before, behind, or nothing else."""
+    """Prefixes of other content and length, with ``EMPTY`` slots before, behind, or nothing else."""
     params, config = tiny_model.params, tiny_model.config
     long = np.random.RandomState(1).randint(3, 259, (1, 19))
     prefixes = [
@@ -388,7 +388,7 @@ def test_a_stop_string_frees_its_slot(run, slowly, steps):
     assert steps[-1] == engine.STEPS + 4 * 16
 
 
-# What can't be meant.
+# Invalid requests and options.
 
 
 @pytest.mark.parametrize(("requests", "sampling", "options", "message"), [
@@ -450,8 +450,8 @@ def test_the_teachers_answers_are_greedy_and_reported(tiny_model, prefix, slowly
 
 def test_a_prompt_of_the_contexts_embeddings_answers_like_the_context(tiny_model, prefix):
     sigma = {"embeddings": tiny_model.embed(np.array(CONTEXT))}
-    before = decoder.empty_prefix(tiny_model.config)
-    same = distributions.prompt_prefix(tiny_model.params, tiny_model.config, sigma, before)
+    preamble = decoder.empty_prefix(tiny_model.config)
+    same = distributions.prompt_prefix(tiny_model.params, tiny_model.config, sigma, preamble)
     assert answers.answer_ids(tiny_model, same, QUERIES, max_tokens=6) == answers.answer_ids(
         tiny_model, prefix, QUERIES, max_tokens=6
     )

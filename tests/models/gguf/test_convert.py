@@ -147,7 +147,7 @@ UP = "blk.0.ffn_up.weight"
 
 
 def read_up(path: Path) -> tuple[np.ndarray, str]:
-    """What became of the tensor ``UP``, as float32, and its type in the checkpoint."""
+    """The tensor ``UP`` as converted, as float32, and its type in the checkpoint."""
     name = "model.layers.0.mlp.up_proj.weight"
     with safe_open(converted(path) / "model.safetensors", "numpy") as file:
         dtype = file.get_slice(name).get_dtype()

@@ -37,7 +37,7 @@ def outcome(folder: Path, data: bytes) -> str:
 def test_truncated_file(tmp_path, cache, valid):
     sizes = [*range(48), *range(48, len(valid), 331), len(valid) - 1]
     for size in sizes:
-        assert "download it again" in (told := outcome(tmp_path, valid[:size])) or size < 4, told
+        assert "download it again" in (message := outcome(tmp_path, valid[:size])) or size < 4, message
     assert "is empty" in outcome(tmp_path, b"")
     assert not any(cache.iterdir())
 
@@ -70,17 +70,17 @@ def test_lying_headers(tmp_path, cache, frugal, valid, after, skip, code, values
     at = valid.index(after) + len(after) + skip
     for value in values:
         field = struct.pack(f"<{code}", value)
-        told = outcome(tmp_path, valid[:at] + field + valid[at + len(field) :])
-        assert any(part in told for part in message.split("|")), told
+        message = outcome(tmp_path, valid[:at] + field + valid[at + len(field) :])
+        assert any(part in message for part in message.split("|")), message
 
 
 def test_names_that_appear_twice(tmp_path, cache, valid):
-    told = outcome(tmp_path, valid.replace(b"blk.0.attn_q.weight", b"blk.0.attn_k.weight"))
-    assert "'blk.0.attn_k.weight' appears twice" in told
-    told = outcome(tmp_path, valid.replace(b"llama.block_count", b"llama.block_block"))
-    assert "'llama.block_count' is missing" in told
-    told = outcome(tmp_path, valid.replace(b"eos_token_id", b"bos_token_id"))
-    assert "'tokenizer.ggml.bos_token_id' appears twice" in told
+    message = outcome(tmp_path, valid.replace(b"blk.0.attn_q.weight", b"blk.0.attn_k.weight"))
+    assert "'blk.0.attn_k.weight' appears twice" in message
+    message = outcome(tmp_path, valid.replace(b"llama.block_count", b"llama.block_block"))
+    assert "'llama.block_count' is missing" in message
+    message = outcome(tmp_path, valid.replace(b"eos_token_id", b"bos_token_id"))
+    assert "'tokenizer.ggml.bos_token_id' appears twice" in message
 
 
 @pytest.fixture(scope="module")
