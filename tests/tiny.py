@@ -10,15 +10,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
+from experiments import random_llama
+from experiments.random_llama import CHAT_TEMPLATE as CHAT_TEMPLATE, SPECIAL as SPECIAL, VOCAB, tokenizer
 from jaxsp.models.decoder import parameter_shapes
 from jaxsp.models.families import FAMILIES
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-VOCAB = 256 + len(SPECIAL)
 
 _GPT2 = {
     "vocab_size": VOCAB,
@@ -58,25 +53,7 @@ def config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     """A ``config.json`` of two layers with grouped queries, or what comes next to it in a family."""
     if model_type == "gpt2":
         return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **_GPT2, **changes}
-    return {
-        "model_type": model_type,
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-        "tie_word_embeddings": False,
-        "eos_token_id": 2,
-        "bos_token_id": 0,
-        "pad_token_id": None,
-        **_FAMILY.get(model_type, {}),
-        **changes,
-    }
+    return random_llama.config(model_type=model_type, **{**_FAMILY.get(model_type, {}), **changes})
 
 
 def tensors(config: dict[str, Any], seed: int = 0, gain: float = 2.0) -> dict[str, np.ndarray]:
@@ -110,25 +87,6 @@ def tensors(config: dict[str, Any], seed: int = 0, gain: float = 2.0) -> dict[st
                 values = mean + 0.1 * random.standard_normal(shape)
             out[name] = np.ascontiguousarray(values, np.float32)
     return out
-
-
-def tokenizer(chat_template: str | None = CHAT_TEMPLATE):
-    """One token a byte, and three control tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: i for i, word in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    core = Tokenizer(models.BPE(words, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        chat_template=chat_template,
-        eos_token="<|im_end|>",
-        bos_token="<|endoftext|>",
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def write(

@@ -1,26 +1,18 @@
-"""Attention in chunks against full attention: time at 2k tokens, memory at 8k; and after a shared prefix.
-
-python -m experiments.decoder_speed.attention [--repeats N]
-"""
+"""Attention in chunks against full attention: time at 2k tokens, memory at 8k; and after a shared prefix."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import statistics
-import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 
-from jaxsp.artifact import environment
+from experiments.suite import in_turns
 from jaxsp.models.attention import AttentionInputs, Slots, attention
 
-HERE = Path(__file__).parent
 MIB = 2**20
 
 
@@ -44,14 +36,6 @@ CASES = (
     Case(rows=8, tokens=48, prefix=30, heads=9, kv_heads=3, dtype="bfloat16", layers=30),
     Case(rows=8, tokens=48, prefix=320, heads=9, kv_heads=3, dtype="bfloat16", layers=30),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Measure value and gradient to q, k, v and the prefix, print, and write attention.json."""
-
-    repeats: int = 7
-    out: Path = HERE
 
 
 def full(inputs: AttentionInputs):
@@ -101,42 +85,33 @@ def program(form: Any, case: Case) -> Any:
     return compiled, given
 
 
-def measure(case: Case, run: Run) -> dict[str, Any]:
+def measure_one(case: Case, repeats: int) -> dict[str, Any]:
     row: dict[str, Any] = dataclasses.asdict(case)
-    calls, seconds = {}, {}
+    calls = {}
     for name, form in (("full", full), ("chunked", functools.partial(attention, backend="chunked"))):
         compiled, given = program(form, case)
         memory = compiled.memory_analysis().temp_size_in_bytes / MIB
         row[name] = {"temp_mib": round(memory, 1)}
         if memory < 4096:
             calls[name] = functools.partial(compiled, given)
-            seconds[name] = []
-    for _ in range(run.repeats + 1):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[name].append(time.perf_counter() - started)
-    for name, times in seconds.items():
-        row[name]["seconds"] = round(statistics.median(times[1:]), 4)
+    for name, times in in_turns(calls, repeats)[0].items():
+        row[name]["seconds"] = round(statistics.median(times), 4)
     return row
 
 
-def main() -> None:
-    run = tyro.cli(Run)
-    rows = [measure(case, run) for case in CASES]
-    print("| rows × tokens, prefix, layers | full | chunked |\n|---|---:|---:|")
-    for row in rows:
-        cells = []
-        for name in ("full", "chunked"):
-            seconds = row[name].get("seconds")
-            took = "not run" if seconds is None else f"{seconds:.3f} s"
-            cells.append(f"{took}, {row[name]['temp_mib']:,.0f} MiB")
-        what = f"{row['rows']} × {row['tokens']}, {row['prefix']}, {row['layers']} ({row['dtype']})"
-        print(f"| {what} | {' | '.join(cells)} |")
-    file = run.out / "attention.json"
-    file.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n")
-    print(f"Written: {file}")
+def measure(full: bool) -> dict[str, Any]:
+    """Value and gradient to q, k, v and the prefix."""
+    return {"rows": [measure_one(case, 7 if full else 1) for case in (CASES if full else CASES[2:3])]}
 
 
-if __name__ == "__main__":
-    main()
+HEAD = ("attention: rows × tokens, prefix, layers", "full", "chunked")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Of a case, as the table shows it."""
+    shown = [f"{row['rows']} × {row['tokens']:,}, {row['prefix']}, {row['layers']} ({row['dtype']})"]
+    for name in ("full", "chunked"):
+        seconds = row[name].get("seconds")
+        took = "not run" if seconds is None else f"{seconds:.3f} s"
+        shown.append(f"{took}, {row[name]['temp_mib']:,.0f} MiB")
+    return shown

@@ -1,4 +1,4 @@
-"""The jobs of ``run.py`` by Hugging Face's Llama in torch, as a careful user would write them.
+"""The jobs of ``experiment.py`` by Hugging Face's Llama in torch, as a careful user would write them.
 
 A line on stdin names a job; a line of JSON on stdout says how long it took. Scaled-dot-product attention,
 no gradient to weights, the head on answer positions only, the teacher's states given.

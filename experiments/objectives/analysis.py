@@ -1,4 +1,4 @@
-"""The reports of many prompts together: the table, and the length to which answers stay true."""
+"""What the reports of many prompts say together: the table, and how long answers stay true."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxsp.evaluation.metrics import rouge_l
+from experiments.suite import markdown as markdown_table, spread
+from jaxsp.evaluation.metrics import interval, rouge_l
 
 Context = dict[str, list[dict[str, Any]]]
 """The reports of a context, by objective: one a seed."""
@@ -39,8 +40,6 @@ BINS = ((1, 5), (6, 10), (11, 20), (21, 1000))
 ENOUGH = 6
 """Contexts from which a difference is marked: of fewer, all may well lie on one side by chance."""
 
-_RESAMPLES = 4000
-
 
 def finished(
     out: Path, wanted: Iterable[Mapping[tuple[str, int], Mapping[str, Any]]]
@@ -64,30 +63,8 @@ def finished(
     return contexts, failed
 
 
-def interval(totals: Sequence[float], counts: Sequence[float] | None = None) -> dict[str, float]:
-    """The sum of ``totals`` over that of ``counts``, with a 95% percentile bootstrap interval.
-
-    Args:
-      totals: one a context.
-      counts: one a context; 1 each if ``None``.
-
-    Returns:
-      ``value``, ``low`` and ``high``.
-
-    Reference:
-      Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13.
-    """
-    above = np.asarray(totals, float)
-    below = np.ones_like(above) if counts is None else np.asarray(counts, float)
-    draws = np.random.default_rng(0).integers(len(above), size=(_RESAMPLES, len(above)))
-    with np.errstate(invalid="ignore"):  # a draw of contexts that have no such answer
-        means = above[draws].sum(axis=1) / below[draws].sum(axis=1)
-    low, high = np.nanpercentile(means, [2.5, 97.5])
-    return {"value": above.sum() / below.sum(), "low": float(low), "high": float(high)}
-
-
 def values(report: Mapping[str, Any], bracket: str = "prompt") -> dict[str, float]:
-    """The measurements of a prompt, on held-out questions."""
+    """What a prompt is measured by, on held-out questions."""
     brackets = report["held_out"]["brackets"]
     ours = brackets[bracket]
     return {
@@ -124,7 +101,6 @@ def summary(contexts: Sequence[Context], objectives: Sequence[str]) -> dict[str,
     """The numbers of the experiment; all intervals are over contexts, seeds averaged first."""
     reports = [r for context in contexts for some in context.values() for r in some]
     first = objectives[0]
-    answers = {**dict.fromkeys(objectives, "answer_prompt"), "no_context": "answer_no_context"}
     return {
         "contexts": len(contexts),
         "prompts": len(reports),
@@ -134,25 +110,30 @@ def summary(contexts: Sequence[Context], objectives: Sequence[str]) -> dict[str,
             objective: sum(r["no_better_than_start"] for context in contexts for r in context[objective])
             for objective in objectives
         },
-        "table": {
-            **{name: _row(contexts, name, "prompt", first) for name in objectives},
-            **{name: _row(contexts, first, name, first) for name in REFERENCES},
-        },
-        "long_answers": {
-            name: {
-                "agreement": [
-                    {"words": n, **found}
-                    for n in range(1, LONGEST + 1)
-                    if (found := _over(contexts, name, first, agreement, n, ours))
-                ],
-                "rouge_l": [
-                    {"from": low, "to": high, **found}
-                    for low, high in BINS
-                    if (found := _over(contexts, name, first, rouge, (low, high), ours))
-                ],
-            }
-            for name, ours in answers.items()
-        },
+        "rows": [
+            {"trained_on": name, "metrics": _row(contexts, name, "prompt", first)}
+            | {"long_answers": _long_answers(contexts, name, "answer_prompt")}
+            for name in objectives
+        ]
+        + [
+            {"trained_on": name, "metrics": _row(contexts, first, name, first)}
+            | (
+                {"long_answers": _long_answers(contexts, first, f"answer_{name}")}
+                if name == "no_context"
+                else {}
+            )
+            for name in REFERENCES
+        ],
+    }
+
+
+def _long_answers(contexts: Sequence[Context], objective: str, ours: str) -> dict[str, list[dict[str, Any]]]:
+    """By the first words of an answer, and by its length."""
+    agreed = ((n, _over(contexts, objective, agreement, n, ours)) for n in range(1, LONGEST + 1))
+    scores = ((bounds, _over(contexts, objective, rouge, bounds, ours)) for bounds in BINS)
+    return {
+        "agreement": [{"words": n, **found} for n, found in agreed if found],
+        "rouge_l": [{"from": low, "to": high, **found} for (low, high), found in scores if found],
     }
 
 
@@ -169,17 +150,10 @@ def _row(contexts: Sequence[Context], objective: str, bracket: str, first: str) 
 
 
 def _over(
-    contexts: Sequence[Context],
-    name: str,
-    first: str,
-    count: Callable[..., tuple[float, int]],
-    size: Any,
-    ours: str,
+    contexts: Sequence[Context], objective: str, count: Callable[..., tuple[float, int]], size: Any, ours: str
 ) -> dict[str, float]:
     """A ratio over the held-out answers of all contexts; nothing if there are none."""
-    pairs = [
-        np.sum([count(_held_out(r), size, ours) for r in c.get(name, c[first])], axis=0) for c in contexts
-    ]
+    pairs = [np.sum([count(_held_out(r), size, ours) for r in c[objective]], axis=0) for c in contexts]
     totals, counts = np.transpose(pairs)
     if not counts.any():
         return {}
@@ -206,24 +180,23 @@ def copy_numbers(table: Path, to: Path) -> None:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """The table, in two parts; what differs from the first row, contexts paired, has a star."""
-    table = found["table"]
-    first = next(iter(table))
+    first, enough = found["rows"][0]["trained_on"], found["contexts"] >= ENOUGH
 
-    def number(value: float) -> str:
-        return f"{round(value, 3) + 0.0:.3f}"  # no -0.000
-
-    marked = [] if found["contexts"] < ENOUGH else [row for row in table if row not in REFERENCES]
-
-    def cell(row: str, metric: str) -> str:
-        at = table[row][metric]
+    def cell(name: str, at: Mapping[str, Any]) -> str:
         beyond = at[f"beyond_{first}"]
-        star = "\\*" if row in marked and beyond["low"] * beyond["high"] > 0 else ""
-        return f"{number(at['value'])}{star} ({number(at['low'])} to {number(at['high'])})"
+        differs = enough and name not in REFERENCES and beyond["low"] * beyond["high"] > 0
+        rounded = {key: round(at[key], 3) + 0.0 for key in ("value", "low", "high")}  # no -0.000
+        return spread(rounded).replace(" ", "\\* " if differs else " ", 1)
 
-    lines = []
-    for metrics in (MEASURED_BY[:7], MEASURED_BY[7:]):
-        lines += ["| trained on | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
-        lines += [f"| {row} | " + " | ".join(cell(row, metric) for metric in metrics) + " |" for row in table]
-        lines.append("")
+    def part(metrics: Sequence[str]) -> str:
+        return markdown_table(
+            ["trained on", *metrics],
+            [
+                [row["trained_on"], *(cell(row["trained_on"], row["metrics"][metric]) for metric in metrics)]
+                for row in found["rows"]
+            ],
+        )
+
     kept = ", ".join(f"{name} {count}" for name, count in found["no_better_than_start"].items())
-    return "\n".join([*lines, f"Prompts with a held-out KL no lower than their start's: {kept}."])
+    last = f"Prompts with a held-out KL no lower than their start's: {kept}."
+    return "\n\n".join([part(MEASURED_BY[:7]), part(MEASURED_BY[7:]), last])

@@ -1,6 +1,6 @@
 """A side in jaxsp: training by its own loop with one of its optimizers, or the answers.
 
-python -m experiments.peers.jaxsp_side JOB VARIANT, started by run.py; VARIANT is a key of ``VARIANTS``.
+python -m experiments.peers.jaxsp_side JOB VARIANT, started by experiment.py. VARIANT: a key of ``VARIANTS``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A side in torch: PEFT's prompt tuning or cartridge, a page of plain torch; training, or the answers.
 
-python -m experiments.peers.torch_side JOB VARIANT, started by run.py; VARIANT is a key of ``VARIANTS``.
+python -m experiments.peers.torch_side JOB VARIANT, started by experiment.py. VARIANT: a key of ``VARIANTS``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The host's work for each context, with a model so small that little else is left."""
+"""What the host does for each context, with a model so small that little else is left."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxsp
+from experiments import random_llama
 from experiments.scale.arithmetic import ANSWER, CONTEXT, HELD_OUT, PACKING, QUERIES, QUERY, SETTINGS
 from jaxsp.data.examples import Rows, make_rows
 from jaxsp.runs.job import check_jobs
-from tests import tiny
 
 JOBS = 16
 
@@ -50,8 +50,8 @@ def per_context() -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        sizes = {"gain": 1.0, "max_position_embeddings": 2048}
-        model = jaxsp.load_model(tiny.write(folder / "tiny", **sizes), dtype="float32")
+        directory = random_llama.write(folder / "tiny", max_position_embeddings=2048)
+        model = jaxsp.load_model(directory, dtype="float32")
         options = {
             "prompt_length": SETTINGS.prompt.prompt_length,
             "steps": SETTINGS.training.steps,

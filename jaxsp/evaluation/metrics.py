@@ -163,6 +163,31 @@ ANSWER_METRICS: dict[str, Callable[[Answer, Answer], float]] = {
 """Measured on every free-running answer, against the full context's."""
 
 
+def interval(
+    totals: np.ndarray | Sequence[float], counts: np.ndarray | Sequence[float] | None = None, seed: int = 0
+) -> dict[str, float]:
+    """The sum of ``totals`` over that of ``counts``, with a 95% percentile bootstrap interval.
+
+    Args:
+      totals: one a query, a context, or whatever is drawn anew.
+      counts: one a total; 1 each if ``None``.
+      seed: of the resampling.
+
+    Returns:
+      ``value``, ``low`` and ``high``.
+
+    Reference:
+      Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13.
+    """
+    above = np.asarray(totals, float)
+    below = np.ones_like(above) if counts is None else np.asarray(counts, float)
+    draws = np.random.default_rng(seed).integers(len(above), size=(_RESAMPLES, len(above)))
+    with np.errstate(invalid="ignore"):  # a draw may have nothing to count
+        ratios = above[draws].sum(axis=1) / below[draws].sum(axis=1)
+    low, high = np.nanpercentile(ratios, [2.5, 97.5])
+    return {"value": float(above.sum() / below.sum()), "low": float(low), "high": float(high)}
+
+
 def gap_closed(
     prompt: tuple[np.ndarray, np.ndarray], bracket: tuple[np.ndarray, np.ndarray], seed: int = 0
 ) -> dict[str, float]:
@@ -175,15 +200,7 @@ def gap_closed(
 
     Returns:
       ``value``, ``low`` and ``high``; 1 is the full context, 0 the bracket.
-
-    Reference:
-      Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13.
     """
     (ours, counts), (theirs, _) = prompt, bracket
-    draws = np.random.default_rng(seed).integers(len(ours), size=(_RESAMPLES, len(ours)))
-    draws = np.concatenate([np.arange(len(ours))[None], draws])  # the first is the data itself
-    kl_ours = ours[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    kl_theirs = theirs[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    gaps = 1 - kl_ours / np.maximum(kl_theirs, 1e-9)
-    low, high = np.percentile(gaps[1:], [2.5, 97.5])
-    return {"value": float(gaps[0]), "low": float(low), "high": float(high)}
+    left = interval(ours, np.maximum(theirs, 1e-9 * counts), seed)
+    return {"value": 1 - left["value"], "low": 1 - left["high"], "high": 1 - left["low"]}

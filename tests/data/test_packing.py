@@ -122,7 +122,7 @@ def test_a_batch_of_nothing():
     assert empty.sequences == 0
 
 
-# Tokens of query and answer of the questions of experiments/untuned/museum, with SmolLM2's answers.
+# Tokens of query and answer of the questions of experiments/documents/museum, with SmolLM2's answers.
 MUSEUM = [
     48, 50, 61, 55, 60, 61, 61, 63, 64, 61, 63, 63, 61, 61, 56, 63, 60, 62, 65, 62,
     64, 60, 63, 51, 62, 63, 52, 61, 55, 61, 61, 62, 56, 62, 60, 62, 67, 64, 61, 58,

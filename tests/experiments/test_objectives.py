@@ -9,12 +9,11 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-import jaxsp
-from experiments.objectives import __main__ as experiment, analysis
+from experiments.objectives import analysis, experiment
 from experiments.objectives.narrativeqa import passages
-from jaxsp.evaluation.metrics import rouge_l
+from experiments.suite import Run, measure, read
+from jaxsp.evaluation.metrics import interval, rouge_l
 from jaxsp.typing import Interrupted, UserError
-from tests import tiny
 
 
 def report(kl, answers=(), nll=0.0, entropy=0.0, **more):
@@ -36,12 +35,17 @@ def report(kl, answers=(), nll=0.0, entropy=0.0, **more):
     }  # fmt: skip
 
 
+def by_name(found, key):
+    """Of each row that has it."""
+    return {row["trained_on"]: row[key] for row in found["rows"] if key in row}
+
+
 def test_seeds_are_averaged_and_contexts_resampled():
     kl = [[1.0, 3.0], [4.0, 4.0], [6.0, 6.0]]
     contexts = [{"kl": [report(a), report(b)], "nll": [report(a + 1), report(b + 1)]} for a, b in kl]
     found = analysis.summary(contexts, ["kl", "nll"])
     assert (found["contexts"], found["prompts"], found["seconds"]) == (3, 12, 12.0)
-    ours, theirs = (found["table"][row]["kl"] for row in ("kl", "nll"))
+    ours, theirs = (by_name(found, "metrics")[row]["kl"] for row in ("kl", "nll"))
     assert ours["value"] == pytest.approx(4.0)
     # The means of three draws of 2, 4, 6 lie below 2.67 or above 5.33 one time in 27 each.
     assert ours["low"] == pytest.approx(2.0)
@@ -67,12 +71,12 @@ def test_intervals_cover_and_weigh_answers():
     random = np.random.default_rng(0)
     held = 0
     for _ in range(200):
-        found = analysis.interval(random.normal(2.0, 1.0, 30))
+        found = interval(random.normal(2.0, 1.0, 30))
         held += found["low"] <= 2.0 <= found["high"]
     assert 178 <= held <= 199
-    weighed = analysis.interval([1.0, 9.0], [1.0, 18.0])
+    weighed = interval([1.0, 9.0], [1.0, 18.0])
     assert weighed == {"value": pytest.approx(10 / 19), "low": 0.5, "high": 1.0}
-    assert analysis.interval([1.0, 0.0], [1.0, 0.0])["low"] == 1.0  # draws without answers say nothing
+    assert interval([1.0, 0.0], [1.0, 0.0])["low"] == 1.0  # draws without answers say nothing
 
 
 def test_values_are_of_held_out_questions():
@@ -89,7 +93,7 @@ def test_agreement_by_number_of_words():
         ("six", "five"),
     ]
     contexts = [{"kl": [report(0.0, answers[:2])]}, {"kl": [report(0.0, answers[2:])]}]
-    found = analysis.summary(contexts, ["kl"])["long_answers"]
+    found = by_name(analysis.summary(contexts, ["kl"]), "long_answers")
     curve = found["kl"]["agreement"]
     assert [(p["words"], p["value"], p["answers"]) for p in curve] == [
         (1, 3 / 4, 4), (2, pytest.approx(2 / 3), 3), (3, pytest.approx(1 / 3), 3),
@@ -126,17 +130,10 @@ def test_without_the_wheel(monkeypatch):
         passages()
 
 
-@pytest.mark.parametrize("count", [0, 102])
-def test_so_many_contexts_there_are_not(count, tmp_path):
-    with pytest.raises(UserError, match=f"between 1 and 101, not {count}"):
-        experiment.main(experiment.Run(contexts=count, out=tmp_path))
-
-
-def test_the_small_setting(tmp_path, monkeypatch, capsys):
-    """Two contexts, two objectives, stopped after the first context and gone on with; a token is a byte."""
-    directory = tiny.write(tmp_path / "model", gain=1.0, max_position_embeddings=8192)
-    model = jaxsp.load_model(directory, dtype="float32")
-    monkeypatch.setattr("jaxsp.load_model", lambda: model)
+@pytest.mark.usefixtures("optimized")
+def test_the_small_setting(tmp_path, monkeypatch, smollm2):
+    """Two contexts, two objectives, stopped after the first context and gone on with."""
+    monkeypatch.setattr("jaxsp.load_model", lambda: smollm2)
     monkeypatch.setattr(experiment, "AT_A_TIME", 1)
     whole, calls = experiment.jaxsp.compress_many, []
 
@@ -146,40 +143,40 @@ def test_the_small_setting(tmp_path, monkeypatch, capsys):
         calls.append(options)
         return whole(*args, **options)
 
+    def run():
+        measure("objectives", "default", Run(full=False, out=tmp_path))
+        return read(tmp_path / "results.parquet")["default"]
+
     monkeypatch.setattr("jaxsp.compress_many", stopped)
     with pytest.raises(Interrupted):
-        experiment.main(experiment.Run(out=tmp_path))
-    results = tmp_path / "small" / "results"
-    assert json.loads((results / "results.json").read_text())["contexts"] == 1
+        run()
+    assert (tmp_path / "prompts" / "000-kl-0" / "report.json").is_file()
+    assert not (tmp_path / "results.parquet").exists()
     monkeypatch.setattr("jaxsp.compress_many", whole)
-    experiment.main(experiment.Run(out=tmp_path))
-
-    found = json.loads((results / "results.json").read_text())
+    found = run()
     assert (found["contexts"], found["prompts"], found["failed"]) == (2, 4, [])
     assert found["no_better_than_start"] == {"kl": 0, "nll": 0}
+    table = by_name(found, "metrics")
     for row in ("kl", "nll"):
-        reports = [
-            json.loads((tmp_path / "small" / f"00{i}-{row}-0" / "report.json").read_text()) for i in (0, 1)
-        ]
-        assert set(found["table"][row]) == set(analysis.MEASURED_BY)
-        for metric, at in found["table"][row].items():
+        folders = (tmp_path / "prompts" / f"00{i}-{row}-0" for i in (0, 1))
+        reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
+        assert set(table[row]) == set(analysis.MEASURED_BY)
+        for metric, at in table[row].items():
             assert at["low"] <= at["value"] <= at["high"]
             of_prompts = [analysis.values(r)[metric] for r in reports]
             assert at["value"] == pytest.approx(np.mean(of_prompts), abs=1e-9)
             assert at["high"] == pytest.approx(max(of_prompts), abs=1e-9)
-    kl, none, start = (found["table"][row]["kl"]["value"] for row in ("kl", "no_context", "initial"))
+    kl, none, start = (table[row]["kl"]["value"] for row in ("kl", "no_context", "initial"))
     assert 0 < kl < min(start, none)
+    assert f"| kl | {kl:.3f} (" in analysis.markdown(found)
 
-    table = pyarrow.parquet.read_table(results / "results.parquet")
-    assert table.column("id").to_pylist() == [
+    prompts = pyarrow.parquet.read_table(tmp_path / "prompts.parquet")
+    assert prompts.column("id").to_pylist() == [
         "000-kl-0", "000-nll-0", "001-kl-0", "001-nll-0"
     ]  # fmt: skip
-    assert (results / "table.png").is_file()
-    assert (results / "long_answers.png").is_file()
-    shown = capsys.readouterr().out
-    assert f"| kl | {kl:.3f} (" in shown
-    assert "2 of 2 contexts, 4 prompts" in shown
+    assert (tmp_path / "table.png").is_file()
+    assert (tmp_path / "long_answers.png").is_file()
 
     monkeypatch.setattr("jaxsp.runs.runner.Block", None)  # a finished run is read, not done again
-    experiment.main(experiment.Run(out=tmp_path))
-    assert json.loads((results / "results.json").read_text()) == found
+    again = run()
+    assert again["rows"] == found["rows"]

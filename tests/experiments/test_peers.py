@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from experiments.peers import jaxsp_side
+from experiments.peers.experiment import check_torch, compared, curve, training_row
 from experiments.peers.job import Job
-from experiments.peers.run import check_torch, compared, curve, training_row
 from jaxsp.typing import UserError
 
 

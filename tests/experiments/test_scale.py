@@ -8,7 +8,7 @@ import pytest
 
 from experiments.scale import arithmetic
 from experiments.scale.arithmetic import SETTINGS, Exchange, decoder_config
-from experiments.scale.run import exchanged
+from experiments.scale.experiment import exchanged
 from jaxsp.data.packing import Packing
 from jaxsp.models.sharding import DATA, as_mesh
 from jaxsp.plan import compiled, step_flops

@@ -19,7 +19,7 @@ from tests.goldens import make_logits
 from tests.goldens.make_logits import CASES, IDS, PREFIX, WEIGHTS
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "logits.npz"
-TOWN = Path(__file__).parents[2] / "experiments" / "untuned" / "town" / "context.md"
+TOWN = Path(__file__).parents[2] / "experiments" / "documents" / "town" / "context.md"
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 

@@ -1,48 +1,29 @@
-"""Memory and time of the KL loss's value and gradient: fused against materialised logits.
-
-python -m experiments.loss_cost.run [--positions N ...] [--vocabularies V ...] [--dtypes T ...]
-"""
+"""Memory and time of the KL loss's value and gradient: fused against materialised logits."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import itertools
-import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 
+from experiments.suite import Experiment, Results, Run, in_turns, markdown
 from jaxsp import losses
-from jaxsp.artifact import environment
 
-HERE = Path(__file__).parent
 MIB = 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Measure, write results.json and cost.png, and print the table of README.md."""
-
-    positions: tuple[int, ...] = (512, 2048, 8192)
-    """N, answer positions in a batch."""
-    vocabularies: tuple[int, ...] = (49152, 151936, 262144)
-    """V: those of SmolLM2, Qwen and Gemma 3."""
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    """Dtype of hidden states and head."""
-    width: int = 576
-    """D."""
-    repeats: int = 5
-    """Runs of each, in turns; fewer (but one) where they would take more than a minute."""
-    out: Path = HERE
-    """Where the results go."""
+POSITIONS = (512, 2048, 8192)
+VOCABULARIES = (49152, 151936, 262144)
+"""Those of SmolLM2, Qwen and Gemma 3."""
+DTYPES = ("float32", "bfloat16")
+WIDTH = 576
+REPEATS, MOST = 5, 60
+"""Runs of each, in turns; fewer (but one) where they would take more than so many seconds."""
 
 
 def materialised(student, teacher, head):
@@ -59,10 +40,19 @@ def fused(student, teacher, head):
     return losses.masked_mean(losses.fused_kl_divergence(teacher, student, head))
 
 
-def measure(positions: int, vocabulary: int, dtype: str, run: Run) -> dict[str, Any]:
+def measure(_: str, run: Run) -> dict[str, Any]:
+    sizes = (DTYPES, VOCABULARIES, POSITIONS) if run.full else (DTYPES[:1], VOCABULARIES[:1], POSITIONS[:1])
+    rows = []
+    for dtype, vocabulary, positions in itertools.product(*sizes):
+        rows.append(measure_one(positions, vocabulary, dtype))
+        print(rows[-1], flush=True)
+    return {"width": WIDTH, "rows": rows}
+
+
+def measure_one(positions: int, vocabulary: int, dtype: str) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(0), 3)
     student, teacher, head = (
-        (scale * jax.random.normal(key, (rows, run.width))).astype(dtype)
+        (scale * jax.random.normal(key, (rows, WIDTH))).astype(dtype)
         for key, rows, scale in zip(keys, (positions, positions, vocabulary), (1, 1, 0.1), strict=True)
     )
     row: dict[str, Any] = {"positions": positions, "vocabulary": vocabulary, "dtype": dtype}
@@ -78,18 +68,10 @@ def measure(positions: int, vocabulary: int, dtype: str, run: Run) -> dict[str, 
 
         calls["torch_chunked"] = torch_chunked.prepared(student, teacher, head)
         row["torch_chunked"] = {"seconds": None}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    values = {}
-    for repeat in range(run.repeats + 1):  # the first warms up
-        for name, call in calls.items():
-            started = time.perf_counter()
-            values[name] = jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - started)
-        if repeat and sum(map(sum, times.values())) > 60:
-            break
+    times, values = in_turns(calls, REPEATS, MOST)
     for name, seconds in times.items():
-        row[name]["seconds"] = round(statistics.median(seconds[1:]), 4)
-        row[name]["runs"] = len(seconds) - 1
+        row[name]["seconds"] = round(statistics.median(seconds), 4)
+        row[name]["runs"] = len(seconds)
         _agree(values[name], values["fused"], dtype)
     return row
 
@@ -112,29 +94,49 @@ def _agree(ours: Any, theirs: Any, dtype: str) -> None:
     assert difference < tolerance * jnp.linalg.norm(gradient_2)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(results: Results) -> str:
     def seconds(row: dict[str, Any], form: str) -> str:
         value = row.get(form, {}).get("seconds")
         return "does not fit" if value is None else f"{value:.2f}"
 
-    torch = any("torch_chunked" in row for row in rows)
-    names = ["N", "V", "dtype", "memory: materialised", "fused", "ratio", "time: materialised", "fused"]
-    names += ["torch, chunked"] if torch else []
-    lines = ["| " + " | ".join(names) + " |", "|" + "---:|" * len(names)]
+    rows = results["default"]["rows"]
+    torch = ["torch, chunked"] * any("torch_chunked" in row for row in rows)
+    head = [
+        "N",
+        "V",
+        "dtype",
+        "memory: materialised",
+        "fused",
+        "ratio",
+        "time: materialised",
+        "fused",
+        *torch,
+    ]
+    lines = []
     for row in rows:
         whole, ours = row["materialised"]["temp_mib"], row["fused"]["temp_mib"]
-        cells = [
+        lines.append([
             f"{row['positions']:,}", f"{row['vocabulary']:,}", row["dtype"],
             f"{whole:,.0f} MiB", f"{ours:,.0f} MiB", f"{ours / whole:.1%}",
             seconds(row, "materialised"), seconds(row, "fused"),
-        ]  # fmt: skip
-        cells += [seconds(row, "torch_chunked")] if torch else []
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            *(seconds(row, "torch_chunked") for _ in torch),
+        ])  # fmt: skip
+    return markdown(head, lines, texts=0)
 
 
-def plot(rows: list[dict[str, Any]], file: Path) -> None:
+def result(results: Results) -> str:
+    row = next(r for r in results["default"]["rows"] if (r["positions"], r["vocabulary"]) == (2048, 49152))
+    forms = (
+        f"{row[form]['seconds']:.2f} s in {row[form]['temp_mib']:,.0f} MiB {form}"
+        for form in ("fused", "materialised")
+    )
+    return f"2,048 positions, 49,152 tokens, {row['dtype']}: {', '.join(forms)}"
+
+
+def draw(results: Results, folder: Path) -> None:
     from matplotlib.figure import Figure
+
+    rows = results["default"]["rows"]
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     for axes, key, title in zip(
@@ -158,21 +160,15 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(file, dpi=150)
+    figure.savefig(folder / "cost.png", dpi=150)
 
 
-def main(run: Run) -> None:
-    rows = []
-    for dtype, vocabulary, positions in itertools.product(run.dtypes, run.vocabularies, run.positions):
-        rows.append(measure(positions, vocabulary, dtype, run))
-        print(json.dumps(rows[-1]), flush=True)
-    run.out.mkdir(parents=True, exist_ok=True)
-    results = {"width": run.width, "environment": environment(), "rows": rows}
-    (run.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    plot(rows, run.out / "cost.png")
-    print(table(rows))
-    print(f"Results: {run.out}")
-
-
-if __name__ == "__main__":
-    main(tyro.cli(Run))
+EXPERIMENT = Experiment(
+    question="How much memory and time do the KL divergence's value and gradient take when the logits of"
+    " both sides are never materialised, and does the time suffer?",
+    cost="a quarter of an hour on two cores, 16 GB at most",
+    run=measure,
+    table=table,
+    result=result,
+    draw=draw,
+)

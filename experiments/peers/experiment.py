@@ -1,14 +1,9 @@
-"""The same compression by jaxsp, by PEFT and by a page of plain torch, in turns.
-
-python -m experiments.peers.run --torch-python PATH [--steps 100]
-"""
+"""The same compression by jaxsp, by PEFT and by a page of plain torch, in turns."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.resources
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -18,19 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 
 import jaxsp
-from experiments.decoder_speed.run import processor
 from experiments.peers.job import Job
-from jaxsp.artifact import environment
-from jaxsp.data.documents import read_context, read_queries
+from experiments.suite import Experiment, Results, Run, demo_document, markdown
 from jaxsp.data.examples import batch_indices
 from jaxsp.settings import Settings
 from jaxsp.teacher.problem import tokenize
 from jaxsp.typing import UserError
 
-HERE = Path(__file__).parent
 OURS = ("jaxsp", "jaxsp, template too", "jaxsp, adam")
 PEERS = ("prompt tuning, cached", "cartridge, cached", "strong torch")
 ONLINE = ("prompt tuning, online", "cartridge, online")
@@ -40,22 +31,8 @@ ONLINE_EVERY = 10
 they compute what the cached ones do."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Compress jaxsp's demo manual by all sides, write results.json and print the tables of README.md."""
-
-    torch_python: str = sys.executable
-    """A Python with torch, transformers and peft."""
-    steps: int = 100
-    """Updates, of everyone."""
-    evaluate_every: int = 5
-    """Steps of a turn; the held-out KL is measured after each, outside the seconds."""
-    dtype: str | None = None
-    """Dtype of weights and activations, for all sides; by default the fastest here."""
-    batch_size: int = 8
-    """Queries a step; jaxsp packs about as many."""
-    out: Path = HERE
-    """Where results.json goes."""
+STEPS, EVERY, BATCH = 100, 5, 8
+"""Updates of everyone; steps of a turn, after which the held-out KL is measured; queries a step."""
 
 
 class Side:
@@ -73,7 +50,7 @@ class Side:
         self._wait()
 
     def turn(self) -> dict[str, Any]:
-        """The record of the side's turn."""
+        """What the side did in its turn."""
         assert self._process.stdin
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -93,13 +70,11 @@ class Side:
         return self.turns[-1]
 
 
-def make_job(run: Run) -> Job:
+def make_job(steps: int) -> Job:
     """The demo's manual and questions as token ids, without answers."""
-    model = jaxsp.load_model(dtype=run.dtype)
+    model = jaxsp.load_model()
     settings = Settings()
-    with importlib.resources.as_file(importlib.resources.files("jaxsp.demo")) as sample:
-        train, held_out = (read_queries(sample / f"{n}.txt") for n in ("questions", "held_out"))
-        context = read_context(sample / "manual.md")
+    context, train, held_out = demo_document()
     job = tokenize(model, context, train, held_out, settings)
     key = jax.random.key_data(jax.random.key(settings.training.seed)).tolist()  # as in jaxsp's own loop
     return Job(
@@ -111,20 +86,18 @@ def make_job(run: Run) -> Job:
         answers=[],
         train=len(train),
         prompt_length=settings.prompt.prompt_length,
-        steps=run.steps,
-        evaluate_every=run.evaluate_every,
-        batches=[
-            batch_indices(len(train), run.batch_size * step, run.batch_size, key).tolist()
-            for step in range(run.steps)
-        ],
+        steps=steps,
+        evaluate_every=min(EVERY, steps),
+        batches=[batch_indices(len(train), BATCH * step, BATCH, key).tolist() for step in range(steps)],
         stop_ids=list(model.stop_ids),
         max_answer_tokens=settings.teacher.max_answer_tokens,
     )
 
 
-def measure(run: Run) -> dict[str, Any]:
+def measure(_: str, run: Run) -> dict[str, Any]:
     check_torch(run.torch_python)
-    job = make_job(run)
+    steps = STEPS if run.full else 2
+    job = make_job(steps)
     with contextlib.ExitStack() as stack:
         file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "job.json"
 
@@ -147,13 +120,13 @@ def measure(run: Run) -> dict[str, Any]:
 
         job.write(file)
         sides = [start(name, name, name in OURS) for name in (*OURS, *PEERS, *ONLINE)]
-        for number in range(-(-run.steps // run.evaluate_every)):
+        for number in range(-(-steps // EVERY)):
             for side in sides:
                 if side.name not in ONLINE or number % ONLINE_EVERY == 0:
                     side.turn()
             kl = ", ".join(f"{s.name} {s.turns[-1]['kl']:.3f}" for s in sides[: -len(ONLINE)])
-            say(f"step {min(run.steps, (number + 1) * run.evaluate_every)}: {kl}")
-        rows = [training_row(side.name, side.turns, run.steps) for side in sides]
+            say(f"step {min(steps, (number + 1) * EVERY)}: {kl}")
+        rows = [training_row(side.name, side.turns, steps) for side in sides]
     return {
         "rows": compared(rows),
         "answers": answered,
@@ -168,11 +141,10 @@ def measure(run: Run) -> dict[str, Any]:
             "answer_tokens_a_step": statistics.mean(
                 sum(len(job.answers[i]) for i in batch) for batch in job.batches
             ),
-            "batch_size": run.batch_size,
-            "steps": run.steps,
+            "batch_size": BATCH,
+            "steps": steps,
             "dtype": job.dtype,
         },
-        "machine": {**environment(), "processor": processor()},
         "torch": sides[len(OURS)].turns[0]["versions"],
     }
 
@@ -206,9 +178,9 @@ def answers_row(side: Side, ours: Side) -> dict[str, Any]:
     }
 
 
-def training_row(name: str, messages: list[dict[str, Any]], steps: int) -> dict[str, Any]:
-    """The sum of a side's turns; an online peer's seconds are those of all its steps at its median."""
-    first, *turns = messages
+def training_row(name: str, told: list[dict[str, Any]], steps: int) -> dict[str, Any]:
+    """What a side's turns come to; an online peer's seconds are those of all its steps at its median."""
+    first, *turns = told
     taken = [step for turn in turns for step in turn["steps"]]
     seconds = [step["seconds"] for step in taken]
     median = statistics.median(seconds)
@@ -224,9 +196,9 @@ def training_row(name: str, messages: list[dict[str, Any]], steps: int) -> dict[
         "seconds_warm": first["setup_warm"] + steps * median,
         "initial_kl": first["kl"],
         "final_kl": turns[-1]["kl"] if whole else None,
-        "peak_mib": messages[-1]["peak_mib"],
+        "peak_mib": told[-1]["peak_mib"],
         "losses": [step["loss"] for step in taken],
-        "curve": curve(messages),
+        "curve": curve(told),
     }
 
 
@@ -282,22 +254,23 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def table(result: dict[str, Any]) -> str:
+def table(results: Results) -> str:
+    result = results["default"]
     peers = [row for row in result["rows"] if "reached" in row]
     return "\n\n".join(
         [
             markdown(
-                ["side", "set-up (s)", "a step (s)", "of it teacher", "all (s)", "KL", "peak (MiB)"],
+                ["side", "set-up (s)", "a step (s)", "of it teacher", "all (s)", "held-out KL", "peak (MiB)"],
                 [
                     [row["side"], f"{row['setup_seconds']:.1f}", f"{row['seconds_a_step']:.2f}",
-                     f"{row['teacher_seconds_a_step']:.2f}", f"{row['seconds']:.0f}",
+                     seconds_or_none(row["teacher_seconds_a_step"]), f"{row['seconds']:.0f}",
                      f"{row['final_kl']:.3f}", f"{row['peak_mib']:,.0f}"]
                     for row in result["rows"]
                 ],
             ),
             markdown(
                 ["to the last KL of", *OURS],
-                [[row["side"], *(there(row["reached"][ours]) for ours in OURS)] for row in peers],
+                [[row["side"], *(there(row["reached"].get(ours)) for ours in OURS)] for row in peers],
             ),
             markdown(
                 ["answers", "s", "again", "tokens/s, again", "same as jaxsp's", "peak (MiB)"],
@@ -312,9 +285,8 @@ def table(result: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def seconds_or_none(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.005 else "–"
 
 
 def there(point: dict[str, float] | None) -> str:
@@ -328,17 +300,25 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    run = tyro.cli(Run)
-    try:
-        result = measure(run)
-    except UserError as error:
-        sys.exit(str(error))
-    run.out.mkdir(parents=True, exist_ok=True)
-    file = run.out / "results.json"
-    file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(f"{table(result)}\nNo context: KL {result['no_context_kl']:.3f}.\nWritten: {file}")
+def result(results: Results) -> str:
+    rows = {row["side"]: row for row in results["default"]["rows"]}
+    ours = "jaxsp, template too"
+    faster = (rows[f"prompt tuning, {kind}"]["reached"][ours]["faster"] for kind in ("online", "cached"))
+    peers = ("prompt tuning, cached", "cartridge, cached", "strong torch")
+    ends = (f"{name.removesuffix(', cached')} {rows[name]['final_kl']:.3f}" for name in peers)
+    return (
+        "to the last KL of PEFT's prompt tuning {:.1f}× as fast with the teacher online, {:.1f}× with cached"
+        f" logits; ends at {rows[ours]['final_kl']:.3f} ({', '.join(ends)})"
+    ).format(*faster)
 
 
-if __name__ == "__main__":
-    main()
+EXPERIMENT = Experiment(
+    question="How long do jaxsp, PEFT and a page of plain torch take for the same compression, and what does"
+    " each reach? How much of the difference is the optimizer, how much the speed of a step?",
+    cost="14 minutes on two cores; needs torch, transformers and peft",
+    run=measure,
+    table=table,
+    result=result,
+    file="results.parquet",
+    options="--torch-python PATH",
+)

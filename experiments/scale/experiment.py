@@ -1,27 +1,21 @@
-"""The work of a v5e-256: arithmetic, held against the compiled programs of eight fake devices.
-
-python -m experiments.scale.run
-"""
+"""What a v5e-256 would do: arithmetic, held against the compiled programs of eight fake devices."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # before jax starts
 
 import jax
 
 from experiments.scale import host
 from experiments.scale.arithmetic import (
     ANSWER,
+    CHIPS,
     CONTEXT,
     HBM,
     HELD_OUT,
@@ -41,15 +35,13 @@ from experiments.scale.arithmetic import (
     step_seconds,
     works,
 )
+from experiments.suite import Experiment, Results, Run, markdown
 from jaxsp import plan
-from jaxsp.artifact import environment
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.sharding import DATA, as_mesh
 from jaxsp.plan import UTILISATION
 from jaxsp.runs.runner import ACCELERATOR_STEP_TOKENS
-
-HERE = Path(__file__).parent
 
 LAYOUTS = {
     "SmolLM2-135M": [("data=1", 0), ("data=2", 0), ("data=4", 0), ("data=8", 0), ("data=8", 8)],
@@ -59,15 +51,15 @@ LAYOUTS = {
         ("data=2,model=4", 4),
     ],
 }  # fmt: skip
-"""The compiled programs: a mesh, and the number of prompts side by side (0: one, its rows over ``data``)."""
+"""What is compiled: a mesh, and how many prompts side by side (0: one, its rows over ``data``)."""
 
 
 def exchanged(text: str, loops: int) -> Exchange:
     """Counts the all-reduces of a compiled program, those in a loop as often as it runs.
 
     Args:
-      text: text of the program.
-      loops: number of times a loop runs of which XLA does not know it: the head's, over chunks of answers.
+      text: of the program.
+      loops: how often a loop runs of which XLA does not know it: the head's, over chunks of answers.
     """
     bodies: dict[str, list[str]] = {}
     for line in text.splitlines():
@@ -123,7 +115,7 @@ def checked(name: str, layout: str, prompts: int) -> dict[str, Any]:
 
 
 def most_prompts(name: str, model: int) -> dict[str, Any]:
-    """Prompts that jaxsp trains side by side on such chips, and what that and its wish would take."""
+    """How many prompts jaxsp trains side by side on such chips, and what that and its wish would take."""
     mesh = as_mesh(f"data=1,model={model}")
     wish = ACCELERATOR_STEP_TOKENS // (PACKING.rows * PACKING.length)
     config = MODELS[name]
@@ -135,14 +127,17 @@ def most_prompts(name: str, model: int) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
+def measure(_: str, run: Run) -> dict[str, Any]:
+    flag = "--xla_force_host_platform_device_count=8"  # works until jax is asked for its devices
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     jax.config.update("jax_platforms", "cpu")
-    layouts = [checked(name, *one) for name, wanted in LAYOUTS.items() for one in wanted]
-    chips = {name: HOST if name == "Llama-3.1-8B" else 1 for name in MODELS}
-    fitting = {name: most_prompts(name, chips[name]) for name in MODELS}
+    names = list(MODELS)[: None if run.full else 1]
+    layouts = [checked(name, *one) for name in names for one in LAYOUTS[name][: None if run.full else 2]]
+    chips = {name: HOST if name == "Llama-3.1-8B" else 1 for name in names}
+    fitting = {name: most_prompts(name, chips[name]) for name in names}
     hourly = [
         rates(name, fitting[name]["most"], chips[name], part * UTILISATION, repeats)
-        for name in MODELS
+        for name in names
         for part in (1, 0.5)
         for repeats in {1, HOST // chips[name]}
     ]
@@ -150,27 +145,23 @@ def main() -> None:
     for row in hourly:
         waits = row["teacher_repeated"] * own["host"]  # so many chips have one process
         row["per_hour_with_host"] = row["per_hour"] / (1 + waits / row["total"])
-    result = {
+    return {
         "job": {
-            "context": CONTEXT, "preamble": PREAMBLE_TOKENS, "queries": QUERIES, "held_out": HELD_OUT,
+            "context": CONTEXT, "before": PREAMBLE_TOKENS, "queries": QUERIES, "held_out": HELD_OUT,
             "query": QUERY, "answer": ANSWER, "batch": dataclasses.astuple(PACKING),
-            "prompt_length": SETTINGS.prompt.prompt_length, "steps": SETTINGS.training.steps,
+            "length": SETTINGS.prompt.prompt_length, "steps": SETTINGS.training.steps,
         },
         "weights": {name: _weights(config) for name, config in MODELS.items()},
         "flops": {name: _flops(config) for name, config in MODELS.items()},
         "layouts": layouts,
         "memory": fitting,
         "hourly": hourly,
-        "rows_over_data": [spread_seconds(name, n) for name in MODELS for n in (1, 2, 4, 8)],
+        "rows_over_data": [spread_seconds(name, n) for name in names for n in (1, 2, 4, 8)],
         "weights_over_model": [step_seconds("Llama-3.1-8B", n) for n in (1, 2, 4, 8)],
         "packing": [host.packing(config.width) for config in MODELS.values()],
         "encoding": host.encoding(),
         "host": own,
-        "environment": environment(),
     }  # fmt: skip
-    text = json.dumps(result, indent=1)
-    (HERE / "results.json").write_text(text + "\n", "utf-8")
-    print(text)
 
 
 def _weights(config: DecoderConfig) -> int:
@@ -184,5 +175,73 @@ def _flops(config: DecoderConfig) -> dict[str, float]:
     return total
 
 
-if __name__ == "__main__":
-    main()
+PARTS = ("context", "answers", "signals and brackets", "steps", "evaluations")
+
+
+def table(results: Results) -> str:
+    """Operations, bytes against the compiled programs, and contexts an hour."""
+    found = results["default"]
+    flops = [
+        [name, *(f"{of[part] / 1e12:,.3g}" for part in PARTS), f"{sum(of.values()) / 1e12:,.0f}"]
+        for name, of in found["flops"].items()
+    ]
+    layouts = [
+        [
+            row["model"], row["mesh"], f"{max(row['prompts'], 1)}", f"{row['tokens']:,}",
+            f"{row['expected']['bytes']:,}", f"{row['compiled']['bytes']:,}",
+            f"{row['compiled']['messages']}",
+            f"{row['flops_loops_once'] / 1e9:,.1f}",
+            f"{row['arguments'] / 1e9:.2f} + {row['temporaries'] / 1e9:.2f}",
+        ]
+        for row in found["layouts"]
+    ]  # fmt: skip
+    hourly = [
+        [
+            row["model"], f"{CHIPS // row['chips']} × {row['chips']}", f"{row['utilisation']:.2g}",
+            f"{row['teacher_repeated']}", f"{row['prompts']}",
+            *(_bound(row["seconds"][part]) for part in PARTS),
+            f"{row['total']:.2f}", *(_rounded(row[key]) for key in ("per_hour", "per_hour_with_host")),
+        ]
+        for row in found["hourly"]
+    ]  # fmt: skip
+    return "\n\n".join([
+        markdown(["TFLOP a context", *PARTS, "all"], flops),
+        markdown(
+            ["model", "mesh", "prompts", "T", "arithmetic, bytes", "compiled, bytes", "messages",
+             "GFLOP, loops once", "arguments + temporaries, GB"],
+            layouts,
+            texts=2,
+        ),
+        markdown(
+            ["model", "groups × chips", "utilisation", "chips that repeat the teacher", "prompts at once",
+             *(f"{part}, s" for part in PARTS), "all, s", "contexts an hour", "with the host"],
+            hourly,
+            texts=2,
+        ),
+    ])  # fmt: skip
+
+
+def _bound(seconds: dict[str, float]) -> str:
+    """What a part takes, and what most of it is: products (p), memory (m) or exchange (x)."""
+    most = max(seconds, key=lambda name: seconds[name])
+    return f"{sum(seconds.values()):.3f} {most.replace('ex', 'x')[0]}"
+
+
+def _rounded(value: float) -> str:
+    return f"{float(f'{value:.3g}'):,.0f}"
+
+
+def result(results: Results) -> str:
+    rows = {row["model"]: _rounded(row["per_hour"]) for row in reversed(results["default"]["hourly"])}
+    hourly = (f"{name} {rows[name]}" for name in MODELS)
+    return f"by arithmetic, contexts an hour on 256 chips at 0.56 utilisation: {', '.join(hourly)}"
+
+
+EXPERIMENT = Experiment(
+    question="How many contexts an hour would a v5e-256 compress for models of 135 million, 1 and 8 billion"
+    " parameters; which bytes do devices exchange in a step; and where do more chips stop helping?",
+    cost="3 minutes on two cores; no TPU: arithmetic, held against compiled programs of eight fake devices",
+    run=measure,
+    table=table,
+    result=result,
+)

@@ -1,52 +1,30 @@
-"""Speed of the decoder: prefill, decoding, the prompt's gradient; against the machine and against torch.
-
-python -m experiments.decoder_speed.run [--shape NAME] [--dtype T] [--torch-python PATH]
-"""
+"""Speed of the decoder: prefill, decoding, the prompt's gradient; against the machine and against torch."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import functools
 import json
-import platform
 import statistics
 import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
+from experiments.decoder_speed import attention, generation, loading
 from experiments.decoder_speed.workload import SHAPES, Shape, flops
-from jaxsp.artifact import environment
+from experiments.suite import Experiment, Results, Run, in_turns, markdown
 from jaxsp.losses import fused_kl_divergence, masked_mean
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation import Sampling, generate
 from jaxsp.models.rope import make_rope
 
-HERE = Path(__file__).parent
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Measure, add to results.json, and print the table of README.md."""
-
-    shape: str = "smollm2-135m"
-    """A key of workload.SHAPES; the weights are random."""
-    dtype: str = "bfloat16"
-    """Dtype of weights and activations, here and in torch."""
-    repeats: int = 7
-    """Runs of each job, in turns."""
-    torch_python: str = sys.executable
-    """A Python with torch and transformers, for the rows beside Hugging Face; without them there are none."""
-    out: Path = HERE
-    """Where the results go."""
+DTYPES = ("bfloat16", "float32")
+PARTS = {"attention": attention, "generation": generation, "loading": loading}
 
 
 def our_jobs(shape: Shape, dtype: str) -> dict[str, Callable[[], Any]]:
@@ -136,11 +114,11 @@ class Torch:
         )
         self.versions = self._answer()
 
-    def seconds(self, job: str) -> float:
+    def do(self, job: str) -> None:
         assert self._process.stdin
         self._process.stdin.write(job + "\n")
         self._process.stdin.flush()
-        return self._answer()["seconds"]
+        self._answer()
 
     def close(self) -> None:
         assert self._process.stdin
@@ -157,99 +135,91 @@ def has_torch(python: str) -> bool:
     return subprocess.run([python, "-c", code], check=False).returncode == 0
 
 
-def measure(run: Run) -> dict[str, Any]:
-    shape = SHAPES[run.shape]
-    jobs = our_jobs(shape, run.dtype)
-    product = matmul(run.dtype, shape.matmul)
-    torch = Torch(run.torch_python, run.shape, run.dtype) if has_torch(run.torch_python) else None
-    seconds: dict[str, list[float]] = {}
+def measure(setting: str, run: Run) -> dict[str, Any]:
+    """A dtype's jobs, or one of ``PARTS``."""
+    if setting in PARTS:
+        return PARTS[setting].measure(run.full)
+    name = "smollm2-135m" if jax.default_backend() == "cpu" else "llama-1b"
+    shape, repeats = SHAPES[name], 7
+    if not run.full:
+        shape, repeats = dataclasses.replace(shape, layers=2, matmul=512), 1
+    return measure_jobs(name, shape, setting, repeats, run.torch_python)
 
-    def timed(name: str, call: Callable[[], Any]) -> None:
-        started = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.setdefault(name, []).append(time.perf_counter() - started)
 
-    for _ in range(run.repeats + 1):  # the first compiles and warms up
-        for name, job in jobs.items():
-            timed("matmul", product)
-            timed(name, job)
-            if torch:
-                seconds.setdefault(f"torch {name}", []).append(torch.seconds(name))
-    median = {
-        name: statistics.median(times[len(times) // (run.repeats + 1) :]) for name, times in seconds.items()
-    }
+def measure_jobs(name: str, shape: Shape, dtype: str, repeats: int, torch_python: str) -> dict[str, Any]:
+    jobs = our_jobs(shape, dtype)
+    calls = {"matmul": matmul(dtype, shape.matmul), **jobs}
+    torch = Torch(torch_python, name, dtype) if has_torch(torch_python) else None
+    if torch:
+        calls |= {f"torch {job}": functools.partial(torch.do, job) for job in jobs}
+    seconds, _ = in_turns(calls, repeats)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
     rate = 2 * shape.matmul**3 / median["matmul"]
     rows = []
-    for name in jobs:
-        work, tokens = flops(shape, name)
+    for job in jobs:
+        work, tokens = flops(shape, job)
         row = {
-            "job": name,
+            "job": job,
             "tokens": tokens,
-            "seconds": median[name],
-            "tokens_per_second": tokens / median[name],
-            "of_matmul_rate": work / median[name] / rate,
+            "seconds": median[job],
+            "tokens_per_second": tokens / median[job],
+            "of_matmul_rate": work / median[job] / rate,
         }
         if torch:
-            theirs = median[f"torch {name}"]
+            theirs = median[f"torch {job}"]
             row |= {"torch_seconds": theirs, "torch_of_matmul_rate": work / theirs / rate}
         rows.append(row)
     if torch:
         torch.close()
     return {
-        "shape": run.shape,
-        "dtype": run.dtype,
+        "shape": name,
+        "dtype": dtype,
         "matmul_gflops": rate / 1e9,
         "rows": rows,
         "workload": dataclasses.asdict(shape),
-        "machine": {**environment(), "processor": processor()},
         "torch": torch.versions if torch else None,
     }
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+def table(results: Results) -> str:
+    parts = [_jobs([results[dtype] for dtype in DTYPES if dtype in results])]
+    if "attention" in results:
+        parts.append(markdown(attention.HEAD, [attention.cells(row) for row in results["attention"]["rows"]]))
+    parts += [PARTS[name].line(results[name]) for name in ("generation", "loading") if name in results]
+    return "\n\n".join(part for part in parts if part)
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    head = ["shape, dtype, device", "job", "tokens/s", "of matmul rate", "torch tokens/s", "ratio"]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|---:|---:|---:|---:|"]
-    for result in results:
-        device = result["machine"]["device"]
-        for row in result["rows"]:
+def _jobs(found: list[dict[str, Any]]) -> str:
+    rows = []
+    for record in found:
+        for row in record["rows"]:
             theirs = row.get("torch_seconds")
-            lines.append(
-                f"| {result['shape']}, {result['dtype']}, {device} | {row['job']} |"
-                f" {row['tokens_per_second']:,.0f} | {row['of_matmul_rate']:.2f} |"
-                + (
-                    f" {row['tokens'] / theirs:,.0f} | {theirs / row['seconds']:.2f} |"
-                    if theirs
-                    else " – | – |"
-                )
+            beside = (
+                (f"{row['tokens'] / theirs:,.0f}", f"{theirs / row['seconds']:.2f}") if theirs else ("–", "–")
             )
-    return "\n".join(lines)
+            ours = f"{row['tokens_per_second']:,.0f}", f"{row['of_matmul_rate']:.2f}"
+            rows.append([row["job"], record["shape"], record["dtype"], *ours, *beside])
+    head = ["job", "shape", "dtype", "tokens/s", "of the matrix-product rate", "torch, tokens/s", "ratio"]
+    return markdown(head, rows, texts=3) if rows else ""
 
 
-def main() -> None:
-    run = tyro.cli(Run)
-    if importlib.util.find_spec("experiments") is None:
-        sys.exit("Run this from the repository's root.")
-    result = measure(run)
-    file = run.out / "results.json"
-    results = json.loads(file.read_text("utf-8")) if file.is_file() else []
-    same = ("shape", "dtype")
-    kept = [
-        old
-        for old in results
-        if any(old[k] != result[k] for k in same) or old["machine"]["device"] != result["machine"]["device"]
-    ]
-    file.write_text(json.dumps([*kept, result], indent=1) + "\n", "utf-8")
-    print(f"Matrix products: {result['matmul_gflops']:,.0f} GFLOP/s.\n{table([*kept, result])}")
-    print(f"Written: {file}")
+def result(results: Results) -> str:
+    found = ((dtype, results[dtype]["rows"][-1]) for dtype in DTYPES)
+    rates = (
+        f"{dtype} {row['tokens_per_second']:,.0f} tokens/s, {row['of_matmul_rate']:.2f} of the matrix-product"
+        f" rate, {row['torch_seconds'] / row['seconds']:.1f}× torch"
+        for dtype, row in found
+    )
+    return f"the prompt's gradient: {'; '.join(rates)}"
 
 
-if __name__ == "__main__":
-    main()
+EXPERIMENT = Experiment(
+    question="How many tokens a second do prefill, decoding and the prompt's gradient take, what part of the"
+    " machine's own matrix-product rate is that, and how does Hugging Face's model in torch stand beside it?",
+    cost="some minutes a setting on two cores; rows beside torch need torch and transformers",
+    run=measure,
+    table=table,
+    result=result,
+    settings=(*DTYPES, *PARTS),
+    options="--torch-python PATH",
+)
