@@ -46,8 +46,9 @@ class TrainingSettings:
     """The objective, the optimizer and how long."""
 
     objective: str = "kl"
-    """Training objective: kl, nll or any other differentiable entry of jaxsp.losses.OBJECTIVES, with options
-    as in js(beta=0.3), or a mixture such as kl=0.7,nll=0.3. In Python also an Objective of your own."""
+    """Training objective: kl, reverse_kl, js, total_variation, topk_kl, truncated_kl, nll, entropy,
+    confidence_shift, cosine_similarity, distribution_cosine_similarity or hidden_mse; with options as in
+    js(beta=0.3), or a mixture such as kl=0.7,nll=0.3. In Python also an Objective of your own."""
     steps: int = _setting(500, per_prompt=True, at_least=0, below=2**31)
     """Updates of the prompt."""
     batch_size: int = _setting(8, at_least=1)
@@ -97,12 +98,19 @@ class Settings:
       >>> settings = make_settings({"prompt_length": 4, "objective": "nll"})
       >>> settings.prompt.prompt_length, settings.training.objective, settings.training.steps
       (4, 'nll', 500)
+      >>> settings
+      Settings(prompt_length=4, objective='nll')
     """
 
     prompt: PromptSettings = PromptSettings()
     teacher: TeacherSettings = TeacherSettings()
     training: TrainingSettings = TrainingSettings()
     devices: DeviceSettings = DeviceSettings()
+
+    def __repr__(self) -> str:
+        defaults = plain(Settings())
+        changed = (f"{name}={value!r}" for name, value in plain(self).items() if value != defaults[name])
+        return f"Settings({', '.join(changed)})"
 
 
 class Options(TypedDict, total=False):

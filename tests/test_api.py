@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import jax
@@ -146,6 +147,11 @@ def test_what_is_shown_of_things(calm_model, tmp_path):
     assert repr(result.prompt) == f"SoftPrompt(embedding, 4 vectors for 87 tokens, {calm_model.name})"
     assert repr(result).startswith(f"Result({result.prompt!r}, ")
     assert "\n" not in repr(result)
+    shown = result._repr_html_()
+    for name, found in result.report["held_out"]["brackets"].items():
+        assert f"<td>{name.replace('_', ' ')}</td><td>{found['kl']:.3f}</td>" in shown
+    failed = dataclasses.replace(result, report={**result.report, "error": "The loss <is> not finite."})
+    assert "The loss &lt;is&gt; not finite." in failed._repr_html_()
     with pytest.raises(AttributeError, match="no attribute 'compres'; did you mean 'compress'"):
         _ = jaxsp.compres
     with pytest.raises(AttributeError, match=r"no attribute 'xyz'$"):

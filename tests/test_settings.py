@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 
 import optax
@@ -10,8 +11,12 @@ import pytest
 
 from jaxsp import settings as module
 from jaxsp.losses import OBJECTIVES
+from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.prompts.initializers import INITIALIZERS
 from jaxsp.settings import Options, Settings, decides_result, make_settings, plain, side_by_side
 from jaxsp.teacher import problem
+from jaxsp.training.drivers import DRIVERS
+from jaxsp.training.optimizers import OPTIMIZERS
 from jaxsp.typing import UserError
 
 PARTS = [part.name for part in dataclasses.fields(Settings)]
@@ -20,6 +25,23 @@ PARTS = [part.name for part in dataclasses.fields(Settings)]
 def test_options_are_the_fields_of_all_parts():
     """An editor completes what there is."""
     assert list(typing.get_type_hints(Options)) == list(plain(Settings()))
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "table"),
+    [
+        ("compress", "objective", [name for name, entry in OBJECTIVES.items() if entry.differentiable]),
+        ("compress", "optimizer", OPTIMIZERS),
+        ("compress-many", "initial", INITIALIZERS),
+        ("compress-many", "kind", PROMPT_KINDS),
+        ("plan", "parallel", DRIVERS),
+    ],
+)
+def test_the_help_lists_the_choices(jaxsp_command, command, option, table):
+    code, out, _ = jaxsp_command(command, "--help")
+    assert code == 0
+    entry = out.partition(f"--{option} ")[2].partition("(default:")[0]
+    assert set(table) <= set(re.findall(r"\w+", entry))
 
 
 def test_values_find_their_part():

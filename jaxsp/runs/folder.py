@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import os
 import shutil
@@ -37,6 +38,19 @@ class Result:
 
     def __repr__(self) -> str:
         return f"Result({self.prompt!r}, {self.error or self.report['verdict']['text']})"
+
+    def _repr_html_(self) -> str:
+        """The verdict and the held-out KL between its brackets, as a notebook shows them."""
+        if self.error:
+            return f"<p>{html.escape(repr(self))}</p>"
+        rows = "".join(
+            f"<tr><td>{name.replace('_', ' ')}</td><td>{found['kl']:.3f}</td></tr>"
+            for name, found in self.report["held_out"]["brackets"].items()
+        )
+        return (
+            f"<p>{html.escape(repr(self.prompt))}: {html.escape(self.report['verdict']['text'])}</p>"
+            f"<table><tr><th>held-out queries with</th><th>KL, nats a token</th></tr>{rows}</table>"
+        )
 
     def ask(self, question: str, **options: Any) -> str:
         """The model's answer with the prompt in place of the context; options as in ``SoftPrompt.ask``."""
