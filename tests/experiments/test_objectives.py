@@ -9,11 +9,13 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+import jaxsp
 from experiments.objectives import analysis, experiment
 from experiments.objectives.narrativeqa import passages
 from experiments.suite import Run, measure, read
 from jaxsp.evaluation.metrics import interval, rouge_l
 from jaxsp.typing import Interrupted, UserError
+from tests import tiny
 
 
 def report(kl, answers=(), nll=0.0, entropy=0.0, **more):
@@ -130,10 +132,11 @@ def test_without_the_wheel(monkeypatch):
         passages()
 
 
-@pytest.mark.usefixtures("optimized")
-def test_the_small_setting(tmp_path, monkeypatch, smollm2):
-    """Two contexts, two objectives, stopped after the first context and gone on with."""
-    monkeypatch.setattr("jaxsp.load_model", lambda: smollm2)
+def test_the_small_setting(tmp_path, monkeypatch):
+    """Two contexts, two objectives, stopped after the first context and gone on with; a token is a byte."""
+    directory = tiny.write(tmp_path / "model", gain=1.0, max_position_embeddings=8192)
+    model = jaxsp.load_model(directory, dtype="float32")
+    monkeypatch.setattr("jaxsp.load_model", lambda: model)
     monkeypatch.setattr(experiment, "AT_A_TIME", 1)
     whole, calls = experiment.jaxsp.compress_many, []
 
