@@ -137,6 +137,16 @@ def test_importing_jaxsp_is_fast_and_loads_nothing_heavy(python):
     assert loaded.strip() == "[]"
 
 
+@pytest.mark.parametrize("words", [["compress", "--help"], ["compress", "a.md", "--querys", "q.txt"]])
+def test_help_and_mistakes_need_nothing_heavy(python, words):
+    code = (
+        f"import sys; sys.argv = ['jaxsp', *{words}]\nfrom jaxsp.cli import main\ntry:\n    main()\n"
+        "except SystemExit:\n    print('ends with', [m for m in ('jax', 'flax', 'numpy', 'transformers')"
+        " if m in sys.modules])"
+    )
+    assert python("-c", code).stdout.splitlines()[-1] == "ends with []"
+
+
 def test_every_public_name_is_there_and_documented():
     assert {"compress", "load_model", "losses", "UserError"} < set(dir(jaxsp))
     for name in dir(jaxsp):
