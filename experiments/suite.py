@@ -1,4 +1,4 @@
-"""What the experiments share: the list of them, a run, its results on disk, the tables drawn from these."""
+"""The shared part of the experiments: the list of them, a run, its results on disk, the tables drawn from these."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _METADATA = b"experiment"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """How an experiment is run.
+    """The way an experiment is run.
 
     Attributes:
       full: as its committed results were made; else small, to see that it works.
@@ -102,7 +102,7 @@ def measure(name: str, setting: str, run: Run) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What a report says about where it was made, and the processor."""
+    """The machine and versions of a report, and the processor."""
     from jaxsp.artifact import environment
 
     return {**environment(), "processor": processor(), "cores": os.cpu_count()}
@@ -216,7 +216,7 @@ def in_turns(
 
 
 DEMO = {"steps": 60, "batch_size": 4, "learning_rate": 0.1, "evaluate_every": 20, "max_answer_tokens": 32}
-"""What ``jaxsp demo`` sets."""
+"""The settings of ``jaxsp demo``."""
 
 
 def demo_document() -> tuple[str, list[Any], list[Any]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import itertools
+import operator
 import os
 import re
 import shlex
@@ -15,7 +17,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Any, TypeVar
 
 import tyro
 
@@ -53,7 +55,7 @@ def parse(commands: Mapping[str, type[_Command]], arguments: list[str]) -> _Comm
     try:
         with contextlib.redirect_stderr(box):
             return tyro.cli(
-                Union[tuple(commands.values())],  # type: ignore[arg-type]  # noqa: UP007
+                functools.reduce(operator.or_, commands.values()),
                 prog="jaxsp",
                 description="Soft prompts that stand in for long contexts.",
                 args=arguments,

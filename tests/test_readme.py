@@ -1,4 +1,4 @@
-"""What README and CONTRIBUTING print is true: command lines run, Python runs, files and tables are there."""
+"""README and CONTRIBUTING are true: command lines run, Python runs, files and tables are there."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ HEAD = ("attention: rows × tokens, prefix, layers", "full", "chunked")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """Of a case, as the table shows it."""
+    """The values of a case, as the table shows them."""
     shown = [f"{row['rows']} × {row['tokens']:,}, {row['prefix']}, {row['layers']} ({row['dtype']})"]
     for name in ("full", "chunked"):
         seconds = row[name].get("seconds")

@@ -52,7 +52,7 @@ def measure(full: bool) -> dict[str, Any]:
 
 
 def line(found: dict[str, Any]) -> str:
-    """Of the results, in a sentence."""
+    """The results in a sentence."""
     seconds = found["seconds"]
     return (
         f"{found['requests']} requests, {found['slots']} slots, {found['dtype']}: static batches"

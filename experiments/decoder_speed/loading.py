@@ -56,7 +56,7 @@ def measure(full: bool) -> dict[str, Any]:
 
 
 def line(found: dict[str, Any]) -> str:
-    """Of the results, in a sentence."""
+    """The results in a sentence."""
     loads = (
         f"as {row['dtype']} {row['seconds']:.1f} s, {row['peak_of_checkpoint']:.2f} times the checkpoint at"
         " the peak"

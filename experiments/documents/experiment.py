@@ -27,7 +27,7 @@ KEPT = (
     "train",
     "seconds",
 )
-"""What is kept of a report."""
+"""The parts of a report that are kept."""
 
 
 def measure(name: str, run: Run) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the reports of many prompts say together: the table, and how long answers stay true."""
+"""The reports of many prompts together: the table, and the length to which answers stay true."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def finished(
 
 
 def values(report: Mapping[str, Any], bracket: str = "prompt") -> dict[str, float]:
-    """What a prompt is measured by, on held-out questions."""
+    """The measurements of a prompt, on held-out questions."""
     brackets = report["held_out"]["brackets"]
     ours = brackets[bracket]
     return {

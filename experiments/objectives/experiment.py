@@ -29,7 +29,7 @@ AT_A_TIME = 2  # contexts: a run that is stopped has every objective on the same
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is compressed, and how."""
+    """The compressions and their settings."""
 
     contexts: int
     objectives: tuple[str, ...]

@@ -50,7 +50,7 @@ class Side:
         self._wait()
 
     def turn(self) -> dict[str, Any]:
-        """What the side did in its turn."""
+        """The record of the side's turn."""
         assert self._process.stdin
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -179,7 +179,7 @@ def answers_row(side: Side, ours: Side) -> dict[str, Any]:
 
 
 def training_row(name: str, told: list[dict[str, Any]], steps: int) -> dict[str, Any]:
-    """What a side's turns come to; an online peer's seconds are those of all its steps at its median."""
+    """The sum of a side's turns; an online peer's seconds are those of all its steps at its median."""
     first, *turns = told
     taken = [step for turn in turns for step in turn["steps"]]
     seconds = [step["seconds"] for step in taken]

@@ -54,7 +54,7 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
 def float32_answers(
     model: jaxsp.LanguageModel, context: str, queries: list[Query], held_out: list[Query]
 ) -> dict[str, str]:
-    """What the model says with the context, by query: the ŷ of all runs."""
+    """The model's answers with the context, by query: the ŷ of all runs."""
     report = jaxsp.compress(
         model, context, queries, held_out=held_out, progress=False, **DEMO | {"steps": 1}
     ).report

@@ -1,4 +1,4 @@
-"""What a v5e-256 would do: arithmetic, held against the compiled programs of eight fake devices."""
+"""The work of a v5e-256: arithmetic, held against the compiled programs of eight fake devices."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ LAYOUTS = {
         ("data=2,model=4", 4),
     ],
 }  # fmt: skip
-"""What is compiled: a mesh, and how many prompts side by side (0: one, its rows over ``data``)."""
+"""The programs compiled: a mesh, and how many prompts side by side (0: one, its rows over ``data``)."""
 
 
 def exchanged(text: str, loops: int) -> Exchange:
@@ -115,7 +115,7 @@ def checked(name: str, layout: str, prompts: int) -> dict[str, Any]:
 
 
 def most_prompts(name: str, model: int) -> dict[str, Any]:
-    """How many prompts jaxsp trains side by side on such chips, and what that and its wish would take."""
+    """The number of prompts jaxsp trains side by side on such chips, and what that and its wish would take."""
     mesh = as_mesh(f"data=1,model={model}")
     wish = ACCELERATOR_STEP_TOKENS // (PACKING.rows * PACKING.length)
     config = MODELS[name]
@@ -222,7 +222,7 @@ def table(results: Results) -> str:
 
 
 def _bound(seconds: dict[str, float]) -> str:
-    """What a part takes, and what most of it is: products (p), memory (m) or exchange (x)."""
+    """The time of a part, and what most of it is: products (p), memory (m) or exchange (x)."""
     most = max(seconds, key=lambda name: seconds[name])
     return f"{sum(seconds.values()):.3f} {most.replace('ex', 'x')[0]}"
 

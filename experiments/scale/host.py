@@ -1,4 +1,4 @@
-"""What the host does for each context, with a model so small that little else is left."""
+"""The host's work for each context, with a model so small that little else is left."""
 
 from __future__ import annotations
 

@@ -43,11 +43,7 @@ def open_run(
     if not jobs:
         raise UserError("None of the jobs can be done.")
     runner = Runner(model, jobs, start)
-    shared = decides_result(make_settings(settings))
-    identity = {
-        **model_identity(model),
-        "settings": {name: shared[name] for name in settings if name in shared},
-    }
+    identity = {**model_identity(model), "settings": decides_result(make_settings(settings))}
     _open(start, identity, {**identity, "jobs": digest(jobs)})
     if (folder := start.folder) is not None and start.overwrite and processes.is_first():
         for job in jobs:  # no longer finished

@@ -19,7 +19,7 @@ from tests import tiny
 
 
 def report(kl, answers=(), nll=0.0, entropy=0.0, **more):
-    """What the analysis reads of a report; answers are pairs, the teacher's first."""
+    """A report with all that the analysis reads; answers are pairs, the teacher's first."""
     numbers = dict.fromkeys(analysis.MEASURED_BY, 0.0) | {"entropy": 1.0}
     ours = {**numbers, "kl": kl, "nll": nll, "entropy": entropy}
     brackets = {**dict.fromkeys(analysis.REFERENCES, numbers), "prompt": ours}
@@ -38,7 +38,7 @@ def report(kl, answers=(), nll=0.0, entropy=0.0, **more):
 
 
 def by_name(found, key):
-    """Of each row that has it."""
+    """The values of each row that has it."""
     return {row["trained_on"]: row[key] for row in found["rows"] if key in row}
 
 
