@@ -1,4 +1,4 @@
-"""The shared part of the experiments: the list of them, a run, its results on disk, the tables drawn from these."""
+"""The shared part of the experiments: their list, a run, its results on disk, the tables drawn from these."""
 
 from __future__ import annotations
 

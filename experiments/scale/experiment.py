@@ -115,7 +115,7 @@ def checked(name: str, layout: str, prompts: int) -> dict[str, Any]:
 
 
 def most_prompts(name: str, model: int) -> dict[str, Any]:
-    """The number of prompts jaxsp trains side by side on such chips, and what that and its wish would take."""
+    """The prompts that jaxsp trains side by side on such chips, and what that and its wish would take."""
     mesh = as_mesh(f"data=1,model={model}")
     wish = ACCELERATOR_STEP_TOKENS // (PACKING.rows * PACKING.length)
     config = MODELS[name]
