@@ -110,9 +110,8 @@ def _in_a_sentence(box: str) -> str:
     def is_rule(line: str) -> bool:
         return set(line) <= set("─-╰╯ ")
 
-    inside = re.sub("^│|│$", " ", box, flags=re.MULTILINE).splitlines()[
-        1:
-    ]  # without sides where all is ASCII
+    # The box has no sides where all is ASCII.
+    inside = re.sub("^│|│$", " ", box, flags=re.MULTILINE).splitlines()[1:]
     wrong = itertools.takewhile(lambda line: not is_rule(line), itertools.dropwhile(is_rule, inside))
     lines = textwrap.dedent("\n".join(wrong)).splitlines()
     if lines[0].startswith("Missing from"):
