@@ -105,13 +105,10 @@ def random_prefix(layers: int, kv_heads: int, head_width: int) -> tuple[np.ndarr
     return keys, values
 
 
-def load(directory: Path):
-    import torch
+def load(directory: Path, dtype: str):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
 
 
 def torch_logits(directory: Path, ids: np.ndarray) -> np.ndarray:
@@ -119,26 +116,27 @@ def torch_logits(directory: Path, ids: np.ndarray) -> np.ndarray:
     import torch
 
     with torch.no_grad():
-        return load(directory)(torch.tensor(ids)).logits.numpy()
+        return load(directory, "float32")(torch.tensor(ids)).logits.numpy()
 
 
 def torch_answers(directory: Path, prefix: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
-    """A tiny model's outputs for IDS, computed by Hugging Face's own implementation, float32.
+    """A tiny model's outputs for IDS, computed by Hugging Face's own implementation in float64.
 
+    In float32 each kind of processor rounds them in its own way, by 3e-6 of their range.
     ``logits``; ``embeddings_gradient`` with respect to the first PREFIX input vectors; and, where keys and
     values stand in for the first PREFIX tokens, ``prefix_logits``, ``keys_gradient``, ``values_gradient``.
     """
     import torch
     from transformers import DynamicCache
 
-    model, ids, weights = load(directory), torch.tensor(IDS), torch.tensor(WEIGHTS)
+    model, ids, weights = load(directory, "float64"), torch.tensor(IDS), torch.tensor(WEIGHTS).double()
     # Gemma's embedding layer scales, and its model takes vectors as already scaled: so does ours.
     vectors = model.get_input_embeddings()(ids).detach()
     first = vectors[:, :PREFIX].requires_grad_()
     logits = model(inputs_embeds=torch.cat([first, vectors[:, PREFIX:]], dim=1)).logits
     (logits[0, PREFIX:] * weights).sum().backward()
 
-    cache, given = DynamicCache(), [torch.tensor(part, requires_grad=True) for part in prefix]
+    cache, given = DynamicCache(), [torch.tensor(part).double().requires_grad_() for part in prefix]
     for layer, (keys, values) in enumerate(zip(*given, strict=True)):
         cache.update(keys.swapaxes(0, 1)[None], values.swapaxes(0, 1)[None], layer)
     where = torch.arange(PREFIX, IDS.shape[1])[None]
@@ -175,7 +173,7 @@ def main() -> None:
             config = jaxsp.load_model(directory, tokenizer=None).config
             prefix = random_prefix(config.layers, config.kv_heads, config.head_width)
             for name, answer in sample(torch_answers(directory, prefix)).items():
-                out[f"{case}/{name}"] = answer
+                out[f"{case}/{name}"] = answer.astype(np.float32)
     model = jaxsp.load_model("smollm2-135m-instruct", dtype="float32")
     ids = np.array([model.tokenizer(SMOLLM2_TEXT).input_ids])
     out["smollm2"] = torch_logits(model.directory, ids)[0][:, SMOLLM2_VOCABULARY]
