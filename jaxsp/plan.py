@@ -134,7 +134,7 @@ def plan(
     parts = shares * settings.devices.grad_accumulation
 
     def packing_of(batch_size: int) -> Packing:
-        return Packing.of(np.full(batch_size, query_tokens), batch_size).over(parts, query_tokens)
+        return Packing.of(np.array([query_tokens]), batch_size).over(parts, query_tokens)
 
     packing = packing_of(settings.training.batch_size)
     context = jax.eval_shape(lambda: decoder.empty_prefix(config, PREAMBLE_TOKENS + context_tokens))
