@@ -52,6 +52,7 @@ def run(python, cache, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing_and_computes_the_same(run, cache, tiny_directory):
     (without, *counts), _ = run(RUN, tiny_directory, JAXSP_COMPILE_CACHE="off")
     assert counts == [0, 0]

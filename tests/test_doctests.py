@@ -24,7 +24,7 @@ MODULES = [
     if module.name != "jaxsp.__main__"
 ]
 # They train: what they print is the same with a tiny model in the place of the embedded one.
-ON_A_TINY_MODEL = {"jaxsp.api", "jaxsp.training.drivers"}
+ON_A_TINY_MODEL = {"jaxsp.api", "jaxsp.training", "jaxsp.training.drivers"}
 
 
 @pytest.fixture

@@ -99,6 +99,7 @@ def steps_done(out):
     return file.read_bytes().count(b"\n") - 1 if file.exists() else 0
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_whoever_dies(start, calm_model, tmp_path):
     """One of two is killed; a single process goes on where they stopped, and so do two."""
     out, by_one = tmp_path / "out", tmp_path / "by-one"
@@ -125,6 +126,7 @@ def test_two_processes_are_one_whoever_dies(start, calm_model, tmp_path):
         assert steps_done(folder) == STEPS
 
 
+@pytest.mark.slow
 def test_many_contexts_are_divided_among_processes(start, calm_model, tmp_path):
     """The first dies in the midst of the second one's jobs; each is what one process gives, to the bit."""
     jobs = [{"id": str(i), "context": f"{CONTEXT} No. {i}.", "queries": QUERIES, "seed": i} for i in range(3)]
@@ -149,6 +151,7 @@ def test_many_contexts_are_divided_among_processes(start, calm_model, tmp_path):
         assert row["gap_closed"] == pytest.approx(result.report["gap_closed"]["value"], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("also", "difference"),
     [

@@ -38,6 +38,7 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in KEPT}
 
 
+@pytest.mark.slow
 def test_it_runs_from_top_to_bottom(notebook, cells, tmp_path, monkeypatch):
     """On the embedded model with Colab's versions, where CI runs it; on a tiny one with others."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

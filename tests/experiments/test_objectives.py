@@ -132,6 +132,7 @@ def test_without_the_wheel(monkeypatch):
         passages()
 
 
+@pytest.mark.slow
 def test_the_small_setting(tmp_path, monkeypatch):
     """Two contexts, two objectives, stopped after the first context and gone on with; a token is a byte."""
     directory = tiny.write(tmp_path / "model", gain=1.0, max_position_embeddings=8192)

@@ -149,6 +149,7 @@ def test_a_finished_run_is_read_not_done_again(calm_model, results, monkeypatch)
     assert again[0].lines == found[0].lines
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(calm_directory, calm_model, tmp_path):
     """Killed in the middle of a block, twice: what was finished stays, the rest is the same to the bit."""
     file = tmp_path / "contexts.jsonl"

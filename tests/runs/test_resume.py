@@ -14,7 +14,7 @@ import pytest
 import jaxsp
 from tests.conftest import CONTEXT, QUERIES
 
-STEPS = 400
+STEPS = 160
 
 
 SETTINGS = {
@@ -64,10 +64,11 @@ def whole(tiny_model, tmp_path_factory):
     return compress(tiny_model, tmp_path_factory.mktemp("whole") / "out")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(command, whole, tiny_model, tmp_path):
     out = tmp_path / "pieces"
-    stop_after(command(out), out, 123, signal.SIGKILL)
-    code, err = stop_after(command(out, "--resume"), out, 250, signal.SIGINT)
+    stop_after(command(out), out, 43, signal.SIGKILL)
+    code, err = stop_after(command(out, "--resume"), out, 90, signal.SIGINT)
     assert code == 130
     assert "Interrupted after step" in err
     assert "--resume" in err
@@ -79,6 +80,7 @@ def test_killed_and_resumed_equals_uninterrupted(command, whole, tiny_model, tmp
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint(command, whole, tiny_model, tmp_path):
     """Only the settings are there yet: resuming starts from the beginning."""
     out = tmp_path / "out"

@@ -113,6 +113,7 @@ def test_weights_are_never_gathered(model, problem, mesh):
     assert set(collectives(model, problem, mesh)) == {"all-reduce"}
 
 
+@pytest.mark.slow
 def test_a_whole_compression_on_a_mesh(model, tmp_path):
     """The teacher, generation and evaluation as well; and it goes on where another layout stopped."""
     options = {"prompt_length": 4, "steps": 6, "max_answer_tokens": 6, "checkpoint_every": 2}
@@ -150,6 +151,7 @@ def many_on_one_device(model):
     return list(jaxsp.compress_many(model, MANY, **options)), options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=8", "data=2,model=4", None])
 def test_many_prompts_over_devices(model, many_on_one_device, mesh):
     """One of them with other objectives has empty slots beside it; each is what it is on one device."""
