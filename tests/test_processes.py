@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -30,7 +31,7 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-SETTINGS = {"prompt_length": 4, "steps": STEPS, "max_answer_tokens": 6}
+SETTINGS: dict[str, Any] = {"prompt_length": 4, "steps": STEPS, "max_answer_tokens": 6}
 
 
 @pytest.fixture
@@ -133,7 +134,11 @@ def test_many_contexts_are_divided_among_processes(start, calm_model, tmp_path):
     contexts, out = tmp_path / "contexts.jsonl", tmp_path / "out"
     contexts.write_text("".join(json.dumps(row) + "\n" for row in jobs))
     command = ("compress-many", contexts, "--at-once", 1, "--checkpoint-every", 1)
-    layout = {"parallel": "mesh", "mesh": "data=4", "at_once": 1}  # the four devices of each process
+    layout: dict[str, Any] = {
+        "parallel": "mesh",
+        "mesh": "data=4",
+        "at_once": 1,
+    }  # the four devices of each process
     expected = list(jaxsp.compress_many(calm_model, jobs, progress=False, **layout, **SETTINGS))
 
     killed_after(4, two(start, out, command=command), out / "2", victim=0)

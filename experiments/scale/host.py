@@ -52,7 +52,7 @@ def per_context() -> dict[str, float]:
         folder = Path(scratch)
         directory = random_llama.write(folder / "tiny", max_position_embeddings=2048)
         model = jaxsp.load_model(directory, dtype="float32")
-        options = {
+        options: dict[str, Any] = {
             "prompt_length": SETTINGS.prompt.prompt_length,
             "steps": SETTINGS.training.steps,
             "at_once": JOBS // 2,

@@ -12,7 +12,6 @@ import nbformat
 import pytest
 
 import jaxsp
-from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "experiments" / "colab" / "jaxsp_on_colab_tpu.ipynb"
@@ -48,6 +47,8 @@ def test_it_runs_from_top_to_bottom(notebook, cells, tmp_path, monkeypatch):
     if before["jax"] == COLABS_JAX:
         monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=1")  # compiling is most of the time
     else:
+        from tests import tiny  # needs what the notebook has yet to install, where it is run as on Colab
+
         width = tiny.config()["hidden_size"]
         model = tiny.write(tmp_path / "tiny", gain=1.0, max_position_embeddings=2048)
         cells["settings"].source += f"MODEL = {str(model)!r}\n"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.rope import make_rope
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 49152, "width": 576, "layers": 30, "heads": 9, "kv_heads": 3, "head_width": 64,
     "mlp_width": 1536, "window": 8192, "norm_epsilon": 1e-5, "tied_head": True,
 }  # fmt: skip

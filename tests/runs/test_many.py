@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -19,7 +20,7 @@ from jaxsp.training.drivers import JitDriver
 from jaxsp.typing import EMPTY, UserError
 from tests.conftest import CONTEXT, QUERIES
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "prompt_length": 4, "steps": 12, "batch_size": 3, "max_answer_tokens": 6,
     "evaluate_every": 4,
 }  # fmt: skip

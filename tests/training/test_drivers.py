@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from typing import Any
 
 import jax
 import numpy as np
@@ -116,10 +117,10 @@ def test_weights_are_never_gathered(model, problem, mesh):
 @pytest.mark.slow
 def test_a_whole_compression_on_a_mesh(model, tmp_path):
     """The teacher, generation and evaluation as well; and it goes on where another layout stopped."""
-    options = {"prompt_length": 4, "steps": 6, "max_answer_tokens": 6, "checkpoint_every": 2}
+    options: dict[str, Any] = {"prompt_length": 4, "steps": 6, "max_answer_tokens": 6, "checkpoint_every": 2}
     options |= {"progress": False}
     expected = jaxsp.compress(model, CONTEXT, QUERIES, **options)
-    mesh = {"parallel": "mesh", "mesh": "data=2,model=4"}
+    mesh: dict[str, Any] = {"parallel": "mesh", "mesh": "data=2,model=4"}
     spread = jaxsp.compress(model, CONTEXT, QUERIES, out=tmp_path / "a", **mesh, **options)
     sigma = expected.prompt.sigma["embeddings"]
     close = {"atol": 1e-5 * np.abs(sigma).max()}
@@ -147,7 +148,7 @@ MANY.append({**MANY[0], "id": "other", "objective": "nll"})
 
 @pytest.fixture(scope="module")
 def many_on_one_device(model):
-    options = {"prompt_length": 4, "steps": 6, "max_answer_tokens": 6, "progress": False}
+    options: dict[str, Any] = {"prompt_length": 4, "steps": 6, "max_answer_tokens": 6, "progress": False}
     return list(jaxsp.compress_many(model, MANY, **options)), options
 
 
