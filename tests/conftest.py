@@ -21,7 +21,7 @@ import pytest
 
 from tests import tiny
 
-gc.set_threshold(100_000, 50, 100)  # tracing makes many objects; looking for cycles was a tenth of the time
+gc.set_threshold(100_000, 50, 100)  # tracing makes many objects, nearly all without cycles
 
 CONTEXT = "The tank holds 1.2 litres. The cable is 90 cm long. The lid is made of steel and glass."
 QUERIES = [f"What is fact {i}?" for i in range(10)]
@@ -140,9 +140,10 @@ def mapped_regions() -> int:
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory():
-    """Compiled programs stay for the next file, but Linux ends a process that maps more than 65,530 regions.
+    """Compiled programs stay for the next file, but Linux lets a process map no more than 65,530 regions.
 
-    A program takes dozens, a file up to 25,000; as many take 3 GiB."""
+    A program takes dozens, a file up to 25,000. Clearing takes seconds, and all is compiled anew.
+    """
     yield
     if "jax" in sys.modules and mapped_regions() > 30_000:
         sys.modules["jax"].clear_caches()

@@ -134,11 +134,8 @@ def test_many_contexts_are_divided_among_processes(start, calm_model, tmp_path):
     contexts, out = tmp_path / "contexts.jsonl", tmp_path / "out"
     contexts.write_text("".join(json.dumps(row) + "\n" for row in jobs))
     command = ("compress-many", contexts, "--at-once", 1, "--checkpoint-every", 1)
-    layout: dict[str, Any] = {
-        "parallel": "mesh",
-        "mesh": "data=4",
-        "at_once": 1,
-    }  # the four devices of each process
+    # The mesh is that of the four devices of each process.
+    layout: dict[str, Any] = {"parallel": "mesh", "mesh": "data=4", "at_once": 1}
     expected = list(jaxsp.compress_many(calm_model, jobs, progress=False, **layout, **SETTINGS))
 
     killed_after(4, two(start, out, command=command), out / "2", victim=0)

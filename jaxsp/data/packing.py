@@ -119,7 +119,7 @@ class Packing:
 
     def _padding(self, lengths: np.ndarray) -> float:
         """The part of a batch that is padding, the mean of a few."""
-        if (lengths == lengths[0]).all():  # a plan asks for batches of millions
+        if (lengths == lengths[0]).all():  # counted: a plan asks for batches of millions
             return 1 - self.rows * (self.length // lengths[0]) * lengths[0] / self.tokens
         used, cursor = 0, 0
         for _ in range(5):

@@ -24,6 +24,13 @@ def test_any_number_of_devices_holds_the_same_batch(lengths, batch_size, devices
         assert spread.assign_rows(lengths[drawn].tolist()) is not None
 
 
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 200), st.integers(1, 5))
+def test_sequences_of_one_length_are_counted_as_they_would_be_drawn(length, rows, more, count):
+    packing, lengths = Packing(rows, length + more), np.full(count, length)
+    drawn = len(packing.draw(lengths, 0, [0]))
+    assert packing._padding(lengths) == pytest.approx(1 - drawn * length / packing.tokens, abs=1e-12)
+
+
 def test_every_device_has_work():
     lengths = np.array(MUSEUM)
     packing = Packing.of(lengths, 8)

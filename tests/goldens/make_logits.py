@@ -123,6 +123,7 @@ def torch_answers(directory: Path, prefix: tuple[np.ndarray, np.ndarray]) -> dic
     """A tiny model's outputs for IDS, computed by Hugging Face's own implementation in float64.
 
     In float32 each kind of processor rounds them in its own way, by 3e-6 of their range.
+
     ``logits``; ``embeddings_gradient`` with respect to the first PREFIX input vectors; and, where keys and
     values stand in for the first PREFIX tokens, ``prefix_logits``, ``keys_gradient``, ``values_gradient``.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from pathlib import Path
 
@@ -70,6 +71,12 @@ def hold_against_oracle(name, entry=None, **options):
 def test_every_objective_has_an_oracle_and_a_reference():
     assert set(oracle.ORACLES) == set(OBJECTIVES)
     assert all(entry.reference for entry in OBJECTIVES.values())
+
+
+@names
+def test_an_objective_and_its_oracle_have_the_same_options(name):
+    _, *options = inspect.signature(oracle.ORACLES[name]).parameters
+    assert [option for option in options if option in OPTIONS] == option_names(OBJECTIVES[name])
 
 
 @names

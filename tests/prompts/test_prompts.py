@@ -93,6 +93,8 @@ def test_initializers_have_the_right_shape_and_follow_the_key(tiny_model, start,
 
 
 def test_initializers_are_what_they_say(tiny_model, start):
+    assert draws(start, "vocabulary")
+    assert draws(start, "noise")
     np.testing.assert_array_equal(start("first", 3), tiny_model.embed(CONTEXT[:3]))
     np.testing.assert_array_equal(start("spread", 3), tiny_model.embed(CONTEXT[[0, 3, 6]]))
     embeddings = np.asarray(tiny_model.params["embed_tokens"]["embedding"])
