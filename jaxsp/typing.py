@@ -12,26 +12,37 @@ nothing attends to.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array as Array
 
 from jaxsp.errors import Interrupted as Interrupted, NonFiniteLoss as NonFiniteLoss, UserError as UserError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from jaxtyping import Bool as Bool, Float as Float, Int as Int
+else:
+    # Annotations alone are no reason to load jaxtyping. Where it is loaded, as by the tests, which check
+    # shapes at run time, its types are used.
+    class Float:
+        """A floating-point array of named axes; read, not checked."""
+
+        def __class_getitem__(cls, array_and_axes: tuple[Any, str]) -> Any:
+            array, axes = array_and_axes
+            return Annotated[array, f"{cls.__name__}, {axes!r}"]
+
+    class Int(Float):
+        """An integer array of named axes; read, not checked."""
+
+    class Bool(Float):
+        """A boolean array of named axes; read, not checked."""
 
 
-def __getattr__(name: str) -> Any:
-    # Loaded when asked for: jaxsp.losses, which only annotates with them, needs jax alone.
-    if name in ("Bool", "Float", "Int"):
-        import jaxtyping
-
-        return getattr(jaxtyping, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+AnyArray = jax.Array | np.ndarray
+"""JAX's or NumPy's array: what functions that are called from outside take."""
 
 EMPTY = -1
 

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp.typing import Array
+from jaxsp.typing import AnyArray, Array, Bool, Float, Int
 
-if TYPE_CHECKING:
-    from jaxsp.typing import Bool, Float, Int
-
-# As text: evaluated, they would load jaxtyping.
-Logits: TypeAlias = 'Float[Array, "*b t v"]'
-Hidden: TypeAlias = 'Float[Array, "*b t d"]'
-Tokens: TypeAlias = 'Int[Array, "*b t"]'
-Mask: TypeAlias = 'Bool[Array, "*b t"] | None'
-Losses: TypeAlias = 'Float[Array, "*b t"]'
-AnswerLosses: TypeAlias = 'Float[Array, "*b"]'
+Logits: TypeAlias = Float[AnyArray, "*b t v"]
+Hidden: TypeAlias = Float[AnyArray, "*b t d"]
+Tokens: TypeAlias = Int[AnyArray, "*b t"]
+Mask: TypeAlias = Bool[AnyArray, "*b t"] | None
+Losses: TypeAlias = Float[Array, "*b t"]
+AnswerLosses: TypeAlias = Float[Array, "*b"]
 
 
-def prepare(mask: Mask, temperature: float = 1.0, last: str = "v", /, **named: Array) -> tuple[Array, ...]:
+def prepare(mask: Mask, temperature: float = 1.0, last: str = "v", /, **named: AnyArray) -> tuple[Array, ...]:
     """The mask and each array, checked; the arrays in float32, divided by the temperature.
 
     The teacher's get no gradient. Under the mask all are 0 before anything is computed: a NaN there
@@ -41,7 +37,7 @@ def prepare(mask: Mask, temperature: float = 1.0, last: str = "v", /, **named: A
     return tuple(sides)
 
 
-def check_floating(last: str = "v", /, **named: Array) -> None:
+def check_floating(last: str = "v", /, **named: AnyArray) -> None:
     """Each array is floating ``[*b, t, last]``, and all have the same shape."""
     kind = "logits" if last == "v" else "vectors"
     for name, array in named.items():
@@ -55,13 +51,13 @@ def check_floating(last: str = "v", /, **named: Array) -> None:
         raise ValueError(f"The {kind} must have one shape; got {shapes}.")
 
 
-def check_batch(name: str, array: Array, batch: tuple[int, ...], last: str) -> None:
+def check_batch(name: str, array: AnyArray, batch: tuple[int, ...], last: str) -> None:
     """The array is ``[*batch, last]``."""
     if array.shape[:-1] != batch:
         raise ValueError(f"{name} must have shape {[*batch, last]}, not {list(array.shape)}.")
 
 
-def check_mask(mask: Array | None, shape: tuple[int, ...]) -> Array:
+def check_mask(mask: AnyArray | None, shape: tuple[int, ...]) -> Array:
     """The mask, boolean and of exactly the losses' shape; all True for ``None``."""
     if mask is None:
         return jnp.ones(shape, bool)
@@ -70,11 +66,11 @@ def check_mask(mask: Array | None, shape: tuple[int, ...]) -> Array:
         raise ValueError(f"mask must have shape {list(shape)}, not {list(mask.shape)}.")
     if mask.dtype != jnp.bool_:
         raise ValueError(f"mask must be boolean, not {mask.dtype}.")
-    return mask
+    return jnp.asarray(mask)
 
 
 def check_ids(
-    ids: Array, shape: tuple[int, ...], vocabulary: int, mask: Array, *, name: str = "targets"
+    ids: AnyArray, shape: tuple[int, ...], vocabulary: int, mask: AnyArray, *, name: str = "targets"
 ) -> None:
     """Integer token ids of exactly this shape; in ``[0, vocabulary)`` where the mask is True.
 
@@ -106,7 +102,7 @@ def fraction(name: str, value: Any) -> float:
     return value
 
 
-def check_not_negative(name: str, array: Array) -> None:
+def check_not_negative(name: str, array: AnyArray) -> None:
     if _known(array) and (np.asarray(array) < 0).any():
         raise ValueError(f"{name} must not be negative; the least is {np.min(array)}.")
 

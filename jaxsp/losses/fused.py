@@ -11,27 +11,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 
 from jaxsp.losses import checks, chunked_head, vocabulary
+from jaxsp.losses.checks import Hidden, Losses, Mask, Tokens
 from jaxsp.losses.closed_form import RULES
 from jaxsp.losses.objectives import OBJECTIVES, TEACHER_TOP_K, Objective, parse
-
-if TYPE_CHECKING:
-    from jaxsp.losses.checks import Hidden, Losses, Mask, Tokens
-    from jaxsp.typing import Array, Float, Int
+from jaxsp.typing import AnyArray, Float, Int
 
 
 def fused_kl_divergence(
     teacher_hidden: Hidden,
     student_hidden: Hidden,
-    unembedding: Float[Array, "v d"],
+    unembedding: Float[AnyArray, "v d"],
     mask: Mask = None,
     *,
     temperature: float = 1.0,
-    teacher_unembedding: Float[Array, "v e"] | None = None,
+    teacher_unembedding: Float[AnyArray, "v e"] | None = None,
     softcap: float | None = None,
     chunk_size: int | None = None,
     axis_name: str | None = None,
@@ -85,7 +83,7 @@ def fused_kl_divergence(
 def fused_negative_log_likelihood(
     student_hidden: Hidden,
     targets: Tokens,
-    unembedding: Float[Array, "v d"],
+    unembedding: Float[AnyArray, "v d"],
     mask: Mask = None,
     *,
     label_smoothing: float = 0.0,
@@ -141,14 +139,14 @@ def fused_negative_log_likelihood(
 def fused_objective(
     objective: str | Objective,
     student_hidden: Hidden,
-    unembedding: Float[Array, "v d"],
+    unembedding: Float[AnyArray, "v d"],
     mask: Mask = None,
     *,
-    teacher_hidden: Float[Array, "*b t e"] | None = None,
-    teacher_unembedding: Float[Array, "v e"] | None = None,
+    teacher_hidden: Float[AnyArray, "*b t e"] | None = None,
+    teacher_unembedding: Float[AnyArray, "v e"] | None = None,
     targets: Tokens | None = None,
-    teacher_log_probs: Float[Array, "*b t k"] | None = None,
-    teacher_ids: Int[Array, "*b t k"] | None = None,
+    teacher_log_probs: Float[AnyArray, "*b t k"] | None = None,
+    teacher_ids: Int[AnyArray, "*b t k"] | None = None,
     metrics: Sequence[str] = (),
     softcap: float | None = None,
     chunk_size: int | None = None,
@@ -220,14 +218,15 @@ def fused_objective(
     settings = chunked_head.ChunkSettings(
         objective, rule, measures, chunk_size, mask is None, softcap, axis_name
     )
-    given = {name: array.reshape(-1, *array.shape[len(batch) :]) for name, array in given.items()}
-    flat = vocabulary.like_varying(student_hidden.reshape(-1, student_hidden.shape[-1]), *given.values())
+    given = {name: jnp.reshape(array, (-1, *array.shape[len(batch) :])) for name, array in given.items()}
+    flat = jnp.reshape(student_hidden, (-1, student_hidden.shape[-1]))
+    flat = vocabulary.like_varying(flat, *given.values())
     results: Any = chunked_head.evaluate(settings, flat, given, (teacher_head, unembedding))
     values, measured = results
     return values.reshape(batch), {name: measured[name].reshape(batch) for name in metrics}
 
 
-def _check_given(given: dict[str, Array], everyone: int, entries: Sequence[Objective]) -> None:
+def _check_given(given: dict[str, AnyArray], everyone: int, entries: Sequence[Objective]) -> None:
     live, top = given["live"], [name for name in TEACHER_TOP_K if name in given]
     for name, last in (("teacher_hidden", "d"), *((name, "k") for name in top)):
         if name in given:
@@ -246,7 +245,7 @@ def _check_given(given: dict[str, Array], everyone: int, entries: Sequence[Objec
                 raise ValueError(f"This objective needs {source}; it was not given.")
 
 
-def _check_heads(student: Array, head: Array, teacher: Array | None, other: Array | None) -> int:
+def _check_heads(student: AnyArray, head: AnyArray, teacher: AnyArray | None, other: AnyArray | None) -> int:
     tokens = _check_head("student_hidden", student, "unembedding", head)
     if teacher is not None:
         name, other = ("unembedding", head) if other is None else ("teacher_unembedding", other)
@@ -258,7 +257,7 @@ def _check_heads(student: Array, head: Array, teacher: Array | None, other: Arra
     return tokens
 
 
-def _check_head(name: str, hidden: Array, head_name: str, head: Array) -> int:
+def _check_head(name: str, hidden: AnyArray, head_name: str, head: AnyArray) -> int:
     checks.check_floating("d", **{name: hidden})
     if head.ndim != 2 or 0 in head.shape or not jnp.issubdtype(head.dtype, jnp.floating):
         raise ValueError(f"{head_name} must be floating [v, d], not {head.dtype} {list(head.shape)}.")

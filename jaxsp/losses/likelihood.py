@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from jaxsp.losses.checks import AnswerLosses, Logits, Losses, Mask, Tokens, check_ids, fraction, prepare
+from jaxsp.typing import AnyArray, Array, Bool, Float, Int
 
-if TYPE_CHECKING:
-    from jaxsp.typing import Array, Bool, Float, Int
-
-    CandidateLogits = Float[Array, "*b n t v"]
-    Candidates = Int[Array, "*b n t"]
-    CandidateMask = Bool[Array, "*b n t"] | None
+CandidateLogits: TypeAlias = Float[AnyArray, "*b n t v"]
+Candidates: TypeAlias = Int[AnyArray, "*b n t"]
+CandidateMask: TypeAlias = Bool[AnyArray, "*b n t"] | None
 
 
 def negative_log_likelihood(

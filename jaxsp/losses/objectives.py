@@ -23,7 +23,7 @@ from jaxsp.losses.mismatch import rank_agreement, top_k_mismatch, zero_one
 from jaxsp.losses.similarity import cosine_similarity, distribution_cosine_similarity, hidden_mse
 from jaxsp.losses.topk import TOP_K, top_k, topk_kl_divergence, truncated_kl_divergence
 from jaxsp.losses.uncertainty import confidence_shift, entropy
-from jaxsp.typing import Array, UserError
+from jaxsp.typing import AnyArray, Array, UserError
 
 # What the teacher must give for an input; those that are not here ask nothing of it.
 _NEEDS = {
@@ -119,7 +119,7 @@ class Objective:
         """Things that the teacher must give, out of ``hidden``, ``top_k`` and ``tokens``, in this order."""
         return tuple(name for name, makes in _NEEDS.items() if makes.intersection(self.inputs))
 
-    def __call__(self, *, mask: Mask = None, **available: Array | None) -> Losses:
+    def __call__(self, *, mask: Mask = None, **available: AnyArray | None) -> Losses:
         """The unreduced values ``[*b, t]`` of this objective, as they are reported.
 
         Args:
@@ -189,7 +189,7 @@ class _Mixture(Objective):
 
     terms: tuple[tuple[float, Objective], ...] = ()
 
-    def __call__(self, *, mask: Mask = None, **available: Array | None) -> Losses:
+    def __call__(self, *, mask: Mask = None, **available: AnyArray | None) -> Losses:
         costs = (w * entry.cost(entry(mask=mask, **available)) for w, entry in self.terms)
         return sum(costs, start=jnp.float32(0))
 

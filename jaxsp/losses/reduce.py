@@ -6,17 +6,16 @@ microbatches and devices, and is divided once, after the ``psum``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import Losses, Mask, check_mask, check_not_negative
+from jaxsp.losses.checks import Mask, check_mask, check_not_negative
+from jaxsp.typing import AnyArray, Array, Float
 
-if TYPE_CHECKING:
-    from jaxsp.typing import Array, Float
-
-    Weights = Float[Array, "*b t"] | Float[Array, "*b"] | None
+Values: TypeAlias = Float[AnyArray, "*b t"]
+Weights: TypeAlias = Float[AnyArray, "*b t"] | Float[AnyArray, "*b"] | None
 
 
 class Total(NamedTuple):
@@ -26,7 +25,7 @@ class Total(NamedTuple):
     count: Float[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
-def masked_sum(values: Losses, mask: Mask = None, *, weights: Weights = None) -> Total:
+def masked_sum(values: Values, mask: Mask = None, *, weights: Weights = None) -> Total:
     """Sum and count of the values where the mask is True.
 
     Args:
@@ -83,7 +82,7 @@ def merge(*totals: Total) -> Total:
     return Total(sum(t.total for t in totals), sum(t.count for t in totals))  # type: ignore[arg-type]
 
 
-def masked_mean(values: Losses | Total, mask: Mask = None, *, weights: Weights = None) -> Float[Array, ""]:
+def masked_mean(values: Values | Total, mask: Mask = None, *, weights: Weights = None) -> Float[Array, ""]:
     """(Weighted) mean over the positions where the mask is True; 0 where there are none.
 
     Args:

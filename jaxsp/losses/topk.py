@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import check_batch, check_count, check_floating, check_ids, prepare
+from jaxsp.losses.checks import (
+    Logits,
+    Losses,
+    Mask,
+    check_batch,
+    check_count,
+    check_floating,
+    check_ids,
+    prepare,
+)
 from jaxsp.losses.divergence import kl_terms
-
-if TYPE_CHECKING:
-    from jaxsp.losses.checks import Logits, Losses, Mask
-    from jaxsp.typing import Array, Float, Int
+from jaxsp.typing import AnyArray, Array, Float, Int
 
 TOP_K = 64
 """Entries kept where none are given but the whole distribution is at hand."""
@@ -55,8 +61,8 @@ def top_k(logits: Logits, k: int = TOP_K) -> TopK:
 
 
 def topk_kl_divergence(
-    teacher_log_probs: Float[Array, "*b t k"],
-    teacher_ids: Int[Array, "*b t k"],
+    teacher_log_probs: Float[AnyArray, "*b t k"],
+    teacher_ids: Int[AnyArray, "*b t k"],
     student_logits: Logits,
     mask: Mask = None,
     *,
@@ -106,8 +112,8 @@ def topk_kl_divergence(
 
 
 def truncated_kl_divergence(
-    teacher_log_probs: Float[Array, "*b t k"],
-    teacher_ids: Int[Array, "*b t k"],
+    teacher_log_probs: Float[AnyArray, "*b t k"],
+    teacher_ids: Int[AnyArray, "*b t k"],
     student_logits: Logits,
     mask: Mask = None,
     *,
@@ -151,7 +157,7 @@ def truncated_kl_divergence(
 
 
 def _prepared(
-    teacher_log_probs: Array, teacher_ids: Array, student_logits: Array, mask: Mask, k: int | None
+    teacher_log_probs: AnyArray, teacher_ids: AnyArray, student_logits: AnyArray, mask: Mask, k: int | None
 ) -> tuple[Array, Array, Array, Array]:
     """Checked; under the mask all is replaced by numbers, so that no NaN there reaches a gradient."""
     mask, logits = prepare(mask, student_logits=student_logits)

@@ -65,9 +65,21 @@ def gradient(function, student=STUDENT, weights=WEIGHTS):
     return jax.grad(lambda x: jnp.sum(function(x) * weights))(jnp.asarray(student))
 
 
-def value_and_gradient(function):
+def value_and_gradient(function, student=STUDENT):
     """Both in one program: compiling is all of the time."""
-    return jax.jit(lambda x: (function(x), gradient(function, x)))(STUDENT)
+    return jax.jit(lambda x: (function(x), gradient(function, x)))(student)
+
+
+@functools.cache
+def plain_program(name, weights=None):
+    """Value and gradient of the plain path, for any mask."""
+    weights = WEIGHTS if weights is None else weights
+
+    def both(mask):
+        theirs = functools.partial(plain, OBJECTIVES[name], mask=mask)
+        return theirs(STUDENT), gradient(theirs, weights=weights)
+
+    return jax.jit(both)
 
 
 def same(a, b, rtol=1e-6):
@@ -91,9 +103,8 @@ def same(a, b, rtol=1e-6):
 )
 def test_equals_the_plain_path(name, mask, chunk):
     ours = functools.partial(fused, name, mask=mask, chunk_size=chunk)
-    theirs = functools.partial(plain, OBJECTIVES[name], mask=mask)
-    found, expected = value_and_gradient(ours), value_and_gradient(theirs)
-    jax.tree.map(same, found, expected)
+    found = value_and_gradient(ours)
+    jax.tree.map(same, found, plain_program(name)(np.ones_like(MASK) if mask is None else mask))
     if mask is not None:
         for array in found:
             assert (np.asarray(array)[~mask] == 0).all()
@@ -105,14 +116,14 @@ def test_each_option_equals_the_plain_path(name, options):
     entry = dataclasses.replace(OBJECTIVES[name], options=options)
     ours = functools.partial(fused, str(entry), mask=MASK, chunk_size=4)
     theirs = functools.partial(plain, entry, mask=MASK)
-    same(ours(), theirs())
-    same(gradient(ours), gradient(theirs))
-    assert not np.allclose(ours(), fused(name, mask=MASK)), "the option changes nothing"
+    found, expected = value_and_gradient(ours), value_and_gradient(theirs)
+    jax.tree.map(same, found, expected)
+    assert not np.allclose(found[0], plain_program(name)(MASK)[0]), "the option changes nothing"
     measured = fused_objective(
         "entropy", jnp.asarray(STUDENT), jnp.asarray(HEAD), jnp.asarray(MASK), chunk_size=4,
         teacher_hidden=jnp.asarray(TEACHER), targets=jnp.asarray(TARGETS), metrics=(str(entry),),
     )[1]  # fmt: skip
-    same(measured[str(entry)], theirs())
+    same(measured[str(entry)], expected[0])
 
 
 @pytest.mark.parametrize("name", ["topk_kl", "truncated_kl"])
@@ -124,12 +135,13 @@ def test_k_entries_are_taken(name, k):
     expected = oracle.ORACLES[name](inputs, k=k)
     slope = oracle.gradient(name, inputs, "student_logits", k=k) @ HEAD * WEIGHTS[..., None]
     entry = parse(f"{name}(k={k})")
+    mixed = parse(f"{name}(k={k})=2, topk_kl(k=3), nll")
+    rest = oracle.topk_kl(inputs, k=3) + oracle.nll({**inputs, "targets": TARGETS})
     for function in (functools.partial(fused, chunk_size=4), plain):
-        same(function(entry), expected, rtol=4e-6)
-        same(gradient(functools.partial(function, entry)), slope, rtol=4e-6)
-        mixed = parse(f"{name}(k={k})=2, topk_kl(k=3), nll")
-        rest = oracle.topk_kl(inputs, k=3) + oracle.nll({**inputs, "targets": TARGETS})
-        same(function(mixed), 2 * expected + rest, rtol=4e-6)
+        values, found = value_and_gradient(functools.partial(function, entry))
+        same(values, expected, rtol=4e-6)
+        same(found, slope, rtol=4e-6)
+        same(jax.jit(functools.partial(function, mixed))(STUDENT), 2 * expected + rest, rtol=4e-6)
 
 
 @names
@@ -138,7 +150,6 @@ def test_bfloat16_within_its_rounding(name):
     twice, on the way back through the head and at the end."""
     student, head, teacher = (jnp.asarray(a, jnp.bfloat16) for a in (STUDENT, HEAD, TEACHER))
     inputs = {"teacher_hidden": teacher, "targets": jnp.asarray(TARGETS), "chunk_size": 4}
-    values = fused_objective(name, student, head, jnp.asarray(MASK), **inputs)[0]
     exact = [np.asarray(a, np.float32) for a in (student, head, teacher)]
 
     def reference(x):
@@ -148,10 +159,12 @@ def test_bfloat16_within_its_rounding(name):
             teacher_hidden=exact[2], student_hidden=x, targets=jnp.asarray(TARGETS),
         )  # fmt: skip
 
-    same(values, reference(exact[0]), rtol=1e-5)
-    ours = gradient(lambda x: fused_objective(name, x, head, jnp.asarray(MASK), **inputs)[0], student)
+    values, ours = value_and_gradient(
+        lambda x: fused_objective(name, x, head, jnp.asarray(MASK), **inputs)[0], student
+    )
+    expected, theirs = value_and_gradient(reference, exact[0])
+    same(values, expected, rtol=1e-5)
     assert ours.dtype == jnp.bfloat16
-    theirs = np.asarray(gradient(reference, exact[0]), np.float32)
     error = np.linalg.norm(np.asarray(ours, np.float32) - theirs)
     assert error <= 2**-7 * np.linalg.norm(theirs)
 
@@ -194,9 +207,8 @@ def test_under_transformations(name, transform):
         step = jax.jit(lambda *rows: jax.lax.scan(lambda c, row: (c, inner(*row)), 0, rows)[1])
         rows = tuple(a[:, None] for a in rows)
     values, gradients = step(*rows)
-    expected = plain(OBJECTIVES[name], mask=MASK)
+    expected, whole = plain_program(name, 1.0)(MASK)
     same(np.asarray(values).reshape(B), expected.sum(axis=-1), rtol=2e-6)
-    whole = gradient(lambda x: plain(OBJECTIVES[name], x, MASK), weights=1.0)
     same(np.asarray(gradients).reshape(B, T, D), whole)
 
 
@@ -234,9 +246,11 @@ def test_a_head_sharded_over_the_vocabulary(name, mapped):
             text = run.lower(*arrays).compile().as_text()
             assert "all-gather" not in text
             assert f"f32[4,{V}]" not in text
-    capped = functools.partial(plain, OBJECTIVES[name], mask=MASK, cap=lambda x: 3 * jnp.tanh(x / 3))
-    same(values, capped(), rtol=2e-6)
-    same(gradients, gradient(capped), rtol=2e-6)
+    expected, slope = value_and_gradient(
+        functools.partial(plain, OBJECTIVES[name], mask=MASK, cap=lambda x: 3 * jnp.tanh(x / 3))
+    )
+    same(values, expected, rtol=2e-6)
+    same(gradients, slope, rtol=2e-6)
     for metric in measured:
         same(measured[metric], plain(OBJECTIVES[metric], mask=MASK, cap=lambda x: 3 * jnp.tanh(x / 3)))
 
@@ -337,8 +351,8 @@ def test_nan_under_the_mask_reaches_nothing(name):
         options = {"mask": MASK, "softcap": softcap, "chunk_size": 21}
         ours = functools.partial(fused, name, teacher_hidden=jnp.asarray(teacher), **options)
         theirs = functools.partial(fused, name, **options)
-        np.testing.assert_array_equal(ours(student), theirs(STUDENT))
-        np.testing.assert_array_equal(gradient(ours, student), gradient(theirs))
+        found, expected = value_and_gradient(ours, student), value_and_gradient(theirs)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -369,16 +383,14 @@ def test_mixture_and_label_smoothing():
     mixed = mixture(kl=0.7, nll=0.3, cosine_similarity=2.0, temperature=2.0)
     ours = functools.partial(fused, mixed, mask=MASK, chunk_size=4)
     theirs = functools.partial(plain, mixed, mask=MASK)
-    same(ours(), theirs())
-    same(gradient(ours), gradient(theirs))
+    jax.tree.map(same, value_and_gradient(ours), value_and_gradient(theirs))
     smoothed = lambda x: fused_negative_log_likelihood(  # noqa: E731
         x, jnp.asarray(TARGETS), jnp.asarray(HEAD), label_smoothing=0.1, chunk_size=4
     )
     expected = lambda x: losses.negative_log_likelihood(  # noqa: E731
         x @ HEAD.T, jnp.asarray(TARGETS), label_smoothing=0.1
     )
-    same(smoothed(jnp.asarray(STUDENT)), expected(STUDENT))
-    same(gradient(smoothed), gradient(expected))
+    jax.tree.map(same, value_and_gradient(smoothed), value_and_gradient(expected))
 
 
 def test_given_top_k_entries_are_used():
@@ -407,7 +419,7 @@ def test_nan_where_it_counts_stays_nan(name):
         teacher[1, 2] = np.nan
         assert np.isnan(np.asarray(fused(name, teacher_hidden=jnp.asarray(teacher)))[1, 2])
     student[1, 2] = np.nan
-    out = np.asarray(fused(name, student, MASK | True, chunk_size=4))
+    out = np.asarray(fused(name, student, np.ones_like(MASK), chunk_size=4))
     assert np.isnan(out[1, 2])
     assert np.isnan(out).sum() == 1
 
