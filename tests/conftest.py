@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 # A program's code in one piece: cut up for several threads, tiny ones take a third longer.
 flags = ["--xla_force_host_platform_device_count=8", "--xla_cpu_parallel_codegen_split_count=1"]
@@ -25,6 +27,16 @@ gc.set_threshold(100_000, 50, 100)  # tracing makes many objects, nearly all wit
 
 CONTEXT = "The tank holds 1.2 litres. The cable is 90 cm long. The lid is made of steel and glass."
 QUERIES = [f"What is fact {i}?" for i in range(10)]
+
+
+def slow_beside(table: Iterable[str], *slow: str) -> list[Any]:
+    """A table's entries as parameters; those named run with the slow tests, as others show the same.
+
+    A new entry is not among them.
+    """
+    entries = list(table)
+    assert set(slow) <= set(entries), set(slow) - set(entries)
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in entries]
 
 
 # They take minutes: begun last, one worker would wait for another.

@@ -48,6 +48,9 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0]},
 }
 
+# Families that are made of what others have, too.
+ORDINARY = ("mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
+
 
 def config(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     """A ``config.json`` of two layers with grouped queries, or what comes next to it in a family."""

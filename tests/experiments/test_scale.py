@@ -21,7 +21,14 @@ PACKING = Packing(4, 96)
 ANSWERS = 128
 
 
-@pytest.mark.parametrize(("layout", "prompts"), [("data=4", 8), ("data=2,model=4", 0), ("data=2,model=2", 4)])
+@pytest.mark.parametrize(
+    ("layout", "prompts"),
+    [
+        pytest.param("data=4", 8, marks=pytest.mark.slow),
+        pytest.param("data=2,model=4", 0, marks=pytest.mark.slow),
+        ("data=2,model=2", 4),
+    ],
+)
 def test_bytes_are_those_of_the_compiled_program(layout, prompts):
     mesh = as_mesh(layout)
     share = max(prompts, 1) / mesh.shape[DATA]

@@ -15,6 +15,7 @@ from jaxsp.models.families import FAMILIES
 from jaxsp.models.rope import make_rope
 from jaxsp.typing import EMPTY
 from tests import tiny
+from tests.conftest import slow_beside
 
 IDS = np.array([[5, 9, 77, 30, 200, 14, 3, 99, 41, 120]])
 
@@ -53,7 +54,7 @@ def test_a_shared_prefix_equals_one_copy_per_row(model):
     np.testing.assert_allclose(shared, separate, atol=1e-5)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=slow_beside(FAMILIES, *tiny.ORDINARY))
 def any_family(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     tiny.write(directory, with_tokenizer=False, model_type=request.param)

@@ -179,6 +179,7 @@ def test_the_fingerprint_tells_them_apart(tmp_path):
     assert load(tmp_path).fingerprint == f"int8:{load(tmp_path, 'none').fingerprint}"
 
 
+@pytest.mark.slow
 def test_loading_never_holds_the_floats(tmp_path, python):
     """Peak memory beyond what a small model needs: at most half of a float32 checkpoint of 190 MB."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128}

@@ -15,11 +15,15 @@ from jaxsp.models import decoder
 from jaxsp.models.families import FAMILIES
 from jaxsp.typing import KeyValues
 from tests import tiny
+from tests.conftest import slow_beside
 from tests.goldens import make_logits
 from tests.goldens.make_logits import CASES, IDS, PREFIX, WEIGHTS
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "logits.npz"
 TOWN = Path(__file__).parents[2] / "experiments" / "documents" / "town" / "context.md"
+# A family's cases beyond its first.
+_FAMILY_OF = {case: changes.get("model_type", "llama") for case, changes in CASES.items()}
+VARIANTS = set(CASES) - {family: case for case, family in reversed(_FAMILY_OF.items())}.values()
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
@@ -33,14 +37,17 @@ def our_answers(directory: Path) -> dict[str, np.ndarray]:
     params, config = model.params, model.config
     where = jnp.arange(IDS.shape[1])[None]
 
-    def after(prefix):
-        inputs = decoder.embed(params, config, IDS[:, PREFIX:])
-        states, _ = decoder.hidden(params, config, inputs, where[:, PREFIX:], (prefix,))
-        return decoder.unembed(params, config, states)[0]
-
     def total(first, keys, values):
-        by_vectors = after(decoder.prefill(params, config, first[None]))
-        by_keys = after(KeyValues(keys[:, None], values[:, None], where[:, :PREFIX]))
+        """After the same tokens as vectors and after random keys and values: one row each."""
+        read = decoder.prefill(params, config, first[None])
+        prefix = KeyValues(
+            jnp.stack([read.keys[:, 0], keys], axis=1),
+            jnp.stack([read.values[:, 0], values], axis=1),
+            where[[0, 0], :PREFIX],
+        )
+        inputs = decoder.embed(params, config, IDS[[0, 0], PREFIX:])
+        states, _ = decoder.hidden(params, config, inputs, where[[0, 0], PREFIX:], (prefix,))
+        by_vectors, by_keys = decoder.unembed(params, config, states)
         return ((by_vectors + by_keys) * WEIGHTS).sum(), (by_vectors, by_keys)
 
     first = decoder.embed(params, config, IDS[:, :PREFIX])[0]
@@ -62,10 +69,10 @@ def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], rela
 
 
 def test_every_family_has_a_case():
-    assert {case.get("model_type", "llama") for case in CASES.values()} == set(FAMILIES)
+    assert set(_FAMILY_OF.values()) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_beside(CASES, *VARIANTS))
 def test_as_hugging_face(case, tmp_path):
     tiny.write(tmp_path, with_tokenizer=False, **CASES[case])
     ours, stored = our_answers(tmp_path), np.load(GOLDENS)
@@ -87,6 +94,7 @@ def test_embedded_model_stored_goldens(smollm2):
 
 @pytest.mark.skipif(not HAS_TORCH, reason="torch is in the optional group `torch`")
 @pytest.mark.torch
+@pytest.mark.slow
 def test_embedded_model_live(smollm2):
     """A short text within 1e-4; 500 tokens, where more sums may differ, within 1e-5 of the range."""
     for text, length, relative in ((make_logits.SMOLLM2_TEXT, None, 0), (TOWN.read_text(), 500, 1e-5)):

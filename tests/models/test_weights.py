@@ -84,6 +84,7 @@ def test_quantised_tensors_are_no_weights(tmp_path, dtype, shown):
         jaxsp.load_model(tmp_path, tokenizer=None)
 
 
+@pytest.mark.slow
 def test_loading_holds_the_model_once(tmp_path, python):
     """Peak memory beyond what was there before: at most 1.3 times a checkpoint of 260 MB."""
     tiny.write(

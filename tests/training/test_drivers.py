@@ -23,7 +23,7 @@ from jaxsp.training.state import stack
 from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import UserError
 from tests import tiny
-from tests.conftest import CONTEXT, QUERIES
+from tests.conftest import CONTEXT, QUERIES, slow_beside
 
 LAYOUTS = ["data=8", "data=2,model=4", "model=4", "data=4,model=2"]
 
@@ -85,7 +85,7 @@ def on_one_device(model, problem):
     return trained(model, problem, driver_of(model, problem, "jit"))
 
 
-@pytest.mark.parametrize("mesh", [None, *LAYOUTS])
+@pytest.mark.parametrize("mesh", [None, *slow_beside(LAYOUTS, "data=8", "model=4", "data=4,model=2")])
 def test_every_layout_trains_like_one_device(model, problem, on_one_device, mesh):
     driver = driver_of(model, problem, "mesh" if mesh else "pmap", mesh)
     losses, sigma = trained(model, problem, driver)

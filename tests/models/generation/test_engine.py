@@ -21,6 +21,7 @@ from jaxsp.models.generation.requests import Work
 from jaxsp.teacher import answers
 from jaxsp.typing import EMPTY, KeyValues, UserError
 from tests import tiny
+from tests.conftest import slow_beside
 
 CONTEXT = [5, 100, 7, 9, 200, 31]
 QUERIES = [[4, 8, 15], [16], [23, 42, 108, 4, 9, 77, 12], [50, 60], list(range(20, 57))]
@@ -57,7 +58,7 @@ def slowly(tiny_model):
         while len(answer) < max_tokens:
             ids = [*CONTEXT, *query, *answer]
             padded = [*ids, *[0] * (96 - len(ids))]  # one shape, compiled once
-            logits = np.array(tiny_model.logits(padded)[len(ids) - 1])
+            logits = np.array(tiny_model.logits(padded))[len(ids) - 1]
             if len(answer) < min_tokens:
                 logits[list(stop_ids)] = -np.inf
             answer.append(int(np.argmax(logits)))
@@ -124,7 +125,7 @@ def test_without_a_prefix(tiny_model, run):
     assert generate(*arguments, whole, sampling) == run(QUERIES, sampling)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_beside(FAMILIES, *tiny.ORDINARY))
 def test_after_a_prefix_with_empty_slots(tmp_path, family):
     """In every family; the prefix is longer than the sliding windows."""
     tiny.write(tmp_path, with_tokenizer=False, model_type=family)

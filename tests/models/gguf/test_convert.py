@@ -268,6 +268,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, cache, monkeypatch):
     assert not any(cache.iterdir())
 
 
+@pytest.mark.slow
 def test_second_load_of_the_embedded_model_is_fast(smollm2, python):
     # torch, where it is installed, would be imported by transformers: 5 s that are not ours.
     code = (

@@ -108,6 +108,7 @@ EDITS = st.tuples(
 )
 
 
+@pytest.mark.slow
 def test_damaged_bytes(tmp_path, cache, frugal, valid, numbers):
     @settings(max_examples=250, derandomize=True, deadline=None, database=None)
     @given(st.lists(EDITS, min_size=1, max_size=3))
