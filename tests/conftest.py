@@ -19,7 +19,13 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 
+import jaxtyping
 import pytest
+
+from tests.annotations import check
+
+# Before jaxsp is imported: each of its functions is checked from then on.
+jaxtyping.install_import_hook("jaxsp", f"{check.__module__}.{check.__name__}")
 
 from tests import tiny
 
@@ -159,6 +165,14 @@ def bounded_memory():
     yield
     if "jax" in sys.modules and mapped_regions() > 30_000:
         sys.modules["jax"].clear_caches()
+
+
+@pytest.fixture
+def unchecked():
+    """Arrays of a wrong shape or type reach jaxsp's own checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from jaxsp.typing import AnyArray, Float, Int
 
 
 def fused_kl_divergence(
-    teacher_hidden: Hidden,
+    teacher_hidden: Float[AnyArray, "*b t e"],
     student_hidden: Hidden,
     unembedding: Float[AnyArray, "v d"],
     mask: Mask = None,
@@ -40,7 +40,7 @@ def fused_kl_divergence(
               \frac{\partial}{\partial h^\sigma} = \frac{1}{\tau} (q - p)^\top W
 
     Args:
-      teacher_hidden: last hidden states ``[*b, t, d]``; no gradient flows to them.
+      teacher_hidden: last hidden states ``[*b, t, e]``; no gradient flows to them. With one head, e is d.
       student_hidden: last hidden states ``[*b, t, d]``.
       unembedding: the frozen head ``[v, d]``; no gradient flows to it.
       mask: ``[*b, t]``, True where a position counts; all if ``None``. Chunks of others are not computed.

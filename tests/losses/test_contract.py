@@ -281,6 +281,7 @@ def test_edge_shapes(name, shape, vocabulary):
     assert np.isfinite(slope).all()
 
 
+@pytest.mark.usefixtures("unchecked")
 @names
 def test_bad_arguments_are_named(name):
     entry = OBJECTIVES[name]
@@ -313,6 +314,7 @@ def test_bad_arguments_are_named(name):
             value(name, {**INPUTS, "teacher_logits": INPUTS["teacher_logits"][..., :-1]})
 
 
+@pytest.mark.usefixtures("unchecked")
 @names
 def test_a_mask_for_the_wrong_axis_is_refused_when_all_sizes_are_equal(name):
     """The B = T = V trap: ``[t]`` would broadcast silently."""
@@ -338,6 +340,7 @@ def test_temperature(name, temperature):
             value(name, entry=bad)
 
 
+@pytest.mark.usefixtures("unchecked")
 @names
 def test_values_are_float32_whatever_the_precision_of_jax(name):
     """Under x64 too, with float64 inputs and options."""

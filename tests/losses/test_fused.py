@@ -400,6 +400,7 @@ def test_given_top_k_entries_are_used():
     same(ours, losses.topk_kl_divergence(*best, jnp.asarray(STUDENT @ HEAD.T)))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_given_top_k_entries_are_checked():
     best = losses.top_k(jnp.asarray(TEACHER @ OTHER_HEAD.T), 3)
     for match, wrong in {
@@ -563,6 +564,7 @@ def test_edge_shapes(shape):
         assert gradient(ours, student, 1.0).shape == student.shape
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_are_named():
     good = {"teacher_hidden": jnp.asarray(TEACHER), "targets": jnp.asarray(TARGETS)}
 

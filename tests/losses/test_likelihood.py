@@ -34,6 +34,7 @@ def test_label_smoothing():
         losses.negative_log_likelihood(LOGITS, TARGETS, label_smoothing=2)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("wrong", [-1, -100, 7])
 def test_an_id_out_of_range_reads_nan_where_it_cannot_be_checked(wrong):
     """A negative one must not count from the end of the vocabulary."""

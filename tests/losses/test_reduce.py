@@ -53,6 +53,7 @@ def test_devices_divide_once():
     np.testing.assert_allclose(mean, np.asarray(values)[np.asarray(mask)].mean(), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"weights must have shape \[2, 3\] .* or \[2\]"):
         losses.masked_sum(VALUES, MASK, weights=jnp.ones(3))

@@ -92,6 +92,7 @@ def test_narrow_ids():
         np.testing.assert_array_equal(out, function(best.log_probs, small, wide))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_ids_out_of_range_read_nan_where_they_cannot_be_checked():
     best = top_k(TEACHER, 3)
     for function in (topk_kl_divergence, truncated_kl_divergence):
