@@ -18,6 +18,18 @@ def test_importing_losses_loads_only_jax_numpy_chex_and_what_they_load(python):
     assert python("-c", code).stdout.strip() == "False False"
 
 
+def test_annotations_can_be_read_with_jax_alone(python):
+    code = (
+        "import inspect, sys, typing; from jaxsp import losses;"
+        "public = [getattr(losses, name) for name in losses.__all__];"
+        "found = [typing.get_type_hints(f, include_extras=True) for f in public if inspect.isfunction(f)];"
+        "print([hints['return'] for hints in found], 'jaxtyping' in sys.modules)"
+    )
+    done = python("-c", code)
+    assert done.stdout.count("Float, '*b t'") >= 10, done.stderr
+    assert done.stdout.endswith("False\n")
+
+
 def test_every_public_function_is_documented_in_order():
     """One line, the maths, Args, Returns, Raises, Example, Reference."""
     for name in losses.__all__:
