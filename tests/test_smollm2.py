@@ -16,12 +16,12 @@ from jaxsp.evaluation.metrics import at_positions
 from jaxsp.models import decoder, load
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.teacher import targets
-from tests.conftest import CONTEXT
+from tests.conftest import CONTEXT, slow_beside
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_beside(["float32", "bfloat16"], "bfloat16"))
 @pytest.mark.parametrize("kind", PROMPT_KINDS)
 def test_the_contexts_own_embeddings_give_kl_zero(kind, dtype):
     model = jaxsp.load_model("smollm2-135m-instruct", dtype=dtype)

@@ -23,7 +23,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens" / "logits.npz"
 TOWN = Path(__file__).parents[2] / "experiments" / "documents" / "town" / "context.md"
 # A family's cases beyond its first.
 _FAMILY_OF = {case: changes.get("model_type", "llama") for case, changes in CASES.items()}
-VARIANTS = set(CASES) - {family: case for case, family in reversed(_FAMILY_OF.items())}.values()
+VARIANTS = set(CASES) - {*{family: case for case, family in reversed(_FAMILY_OF.items())}.values()}
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 

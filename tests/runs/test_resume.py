@@ -95,6 +95,7 @@ def test_killed_before_the_first_checkpoint(command, whole, tiny_model, tmp_path
     assert (whole.prompt.sigma["embeddings"] == pieces.prompt.sigma["embeddings"]).all()
 
 
+@pytest.mark.slow
 def test_pmap_compresses_like_jit(calm_model):
     def gap(parallel):
         result = jaxsp.compress(
