@@ -22,11 +22,11 @@ from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.prompts.initializers import INITIALIZERS, Source
-from jaxsp.typing import EMPTY, Array, Float, Int, KeyValues, Params, PyTree
+from jaxsp.typing import EMPTY, AnyArray, Array, Float, Int, KeyValues, Params, PyTree
 
 
 def context_prefix(
-    params: Params, config: DecoderConfig, ids: Int[Array, "1 c"], preamble: KeyValues | None = None
+    params: Params, config: DecoderConfig, ids: Int[AnyArray, "1 c"], preamble: KeyValues | None = None
 ) -> KeyValues:
     """The prefix that a context is: its tokens read once, after ``preamble``, for all rows.
 
@@ -85,7 +85,7 @@ def initial_prompt(
       A pytree of float32 arrays.
     """
 
-    def embed(ids: Array | np.ndarray) -> Array:
+    def embed(ids: AnyArray) -> Array:
         return decoder.embed(params, config, jnp.asarray(ids))
 
     vectors = INITIALIZERS[initial](Source(key, context_ids, prompt_length, embed, config.vocab_size))

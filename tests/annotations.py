@@ -11,7 +11,12 @@ from jaxtyping import AbstractArray
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, checked where its annotations name arrays; the others are pyright's work."""
+    """The function, checked where its annotations name arrays; the others are pyright's work.
+
+    A dataclass's ``__init__`` stays as it is: while jax transforms a tree, its leaves may be anything.
+    """
+    if function.__name__ == "__init__":
+        return function
     function.__annotations__ = {
         name: hint if _names_an_array(hint) else Any for name, hint in function.__annotations__.items()
     }

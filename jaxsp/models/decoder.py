@@ -20,7 +20,7 @@ from jaxsp.models.attention import AttentionInputs, Slots, attention
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.layers import ACTIVATIONS, Int8Dense, Norm
 from jaxsp.models.rope import rotate, rotation
-from jaxsp.typing import EMPTY, Array, Float, Int, KeyValues, Params, ceil_div
+from jaxsp.typing import EMPTY, AnyArray, Array, Float, Int, KeyValues, Params, ceil_div
 
 
 class LayerInputs(NamedTuple):
@@ -203,18 +203,18 @@ def _apply(params: Params, config: DecoderConfig, method: str, *arguments: Any) 
     return Decoder(config).apply({"params": params}, *arguments, method=method)
 
 
-def embed(params: Params, config: DecoderConfig, ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+def embed(params: Params, config: DecoderConfig, ids: Int[AnyArray, "*b t"]) -> Float[Array, "*b t d"]:
     """Input vectors of the token ids: the space in which a soft prompt lives."""
-    return _apply(params, config, "embed", ids)
+    return _apply(params, config, "embed", jnp.asarray(ids))
 
 
 def hidden(
     params: Params,
     config: DecoderConfig,
-    inputs: Float[Array, "b t d"],
-    positions: Int[Array, "b t"],
+    inputs: Float[AnyArray, "b t d"],
+    positions: Int[AnyArray, "b t"],
     past: Sequence[KeyValues] = (),
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: Int[AnyArray, "b t"] | None = None,
 ) -> tuple[Float[Array, "b t d"], KeyValues]:
     """Last hidden states (after the final norm) of ``inputs`` read after ``past``.
 
@@ -230,12 +230,13 @@ def hidden(
       The hidden states, and the keys and values of ``inputs`` (for use as a later ``past``).
     """
     past = tuple(kv for kv in past if kv.positions.shape[1])  # an empty one would only cost
-    return _apply(params, config, "hidden", inputs, positions, past, segment_ids)
+    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+    return _apply(params, config, "hidden", jnp.asarray(inputs), jnp.asarray(positions), past, segment_ids)
 
 
-def unembed(params: Params, config: DecoderConfig, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+def unembed(params: Params, config: DecoderConfig, hidden: Float[AnyArray, "*b d"]) -> Float[Array, "*b v"]:
     """Logits, float32, of last hidden states."""
-    return _apply(params, config, "unembed", hidden)
+    return _apply(params, config, "unembed", jnp.asarray(hidden))
 
 
 def unembedding(params: Params, config: DecoderConfig) -> Float[Array, "v d"]:
@@ -244,7 +245,7 @@ def unembedding(params: Params, config: DecoderConfig) -> Float[Array, "v d"]:
 
 
 def prefill(
-    params: Params, config: DecoderConfig, inputs: Float[Array, "1 t d"], prefix: KeyValues | None = None
+    params: Params, config: DecoderConfig, inputs: Float[AnyArray, "1 t d"], prefix: KeyValues | None = None
 ) -> KeyValues:
     """Reads ``inputs`` after ``prefix`` and returns the longer prefix.
 

@@ -18,7 +18,7 @@ from jaxsp.models.chat import ChatTexts, encode
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation import Sampling, stream
 from jaxsp.models.weights import fingerprint, weight_files
-from jaxsp.typing import Array, Float, Int, KeyValues, Params, UserError
+from jaxsp.typing import AnyArray, Array, Float, Int, KeyValues, Params, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ class LanguageModel:
         return decoder.embed(self.params, self.config, jnp.asarray(self.check_ids(ids)))
 
     def logits(
-        self, ids: Any = None, *, embeddings: Float[Array, "*b t d"] | None = None
+        self, ids: Any = None, *, embeddings: Float[AnyArray, "*b t d"] | None = None
     ) -> Float[Array, "*b t v"]:
         """Next-token logits, float32, of token ids ``[*b, t]`` or of input vectors ``[*b, t, d]``.
 

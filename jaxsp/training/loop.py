@@ -25,7 +25,7 @@ from jaxsp.progress import compile_seconds
 from jaxsp.training.drivers import Driver
 from jaxsp.training.slots import Callback, Slot, Step, TrainingJob, TrainingResult, all_lengths, next_batches
 from jaxsp.training.state import TrainState, put, stack, unstack
-from jaxsp.typing import EMPTY, Float, Interrupted, PyTree
+from jaxsp.typing import EMPTY, AnyArray, Float, Interrupted, PyTree
 
 if TYPE_CHECKING:
     from jaxsp.training.checkpoint import Checkpoints
@@ -270,7 +270,7 @@ def _stacked(batches: Sequence[Rows]) -> Rows:
 
 
 @jax.jit
-def _keep_best(states: TrainState, kl_M: Float[np.ndarray, " m"]) -> TrainState:
+def _keep_best(states: TrainState, kl_M: Float[AnyArray, " m"]) -> TrainState:
     def one(state: TrainState, kl: Any) -> TrainState:
         better = kl < state.best_kl
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), state.sigma, state.best_sigma)

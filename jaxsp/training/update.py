@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import chex
 import jax
@@ -19,9 +19,9 @@ from jaxsp.models.config import DecoderConfig
 from jaxsp.settings import Settings
 from jaxsp.training.optimizers import make_optimizer
 from jaxsp.training.state import TrainState
-from jaxsp.typing import Array, Float, KeyValues, Params, PyTree, ceil_div
+from jaxsp.typing import AnyArray, Array, Float, KeyValues, Params, PyTree, ceil_div
 
-Metrics = dict[str, Float[Array, " m"]]
+Metrics = Mapping[str, Float[AnyArray, " m"]]
 
 
 @jax.tree_util.register_dataclass

@@ -190,7 +190,7 @@ def test_a_backend_that_is_asked_for_serves_or_says_why_not():
 def test_auto_takes_what_suits_the_machine(monkeypatch):
     called = []
     for name, backend in BACKENDS.items():
-        monkeypatch.setattr(backend, "attend", lambda inputs, name=name: called.append(name))
+        monkeypatch.setattr(backend, "attend", lambda inputs, name=name: called.append(name) or inputs.q_BTHF)
     monkeypatch.setattr(cudnn, "_compute_capability", lambda: 9)
     half, capped = CASES["row alone"](dtype="bfloat16"), CASES["softcap"](dtype="bfloat16")
     one = dataclasses.replace(half, q_BTHF=half.q_BTHF[:, :1], positions_BT=half.positions_BT[:, :1])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxsp.typing import Array, Float, Int
+from jaxsp.typing import AnyArray, Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,5 +25,5 @@ class Source:
     key: Array
     context_ids: Int[np.ndarray, " c"]
     prompt_length: int
-    embed: Callable[[Array | np.ndarray], Float[Array, "n d"]]
+    embed: Callable[[AnyArray], Float[Array, "n d"]]
     vocab_size: int

@@ -18,8 +18,8 @@ B1 = 0.8
 """Momentum shorter than Adam's, chosen on training loss."""
 
 
-def orthogonalise(y: Float[Array, "*b k d"]) -> Float[Array, "*b k d"]:
-    """Each matrix ``y`` with all its singular values made equal, and entries of root mean square 1.
+def orthogonalise(y: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """Each matrix of ``y`` ``[*b, k, d]`` with all its singular values equal, and entries of mean square 1.
 
     Directions that ``y`` does not have (singular value 0) stay out of it. Arrays of fewer axes have no
     directions to balance: they are only scaled to root mean square 1.

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxsp.typing import Array, Float, Int
+from jaxsp.typing import AnyArray, Array, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +33,7 @@ class Schedule:
     warmup: Int[Array, ""]
     fall: Float[Array, ""]
 
-    def rate(self, step: Int[Array, ""]) -> Float[Array, ""]:
+    def rate(self, step: Int[AnyArray, ""] | int) -> Float[Array, ""]:
         """The learning rate of a step, counted from 0.
 
         Example:
