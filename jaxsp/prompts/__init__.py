@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from jaxsp.prompts import embedding
-from jaxsp.typing import Array, Float, KeyValues, PyTree
+from jaxsp.typing import AnyArray, Array, Float, KeyValues, PyTree
 
-Prefill = Callable[[Float[Array, "1 k d"], KeyValues], KeyValues]
+Prefill = Callable[[Float[AnyArray, "1 k d"], KeyValues], KeyValues]
 
 
 class PromptKind(Protocol):

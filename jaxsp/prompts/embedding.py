@@ -6,13 +6,13 @@ Reference: Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 
-from jaxsp.typing import Array, Float, KeyValues
+from jaxsp.typing import AnyArray, Float, KeyValues
 
-Sigma = dict[str, Float[Array, "k d"]]
+Sigma = Mapping[str, Float[AnyArray, "k d"]]
 
 
 def initial(vectors: Float[Array, "k d"], key_values: Callable[[], KeyValues]) -> Sigma:
@@ -21,7 +21,7 @@ def initial(vectors: Float[Array, "k d"], key_values: Callable[[], KeyValues]) -
     return {"embeddings": jnp.asarray(vectors, jnp.float32)}
 
 
-def prefix(sigma: Sigma, preamble: KeyValues, prefill: Callable[[Array, KeyValues], KeyValues]) -> KeyValues:
+def prefix(sigma: Sigma, preamble: KeyValues, prefill: Callable[..., KeyValues]) -> KeyValues:
     """``preamble`` followed by σ, read by the model; differentiable in σ."""
     return prefill(sigma["embeddings"][None], preamble)
 
