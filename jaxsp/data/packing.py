@@ -81,7 +81,7 @@ class Packing:
         return cls(min(most_rows, 1 << (rows - 1).bit_length()), length)
 
     @classmethod
-    def shared(cls, own: Sequence[Packing], batches: Sequence[Int[np.ndarray, _]]) -> Packing:
+    def shared(cls, own: Sequence[Packing], batches: Sequence[Int[np.ndarray, " _"]]) -> Packing:
         """A shape as small as can be for several jobs, each with batches drawn by a shape of its own.
 
         Args:
