@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 
-from jaxsp.typing import AnyArray, Float, KeyValues
+from jaxsp.typing import AnyArray, Array, Float, KeyValues
 
 Sigma = Mapping[str, Float[AnyArray, "k d"]]
 
