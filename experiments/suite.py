@@ -16,7 +16,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxsp.settings import Options
 
 HERE = Path(__file__).parent
 NAMES = ("documents", "objectives", "peers", "precision", "decoder_speed", "loss_cost", "scale", "colab")
@@ -67,7 +70,7 @@ class Experiment:
     table: Callable[[Results], str]
     result: Callable[[Results], str]
     settings: tuple[str, ...] = ("default",)
-    draw: Callable[[Results, Path], None] | None = None
+    draw: Callable[[Results, Path], object] | None = None
     file: str = "results.json"
     options: str = ""
     missing: str = ""
@@ -215,7 +218,7 @@ def in_turns(
     return {name: times[1:] for name, times in seconds.items()}, values
 
 
-DEMO: dict[str, Any] = {
+DEMO: Options = {
     "steps": 60,
     "batch_size": 4,
     "learning_rate": 0.1,
@@ -232,8 +235,8 @@ def demo_document() -> tuple[str, list[Any], list[Any]]:
     from jaxsp.data.documents import read_context, read_queries
 
     with resources.as_file(resources.files("jaxsp.demo")) as folder:
-        queries = (read_queries(folder / f"{name}.txt") for name in ("questions", "held_out"))
-        return read_context(folder / "manual.md"), *queries
+        queries, held_out = (read_queries(folder / f"{name}.txt") for name in ("questions", "held_out"))
+        return read_context(folder / "manual.md"), queries, held_out
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:

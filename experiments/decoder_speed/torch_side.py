@@ -13,7 +13,7 @@ import time
 import torch
 import transformers
 from torch.nn.functional import kl_div
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from experiments.decoder_speed.workload import SHAPES
 
@@ -34,9 +34,9 @@ def main() -> None:
         head_dim=shape.head_width,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
     )
-    model = LlamaForCausalLM(config).to(DEVICE, dtype).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model = model.to(DEVICE, dtype).eval().requires_grad_(False)
 
     def ids(rows: int, length: int) -> torch.Tensor:
         return torch.randint(0, shape.vocab_size, (rows, length), device=DEVICE)

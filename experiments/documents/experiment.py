@@ -40,7 +40,7 @@ def measure(name: str, run: Run) -> dict[str, Any]:
     else:
         context = read_context(HERE / name / "context.md")
         queries, held_out = (read_queries(HERE / name / f"{part}.txt") for part in ("queries", "held_out"))
-        tokens = len(model.tokenizer.encode(context, add_special_tokens=False))
+        tokens = len(model.encode_context(context))
         options = {"prompt_length": tokens // COMPRESSION, "steps": 500}
     if not run.full:
         options |= {"steps": 3, "max_answer_tokens": 8}

@@ -59,7 +59,8 @@ def measure_one(positions: int, vocabulary: int, dtype: str) -> dict[str, Any]:
     calls: dict[str, Callable[[], Any]] = {}
     for form in (materialised, fused):
         program = jax.jit(jax.value_and_grad(form)).lower(student, teacher, head).compile()
-        memory = program.memory_analysis().temp_size_in_bytes
+        analysis: Any = program.memory_analysis()
+        memory = analysis.temp_size_in_bytes
         row[form.__name__] = {"temp_mib": round(memory / MIB, 1), "seconds": None}
         if memory < 0.6 * _memory():
             calls[form.__name__] = lambda program=program: program(student, teacher, head)
@@ -139,8 +140,9 @@ def draw(results: Results, folder: Path) -> None:
     rows = results["default"]["rows"]
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2)
     for axes, key, title in zip(
-        figure.subplots(1, 2), ("temp_mib", "seconds"), ("temporary memory (MiB)", "time (s)"), strict=True
+        panels, ("temp_mib", "seconds"), ("temporary memory (MiB)", "time (s)"), strict=True
     ):  # fmt: skip
         dtype = rows[0]["dtype"]
         vocabularies = sorted({row["vocabulary"] for row in rows})
@@ -159,7 +161,7 @@ def draw(results: Results, folder: Path) -> None:
         axes.set_xticklabels(sorted({row["positions"] for row in rows}))
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    panels[-1].legend(frameon=False, fontsize=8)
     figure.savefig(folder / "cost.png", dpi=150)
 
 

@@ -110,7 +110,7 @@ def measure(_: str, run: Run) -> dict[str, Any]:
 
         job.write(file)
         sides = [start(name, variant, name == "jaxsp") for name, variant in ANSWERS.items()]
-        for _ in range(2):  # jaxsp compiles in the first
+        for _turn in range(2):  # jaxsp compiles in the first
             for side in sides:
                 say(f"{side.name}: {side.turn()['seconds']:.1f} s for the answers")
         answered = [answers_row(side, sides[0]) for side in sides]

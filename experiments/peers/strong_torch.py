@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -17,10 +18,12 @@ from torch import Tensor
 from experiments.peers.job import Job
 
 Cache = transformers.DynamicCache
+Model = Any
+"""A causal language model of transformers, whose own types know neither its parts nor its ``generate``."""
 
 
 class Strong:
-    def __init__(self, job: Job, model: transformers.PreTrainedModel) -> None:
+    def __init__(self, job: Job, model: Model) -> None:
         self._job, self._model = job, model
         self._embed = model.model.embed_tokens
         ids = torch.tensor(job.preamble + job.context)
@@ -72,9 +75,7 @@ class Strong:
         return generate(self._model, job, range(n), past)
 
 
-def generate(
-    model: transformers.PreTrainedModel, job: Job, index: Sequence[int], past: Cache | None = None
-) -> list[list[int]]:
+def generate(model: Model, job: Job, index: Sequence[int], past: Cache | None = None) -> list[list[int]]:
     """Greedy answers after the context, which ``past`` may hold already; padded in front of z."""
     shared = job.preamble + job.context
     longest = max(len(job.queries[i]) for i in index)

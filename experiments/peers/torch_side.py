@@ -3,6 +3,9 @@
 python -m experiments.peers.torch_side JOB VARIANT, started by experiment.py. VARIANT: a key of ``VARIANTS``.
 """
 
+# pyright: reportMissingImports=false
+# PEFT is only where --torch-python points to.
+
 from __future__ import annotations
 
 import functools
@@ -20,7 +23,7 @@ from torch.nn.functional import kl_div
 from torch.nn.utils.rnn import pad_sequence
 
 from experiments.peers.job import Job, end_turn
-from experiments.peers.strong_torch import Strong, generate
+from experiments.peers.strong_torch import Model, Strong, generate
 
 LEARNING_RATE = 1e-2
 BATCH = 8
@@ -34,7 +37,7 @@ class Peer(Protocol):
 
     def teacher(self, index: Sequence[int]) -> Tensor: ...
 
-    def logits(self, signal: Tensor) -> Tensor: ...
+    def logits(self, signal: Tensor, /) -> Tensor: ...
 
 
 class Peft:
@@ -70,13 +73,13 @@ class Peft:
         return torch.cat([row[len(z) - 1 : len(z) - 1 + len(y)] for row, z, y in parts])
 
 
-def load(job: Job) -> transformers.PreTrainedModel:
+def load(job: Job) -> Model:
     dtype = getattr(torch, job.dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 
-def prompt_tuning(job: Job, base: transformers.PreTrainedModel) -> Peft:
+def prompt_tuning(job: Job, base: Model) -> Peft:
     """Virtual tokens come before everything: those of the chat template are among them, and trained."""
     first = torch.tensor(job.preamble + job.context[: job.prompt_length])
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(first))
@@ -86,7 +89,7 @@ def prompt_tuning(job: Job, base: transformers.PreTrainedModel) -> Peft:
     return Peft(job, model)
 
 
-def cartridge(job: Job, base: transformers.PreTrainedModel) -> Peft:
+def cartridge(job: Job, base: Model) -> Peft:
     """Keys and values of the same tokens; those of the chat template stay as they are."""
     first = torch.tensor(job.preamble + job.context[: job.prompt_length])
     config = peft.CartridgeConfig(
@@ -105,7 +108,7 @@ def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     return kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
-def train(build: Callable[[Job, transformers.PreTrainedModel], Peer], job: Job, *, cached: bool) -> None:
+def train(build: Callable[[Job, Model], Peer], job: Job, *, cached: bool) -> None:
     """The first turn readies everything; every other takes some steps and measures."""
     model = load(job)
     started = time.perf_counter()

@@ -21,7 +21,7 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
     A seed gives both dtypes the same start and the same order of queries.
     """
     seeds, steps = (range(8), 60) if run.full else (range(1), 3)
-    options = DEMO | {"learning_rate": float(setting.removeprefix("rate_")), "steps": steps}
+    options: dict[str, Any] = {**DEMO, "learning_rate": float(setting.removeprefix("rate_")), "steps": steps}
     context, queries, held_out = demo_document()
     models = {dtype: jaxsp.load_model(MODEL, dtype=dtype) for dtype in DTYPES}
     answers = float32_answers(models["float32"], context, queries, held_out)
@@ -108,9 +108,10 @@ def _draw(rows: list[dict[str, Any]], file: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="KL, nats")
+    styles: dict[str, dict[str, Any]] = {"loss": {"linewidth": 0.7}, "held_out_kl": {"marker": "o"}}
     for row in rows:
         colour = "#0b7a75" if row["dtype"] == "float32" else "#d98e04"
-        for name, style in (("loss", {"linewidth": 0.7}), ("held_out_kl", {"marker": "o"})):
+        for name, style in styles.items():
             points = [(line["step"], line[name]) for line in row["lines"] if name in line]
             told = name == "held_out_kl" and row["seed"] == rows[0]["seed"]
             label = row["dtype"] if told else None

@@ -62,6 +62,7 @@ def exchanged(text: str, loops: int) -> Exchange:
       loops: how often a loop runs of which XLA does not know it: the head's, over chunks of answers.
     """
     bodies: dict[str, list[str]] = {}
+    body: list[str] = []
     for line in text.splitlines():
         if start := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
             body = bodies.setdefault("ENTRY" if line.startswith("ENTRY") else start[1], [])
@@ -104,11 +105,13 @@ def checked(name: str, layout: str, prompts: int) -> dict[str, Any]:
     program = plan.compiled(config, SETTINGS, packing, mesh, max(prompts, 1))
     memory: Any = program.memory_analysis()
     cost: Any = program.cost_analysis()
+    text = program.as_text()
+    assert text is not None
     loops = head_chunks(config, tokens, answers * share)[1]
     return {
         "model": name, "mesh": layout, "prompts": prompts, "tokens": tokens,
         "expected": dataclasses.asdict(expected(config, packing, mesh.shape, prompts, answers)),
-        "compiled": dataclasses.asdict(exchanged(program.as_text(), loops)),
+        "compiled": dataclasses.asdict(exchanged(text, loops)),
         "flops_loops_once": cost["flops"],
         "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
     }  # fmt: skip
