@@ -21,10 +21,10 @@ import numpy as np
 
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.generation.requests import Requests, Work
+from jaxsp.models.generation.requests import Requests, TokenIds, Work
 from jaxsp.models.generation.sampling import Sampling, choose, round_up
 from jaxsp.models.generation.stop_strings import Decode, certain, stop_at
-from jaxsp.typing import EMPTY, Array, Bool, Float, Int, KeyValues, Params
+from jaxsp.typing import EMPTY, AnyArray, Array, Bool, Float, Int, KeyValues, Params
 
 GROUP = 8
 """Requests read at once where at least half as many slots are free; the others are read one by one."""
@@ -65,10 +65,10 @@ def generate(
     params: Params,
     config: DecoderConfig,
     prefix: KeyValues,
-    requests: Sequence[Sequence[int]],
+    requests: Sequence[TokenIds] | AnyArray,
     sampling: Sampling | Sequence[Sampling],
     *,
-    after: Sequence[int] | None = None,
+    after: Sequence[int] | AnyArray | None = None,
     slots: int = 16,
     key: Array | None = None,
     decode: Decode | None = None,
@@ -124,7 +124,7 @@ def stream(
     params: Params,
     config: DecoderConfig,
     prefix: KeyValues,
-    request: Sequence[int],
+    request: TokenIds,
     sampling: Sampling,
     *,
     key: Array | None = None,
@@ -165,7 +165,7 @@ def _run(params: Params, work: Work, steps: int = STEPS) -> Iterator[tuple[int, 
         return
     table, chunk = work.table()
     # Rounded, as the table's sizes are: calls with other limits can share the compiled loop.
-    A = round_up(max(sampling.max_tokens for sampling in work.samplings), 16)
+    A = round_up(max(int(sampling.max_tokens) for sampling in work.samplings), 16)
     B = min(work.slots, round_up(int(total), GROUP)) if total > 1 else 1
     state = _start(params, config, prefix if work.several else None, table, B, A)
     given = _Given(params, config, prefix, table, chunk, total)

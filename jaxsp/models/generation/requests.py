@@ -13,7 +13,10 @@ import numpy as np
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation.sampling import Choices, Sampling, column, round_up, tabulate
 from jaxsp.models.generation.stop_strings import Decode
-from jaxsp.typing import Array, Int, KeyValues, UserError
+from jaxsp.typing import AnyArray, Array, Int, KeyValues, UserError
+
+TokenIds = Sequence[int] | AnyArray
+"""Token ids of one sequence: a list, a tuple or an array."""
 
 CHUNK = 128
 """Longest run of query tokens read at once; a longer query takes several."""
@@ -40,12 +43,12 @@ class Work:
 
     config: DecoderConfig
     prefix: KeyValues
-    requests: Sequence[Sequence[int]]
+    requests: Sequence[TokenIds] | AnyArray
     samplings: Sequence[Sampling]
     slots: int
     key: Array | None
     decode: Decode | None
-    after: Sequence[int] | None = None
+    after: Sequence[int] | AnyArray | None = None
 
     def __post_init__(self) -> None:
         config, vocab = self.config, self.config.vocab_size
@@ -118,7 +121,7 @@ class Work:
         return after.astype(int)
 
 
-def _check_ids(name: str, request: Sequence[int], vocab: int) -> None:
+def _check_ids(name: str, request: TokenIds, vocab: int) -> None:
     ids = np.asarray(request)
     if ids.ndim == 1 and not len(ids):
         raise UserError(f"{name} is empty; give at least one token to read.")

@@ -40,12 +40,12 @@ class Sampling:
     """
 
     temperature: float = 0.0
-    top_k: int = 0
+    top_k: int | np.integer = 0
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
-    min_tokens: int = 0
-    max_tokens: int = 128
+    min_tokens: int | np.integer = 0
+    max_tokens: int | np.integer = 128
 
     def __post_init__(self) -> None:
         for name in ("top_k", "min_tokens", "max_tokens"):
@@ -104,7 +104,7 @@ def tabulate(samplings: Sequence[Sampling], rows: int, key: Array | None) -> Cho
     return Choices(draws, jnp.asarray(stops_BE))
 
 
-def column(values: Sequence[float], rows: int, dtype: type = np.int32) -> Array:
+def column(values: Sequence[float | np.integer], rows: int, dtype: type = np.int32) -> Array:
     """The values, then zeros up to ``rows``."""
     return jnp.asarray(np.pad(np.asarray(values, dtype), (0, rows - len(values))))
 
