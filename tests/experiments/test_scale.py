@@ -12,6 +12,7 @@ from experiments.scale.experiment import exchanged
 from jaxsp.data.packing import Packing
 from jaxsp.models.sharding import DATA, as_mesh
 from jaxsp.plan import compiled, step_flops
+from tests import programs
 
 TINY = decoder_config(
     layers=3, width=32, heads=8, kv_heads=4, head_width=4, mlp_width=48, vocab_size=260, window=512,
@@ -34,8 +35,8 @@ def test_bytes_are_those_of_the_compiled_program(layout, prompts):
     share = max(prompts, 1) / mesh.shape[DATA]
     tokens = int(PACKING.rows * PACKING.length * share)
     loops = arithmetic.head_chunks(TINY, tokens, ANSWERS * share)[1]
-    text = compiled(TINY, SETTINGS, PACKING, mesh, max(prompts, 1)).as_text()
-    found = exchanged(text, loops)
+    program = compiled(TINY, SETTINGS, PACKING, mesh, max(prompts, 1))
+    found = exchanged(programs.text(program), loops)
     expected = arithmetic.expected(TINY, PACKING, mesh.shape, prompts, ANSWERS)
     assert found.bytes == expected.bytes
     assert (found.bytes == 0) == (prompts > 0 and "model" not in layout)

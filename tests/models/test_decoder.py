@@ -14,7 +14,7 @@ from jaxsp.models.decoder import parameter_shapes
 from jaxsp.models.families import FAMILIES
 from jaxsp.models.rope import make_rope
 from jaxsp.typing import EMPTY
-from tests import tiny
+from tests import programs, tiny
 from tests.conftest import slow_beside
 
 IDS = np.array([[5, 9, 77, 30, 200, 14, 3, 99, 41, 120]])
@@ -139,7 +139,7 @@ def test_memory_of_reading_a_long_document():
     room = jax.eval_shape(lambda: decoder.empty_prefix(config, 32_768))
     chunk = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
     program = decoder._read_chunk.lower(shapes, config, room, chunk, chunk, 0).compile()
-    memory = program.memory_analysis()
+    memory = programs.memory(program)
     assert memory.alias_size_in_bytes >= room.keys.size * 4 * 2  # written in place
     assert memory.temp_size_in_bytes < 0.4 * 2**30
 
@@ -160,7 +160,7 @@ def test_memory_of_a_gradient_through_32k_tokens():
     ids = jax.ShapeDtypeStruct((8, 48), jnp.int32)
     program = jax.jit(jax.grad(loss)).lower(sigma, parameter_shapes(config), ids).compile()
     widens = 2 if jax.__version_info__ < (0, 11) else 1  # older jax holds bfloat16 as float32 on a CPU
-    assert program.memory_analysis().temp_size_in_bytes < widens * 3.5 * 2**30
+    assert programs.memory(program).temp_size_in_bytes < widens * 3.5 * 2**30
 
 
 def smollm2_shape(dtype):

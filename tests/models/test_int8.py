@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,14 @@ import jaxsp
 from jaxsp.models import decoder, weights
 from jaxsp.models.families import FAMILIES
 from jaxsp.typing import UserError
-from tests import tiny
+from tests import programs, tiny
 
 IDS = np.array([[5, 9, 77, 30, 200, 14, 3, 99, 41, 120]])
 sixteen_bits = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="refused on a CPU before jax 0.10")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
-def load(directory: Path, quantization: str = "int8", dtype: str = "float32") -> jaxsp.LanguageModel:
+def load(directory: Path, quantization: Any = "int8", dtype: str = "float32") -> jaxsp.LanguageModel:
     return jaxsp.load_model(directory, dtype=dtype, quantization=quantization, tokenizer=None)
 
 
@@ -133,7 +134,7 @@ def test_the_backward_pass_keeps_no_kernel_in_floats(tmp_path):
             return decoder.hidden(params, model.config, inputs, where)[0].sum()
 
         program = jax.jit(jax.grad(total)).lower(jnp.ones((1, 4, 64)), model.params).compile()
-        return program.memory_analysis().temp_size_in_bytes
+        return programs.memory(program).temp_size_in_bytes
 
     full, int8 = load(tmp_path, "none"), load(tmp_path)
     kernels = sum(a.nbytes for a in jax.tree.leaves(full.params["layers"]))

@@ -22,7 +22,7 @@ from jaxsp.training.start import start_state
 from jaxsp.training.state import stack
 from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import UserError
-from tests import tiny
+from tests import programs, tiny
 from tests.conftest import CONTEXT, QUERIES, slow_beside
 
 LAYOUTS = ["data=8", "data=2,model=4", "model=4", "data=4,model=2"]
@@ -100,9 +100,8 @@ def collectives(model, problem, mesh):
     states = driver.place(stack([start_state(model, problem, SETTINGS)]))
     batches = batch_of(problem, driver, np.arange(8))
     lowered = sharded_update.lower(states, batches, **driver._step.keywords)
-    compiled = lowered.compile().as_text()
     kinds = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    return Counter(re.findall(rf" ({kinds})(?:-start)?\(", compiled))
+    return Counter(re.findall(rf" ({kinds})(?:-start)?\(", programs.text(lowered.compile())))
 
 
 def test_of_a_data_parallel_step_only_the_gradient_is_exchanged(model, problem):
@@ -188,6 +187,7 @@ def test_a_batch_that_the_mesh_does_not_divide(model, problem):
     ],
 )
 def test_a_layout_that_cannot_be(model, tmp_path, settings, message):
+    options: dict[str, Any] = {"parallel": "mesh", **settings}
     with pytest.raises(UserError, match=re.escape(message)):
-        jaxsp.compress(model, CONTEXT, QUERIES, out=tmp_path / "out", **{"parallel": "mesh", **settings})
+        jaxsp.compress(model, CONTEXT, QUERIES, out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
