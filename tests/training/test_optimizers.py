@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,19 @@ import numpy as np
 import optax
 import pytest
 
-from jaxsp.settings import TrainingSettings
+from jaxsp.settings import TrainingSettings, make_settings
 from jaxsp.training.optimizers import OPTIMIZERS, constant, make_optimizer, make_schedule, warmup_cosine
 from jaxsp.training.optimizers.muon import orthogonalise
-from jaxsp.typing import UserError
+from jaxsp.typing import Array, UserError
+
+
+def update(optimizer, gradient, state, sigma) -> tuple[Any, Any]:
+    """``optimizer.update``, whose changes may be any tree to optax's types."""
+    return optimizer.update(gradient, state, sigma)
+
+
+def moved(sigma, change) -> Array:
+    return cast("Array", optax.apply_updates(sigma, change))
 
 
 @pytest.mark.parametrize(
@@ -45,8 +55,8 @@ def test_embeddings_of_any_size_train_alike(optimizer):
         state = transform.init(sigma)
         for step in range(20):
             gradient = jax.grad(lambda x: jnp.sum((x / unit - target) ** 2))(sigma)
-            change, state = transform.update(gradient, state, sigma)
-            sigma = optax.apply_updates(sigma, schedule.rate(step) * change)
+            change, state = update(transform, gradient, state, sigma)
+            sigma = moved(sigma, schedule.rate(step) * change)
         return sigma / unit
 
     np.testing.assert_allclose(trained(50.0), trained(1.0), rtol=1e-3, atol=1e-4)
@@ -56,8 +66,8 @@ def test_embeddings_of_any_size_train_alike(optimizer):
 def first_change(gradient, **settings):
     optimizer = make_optimizer(TrainingSettings(**settings))
     start = jnp.full((2,), 3.0)
-    change, _ = optimizer.update(gradient, optimizer.init(start), start)
-    return optax.apply_updates(start, 0.1 * change) - start
+    change, _ = update(optimizer, gradient, optimizer.init(start), start)
+    return moved(start, 0.1 * change) - start
 
 
 def test_adam_moves_by_the_learning_rate_and_adamw_decays_as_well():
@@ -86,7 +96,7 @@ def test_muon_moves_entries_by_the_learning_rate():
     gradient = jnp.asarray(np.random.RandomState(0).randn(4, 32), jnp.float32)
     optimizer = make_optimizer(TrainingSettings())
     start = jnp.ones((4, 32))
-    change, _ = optimizer.update(gradient, optimizer.init(start), start)
+    change, _ = update(optimizer, gradient, optimizer.init(start), start)
     assert float(jnp.sqrt(jnp.mean(change**2))) == pytest.approx(1.0, rel=1e-3)
     assert float(jnp.sum(change * gradient)) < 0
 
@@ -107,22 +117,23 @@ def test_optimizers_take_arrays_of_any_rank(name, shape):
     random = np.random.RandomState(0)
     start = {"a": {"b": jnp.asarray(random.standard_normal(shape), jnp.float32)}}
     gradient = {"a": {"b": jnp.asarray(random.standard_normal(shape), jnp.float32)}}
-    change, state = optimizer.update(gradient, optimizer.init(start), start)
+    change, state = update(optimizer, gradient, optimizer.init(start), start)
     found = change["a"]["b"]
     assert (found.shape, found.dtype) == (shape, jnp.float32)
     assert float(jnp.vdot(found, gradient["a"]["b"])) < 0
     assert float(jnp.sqrt(jnp.mean(found**2))) == pytest.approx(1.0, rel=1e-3)
     if len(shape) > 2:
         one = optimizer.init(start["a"]["b"][0])
-        alone, _ = optimizer.update(gradient["a"]["b"][0], one, start["a"]["b"][0])
+        alone, _ = update(optimizer, gradient["a"]["b"][0], one, start["a"]["b"][0])
         np.testing.assert_allclose(found[0], alone, rtol=1e-5, atol=1e-6)
-    nothing, _ = optimizer.update(jax.tree.map(jnp.zeros_like, gradient), state, start)
+    nothing, _ = update(optimizer, jax.tree.map(jnp.zeros_like, gradient), state, start)
     assert np.isfinite(nothing["a"]["b"]).all()
 
 
 def test_an_optimizer_of_ones_own_is_used_as_it_is():
     own = optax.adamw(0.25)
-    settings = TrainingSettings(optimizer=own, learning_rate=7.0, max_grad_norm=0.1, steps=3)
+    given = {"optimizer": own, "learning_rate": 7.0, "max_grad_norm": 0.1, "steps": 3}
+    settings = make_settings(given).training
     assert make_optimizer(settings) is own
     schedule = make_schedule(settings, {"x": jnp.full((2, 2), 9.0)})
     assert [float(schedule.rate(step)) for step in (0, 1, 2)] == [1.0, 1.0, 1.0]
