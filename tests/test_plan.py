@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from jaxsp.data.packing import Packing
 from jaxsp.models.load import model_config
 from jaxsp.models.sharding import as_mesh
 from jaxsp.settings import make_settings
-from jaxsp.training.drivers import DRIVERS, mesh_of, sharded_update
+from jaxsp.training.drivers import DRIVERS, JitDriver, MeshDriver, mesh_of, sharded_update
 from jaxsp.training.state import initial_state, stack
 from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import UserError
@@ -46,6 +47,7 @@ def test_the_program_is_the_one_that_runs(tiny_model, settings):
     states = stack([initial_state(sigma, chosen.optimizer, key=jax.random.key(0))])
     batches = jax.tree.map(lambda leaf: leaf[None], batch)
     driver = DRIVERS[settings.devices.parallel](frozen, chosen, mesh=mesh)
+    assert isinstance(driver, JitDriver | MeshDriver)
     if mesh is not None:
         batches = plan.sharding.put(batches, mesh, plan.along("data", 1))
     lowered = sharded_update.lower(driver.place(states), batches, **driver._step.keywords)
@@ -57,13 +59,16 @@ def test_the_program_is_the_one_that_runs(tiny_model, settings):
 
 def test_operations_are_those_that_xla_counts(tmp_path):
     """XLA counts the body of the scan over layers once: the model of three is to it as one of a layer."""
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 3}
+    sizes: dict[str, Any] = {
+        "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 3
+    }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(tiny.config(**sizes)))
     config = model_config(str(tmp_path), "float32")
     packing = Packing(8, 24)
-    found = plan.compiled(config, SETTINGS, packing, None).cost_analysis()["flops"]
+    cost = plan.compiled(config, SETTINGS, packing, None).cost_analysis()
+    assert cost is not None
     one_layer = plan.step_flops(config.replace(layers=1), 4, 24, packing)
-    assert found == pytest.approx(one_layer, rel=0.1)
+    assert cost["flops"] == pytest.approx(one_layer, rel=0.1)
     assert plan.step_flops(config, 4, 24, packing) > 2.5 * one_layer
 
 

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("kind", PROMPT_KINDS)
 def test_the_contexts_own_embeddings_give_kl_zero(kind, dtype):
     model = jaxsp.load_model("smollm2-135m-instruct", dtype=dtype)
+    assert model.tokenizer is not None
     ids = np.array(model.tokenizer(CONTEXT).input_ids)
     before = decoder.empty_prefix(model.config)
     context = distributions.context_prefix(model.params, model.config, ids[None], before)

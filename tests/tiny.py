@@ -76,7 +76,7 @@ def tensors(config: dict[str, Any], seed: int = 0, gain: float = 2.0) -> dict[st
         place, shape = places[path], list(leaf.shape)
         layers = shape.pop(0) if "{layer}" in place.name else 1
         if place.rows:  # one stored tensor holds several matrices: made when its last one comes
-            if place.rows[1] != max(p.rows[1] for p in places.values() if p.name == place.name):
+            if place.rows[1] != max(p.rows[1] for p in places.values() if p.rows and p.name == place.name):
                 continue
             shape[-1] = place.rows[1]
         for name in dict.fromkeys(place.name.format(layer=i) for i in range(layers)):

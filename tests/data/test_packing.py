@@ -36,7 +36,9 @@ def test_every_device_has_work():
     packing = Packing.of(lengths, 8)
     spread = packing.over(8, int(lengths.max()))
     drawn = packing.draw(lengths, 0, [0])
-    assert len(set(spread.assign_rows(lengths[drawn].tolist()))) == min(8, len(drawn))
+    assigned = spread.assign_rows(lengths[drawn].tolist())
+    assert assigned is not None
+    assert len(set(assigned)) == min(8, len(drawn))
     assert spread.length < packing.length
 
 
@@ -92,6 +94,7 @@ def test_packed_rows_hold_the_sequences():
     hidden = np.arange(3 * 4 * 2, dtype=np.float32).reshape(3, 4, 2)
     rows = rows.with_targets(hidden=hidden)
     packed = Packing(1, 11).pack(rows, np.array([0, 1, 2]))
+    assert packed.segment_ids is not None
     assert packed.tokens[0].tolist() == [5, 6, 8, 7, 9, 10, 11, 20, 21, 22, 0]
     assert packed.offsets[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, EMPTY]
     assert packed.segment_ids[0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, EMPTY]
@@ -102,6 +105,7 @@ def test_packed_rows_hold_the_sequences():
     assert (len(packed), packed.sequences) == (1, 3)
     assert rows.sequences == 3
     blank = packed.take([0, 1])
+    assert blank.segment_ids is not None
     assert blank.sequences == rows.take([0, 1, 2, 3]).sequences == 3
     assert (blank.segment_ids[1] == EMPTY).all()
 

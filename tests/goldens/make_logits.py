@@ -176,6 +176,7 @@ def main() -> None:
             for name, answer in sample(torch_answers(directory, prefix)).items():
                 out[f"{case}/{name}"] = answer.astype(np.float32)
     model = jaxsp.load_model("smollm2-135m-instruct", dtype="float32")
+    assert model.tokenizer is not None
     ids = np.array([model.tokenizer(SMOLLM2_TEXT).input_ids])
     out["smollm2"] = torch_logits(model.directory, ids)[0][:, SMOLLM2_VOCABULARY]
     np.savez_compressed(Path(__file__).with_name("logits.npz"), **out)

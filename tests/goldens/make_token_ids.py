@@ -7,6 +7,9 @@ split, and some of their words have no merge, so that every rule gives ids of it
 pip install llama-cpp-python && python -m tests.goldens.make_token_ids PATH/TO/MODEL.gguf
 """
 
+# pyright: reportMissingImports=false
+# llama.cpp is only where the goldens are made.
+
 from __future__ import annotations
 
 import json
@@ -93,8 +96,10 @@ def ids_by_llama_cpp(vocabulary: dict[str, list], texts: list[str], **fields) ->
         for name, values in vocabulary.items():
             writer.add_array(f"tokenizer.ggml.{name}", values)
         for name, value in fields.items():
-            add = writer.add_bool if isinstance(value, bool) else writer.add_string
-            add(f"tokenizer.ggml.{name}", value)
+            if isinstance(value, bool):
+                writer.add_bool(f"tokenizer.ggml.{name}", value)
+            else:
+                writer.add_string(f"tokenizer.ggml.{name}", value)
         for role in ("bos", "eos", "unknown"):
             writer.add_uint32(f"tokenizer.ggml.{role}_token_id", 0)
         writer.write_header_to_file()

@@ -32,7 +32,8 @@ def test_what_all_layers_share_is_shown_once_and_defaults_are_not():
 def test_layers_of_two_kinds_are_told_apart():
     ropes = (NEAR, NEAR, FAR) * 20 + (NEAR, NEAR)
     windows = (512, 512, None) * 20 + (512, 512)
-    config = DecoderConfig(**(SIZES | {"layers": 62}), ropes=ropes, sliding_windows=windows, qkv_bias=True)
+    sizes: dict[str, Any] = SIZES | {"layers": 62}
+    config = DecoderConfig(**sizes, ropes=ropes, sliding_windows=windows, qkv_bias=True)
     assert fits_a_screen(repr(config))
     flat = " ".join(repr(config).split())
     assert "sliding_windows=[512, None][0 0 1 0 0 1 0 0 1" in flat

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -15,7 +17,7 @@ TEXTS = ["", " ", "12 words", "<|im_start|>user\nDon't\t“stop”<|im_end|>", "
 
 @pytest.fixture(params=[{}, SPM], ids=["byte-level", "sentence-piece"])
 def directory(request, tmp_path, cache):
-    changes = {"vocab_size": 259} if request.param else {}
+    changes: dict[str, Any] = {"vocab_size": 259} if request.param else {}
     write_gguf(tmp_path / "m.gguf", fields=request.param, **changes)
     return converted(tmp_path / "m.gguf")
 

@@ -34,6 +34,8 @@ def test_gguf_gives_the_logits_of_the_original(tmp_path, cache, architecture, ti
     ids = [[1, 7, 30, 4, *range(100, 130)]]
     np.testing.assert_array_equal(a.logits(ids), b.logits(ids))
     text = "<|im_start|>user\n12 words<|im_end|>"
+    assert a.tokenizer is not None
+    assert b.tokenizer is not None
     assert a.tokenizer(text).input_ids == b.tokenizer(text).input_ids
     assert a.tokenizer.chat_template == b.tokenizer.chat_template
     assert a.stop_ids == b.stop_ids == (2,)
