@@ -14,6 +14,11 @@ def memory(program: Compiled) -> Any:
     return found
 
 
+def count(function: Any) -> int:
+    """How many programs a jitted function has by now; to jax's types it has no such counter."""
+    return function._cache_size()
+
+
 def text(program: Compiled) -> str:
     """Its instructions."""
     found = program.as_text()

@@ -5,6 +5,9 @@ Each takes the inputs by name, as ``Objective.__call__`` does, and returns ``[*b
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from scipy.special import log_softmax, logsumexp
 
@@ -69,7 +72,7 @@ def topk_kl(inputs, k=None):
     ids, log_p, log_q = top(inputs, k)
     out = np.zeros(ids.shape[:-1])
     for place in np.ndindex(out.shape):
-        rest = logsumexp(np.delete(log_q[place], ids[place]))
+        rest: Any = logsumexp(np.delete(log_q[place], ids[place]))
         p_rest = 1 - np.exp(log_p[place]).sum()
         log_p_rest = np.log(p_rest) if p_rest > 1e-6 else -np.inf
         coarse_q = np.append(log_q[place][ids[place]], rest)
@@ -144,7 +147,7 @@ def hidden_mse(inputs):
     return np.square(teacher - student).mean(axis=-1)
 
 
-ORACLES = {
+ORACLES: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         kl,

@@ -252,7 +252,7 @@ def test_vmap_is_the_batch(name):
 class Variants(chex.TestCase):
     """With and without jit, with and without device arrays, and under pmap."""
 
-    @chex.all_variants(with_pmap=True)
+    @chex.all_variants(with_pmap=True)  # pyright: ignore[reportCallIssue]  # toolz's curry is untyped
     @parameterized.parameters(*OBJECTIVES)
     def test_all_variants(self, name):
         entry = OBJECTIVES[name]

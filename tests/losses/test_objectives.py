@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,8 +120,9 @@ def test_as_objective():
     for wrong in ("zero_one", OBJECTIVES["zero_one"]):
         with pytest.raises(UserError, match=r"piecewise constant.* Train on one of kl, "):
             as_objective(wrong)
+    function: Any = losses.kl_divergence
     with pytest.raises(UserError, match=r"must be a text such as 'kl' or a jaxsp.losses.Objective"):
-        as_objective(losses.kl_divergence)
+        as_objective(function)
     with pytest.raises(UserError, match=r"own has no option 'alfa'; it has alpha; did you mean alpha"):
         Objective(own, options={"alfa": 1.0})
     with pytest.raises(ValueError, match="alpha must be a number that is known when"):
@@ -208,7 +210,8 @@ def test_needs_and_senses():
     assert needs["entropy"] == ()
     assert parse("nll,topk_kl,hidden_mse").needs == ("hidden", "top_k", "tokens")
     values = jnp.array([-1.0, 2.0])
-    for sense, cost in (("minimise", [-1, 2]), ("maximise", [1, -2]), ("zero", [1, 2])):
+    turned: dict[Any, list[int]] = {"minimise": [-1, 2], "maximise": [1, -2], "zero": [1, 2]}
+    for sense, cost in turned.items():
         entry = losses.Objective(losses.kl_divergence, sense=sense)
         np.testing.assert_array_equal(entry.cost(values), cost)
 
@@ -220,7 +223,7 @@ def descend(loss, steps=300):
     """The student's distribution after gradient descent on its logits."""
     logits, optimizer = jnp.zeros((1, 3)), optax.adam(0.1)
 
-    def step(carry, _):
+    def step(carry: Any, _) -> tuple[Any, None]:
         logits, state = carry
         updates, state = optimizer.update(jax.grad(lambda x: loss(x).sum())(logits), state)
         return (optax.apply_updates(logits, updates), state), None

@@ -36,7 +36,7 @@ def test_every_public_function_is_documented_in_order():
         thing = getattr(losses, name)
         if not inspect.isfunction(thing) or name in ("merge", "masked_mean", "masked_sum", "top_k"):
             continue
-        text = inspect.getdoc(thing)
+        text = inspect.getdoc(thing) or ""
         parts = ["Args:", "Returns:", "Raises:", "Example:", ">>>", "Reference:"]
         if name in ("parse", "as_objective"):
             parts = ["Args:", "Returns:", "Raises:", "Example:", ">>>"]
