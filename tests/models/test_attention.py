@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 
 from jaxsp.models.attention import BACKENDS, AttentionInputs, Slots, attention, chunked, cudnn
 from jaxsp.typing import EMPTY, UserError
+from tests import programs
 
 B, T, H, G, F = 2, 10, 4, 2, 8
 
@@ -35,6 +37,7 @@ def reference(inputs: AttentionInputs):
         if inputs.sliding_window is not None:
             seen &= t - s < inputs.sliding_window
         if slots.segment_ids is not None:
+            assert inputs.segment_ids_BT is not None
             own = inputs.segment_ids_BT[:, None, :, None]
             seen &= own == jnp.broadcast_to(slots.segment_ids, where.shape)[:, None, None, :]
         scores.append(jnp.where(seen, score, -jnp.inf))
@@ -55,7 +58,7 @@ def piece(where, segment_ids=None, *, seed, groups=G, dtype="float32"):
     return Slots(keys, values, where, segment_ids)
 
 
-def row(start: int, kept=range(T)):
+def row(start: int, kept: Sequence[int] = range(T)):
     """Positions of a row of T tokens of which only those kept are there."""
     where = np.full(T, EMPTY)
     where[list(kept)] = np.arange(start, start + len(kept))
@@ -277,7 +280,7 @@ def test_memory_of_value_and_gradient_is_linear_in_the_length():
         return attention(AttentionInputs(q, where, (Slots(k, v, where),), scale=0.125)).sum()
 
     program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(x, x, x, where).compile()
-    assert program.memory_analysis().temp_size_in_bytes < 400 * 2**20
+    assert programs.memory(program).temp_size_in_bytes < 400 * 2**20
 
 
 def test_gradient_is_causal():

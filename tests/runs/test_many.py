@@ -26,7 +26,7 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def job(name, context=CONTEXT, queries=QUERIES, **more):
+def job(name, context: Any = CONTEXT, queries: Any = QUERIES, **more):
     return {"id": name, "context": context, "queries": queries, **more}
 
 
@@ -41,7 +41,8 @@ UNEVEN = [
 
 
 def compress_many(model, jobs, **options):
-    return list(jaxsp.compress_many(model, jobs, **{**OPTIONS, "progress": False, **options}))
+    given: dict[str, Any] = {**OPTIONS, "progress": False, **options}
+    return list(jaxsp.compress_many(model, jobs, **given))
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +197,7 @@ def test_a_loss_that_is_not_finite_fails_alone(calm_model, tmp_path):
     jobs = [job("a", **wild), job("b", **wild, seed=1), job("c")]
     found = compress_many(calm_model, jobs, out=tmp_path / "out")
     assert [bool(r.error) for r in found] == [True, True, False]
-    assert "is not finite" in found[0].error
+    assert "is not finite" in (found[0].error or "")
     assert found[2].report["gap_closed"]["value"] > 0
     rows = pyarrow.parquet.read_table(tmp_path / "out" / "results.parquet").to_pylist()
     assert ["is not finite" in (row["error"] or "") for row in rows] == [True, True, False]
@@ -368,7 +369,8 @@ def test_a_bad_job_is_an_error_before_any_work_or_skipped(
     assert not calls
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    found = list(jaxsp.compress_many(calm_model, [GOOD, row], keep_going=True, **{**OPTIONS, "steps": 0}))
+    options: dict[str, Any] = {**OPTIONS, "steps": 0}
+    found = list(jaxsp.compress_many(calm_model, [GOOD, row], keep_going=True, **options))
     assert [r.report["id"] for r in found] == ["good"]
     assert "Skipped: job 2: " in capsys.readouterr().err
 

@@ -24,7 +24,7 @@ from jaxsp.training.optimizers import make_optimizer, warmup_cosine
 from jaxsp.training.state import initial_state, stack, unstack
 from jaxsp.training.update import Frozen, UpdateSettings, loss_totals, update
 from jaxsp.typing import UserError
-from tests import tiny
+from tests import programs, tiny
 from tests.conftest import slow_beside
 
 SGD = optax.sgd(1.0)  # one object: tests with equal settings share a program
@@ -170,8 +170,8 @@ def test_gradient_is_that_of_the_mean_over_all_positions_and_improves_it(problem
         np.testing.assert_allclose(jnp.vdot(gradient, direction), (up - down) / 4e-3, rtol=2e-2)
 
     for _ in range(29):
-        state, last = step(driver, state, rows)
-    assert last["loss"] < value - 0.02 * max(abs(value), 0.1)
+        state, metrics = step(driver, state, rows)
+    assert metrics["loss"] < value - 0.02 * max(abs(value), 0.1)
     if objective == "cosine_similarity":  # the cost is the similarity turned round
         assert -loss(states_of(state.sigma["embeddings"][0]))[0] > 0.1 - value
 
@@ -190,7 +190,7 @@ def test_pmap_on_eight_devices_equals_jit_on_one(problem):
     for name in ("jit", "pmap"):
         settings = settings_for(config)
         driver = DRIVERS[name](frozen, settings)
-        state = driver.place(state_for(sigma, settings, SCHEDULE))
+        state, metrics = driver.place(state_for(sigma, settings, SCHEDULE)), {}
         for _ in range(5):
             state, metrics = step(driver, state, rows)
         results[name] = (unstack(driver.fetch(state), 0), metrics)
@@ -328,7 +328,7 @@ def test_a_batch_in_parts_needs_less_memory(problem):
         state = state_for(sigma, settings)
         lowered = program.lower(state, add_prompt_axis(batch), frozen=frozen, settings=settings)
         compiled = lowered.compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        return programs.memory(compiled).temp_size_in_bytes
 
     assert temporary(8) < 0.25 * temporary(1)
 

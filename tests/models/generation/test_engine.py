@@ -6,6 +6,7 @@ import dataclasses
 import heapq
 import itertools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jaxsp.models.generation import Sampling, engine, generate, stream
 from jaxsp.models.generation.requests import Work
 from jaxsp.teacher import answers
 from jaxsp.typing import EMPTY, KeyValues, UserError
-from tests import tiny
+from tests import programs, tiny
 from tests.conftest import slow_beside
 
 CONTEXT = [5, 100, 7, 9, 200, 31]
@@ -282,7 +283,7 @@ def test_decoding_does_not_copy_the_caches(tiny_model):
     given = engine._Given(params, config, prefix, table, chunk, np.int32(4))
     compiled = engine._advance.lower(given, state, np.zeros(4, bool), np.int32(9)).compile()
     cache = state.answer_LBAGF[0].nbytes
-    memory = compiled.memory_analysis()
+    memory = programs.memory(compiled)
     assert memory.alias_size_in_bytes > 2 * cache
     assert memory.temp_size_in_bytes < cache / 4  # slices of a layer, its scores
 
@@ -336,7 +337,7 @@ def test_decoding_does_not_copy_the_prefixes(tiny_model):
         return engine._step(engine._Given(params, config, prefix, table, chunk, np.int32(4)), state)
 
     compiled = jax.jit(step, donate_argnums=2).lower(params, several, state).compile()
-    memory, copies = compiled.memory_analysis(), state.prefix.keys.nbytes
+    memory, copies = programs.memory(compiled), state.prefix.keys.nbytes
     assert memory.alias_size_in_bytes > 2 * copies
     assert memory.temp_size_in_bytes < copies / 4  # slices of a layer, its scores
 
@@ -417,7 +418,8 @@ def test_a_prefix_of_several_rows_needs_to_know_which(tiny_model, prefix):
     arguments = tiny_model.params, tiny_model.config, several, QUERIES
     with pytest.raises(UserError, match=r"one row \(batch size 1\); got 3, which need after"):
         generate(*arguments, Sampling())
-    for after in ([0], [0, 1, 2, 3, 0], [0, 1, 2, -1, 0], [0.0] * 5):
+    wrong: list[Any] = [[0], [0, 1, 2, 3, 0], [0, 1, 2, -1, 0], [0.0] * 5]
+    for after in wrong:
         with pytest.raises(UserError, match=r"from 0 to 2, for each of the 5 requests; got \[0"):
             generate(*arguments, Sampling(), after=after)
     longer = decoder.prefill(*arguments[:2], tiny_model.embed([[9]]), prefix)
