@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,7 @@ def test_what_one_types_first(tiny_directory, tmp_path, monkeypatch):
         raise AssertionError("loaded again")
 
     monkeypatch.setattr(load, "load_model", not_again)
-    question = {"max_tokens": 4}
+    question: dict[str, Any] = {"max_tokens": 4}
     answer = result.ask("What now?", **question)
     assert answer == result.prompt.ask("What now?", **question)
     assert answer == jaxsp.ask(folder, "What now?", **question)

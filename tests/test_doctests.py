@@ -62,10 +62,11 @@ def demo_folder(tmp_path):
 def test_examples(name, request):
     module = importlib.import_module(name)
     tests = [t for t in doctest.DocTestFinder().find(module) if t.examples]
-    if any("load_model" in test.docstring or "demo_folder" in test.docstring for test in tests):
+    texts = [test.docstring or "" for test in tests]
+    if any("load_model" in text or "demo_folder" in text for text in texts):
         request.getfixturevalue("tiny_instead" if name in ON_A_TINY_MODEL else "embedded")
-    for test in tests:
-        if "demo_folder" in test.docstring:
+    for test, text in zip(tests, texts, strict=True):
+        if "demo_folder" in text:
             test.globs["demo_folder"] = request.getfixturevalue("demo_folder")
         runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
         assert runner.run(test).failed == 0, test.name
@@ -73,4 +74,4 @@ def test_examples(name, request):
 
 def test_there_are_examples_in_the_public_interface():
     for thing in (jaxsp.load_model, jaxsp.compress, jaxsp.ask, jaxsp.SoftPrompt):
-        assert ">>>" in thing.__doc__
+        assert ">>>" in (thing.__doc__ or "")
