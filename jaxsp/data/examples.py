@@ -12,6 +12,13 @@ import numpy as np
 
 from jaxsp.typing import EMPTY, Array, Bool, Int, PyTree
 
+# The arguments of ``fused_objective`` that each target gives, in the order of its leaves.
+TARGET_INPUTS: dict[str, tuple[str, ...]] = {
+    "tokens": ("targets",),
+    "hidden": ("teacher_hidden",),
+    "top_k": ("teacher_log_probs", "teacher_ids"),
+}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +67,9 @@ class Rows:
     @property
     def teacher_inputs(self) -> dict[str, Any]:
         """The targets as the keyword arguments of ``fused_objective``."""
-        names: dict[str, tuple[str, ...]] = {
-            "tokens": ("targets",),
-            "hidden": ("teacher_hidden",),
-            "top_k": ("teacher_log_probs", "teacher_ids"),
-        }
         found: dict[str, Array] = {}
         for name, target in self.targets.items():
-            found |= zip(names[name], map(jnp.asarray, jax.tree.leaves(target)), strict=True)
+            found |= zip(TARGET_INPUTS[name], map(jnp.asarray, jax.tree.leaves(target)), strict=True)
         return found
 
     def take(self, index: Sequence[int] | np.ndarray) -> Rows:
