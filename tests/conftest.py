@@ -35,7 +35,7 @@ CONTEXT = "The tank holds 1.2 litres. The cable is 90 cm long. The lid is made o
 QUERIES = [f"What is fact {i}?" for i in range(10)]
 
 
-def slow_beside(table: Iterable[str], *slow: str) -> list[Any]:
+def slow_beside(table: Iterable[Any], *slow: Any) -> list[Any]:
     """A table's entries as parameters; those named run with the slow tests, as others show the same.
 
     A new entry is not among them.

@@ -540,6 +540,7 @@ def test_ask_inspect_evaluate(jaxsp_command, finished, job, tiny_directory, monk
     assert next(lines, "all asked") == "all asked"
 
 
+@pytest.mark.slow
 def test_int8_weights_stay_with_the_prompt(compress, jaxsp_command, job, tmp_path, tiny_model):
     """The later commands load what the prompt was trained for; another model is refused by name."""
     out = tmp_path / "out"

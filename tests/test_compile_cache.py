@@ -99,6 +99,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(run, cache):
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_what_the_user_has_chosen_stays(run, cache, tmp_path):
     assert run(SETTINGS)[0] == [str(cache / "programs"), 7]
     assert run(SETTINGS, JAXSP_COMPILE_CACHE="OFF")[0] == [None, 7]

@@ -130,7 +130,7 @@ def test_each_option_equals_the_plain_path(name, options):
 
 
 @pytest.mark.parametrize("name", ["topk_kl", "truncated_kl"])
-@pytest.mark.parametrize("k", [1, 20, 99])
+@pytest.mark.parametrize("k", slow_beside([1, 20, 99], 20))
 def test_k_entries_are_taken(name, k):
     """The k that the text says, against the float64 oracle; alone and within a mixture."""
     teacher, student = (np.asarray(side, np.float64) @ HEAD.T for side in (TEACHER, STUDENT))

@@ -18,7 +18,7 @@ from jaxsp import plan
 from jaxsp.runs import runner
 from jaxsp.training.drivers import JitDriver
 from jaxsp.typing import EMPTY, UserError
-from tests.conftest import CONTEXT, QUERIES
+from tests.conftest import CONTEXT, QUERIES, slow_beside
 
 OPTIONS: dict[str, Any] = {
     "prompt_length": 4, "steps": 12, "batch_size": 3, "max_answer_tokens": 6,
@@ -51,6 +51,7 @@ def results(calm_model, tmp_path_factory):
     return compress_many(calm_model, UNEVEN, out=out, at_once=2), out
 
 
+@pytest.mark.slow
 def test_no_more_at_once_than_memory_has_room_for(calm_model, monkeypatch):
     slots, block = [], runner.Block
 
@@ -92,7 +93,7 @@ def _assert_close(ours, theirs):
         assert ours == pytest.approx(theirs, abs=2e-3)
 
 
-@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("uneven", slow_beside([False, True], True))
 def test_little_is_padding(calm_model, monkeypatch, uneven):
     jobs = UNEVEN[:3]
     if uneven:  # five times as long in one job as in another

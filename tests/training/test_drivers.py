@@ -108,7 +108,7 @@ def test_of_a_data_parallel_step_only_the_gradient_is_exchanged(model, problem):
     assert collectives(model, problem, "data=8") == {"all-reduce": 1}
 
 
-@pytest.mark.parametrize("mesh", ["data=2,model=4", "model=4"])
+@pytest.mark.parametrize("mesh", slow_beside(["data=2,model=4", "model=4"], "model=4"))
 def test_weights_are_never_gathered(model, problem, mesh):
     assert set(collectives(model, problem, mesh)) == {"all-reduce"}
 

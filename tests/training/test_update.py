@@ -237,9 +237,9 @@ def undivided(problem):
     ("parallel", "mesh", "parts", "packing"),
     [
         ("jit", None, 3, None),  # the last part lacks two rows
-        ("jit", None, 99, None),  # more than there are rows
+        pytest.param("jit", None, 99, None, marks=pytest.mark.slow),  # more than there are rows
         ("jit", None, 4, Packing(3, 60)),
-        ("pmap", None, 2, Packing(3, 60)),
+        pytest.param("pmap", None, 2, Packing(3, 60), marks=pytest.mark.slow),
         ("mesh", "data=4,model=2", 3, Packing(3, 60)),
     ],
 )

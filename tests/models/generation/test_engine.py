@@ -160,7 +160,7 @@ def test_requests_may_be_any_sequences(run):
         assert run(requests, sampling) == expected
 
 
-@pytest.mark.parametrize("group", [3, 8])
+@pytest.mark.parametrize("group", slow_beside([3, 8], 8))
 def test_requests_read_together_are_those_read_one_by_one(run, steps, monkeypatch, group):
     """Whatever the length of each, in chunks; and in the order of the queue."""
     monkeypatch.setattr("jaxsp.models.generation.requests.CHUNK", 16)
@@ -300,7 +300,7 @@ def join(prefixes: list[KeyValues]) -> KeyValues:
     )
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("temperature", slow_beside([0.0, 0.8], 0.0))
 def test_several_prefixes_answer_as_each_alone(tiny_model, prefix, temperature):
     """Prefixes of other content and length, with ``EMPTY`` slots before, behind, or nothing else."""
     params, config = tiny_model.params, tiny_model.config
