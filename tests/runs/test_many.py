@@ -112,6 +112,7 @@ def test_little_is_padding(calm_model, monkeypatch, uneven):
     assert 1 - np.mean(used) <= 0.15
 
 
+@pytest.mark.slow
 def test_neighbours_change_nothing_of_what_is_drawn(calm_model):
     """Longer answers and queries beside it: the same sequences at every step as alone."""
     long = job("long", queries=[f"{query} {'And why? ' * 3}" for query in QUERIES], seed=5)

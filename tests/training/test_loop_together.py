@@ -79,6 +79,7 @@ def assert_same(ours, theirs):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
 
 
+@pytest.mark.slow
 def test_each_is_what_it_would_be_alone(school):
     """Uneven questions, contexts, steps, rates and batches; more prompts than slots."""
     job, together = school
@@ -125,6 +126,7 @@ def test_each_stops_when_its_own_patience_ends(school):
         assert_same(ours, theirs)
 
 
+@pytest.mark.slow
 def test_the_update_is_compiled_once_whatever_arrives(school):
     from jax._src import test_util  # the only counter jax has
 
