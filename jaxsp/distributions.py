@@ -84,10 +84,7 @@ def initial_prompt(
     Returns:
       A pytree of float32 arrays.
     """
-
-    def embed(ids: AnyArray) -> Array:
-        return decoder.embed(params, config, jnp.asarray(ids))
-
+    embed = functools.partial(decoder.embed, params, config)
     vectors = INITIALIZERS[initial](Source(key, context_ids, prompt_length, embed, config.vocab_size))
 
     def key_values() -> KeyValues:
@@ -104,9 +101,8 @@ def answer_hidden(
     """Last hidden states at the positions that predict ŷ, reading ``rows`` after ``prefix``."""
     start = prefix.next_position[:, None]
     positions = jnp.where(rows.offsets == EMPTY, EMPTY, start + rows.offsets)
-    inputs = decoder.embed(params, config, jnp.asarray(rows.tokens))
-    segment_ids = None if rows.segment_ids is None else jnp.asarray(rows.segment_ids)
-    states, _ = decoder.hidden(params, config, inputs, positions, (prefix,), segment_ids)
+    inputs = decoder.embed(params, config, rows.tokens)
+    states, _ = decoder.hidden(params, config, inputs, positions, (prefix,), rows.segment_ids)
     return jnp.take_along_axis(states, jnp.asarray(rows.answer_index)[..., None], axis=1)
 
 

@@ -1,4 +1,4 @@
-"""What XLA says of a compiled program: to jax's types it may say nothing."""
+"""Facts about compiled programs that jax's types call optional, or don't have."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from jax.stages import Compiled
 
 
 def memory(program: Compiled) -> Any:
-    """Its bytes, as ``temp_size_in_bytes``."""
+    """The program's memory in bytes, as ``temp_size_in_bytes``."""
     found = program.memory_analysis()
     assert found is not None
     return found
 
 
 def count(function: Any) -> int:
-    """How many programs a jitted function has by now; to jax's types it has no such counter."""
+    """The number of programs that a jitted function has compiled by now."""
     return function._cache_size()
 
 
 def text(program: Compiled) -> str:
-    """Its instructions."""
+    """The program's instructions."""
     found = program.as_text()
     assert found is not None
     return found

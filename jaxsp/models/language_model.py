@@ -48,7 +48,7 @@ class LanguageModel:
         Raises:
           UserError: an id is none of the model's.
         """
-        return decoder.embed(self.params, self.config, jnp.asarray(self.check_ids(ids)))
+        return decoder.embed(self.params, self.config, self.check_ids(ids))
 
     def logits(
         self, ids: Any = None, *, embeddings: Float[AnyArray, "*b t d"] | None = None

@@ -21,8 +21,8 @@ from tests.goldens.make_logits import CASES, IDS, PREFIX, WEIGHTS
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "logits.npz"
 TOWN = Path(__file__).parents[2] / "experiments" / "documents" / "town" / "context.md"
-# A family's cases beyond its first.
 _FAMILY_OF = {case: changes.get("model_type", "llama") for case, changes in CASES.items()}
+# A family's cases beyond its first.
 VARIANTS = set(CASES) - {*{family: case for case, family in reversed(_FAMILY_OF.items())}.values()}
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
