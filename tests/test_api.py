@@ -45,6 +45,7 @@ def test_an_objective_of_ones_own_is_trained_on(calm_model, tmp_path):
         compress(calm_model, objective=other, out=tmp_path / "out", steps=8, resume=True)
 
 
+@pytest.mark.slow
 def test_options_of_an_objective_in_text(calm_model):
     text, table = (
         compress(calm_model, objective=objective, steps=2).lines[-1]["loss"]

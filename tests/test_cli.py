@@ -150,6 +150,7 @@ def test_any_objective_of_the_table_and_mixtures_train(compress, tmp_path, objec
     assert (out / "plots" / "training.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_context_and_queries_in_other_forms(compress, tmp_path, monkeypatch):
     rows = [{"query": f"Q{i}?", "answer": "Yes." if i % 2 else None} for i in range(6)]
     for row in rows:
@@ -411,6 +412,7 @@ def test_prompts_at_once_are_checked_before_anything_is_read(jaxsp_command):
     refused(jaxsp_command("compress-many", *options), "--at-once must be at least 1, not 0.")
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts(compress, tmp_path):
     """Trains, and a run goes on in other parts, or made when there were none."""
     refused(compress("--grad-accumulation", 0), "--grad-accumulation", "at least 1")

@@ -16,7 +16,7 @@ from jaxsp.data.documents import Query
 from jaxsp.models import load
 from jaxsp.settings import make_settings
 from jaxsp.teacher.problem import tokenize
-from tests.conftest import CONTEXT
+from tests.conftest import CONTEXT, slow_beside
 
 MODULES = [
     module.name
@@ -58,7 +58,7 @@ def demo_folder(tmp_path):
     return tmp_path / "prompt"
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", slow_beside(MODULES, "jaxsp.api"))
 def test_examples(name, request):
     module = importlib.import_module(name)
     tests = [t for t in doctest.DocTestFinder().find(module) if t.examples]

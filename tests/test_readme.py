@@ -55,6 +55,7 @@ def test_all_commands_are_shown():
     assert shown == set(COMMANDS)
 
 
+@pytest.mark.slow
 def test_the_lines_after_the_two_commands_run_one_after_the_other(clone, calm_directory, jaxsp_command):
     """As printed, but for a tiny model and few steps."""
     few = [word for name, value in FEW_STEPS.items() for word in (f"--{name.replace('_', '-')}", value)]

@@ -82,7 +82,8 @@ def tiny_job(tiny_directory: Path, tmp_path: Path) -> Job:
 
 
 @pytest.mark.parametrize(
-    "variant", slow_beside(["jaxsp", "jaxsp, template too", "jaxsp, adam"], "jaxsp, adam")
+    "variant",
+    slow_beside(["jaxsp", "jaxsp, template too", "jaxsp, adam"], "jaxsp, template too", "jaxsp, adam"),
 )
 def test_jaxsp_waits_after_every_evaluation(tiny_job: Job, monkeypatch, variant: str):
     messages = []

@@ -149,6 +149,7 @@ def test_float16_does_not_overflow(tmp_path):
     assert np.isfinite(load(tmp_path, dtype="float16").logits(IDS)).all()
 
 
+@pytest.mark.slow
 def test_many_prompts_at_once(tmp_path):
     model = load(tiny.write(tmp_path, with_tokenizer=False))
     prompts = jax.random.normal(jax.random.key(0), (3, 1, 4, 32))

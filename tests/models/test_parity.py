@@ -72,7 +72,7 @@ def test_every_family_has_a_case():
     assert set(_FAMILY_OF.values()) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("case", slow_beside(CASES, *VARIANTS))
+@pytest.mark.parametrize("case", slow_beside(CASES, *VARIANTS, *tiny.ORDINARY))
 def test_as_hugging_face(case, tmp_path):
     tiny.write(tmp_path, with_tokenizer=False, **CASES[case])
     ours, stored = our_answers(tmp_path), np.load(GOLDENS)

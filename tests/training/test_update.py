@@ -32,6 +32,8 @@ TRAINABLE = [name for name, entry in OBJECTIVES.items() if entry.differentiable]
 # They read what another one does, and their cost is formed alike.
 LIKE_OTHERS = (
     "reverse_kl",
+    "js",
+    "cosine_similarity",
     "total_variation",
     "truncated_kl",
     "distribution_cosine_similarity",
@@ -96,7 +98,7 @@ def test_the_contexts_own_embeddings_give_kl_zero(problem):
     assert abs(total / count) < 1e-6
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+@pytest.mark.parametrize("family", slow_beside(["gemma2", "gpt2"], "gpt2"))
 def test_the_loss_of_other_families(tmp_path, family):
     """Soft caps, scaled embeddings, learned positions: KL 0 for the context's own, else the logits'."""
     tiny.write(tmp_path, with_tokenizer=False, model_type=family)
@@ -263,6 +265,7 @@ def test_a_batch_in_parts_gives_the_update_of_the_whole(problem, undivided, para
     assert int(state.cursor) == int(whole.cursor) == 16
 
 
+@pytest.mark.slow
 def test_many_prompts_in_parts(problem):
     frozen, config, rows, sigma, _ = problem
     whole = settings_for(config, optimizer=SGD)

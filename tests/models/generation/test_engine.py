@@ -99,7 +99,7 @@ def uneven(count: int) -> tuple[list[list[int]], list[Sampling]]:
     return requests, [Sampling(max_tokens=int(length)) for length in lengths]
 
 
-@pytest.mark.parametrize("slots", [1, 3, 16])
+@pytest.mark.parametrize("slots", slow_beside([1, 3, 16], 1, 16))
 def test_greedy_equals_full_forward_passes(run, slowly, slots):
     expected = [slowly(query, 9) for query in QUERIES]
     assert run(QUERIES, Sampling(max_tokens=9), slots=slots) == expected
@@ -141,6 +141,7 @@ def test_after_a_prefix_with_empty_slots(tmp_path, family):
         assert np.argmax(logits, axis=-1)[start : start + 3].tolist() == answer
 
 
+@pytest.mark.slow
 def test_with_64_bit_types(tiny_model, run, x64):
     sampling = Sampling(temperature=0.8, top_k=40, top_p=0.9, max_tokens=4)
     expected = run(QUERIES, sampling, slots=3, key=jax.random.key(0))
@@ -221,7 +222,7 @@ def test_one_slot_serves_first_come_first(run):
     assert finished == list(range(12))
 
 
-@pytest.mark.parametrize("slots", [1, 3, 16])
+@pytest.mark.parametrize("slots", slow_beside([1, 3, 16], 16))
 def test_a_slot_is_refilled_as_soon_as_its_sequence_ends(run, steps, slots):
     """In order of the queue: the steps are those of a simulation."""
     requests, samplings = uneven(40)
@@ -232,6 +233,7 @@ def test_a_slot_is_refilled_as_soon_as_its_sequence_ends(run, steps, slots):
     assert steps[-1] == max(free)
 
 
+@pytest.mark.slow
 def test_uneven_answers_take_two_thirds_of_the_steps_of_static_batches(run, steps):
     requests, samplings = uneven(128)
     together = run(requests, samplings, slots=16)
@@ -300,7 +302,8 @@ def join(prefixes: list[KeyValues]) -> KeyValues:
     )
 
 
-@pytest.mark.parametrize("temperature", slow_beside([0.0, 0.8], 0.0))
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_several_prefixes_answer_as_each_alone(tiny_model, prefix, temperature):
     """Prefixes of other content and length, with ``EMPTY`` slots before, behind, or nothing else."""
     params, config = tiny_model.params, tiny_model.config
