@@ -137,6 +137,7 @@ def test_compress_writes_everything(compress, tmp_path):
     assert "held_out_kl" in lines[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["kl=0.7,nll=0.3,temperature=2", "cosine_similarity"])
 def test_any_objective_of_the_table_and_mixtures_train(compress, tmp_path, objective):
     code, _, err = compress("--objective", objective)
@@ -501,6 +502,7 @@ def test_a_run_of_an_older_version_is_not_gone_on_with(compress, tmp_path, finis
     assert compress("--overwrite")[0] == 0
 
 
+@pytest.mark.slow
 def test_non_finite_loss_stops_at_the_last_good_state(compress, tmp_path):
     code, _, err = compress("--learning-rate", 1e38, "--max-grad-norm", 0, "--steps", 6)
     assert code == 2

@@ -75,6 +75,7 @@ def test_operations_are_those_that_xla_counts(tmp_path):
     assert plan.step_flops(config, 4, 24, packing) > 2.5 * one_layer
 
 
+@pytest.mark.slow
 def test_a_mesh_is_planned_by_device(config, monkeypatch):
     """From a program compiled for it; the search for the largest batch is tested below."""
     monkeypatch.setattr(plan, "largest", lambda size_of, limit, rows, multiple: rows)

@@ -100,6 +100,7 @@ def test_each_is_what_it_would_be_alone(school):
     assert not np.allclose(starts[0], starts[1])
 
 
+@pytest.mark.slow
 def test_one_that_fails_leaves_the_others_alone(school):
     job, together = school
     bad = job(1, questions=30)

@@ -34,6 +34,7 @@ LIKE_OTHERS = (
     "reverse_kl",
     "js",
     "cosine_similarity",
+    "entropy",
     "total_variation",
     "truncated_kl",
     "distribution_cosine_similarity",
@@ -291,7 +292,7 @@ def test_many_prompts_in_parts(problem):
     ("name", "slots"),
     [
         ("jit", 3),
-        ("pmap", 8),
+        pytest.param("pmap", 8, marks=pytest.mark.slow),
         ("mesh", 3),
         pytest.param("pmap", 3, marks=pytest.mark.slow),
         pytest.param("mesh", 8, marks=pytest.mark.slow),
@@ -320,6 +321,7 @@ def test_prompts_or_rows_are_shared_by_the_devices(problem, name, slots):
             np.testing.assert_allclose(np.asarray(metrics[key])[i], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_needs_less_memory(problem):
     frozen, config, rows, sigma, _ = problem
     batch = Packing(32, 96).pack(rows, np.arange(16))

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 import jaxsp
 from jaxsp.models.gguf import convert, reader
 from jaxsp.typing import UserError
+from tests.conftest import slow_beside
 from tests.gguf_files import SPM, write_gguf
 
 
@@ -147,7 +148,7 @@ TOKENIZER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("architecture", slow_beside(["llama", "gemma3"], "gemma3"))
 def test_odd_metadata(tmp_path, cache, monkeypatch, architecture):
     """A sound file whose fields say odd things, of every type."""
     path = tmp_path / "m.gguf"
