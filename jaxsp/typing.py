@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
@@ -72,11 +73,14 @@ class KeyValues:
       keys: ``[L, B, S, G, F]``, rotated to their positions; ``B`` is 1 when the rows share it.
       values: ``[L, B, S, G, F]``.
       positions: ``[B, S]`` int32; ``EMPTY`` where a slot holds nothing.
+      bias: ``[L, B, S, G]`` float32, added to the scores of a slot: the logarithm of the mass that it stands
+        for; ``None``: 0.
     """
 
     keys: Float[Array, "l b s g f"]
     values: Float[Array, "l b s g f"]
     positions: Int[Array, "b s"]
+    bias: Float[Array, "l b s g"] | None = None
 
     @property
     def next_position(self) -> Int[Array, " b"]:
@@ -85,8 +89,28 @@ class KeyValues:
 
     def append(self, other: KeyValues) -> KeyValues:
         """This followed by ``other``, along the slots."""
+        return self._joined([self, other], slots=True)
+
+    @staticmethod
+    def side_by_side(several: Sequence[KeyValues]) -> KeyValues:
+        """Prefixes of one size as the rows of one."""
+        return KeyValues._joined(several, slots=False)
+
+    def rows(self, index: Int[Array, " n"]) -> KeyValues:
+        """Those rows of it."""
+        bias = None if self.bias is None else self.bias[:, index]
+        return KeyValues(self.keys[:, index], self.values[:, index], self.positions[index], bias)
+
+    @staticmethod
+    def _joined(pieces: Sequence[KeyValues], *, slots: bool) -> KeyValues:
+        axis = 2 if slots else 1  # of keys, values and bias; positions have no layers
+        bias = None
+        if any(piece.bias is not None for piece in pieces):
+            each = [jnp.zeros(p.keys.shape[:4]) if p.bias is None else p.bias for p in pieces]
+            bias = jnp.concatenate(each, axis=axis)
         return KeyValues(
-            jnp.concatenate([self.keys, other.keys], axis=2),
-            jnp.concatenate([self.values, other.values], axis=2),
-            jnp.concatenate([self.positions, other.positions], axis=1),
+            jnp.concatenate([piece.keys for piece in pieces], axis=axis),
+            jnp.concatenate([piece.values for piece in pieces], axis=axis),
+            jnp.concatenate([piece.positions for piece in pieces], axis=axis - 1),
+            bias,
         )

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -94,11 +95,7 @@ def measure(
     trained = {keys[name] for name in TRAINED if name in keys}
     distinct = {keys[name]: prefix for name, prefix in found.items()}
     queries, count = problem.job.held_out(problem.job.query_ids), len(distinct)
-    stacked = KeyValues(
-        jnp.concatenate([prefix.keys for prefix in distinct.values()], axis=1),
-        jnp.concatenate([prefix.values for prefix in distinct.values()], axis=1),
-        jnp.concatenate([prefix.positions for prefix in distinct.values()], axis=0),
-    )
+    stacked = KeyValues.side_by_side(list(distinct.values()))
     after = np.repeat(np.arange(count), len(queries)).tolist() if count > 1 else None
     answers = answer_ids(model, stacked, queries * count, max_tokens=max_tokens, after=after)
     measured = {
@@ -126,6 +123,6 @@ def _key(prefix: KeyValues) -> bytes:
     """Equal for prefixes that are the same where they are attended to; empty slots may hold anything."""
     there = np.asarray(prefix.positions[0] != EMPTY)
     key = hashlib.sha256(np.asarray(prefix.positions)[:, there].tobytes())
-    for array in (prefix.keys, prefix.values):
+    for array in jax.tree.leaves((prefix.keys, prefix.values, prefix.bias)):
         key.update(np.asarray(array)[:, :, there].tobytes())
     return key.digest()

@@ -7,8 +7,9 @@ function. Nothing here knows what a prompt is.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -22,11 +23,15 @@ from jaxsp.models.layers import ACTIVATIONS, Int8Dense, Norm
 from jaxsp.models.rope import rotate, rotation
 from jaxsp.typing import EMPTY, AnyArray, Array, Float, Int, KeyValues, Params, ceil_div
 
+Rewrite = Callable[[AttentionInputs], tuple[Slots, ...]]
+"""What stands in a layer in place of the pieces read before; the queries are those of that layer."""
+
 
 class LayerInputs(NamedTuple):
     """Each layer's own inputs: scanned over, where they differ from layer to layer."""
 
-    past_kv: tuple[tuple[Array, Array], ...]
+    past_kv: tuple[tuple[Array, Array, Array | None], ...]
+    """Keys, values and bias of each past."""
     rope: Array | None
     """Which of the model's rotations turns this layer; None: its only one, or it has none."""
     sliding_window: Array | None
@@ -43,6 +48,9 @@ class Reading(NamedTuple):
     """Cosine and sine of every position, one pair a distinct rope."""
 
 
+_Kept = tuple[Array, Array, tuple[Slots, ...]]  # a layer's keys and values, and what it rewrote
+
+
 class DecoderLayer(nn.Module):
     """Attention and MLP, each with its norms and its residual.
 
@@ -51,8 +59,9 @@ class DecoderLayer(nn.Module):
     """
 
     config: DecoderConfig
+    rewrite: Rewrite | None = None
 
-    def __call__(self, x_BTD: Array, own: LayerInputs, reading: Reading) -> tuple[Array, tuple[Array, Array]]:
+    def __call__(self, x_BTD: Array, own: LayerInputs, reading: Reading) -> tuple[Array, _Kept]:
         change = DecoderLayer._change
         if self.config.remat:
             change = nn.remat(change, prevent_cse=False)
@@ -60,7 +69,7 @@ class DecoderLayer(nn.Module):
         return x_BTD + change_BTD, key_values
 
     @nn.compact
-    def _change(self, x_BTD: Array, own: LayerInputs, reading: Reading) -> tuple[Array, tuple[Array, Array]]:
+    def _change(self, x_BTD: Array, own: LayerInputs, reading: Reading) -> tuple[Array, _Kept]:
         """The layer's change to the residual stream."""
         pre, post = self.config.pre_norm, self.config.post_norm
         x_BTD = x_BTD.astype(jnp.float32)
@@ -79,9 +88,7 @@ class DecoderLayer(nn.Module):
             return Int8Dense(c, size, bias, name=name)(x)
         return nn.Dense(size, bias, dtype=c.dtype, param_dtype=c.dtype, precision=c.precision, name=name)(x)
 
-    def _attention(
-        self, x_BTD: Array, own: LayerInputs, reading: Reading
-    ) -> tuple[Array, tuple[Array, Array]]:
+    def _attention(self, x_BTD: Array, own: LayerInputs, reading: Reading) -> tuple[Array, _Kept]:
         c = self.config
         q_BTHF = self._heads("q", c.heads, x_BTD)
         k_BTGF = self._heads("k", c.kv_heads, x_BTD)
@@ -92,7 +99,7 @@ class DecoderLayer(nn.Module):
                 cos_sin = jax.tree.map(lambda *all: jnp.stack(all)[own.rope], *reading.rotations)
             q_BTHF, k_BTGF = rotate(q_BTHF, cos_sin), rotate(k_BTGF, cos_sin)
         past = zip(own.past_kv, reading.past_positions, strict=True)
-        slots = [Slots(*kv, positions) for kv, positions in past]
+        slots = [Slots(keys, values, at, bias=bias) for (keys, values, bias), at in past]
         slots.append(Slots(k_BTGF, v_BTGF, reading.positions_BT, reading.segment_ids_BT))
         inputs = AttentionInputs(
             q_BTHF,
@@ -106,8 +113,12 @@ class DecoderLayer(nn.Module):
             segment_ids_BT=reading.segment_ids_BT,
             precision=c.precision,
         )
+        rewritten: tuple[Slots, ...] = ()
+        if self.rewrite is not None:
+            rewritten = self.rewrite(inputs)
+            inputs = dataclasses.replace(inputs, slots=(*rewritten, slots[-1]))
         out_BTX = attention(inputs, c.attention).reshape(*x_BTD.shape[:2], -1)
-        return self._dense("o_proj", c.width, out_BTX, bias=c.output_bias), (k_BTGF, v_BTGF)
+        return self._dense("o_proj", c.width, out_BTX, bias=c.output_bias), (k_BTGF, v_BTGF, rewritten)
 
     def _heads(self, name: str, heads: int, x_BTD: Array) -> Array:
         c = self.config
@@ -133,6 +144,7 @@ class Decoder(nn.Module):
     """The decoder driven by its config; use the functions below, which take ``params`` explicitly."""
 
     config: DecoderConfig
+    rewrite: Rewrite | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -147,7 +159,7 @@ class Decoder(nn.Module):
             in_axes=cast("int", (0, nn.broadcast)),  # one an argument
             length=c.layers,
             check_constancy_invariants=False,  # nothing is broadcast out: one tracing less
-        )(c)
+        )(c, self.rewrite)
         self.norm = Norm(c)
         if not c.tied_head:
             self.lm_head = table(c.vocab_size)
@@ -157,7 +169,7 @@ class Decoder(nn.Module):
 
     def hidden(
         self, x_BTD: Array, positions_BT: Array, past: tuple[KeyValues, ...], segment_ids_BT: Array | None
-    ) -> tuple[Array, KeyValues]:
+    ) -> tuple[Array, KeyValues, tuple[Slots, ...]]:
         c = self.config
         x_BTD = x_BTD.astype(jnp.float32)
         if not c.ropes:
@@ -166,7 +178,7 @@ class Decoder(nn.Module):
         unlimited = jnp.iinfo(jnp.int32).max
         windows = [unlimited if size is None else size for size in c.sliding_windows]
         own = LayerInputs(
-            past_kv=tuple((kv.keys, kv.values) for kv in past),
+            past_kv=tuple((kv.keys, kv.values, kv.bias) for kv in past),
             rope=jnp.array([ropes.index(rope) for rope in c.ropes]) if len(ropes) > 1 else None,
             sliding_window=jnp.array(windows, jnp.int32) if len(set(windows)) > 1 else None,
         )
@@ -176,8 +188,8 @@ class Decoder(nn.Module):
             past_positions=tuple(kv.positions for kv in past),
             rotations=tuple(rotation(positions_BT, rope) for rope in ropes),
         )
-        x_BTD, (keys, values) = self.layers(x_BTD, own, reading)
-        return self.norm(x_BTD), KeyValues(keys, values, positions_BT)
+        x_BTD, (keys, values, rewritten) = self.layers(x_BTD, own, reading)
+        return self.norm(x_BTD), KeyValues(keys, values, positions_BT), rewritten
 
     def unembed(self, hidden: Array) -> Array:
         c = self.config
@@ -199,8 +211,10 @@ def parameter_shapes(config: DecoderConfig) -> Params:
     return jax.eval_shape(lambda ids: Decoder(config).init(jax.random.key(0), ids), ids)["params"]
 
 
-def _apply(params: Params, config: DecoderConfig, method: str, *arguments: Any) -> Any:
-    return Decoder(config).apply({"params": params}, *arguments, method=method)
+def _apply(
+    params: Params, config: DecoderConfig, method: str, *arguments: Any, rewrite: Rewrite | None = None
+) -> Any:
+    return Decoder(config, rewrite).apply({"params": params}, *arguments, method=method)
 
 
 def embed(params: Params, config: DecoderConfig, ids: Int[AnyArray, "*b t"]) -> Float[Array, "*b t d"]:
@@ -230,8 +244,46 @@ def hidden(
       The hidden states, and the keys and values of ``inputs`` (for use as a later ``past``).
     """
     past = tuple(kv for kv in past if kv.positions.shape[1])  # an empty one would only cost
+    return _hidden(params, config, inputs, positions, past, segment_ids)[:2]
+
+
+def rewritten_past(
+    params: Params,
+    config: DecoderConfig,
+    inputs: Float[AnyArray, "b t d"],
+    positions: Int[AnyArray, "b t"],
+    past: Sequence[KeyValues],
+    segment_ids: Int[AnyArray, "b t"] | None,
+    rewrite: Rewrite,
+) -> tuple[KeyValues, ...]:
+    """The past that ``rewrite`` makes of ``past``, layer by layer, as ``inputs`` are read after it.
+
+    Args:
+      params: the parameter tree.
+      config: its hyper-parameters.
+      inputs: as in ``hidden``.
+      positions: likewise.
+      past: what was read before.
+      segment_ids: as in ``hidden``.
+      rewrite: gives the slots that stand in a layer in place of those of ``past``; the layers above read
+        what comes of it.
+    """
+    slots = _hidden(params, config, inputs, positions, tuple(past), segment_ids, rewrite)[2]
+    return tuple(KeyValues(s.keys, s.values, s.positions[0], s.bias) for s in slots)
+
+
+def _hidden(
+    params: Params,
+    config: DecoderConfig,
+    inputs: AnyArray,
+    positions: AnyArray,
+    past: tuple[KeyValues, ...],
+    segment_ids: AnyArray | None,
+    rewrite: Rewrite | None = None,
+) -> tuple[Array, KeyValues, tuple[Slots, ...]]:
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-    return _apply(params, config, "hidden", jnp.asarray(inputs), jnp.asarray(positions), past, segment_ids)
+    arguments = jnp.asarray(inputs), jnp.asarray(positions), past, segment_ids
+    return _apply(params, config, "hidden", *arguments, rewrite=rewrite)
 
 
 def unembed(params: Params, config: DecoderConfig, hidden: Float[AnyArray, "*b d"]) -> Float[Array, "*b v"]:
@@ -327,10 +379,11 @@ def _read_chunk(
 ) -> KeyValues:
     new = hidden(params, config, embed(params, config, ids_1T), positions_1T, (room,))[1]
     write = jax.lax.dynamic_update_slice_in_dim
-    return KeyValues(
-        write(room.keys, new.keys, slot, axis=2),
-        write(room.values, new.values, slot, axis=2),
-        write(room.positions, new.positions, slot, axis=1),
+    return dataclasses.replace(
+        room,
+        keys=write(room.keys, new.keys, slot, axis=2),
+        values=write(room.values, new.values, slot, axis=2),
+        positions=write(room.positions, new.positions, slot, axis=1),
     )
 
 

@@ -32,6 +32,8 @@ def reference(inputs: AttentionInputs):
         score = score * inputs.scale
         if inputs.softcap is not None:
             score = inputs.softcap * jnp.tanh(score / inputs.softcap)
+        if slots.bias is not None:
+            score += jnp.repeat(slots.bias, group, axis=2).swapaxes(1, 2)[:, :, None]
         t, s = inputs.positions_BT[:, None, :, None], where[:, None, None, :]
         seen = (s != EMPTY) & (s <= t)
         if inputs.sliding_window is not None:
@@ -51,11 +53,12 @@ def numbers(*shape: int, seed: int, dtype="float32"):
     return jnp.asarray(np.random.RandomState(seed).standard_normal(shape), dtype)
 
 
-def piece(where, segment_ids=None, *, seed, groups=G, dtype="float32"):
+def piece(where, segment_ids=None, *, seed, groups=G, dtype="float32", biased=False):
     where = jnp.asarray(where, jnp.int32)
     shape = (*where.shape, groups, F)
     keys, values = (numbers(*shape, seed=seed, dtype=dtype), numbers(*shape, seed=seed + 1, dtype=dtype))
-    return Slots(keys, values, where, segment_ids)
+    bias = numbers(*shape[:3], seed=seed + 2) if biased else None
+    return Slots(keys, values, where, segment_ids, bias)
 
 
 def row(start: int, kept: Sequence[int] = range(T)):
@@ -105,6 +108,19 @@ CASES = {
         BETWEEN_AND_NOTHING, piece(PREFIX, seed=9, **o), sliding_window=jnp.int32(3), **o
     ),
     "softcap": lambda **o: make(row(5), piece(PREFIX, seed=9, **o), softcap=0.7, **o),
+    "bias": lambda **o: make(row(5), piece(PREFIX, seed=9, biased=True, **o), **o),
+    "bias and softcap": lambda **o: make(
+        row(5), piece(PREFIX, seed=9, biased=True, **o), softcap=0.7, **o
+    ),
+    "bias of each row": lambda **o: make(
+        np.stack([np.arange(9, 9 + T), np.arange(7, 7 + T)]),
+        piece(PREFIX, seed=9, **o),
+        piece([[5, 6, 7, 8], [EMPTY, 5, 6, EMPTY]], seed=11, biased=True, **o),
+        **o,
+    ),
+    "bias and packing": lambda **o: make(
+        PACKED_ROW + 5, piece(PREFIX, seed=9, biased=True, **o), segment_ids=PACKED, **o
+    ),
     "packing": lambda **o: make(PACKED_ROW, segment_ids=PACKED, **o),
     "packing after a prefix": lambda **o: make(
         PACKED_ROW + 5, piece(PREFIX, seed=9, **o), segment_ids=PACKED, **o
@@ -115,7 +131,10 @@ REFUSED = {
     ("splash", "window"): "counts positions",
     ("splash", "traced window, padding between"): "counts positions",
     ("splash", "packing after a prefix"): "without segment ids",
+    ("splash", "bias and softcap"): "a bias after a softcap",
+    ("splash", "bias and packing"): "without segment ids",
     ("cudnn", "softcap"): "no softcap",
+    ("cudnn", "bias and softcap"): "no softcap",
 }
 
 
@@ -124,14 +143,15 @@ def value_and_gradient(attend, inputs: AttentionInputs):
 
     def loss(q, key_values):
         slots = tuple(
-            s._replace(keys=k, values=v) for s, (k, v) in zip(inputs.slots, key_values, strict=True)
+            s._replace(keys=k, values=v, bias=b)
+            for s, (k, v, b) in zip(inputs.slots, key_values, strict=True)
         )
         out = attend(dataclasses.replace(inputs, q_BTHF=q, slots=slots))
         real = jnp.where((inputs.positions_BT != EMPTY)[..., None, None], out, 0)
         weights = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
         return jnp.sum(weights * real), (out, real)
 
-    arguments = inputs.q_BTHF, [(s.keys, s.values) for s in inputs.slots]
+    arguments = inputs.q_BTHF, [(s.keys, s.values, s.bias) for s in inputs.slots]
     gradient, (out, real) = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(*arguments)
     assert np.isfinite(np.asarray(out, np.float32)).all()  # padding too
     assert out.dtype == inputs.q_BTHF.dtype
@@ -159,7 +179,8 @@ def test_equals_the_reference(backend, case):
 
 @pytest.mark.parametrize(
     ("backend", "case"),
-    [(b, "padding left and right") for b in BACKENDS] + [("chunked", "window"), ("cudnn", "window")],
+    [(b, case) for b in BACKENDS for case in ("padding left and right", "bias")]
+    + [("chunked", "window"), ("cudnn", "window")],
 )
 def test_bfloat16_is_as_near_as_bfloat16_can_be(backend, case):
     inputs = CASES[case](dtype="bfloat16")

@@ -86,7 +86,8 @@ def _without_batch(slots: Slots, batch: int) -> Slots:
     # Keys shared by several rows lose their batch axis: the products below read it off their rank.
     if slots.keys.shape[0] == batch:
         return slots
-    return slots._replace(keys=slots.keys[0], values=slots.values[0])
+    bias = None if slots.bias is None else slots.bias[0]
+    return slots._replace(keys=slots.keys[0], values=slots.values[0], bias=bias)
 
 
 def _axes(slots: Slots) -> str:
@@ -124,14 +125,15 @@ def _backward(rule: _Rule, kept: tuple, d_out_NBGXF: Array) -> tuple:
             _gradient(rule, queries, s, sliding_window, log_sum_BGX, mean_BGX1, d_out_BGXF) for s in slots
         ]
         d_q_BGXF = _total(d_q for d_q, *_ in parts).astype(queries.q_BGXF.dtype)
-        more = [(d_keys, d_values) for _, d_keys, d_values in parts]
+        more = [rest for _, *rest in parts]
         return jax.tree.map(jnp.add, d_slots, more), d_q_BGXF
 
-    key_values = [(s.keys, s.values) for s in slots]
+    key_values = [[s.keys, s.values, s.bias] for s in slots]
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), key_values)
     totals, d_q_NBGXF = jax.lax.scan(step, zeros, (queries_N, out_NBGXF, log_sum_NBGX, d_out_NBGXF))
     totals = jax.tree.map(lambda total, x: total.astype(x.dtype), totals, key_values)
-    d_slots = tuple(Slots._make((*pair, None, None)) for pair in totals)  # positions and ids have none
+    # Positions and ids have none.
+    d_slots = tuple(Slots._make((keys, values, None, None, bias)) for keys, values, bias in totals)
     return (queries_N._replace(q_BGXF=d_q_NBGXF, positions_BX=None, segment_ids_BX=None), d_slots, None)
 
 
@@ -143,7 +145,10 @@ def _attend_chunk(
 ) -> tuple[Array, Array]:
     """The output and the log-sum-exp of each query's scores."""
     scored = (_scores(rule, queries, s, sliding_window) for s in slots)
-    pieces = [jnp.where(seen, scores_BGXS, MASKED) for scores_BGXS, seen in scored]
+    pieces = [
+        jnp.where(seen, scores_BGXS + _bias(s), MASKED)
+        for (scores_BGXS, seen), s in zip(scored, slots, strict=True)
+    ]
     highest_BGX = functools.reduce(jnp.maximum, [jnp.max(x, axis=-1) for x in pieces])
     pieces = [jnp.exp(x - highest_BGX[..., None]) for x in pieces]
     sum_BGX = _total(jnp.sum(x, axis=-1) for x in pieces)
@@ -163,13 +168,18 @@ def _gradient(
     log_sum_BGX: Array,
     mean_BGX1: Array,
     d_out_BGXF: Array,
-) -> tuple[Array, Array, Array]:
-    """One piece's part of the gradient: of the queries, of its keys, of its values."""
+) -> tuple[Array, Array, Array, Array | None]:
+    """One piece's part of the gradient: of the queries, of its keys, of its values, of its bias."""
     axes, dtype = _axes(slots), queries.q_BGXF.dtype
     scores_BGXS, seen = _scores(rule, queries, slots, sliding_window)
-    weights_BGXS = jnp.where(seen, jnp.exp(scores_BGXS - log_sum_BGX[..., None]), 0)
+    biased_BGXS = scores_BGXS + _bias(slots)
+    weights_BGXS = jnp.where(seen, jnp.exp(biased_BGXS - log_sum_BGX[..., None]), 0)
     d_weights_BGXS = rule.product(f"bgxf,{axes}->bgxs", d_out_BGXF, slots.values)
-    d_scores_BGXS = rule.scale * weights_BGXS * (d_weights_BGXS - mean_BGX1)
+    d_biased_BGXS = weights_BGXS * (d_weights_BGXS - mean_BGX1)
+    d_bias = None
+    if slots.bias is not None:
+        d_bias = jnp.einsum(f"bgxs->{axes[:-1]}", d_biased_BGXS)
+    d_scores_BGXS = rule.scale * d_biased_BGXS
     if rule.softcap is not None:
         d_scores_BGXS *= 1 - (scores_BGXS / rule.softcap) ** 2
     # Products of the inputs' own type: with float32 on one side, bfloat16 was a third slower.
@@ -178,18 +188,24 @@ def _gradient(
         rule.product(f"bgxs,{axes}->bgxf", d_scores_BGXS, slots.keys),
         rule.product(f"bgxs,bgxf->{axes}", d_scores_BGXS, queries.q_BGXF),
         rule.product(f"bgxs,bgxf->{axes}", weights_BGXS, d_out_BGXF),
+        d_bias,
     )
 
 
 def _scores(
     rule: _Rule, queries: _Queries, slots: Slots, sliding_window: int | Array | None
 ) -> tuple[Array, Array]:
-    """Scores before the mask, and the mask."""
+    """Scores before bias and mask, and the mask."""
     scores_BGXS = rule.scale * rule.product(f"bgxf,{_axes(slots)}->bgxs", queries.q_BGXF, slots.keys)
     if rule.softcap is not None:
         scores_BGXS = rule.softcap * jnp.tanh(scores_BGXS / rule.softcap)
     seen_BXS = visible(queries.positions_BX, queries.segment_ids_BX, slots, sliding_window)
     return scores_BGXS, seen_BXS[:, None]
+
+
+def _bias(slots: Slots) -> Array | float:
+    """What is added to the scores, as it lies beside them: ``[b, g, 1, s]``."""
+    return 0.0 if slots.bias is None else jnp.moveaxis(slots.bias, -1, -2)[..., None, :]
 
 
 def _total(pieces: Iterable[Array]) -> Array:

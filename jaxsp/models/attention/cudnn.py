@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxsp.models.attention.inputs import AttentionInputs, joined, padded, visible
+from jaxsp.models.attention.inputs import AttentionInputs, joined, joined_bias, padded, visible
 from jaxsp.typing import Array
 
 WIDEST = 128
@@ -39,7 +39,7 @@ def attend(inputs: AttentionInputs) -> Array:
 
     The mask ``[B, 1, T, S]`` has no head axis. Where there is no GPU, XLA computes the same.
     """
-    B, T, _, _ = inputs.q_BTHF.shape
+    B, T, H, _ = inputs.q_BTHF.shape
     keys_BSGF = joined([s.keys for s in inputs.slots], B)
     values_BSGF = joined([s.values for s in inputs.slots], B)
     seen = [
@@ -48,10 +48,15 @@ def attend(inputs: AttentionInputs) -> Array:
     mask_BTS = jnp.concatenate(seen, axis=-1)
     # The backward kernel takes even lengths only; what is added sees nothing and is seen by nobody.
     mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, T % 2), (0, keys_BSGF.shape[1] % 2)))
+    bias_BSG, bias_BH1S = joined_bias(inputs.slots, B), None
+    if bias_BSG is not None:
+        of_heads_BSH = jnp.repeat(padded(bias_BSG, 2), H // bias_BSG.shape[2], axis=2)
+        bias_BH1S = of_heads_BSH.swapaxes(1, 2)[:, :, None].astype(inputs.q_BTHF.dtype)
     out_BTHF = jax.nn.dot_product_attention(
         padded(inputs.q_BTHF, 2),
         padded(keys_BSGF, 2),
         padded(values_BSGF, 2),
+        bias=bias_BH1S,
         mask=mask_BTS[:, None],
         scale=inputs.scale,
         implementation="cudnn" if jax.default_backend() == "gpu" else "xla",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,6 +21,9 @@ class Slots(NamedTuple):
     """``EMPTY`` where a slot holds nothing."""
     segment_ids: Int[Array, "b s"] | None = None
     """None: visible to the queries of every segment, as a prefix is."""
+    bias: Float[Array, "b s g"] | None = None
+    """Added to the slots' scores, after the softcap, float32: the logarithm of the mass that a slot stands
+    for. None: 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,14 @@ def visible(
 def joined(pieces: Sequence[Array], batch: int) -> Array:
     """The pieces' slots in one axis, shared pieces copied to each row."""
     return jnp.concatenate([jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in pieces], axis=1)
+
+
+def joined_bias(pieces: Iterable[Slots], batch: int) -> Float[Array, "b s g"] | None:
+    """The biases of the pieces' slots in one axis, 0 where a piece has none; None if none has one."""
+    pieces = list(pieces)
+    if all(s.bias is None for s in pieces):
+        return None
+    return joined([jnp.zeros(s.keys.shape[:3]) if s.bias is None else s.bias for s in pieces], batch)
 
 
 def padded(x: Array, multiple: int, fill: int = 0) -> Array:

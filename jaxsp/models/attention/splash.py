@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxsp.models.attention.inputs import AttentionInputs, joined, padded
+from jaxsp.models.attention.inputs import AttentionInputs, joined, joined_bias, padded
 from jaxsp.typing import EMPTY, Array
 
 LANES = 128
@@ -16,6 +16,10 @@ LANES = 128
 
 BLOCKS = (512, 256, LANES)
 """Lengths of a block of queries or slots: the first that divides the padded length."""
+
+BIAS_PARTS = 2
+"""Coordinates of the keys that carry a bias: what 16 bits hold of it, and the rest. A head's width is padded
+to ``LANES`` anyway."""
 
 NO_SEGMENT = -(2**31)  # of slots that hold nothing: no query has it
 
@@ -30,6 +34,11 @@ def unsupported_reason(inputs: AttentionInputs) -> str | None:
         return "Splash can't show slots without segment ids to every segment"
     if inputs.q_BTHF.dtype == jnp.float32 and inputs.precision != jax.lax.Precision.DEFAULT:
         return "Splash multiplies float32 in fewer bits than asked for"
+    if any(s.bias is not None for s in inputs.slots):
+        if inputs.softcap is not None:
+            return "Splash can't add a bias after a softcap"
+        if -inputs.q_BTHF.shape[-1] % LANES < BIAS_PARTS:
+            return f"Splash has no room for a bias beside heads of width {inputs.q_BTHF.shape[-1]}"
     mesh = jax.typeof(inputs.q_BTHF).sharding.mesh
     if mesh.size > 1 and not mesh.are_all_axes_manual:
         return "XLA can't spread Splash over a mesh by itself, only shard_map or pmap can"
@@ -56,6 +65,12 @@ def attend(inputs: AttentionInputs) -> Array:
     S = keys_BSGF.shape[1]
 
     q_BTHF = padded(inputs.q_BTHF * jnp.asarray(inputs.scale, inputs.q_BTHF.dtype), LANES)
+    if (bias_BSG := joined_bias(inputs.slots, B)) is not None:
+        # q·k + bias = (q, 1, 1)·(k, parts of the bias)
+        large = bias_BSG.astype(keys_BSGF.dtype)
+        small = (bias_BSG - large).astype(keys_BSGF.dtype)
+        keys_BSGF = jnp.concatenate([keys_BSGF, jnp.stack([large, small], axis=-1)], axis=-1)
+        q_BTHF = jnp.pad(q_BTHF, ((0, 0), (0, 0), (0, 0), (0, BIAS_PARTS)), constant_values=1)
     keys_BSGF, values_BSGF = padded(keys_BSGF, LANES), padded(values_BSGF, LANES)
     # Slots added at the end come after every query: the causal mask hides them.
     ids = splash.SegmentIds(padded(ids_BT, LANES), padded(ids_BS, LANES))

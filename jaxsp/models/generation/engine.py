@@ -209,17 +209,13 @@ def _start(
         count_R=jnp.zeros(R, jnp.int32),
         query_LBZGF=_room(config, B, Z),
         answer_LBAGF=_room(config, B, A),
-        prefix=None if several is None else _rows(several, jnp.zeros(B, jnp.int32)),
+        prefix=None if several is None else several.rows(jnp.zeros(B, jnp.int32)),
     )
 
 
 def _room(config: DecoderConfig, rows: int, size: int) -> tuple[Array, Array]:
     shape = (config.layers, rows, size, config.kv_heads, config.head_width)
     return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
-
-
-def _rows(kv: KeyValues, index_N: Array) -> KeyValues:
-    return KeyValues(kv.keys[:, index_N], kv.values[:, index_N], kv.positions[index_N])
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -258,7 +254,7 @@ def _read(given: _Given, rows: int, state: _State) -> _State:
     slot_N = jnp.where(served_N, slot_N, B)  # B: nowhere
     length_N = jnp.where(served_N, table.length_B[index_N], 0)
     if table.after_B is not None:
-        prefix = _rows(prefix, table.after_B[index_N])
+        prefix = prefix.rows(table.after_B[index_N])
     first_N1 = prefix.next_position[:, None]
 
     def read_chunk(n: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -289,6 +285,7 @@ def _read(given: _Given, rows: int, state: _State) -> _State:
             put(own.keys, prefix.keys),
             put(own.values, prefix.values),
             put(own.positions[None], prefix.positions)[0],
+            None if own.bias is None or prefix.bias is None else put(own.bias, prefix.bias),
         )
     keys, values = map(put, state.query_LBZGF, queries)
     return state._replace(
