@@ -18,7 +18,6 @@ from jaxsp.runs.start import Start, open_run, run_one
 from jaxsp.settings import Options, make_settings, plain
 from jaxsp.teacher.problem import read_preamble, run_teacher, tokenize
 from jaxsp.training.slots import Callback
-from jaxsp.training.start import start_state
 from jaxsp.typing import NonFiniteLoss, UserError
 
 Queries = Sequence[str | Query | Mapping[str, str]]
@@ -223,7 +222,6 @@ def evaluate(
     job = tokenize(model, context, [], asked, settings)
     problem = run_teacher(model, job, settings.teacher, read_preamble(model), display)
     with display.phase("evaluate", "Evaluation"):
-        sigmas = {"prompt": prompt.sigma, "initial": start_state(model, problem, settings).sigma}
-        measured = brackets.measure_all(model, problem, sigmas, settings, known={})
+        measured = brackets.measure_all(model, problem, {"prompt": prompt.sigma}, settings, known={})
         summary = reports.summarise(model, problem, measured, settings.training.seed)
     return {**reports.report_header(model, prompt), **summary}

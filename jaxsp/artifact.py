@@ -61,7 +61,7 @@ class SoftPrompt:
 
     def __repr__(self) -> str:
         tokens, model = self.manifest["context_tokens"], self.manifest["model"]["name"]
-        return f"SoftPrompt({self.kind}, {self.prompt_length} vectors for {tokens} tokens, {model})"
+        return f"SoftPrompt({self.kind}, {self.prompt_length} slots for {tokens} tokens, {model})"
 
     @property
     def kind(self) -> str:

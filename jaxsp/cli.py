@@ -37,7 +37,7 @@ class PromptOptions(PromptSettings):
     """The prompt σ, and where it starts."""
 
     prompt_length: Annotated[int, tyro.conf.arg(aliases=["--length"])] = PromptSettings.prompt_length
-    """K, the number of vectors that stand in for the context."""
+    """K, the number of slots that stand in for the context."""
 
 
 @dataclasses.dataclass(frozen=True)

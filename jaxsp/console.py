@@ -48,7 +48,7 @@ def print_prompt(prompt: SoftPrompt) -> None:
     manifest = prompt.manifest
     model, training, tokens = manifest["model"], manifest["training"], manifest["context_tokens"]
     rows = {
-        "kind": f"{prompt.kind}, {prompt.prompt_length} vectors, {manifest['dtype']}",
+        "kind": f"{prompt.kind}, {prompt.prompt_length} slots, {manifest['dtype']}",
         "stands for": f"{tokens} tokens ({tokens / prompt.prompt_length:.1f}×)",
         "model": f"{model['name']} ({model['fingerprint'][:12]})",
         "tokenizer": manifest["tokenizer"]["fingerprint"][:12],
@@ -78,7 +78,7 @@ def print_summary(result: Result, out: str, started: float) -> None:
     report, folder = result.report, Path(out)
     print_brackets(report)
     _print(
-        f"{report['prompt_length']} vectors for {report['context_tokens']} tokens"
+        f"{report['prompt_length']} slots for {report['context_tokens']} tokens"
         f" ({report['compression']:.1f}×), {time.perf_counter() - started:.0f} s in all.",
         f"Report: {folder / 'report.md'}   Prompt: {folder / 'prompt.safetensors'}",
     )

@@ -18,10 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsp.data.examples import Rows
+from jaxsp.data.packing import Packing
 from jaxsp.models import decoder
+from jaxsp.models.attention import AttentionInputs, Slots
 from jaxsp.models.config import DecoderConfig
 from jaxsp.prompts import PROMPT_KINDS
-from jaxsp.prompts.initializers import INITIALIZERS, Source
+from jaxsp.prompts.initializers import Source, Start
+from jaxsp.prompts.initializers.source import Compact
 from jaxsp.typing import EMPTY, AnyArray, Array, Float, Int, KeyValues, Params, PyTree
 
 
@@ -54,6 +57,9 @@ def prompt_prefix(
     return PROMPT_KINDS[kind].prefix(sigma, preamble, functools.partial(decoder.prefill, params, config))
 
 
+MATCHED_TOKENS = 1024
+"""Tokens of the rows that an initializer is fitted to."""
+
 read_prompt = jax.jit(prompt_prefix, static_argnames=("config", "kind"))
 """``prompt_prefix``, compiled."""
 
@@ -68,6 +74,7 @@ def initial_prompt(
     prompt_length: int,
     initial: str = "first",
     kind: str = "embedding",
+    rows: Rows | None = None,
 ) -> PyTree:
     """σ before training.
 
@@ -80,19 +87,74 @@ def initial_prompt(
       prompt_length: K.
       initial: a key of ``jaxsp.prompts.initializers.INITIALIZERS``.
       kind: a key of ``jaxsp.prompts.PROMPT_KINDS``.
+      rows: rows to train on, for the initializers that are fitted to them.
 
     Returns:
       A pytree of float32 arrays.
-    """
-    embed = functools.partial(decoder.embed, params, config)
-    vectors = INITIALIZERS[initial](Source(key, context_ids, prompt_length, embed, config.vocab_size))
 
-    def key_values() -> KeyValues:
+    Raises:
+      UserError: the initializer and the kind don't go together, or it needs rows.
+    """
+
+    def read(vectors: Array) -> KeyValues:
         inputs = vectors[None].astype(config.dtype)
         positions = preamble.next_position[:, None] + jnp.arange(prompt_length)[None]
         return decoder.hidden(params, config, inputs, positions, (preamble,))[1]
 
-    return PROMPT_KINDS[kind].initial(vectors, key_values)
+    def context() -> KeyValues:
+        return _without(preamble, decoder.read_long(params, config, context_ids[None], preamble))
+
+    def compacted(compact: Compact) -> KeyValues:
+        assert rows is not None
+        few = _few(rows, key)
+        return _compacted(params, config, preamble, context(), few, compact)
+
+    source = Source(
+        key=key,
+        context_ids=context_ids,
+        prompt_length=prompt_length,
+        embed=functools.partial(decoder.embed, params, config),
+        vocab_size=config.vocab_size,
+        read=read,
+        context=context,
+        compacted=None if rows is None or not len(rows) else compacted,
+    )
+    return PROMPT_KINDS[kind].initial(Start(initial, source))
+
+
+def _without(preamble: KeyValues, prefix: KeyValues) -> KeyValues:
+    """The part of a prefix behind the preamble."""
+    size = preamble.positions.shape[1]
+    return KeyValues(prefix.keys[:, :, size:], prefix.values[:, :, size:], prefix.positions[:, size:])
+
+
+def _few(rows: Rows, key: Array) -> Rows:
+    """Some of the rows, packed: as many as have ``MATCHED_TOKENS`` together, all if they have fewer."""
+    lengths = rows.lengths
+    order = np.asarray(jax.random.permutation(key, len(rows)))
+    order = order[: max(1, int((np.cumsum(lengths[order]) <= MATCHED_TOKENS).sum()))]
+    packing = Packing.for_all(lengths[order], most_rows=len(rows)).grown(lengths[order])
+    return packing.pack(Rows(**{**vars(rows), "targets": {"tokens": rows.targets["tokens"]}}), order)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compact"))
+def _compacted(
+    params: Params,
+    config: DecoderConfig,
+    preamble: KeyValues,
+    context: KeyValues,
+    rows: Rows,
+    compact: Compact,
+) -> KeyValues:
+    end = context.next_position[:, None]
+    positions = jnp.where(rows.offsets == EMPTY, EMPTY, end + rows.offsets)
+    inputs = decoder.embed(params, config, rows.tokens)
+
+    def rewrite(inputs: AttentionInputs) -> tuple[Slots, ...]:
+        return inputs.slots[0], compact(inputs)
+
+    past = preamble, context
+    return decoder.rewritten_past(params, config, inputs, positions, past, rows.segment_ids, rewrite)[1]
 
 
 def answer_hidden(

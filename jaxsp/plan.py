@@ -25,11 +25,12 @@ from jaxsp.models import decoder, sharding
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.sharding import DATA, along
 from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.prompts.initializers import Source, Start
 from jaxsp.settings import Settings
 from jaxsp.training.drivers import cut_axis, mesh_of, sharded_update
 from jaxsp.training.state import TrainState, initial_state
 from jaxsp.training.update import Frozen, UpdateSettings
-from jaxsp.typing import PyTree, UserError
+from jaxsp.typing import Array, KeyValues, PyTree, UserError
 
 UTILISATION = 0.56
 """Assumed part of the matrix-product rate. Measured (experiments/decoder_speed) for SmolLM2-135M in bfloat16
@@ -226,12 +227,20 @@ def compiled(
     """The update of so many prompts with batches of this shape, as a driver runs it, from shapes alone."""
     chosen = UpdateSettings.of(config, settings)
 
-    def start() -> TrainState:
-        prompt_length = settings.prompt.prompt_length
-        kind = PROMPT_KINDS[settings.prompt.kind]
-        vectors = jnp.zeros((prompt_length, config.width))
-        sigma = kind.initial(vectors, lambda: decoder.empty_prefix(config, prompt_length))
-        return initial_state(sigma, chosen.optimizer, key=jax.random.key(0))
+    def start() -> TrainState:  # of any start: its shapes are the same
+        kind, count = PROMPT_KINDS[settings.prompt.kind], settings.prompt.prompt_length
+
+        def nothing(*_: Any) -> KeyValues:
+            return decoder.empty_prefix(config, count)
+
+        def zeros(ids: Any) -> Array:
+            return jnp.zeros((len(ids), config.width))
+
+        ids, key = np.zeros(count, np.int32), jax.random.key(0)
+        source = Source(key, ids, count, zeros, config.vocab_size, read=nothing, context=nothing)
+        sigma = kind.initial(Start("first", source))
+        rates = kind.rates(sigma, {})
+        return initial_state(sigma, chosen.optimizer, key=jax.random.key(0), rates=rates)
 
     preamble = jax.eval_shape(lambda: decoder.empty_prefix(config, PREAMBLE_TOKENS))
     params = decoder.parameter_shapes(config)

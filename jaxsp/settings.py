@@ -12,12 +12,13 @@ from typing import Any, TypedDict
 from jaxsp.errors import UserError, suggestion
 
 
-def _setting(default: Any, *, per_prompt: bool = False, **limits: float) -> Any:
+def _setting(default: Any, *, type: Any = None, per_prompt: bool = False, **limits: float) -> Any:
     """A field with its limits: ``at_least``, ``above``, ``below``.
 
+    ``type``: of one that is ``None`` where the prompt's kind decides.
     ``per_prompt``: prompts that train side by side in one step may differ in it.
     """
-    metadata = {"per_prompt": per_prompt, "limits": limits}
+    metadata = {"type": type, "per_prompt": per_prompt, "limits": limits}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -26,11 +27,13 @@ class PromptSettings:
     """The prompt σ, and where it starts."""
 
     prompt_length: int = _setting(16, at_least=1)
-    """K, the number of vectors that stand in for the context."""
+    """K, the number of slots that stand in for the context."""
     kind: str = "embedding"
-    """Kind of prompt: embedding (input vectors)."""
-    initial: str = _setting("first", per_prompt=True)
-    """Start of the prompt: first, spread (tokens of the context), vocabulary or noise."""
+    """Kind of prompt: embedding (input vectors) or key_value (keys, values and a bias in every layer)."""
+    initial: str | None = _setting(None, type=str, per_prompt=True)
+    """Start of the prompt: match (fitted in closed form to the attention of the training queries), first,
+    spread (tokens of the context), vocabulary or noise; by default match for key_value, first for
+    embedding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +56,16 @@ class TrainingSettings:
     """Updates of the prompt."""
     batch_size: int = _setting(8, at_least=1)
     """Queries an update, about: as many as fit in the tokens of so many of mean length."""
-    optimizer: str = "muon"
-    """Optimizer: muon, adam or adamw. In Python also an optax.GradientTransformation, used as it is: it has
-    its own learning rate."""
-    learning_rate: float = _setting(0.5, per_prompt=True, above=0)
+    optimizer: str | None = _setting(None, type=str)
+    """Optimizer: muon, adam or adamw; by default adam for key_value, muon for embedding. In Python also an
+    optax.GradientTransformation, used as it is: it has its own learning rate."""
+    learning_rate: float | None = _setting(None, type=float, per_prompt=True, above=0)
     """Peak learning rate, times the root mean square of the prompt's entries at its start (families'
-    embeddings differ a hundredfold); with muon that is the root mean square of one update."""
+    embeddings differ a hundredfold; of key_value, layer by layer); with muon that is the root mean square of
+    one update. By default 0.02 for key_value, 0.5 for embedding."""
+    rates: str = _setting("", per_prompt=True)
+    """Factors of the learning rate of parts of the prompt, as keys=0.1,first=0: keys, values, bias, or first
+    (its first slot); 0 leaves a part as it starts."""
     warmup_fraction: float = _setting(0.05, per_prompt=True, at_least=0, below=1)
     """Fraction of the steps in which the learning rate rises from 0."""
     weight_decay: float = _setting(0.01, at_least=0)
@@ -118,13 +125,14 @@ class Options(TypedDict, total=False):
 
     prompt_length: int
     kind: str
-    initial: str
+    initial: str | None
     max_answer_tokens: int
     objective: Any
     steps: int
     batch_size: int
     optimizer: Any
-    learning_rate: float
+    learning_rate: float | None
+    rates: str
     warmup_fraction: float
     weight_decay: float
     max_grad_norm: float
@@ -165,7 +173,10 @@ _LIMITS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
-    option, expected = _option(field.name), type(field.default)
+    chosen_by_kind = field.metadata.get("type")
+    if value is None and chosen_by_kind:
+        return None
+    option, expected = _option(field.name), chosen_by_kind or type(field.default)
     if expected is float and type(value) is int:
         value = float(value)
     if type(value) is not expected and not (field.name in _OBJECTS and not isinstance(value, int)):

@@ -146,7 +146,7 @@ def test_what_one_types_first(tiny_directory, tmp_path, monkeypatch):
 
 def test_what_is_shown_of_things(calm_model, tmp_path):
     result = compress(calm_model)
-    assert repr(result.prompt) == f"SoftPrompt(embedding, 4 vectors for 87 tokens, {calm_model.name})"
+    assert repr(result.prompt) == f"SoftPrompt(embedding, 4 slots for 87 tokens, {calm_model.name})"
     assert repr(result).startswith(f"Result({result.prompt!r}, ")
     assert "\n" not in repr(result)
     shown = result._repr_html_()

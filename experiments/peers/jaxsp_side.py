@@ -24,13 +24,13 @@ from jaxsp.evaluation.metrics import at_positions, mean_kl_function
 from jaxsp.models import decoder
 from jaxsp.models.chat import ChatTexts
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.prompts.sizes import root_mean_square
 from jaxsp.settings import make_settings
 from jaxsp.teacher import targets
 from jaxsp.teacher.answers import answer_ids
 from jaxsp.teacher.problem import Problem, TokenizedJob
 from jaxsp.training.drivers import JitDriver
 from jaxsp.training.loop import Block
-from jaxsp.training.optimizers import root_mean_square
 from jaxsp.training.slots import Step, TrainingJob
 from jaxsp.training.start import start_state
 from jaxsp.training.update import Frozen, UpdateSettings
@@ -77,7 +77,7 @@ def train(optimizer: str, job: Job) -> None:
     problem = Problem(tokenized(job), preamble, rows, job.answers)
     state = start_state(model, problem, settings)
     if optimizer == "adam":  # jaxsp's rate is relative to the size of σ's entries
-        rate = ADAM / root_mean_square(state.sigma)
+        rate = ADAM / root_mean_square(state.sigma["embeddings"]).item()
         settings = make_settings({"learning_rate": rate}, base=settings)
         state = start_state(model, problem, settings)
     held_out = problem.held_out

@@ -57,7 +57,7 @@ def measure_all(
     Args:
       model: the frozen model.
       problem: the queries, and what the teacher said.
-      sigmas: ``prompt`` and ``initial``, of the same length.
+      sigmas: ``prompt``, and ``initial`` where the start is known, of the same length.
       settings: settings of the prompts.
       known: what was measured before and is not measured again.
     """

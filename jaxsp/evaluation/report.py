@@ -40,7 +40,7 @@ def summarise(
     Args:
       model: whose tokenizer reads the answers.
       problem: the queries, and what the teacher said.
-      measured: by bracket, all of ``BRACKETS``, in any order.
+      measured: by bracket, all of ``BRACKETS`` (but for ``initial``, if the start isn't known), in any order.
       seed: seed of the bootstrap.
 
     Returns:
@@ -48,12 +48,13 @@ def summarise(
       training), ``queries`` and ``verdict``; ``by_position`` for the plot.
     """
     is_train, mask = problem.job.is_train, problem.rows.mask
+    known = [name for name in BRACKETS if name in measured]
     counts = mask.sum(axis=1)
-    positions = {name: measured[name].positions for name in BRACKETS}
+    positions = {name: measured[name].positions for name in known}
     held_out = np.flatnonzero(~is_train).tolist()
     answers = {
         name: dict(zip(held_out, [_answer(model, ids) for ids in measured[name].answers], strict=True))
-        for name in BRACKETS
+        for name in known
     }
     kl = {name: at["kl"].sum(axis=1) for name, at in positions.items()}
 
@@ -71,7 +72,7 @@ def summarise(
     report: dict[str, Any] = {
         "gap_closed": gap("no_context"),
         "gap_closed_vs_truncated": gap("truncated_context"),
-        "held_out": part(~is_train, BRACKETS),
+        "held_out": part(~is_train, known),
     }
     for name, found in report["held_out"]["brackets"].items():
         pairs = [(answers["full_context"][i], answers[name][i]) for i in held_out]

@@ -1,27 +1,31 @@
 """The kinds of soft prompt: one file each, one line each in ``PROMPT_KINDS``.
 
-A kind is a module with the three functions of ``PromptKind``. It reads dimensions, never weights.
+A kind is a module with what ``PromptKind`` lists. It reads dimensions, never weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
-from jaxsp.prompts import embedding
-from jaxsp.typing import AnyArray, Array, Float, KeyValues, PyTree
+from jaxsp.prompts import embedding, key_value
+from jaxsp.prompts.initializers import Start
+from jaxsp.settings import Settings, make_settings, plain
+from jaxsp.typing import AnyArray, Float, KeyValues, PyTree
 
 Prefill = Callable[[Float[AnyArray, "1 k d"], KeyValues], KeyValues]
 
 
 class PromptKind(Protocol):
-    """Functions of a module in this folder. σ is a pytree of float32 arrays of any rank, in nested dicts."""
+    """Contents of a module in this folder. σ is a pytree of float32 arrays of any rank, in nested dicts."""
 
-    def initial(self, vectors: Float[Array, "k d"], key_values: Callable[[], KeyValues]) -> PyTree:
-        """σ that starts as these input vectors ``[K, D]``, or as their keys and values.
+    @property
+    def DEFAULTS(self) -> Mapping[str, Any]:
+        """What ``initial``, ``optimizer`` and ``learning_rate`` are where the settings don't say."""
+        ...
 
-        ``key_values()`` reads the vectors after the preamble: K slots in every layer.
-        """
+    def initial(self, start: Start) -> PyTree:
+        """σ that starts as K input vectors, or as K slots of keys and values in every layer."""
         ...
 
     def prefix(self, sigma: PyTree, preamble: KeyValues, prefill: Prefill) -> KeyValues:
@@ -35,5 +39,27 @@ class PromptKind(Protocol):
         """K, in slots."""
         ...
 
+    def rates(self, sigma: PyTree, factors: Mapping[str, float]) -> PyTree:
+        """How far a step moves each entry at a learning rate of 1: arrays that broadcast to σ's.
 
-PROMPT_KINDS: dict[str, PromptKind] = {"embedding": embedding}
+        Relative to the size of σ's entries at its start, which differs from family to family; 0 for what
+        stays as it is. ``factors`` are the user's own, by the name of a part of σ, or ``first``: its first
+        slot.
+        """
+        ...
+
+
+PROMPT_KINDS: dict[str, PromptKind] = {"embedding": embedding, "key_value": key_value}
+
+
+def with_defaults(settings: Settings) -> Settings:
+    """The settings with what suits the prompt's kind where they are ``None``.
+
+    Example:
+      >>> from jaxsp.settings import Settings
+      >>> with_defaults(Settings()).training.optimizer
+      'muon'
+    """
+    given = plain(settings)
+    defaults = PROMPT_KINDS[settings.prompt.kind].DEFAULTS
+    return make_settings({n: v for n, v in defaults.items() if given[n] is None}, base=settings)

@@ -10,15 +10,18 @@ from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 
+from jaxsp.prompts.initializers import Start
+from jaxsp.prompts.sizes import root_mean_square
 from jaxsp.typing import AnyArray, Array, Float, KeyValues
 
 Sigma = Mapping[str, Float[AnyArray, "k d"]]
 
+DEFAULTS = {"initial": "first", "optimizer": "muon", "learning_rate": 0.5}
 
-def initial(vectors: Float[Array, "k d"], key_values: Callable[[], KeyValues]) -> Sigma:
+
+def initial(start: Start) -> Sigma:
     """σ that starts as these input vectors, float32."""
-    del key_values
-    return {"embeddings": jnp.asarray(vectors, jnp.float32)}
+    return {"embeddings": jnp.asarray(start.vectors(), jnp.float32)}
 
 
 def prefix(sigma: Sigma, preamble: KeyValues, prefill: Callable[..., KeyValues]) -> KeyValues:
@@ -29,3 +32,9 @@ def prefix(sigma: Sigma, preamble: KeyValues, prefill: Callable[..., KeyValues])
 def prompt_length(sigma: Sigma) -> int:
     """K, in slots."""
     return sigma["embeddings"].shape[0]
+
+
+def rates(sigma: Sigma, factors: Mapping[str, float]) -> Mapping[str, Array]:
+    """Sizes of a step of each entry at a learning rate of 1."""
+    slot_K = jnp.ones(prompt_length(sigma)).at[0].set(factors.get("first", 1.0))
+    return {"embeddings": root_mean_square(sigma["embeddings"]) * slot_K[:, None]}

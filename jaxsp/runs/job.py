@@ -16,12 +16,12 @@ import numpy as np
 from jaxsp.data.documents import Query, as_queries, read_text, split_queries
 from jaxsp.losses import as_objective
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.prompts import PROMPT_KINDS, with_defaults
 from jaxsp.prompts.initializers import INITIALIZERS
 from jaxsp.settings import Settings, decides_result, make_settings, side_by_side
 from jaxsp.teacher.problem import TokenizedJob, digest, tokenize
 from jaxsp.training.drivers import DRIVERS
-from jaxsp.training.optimizers import make_optimizer
+from jaxsp.training.optimizers import make_optimizer, parse_rates
 from jaxsp.typing import UserError
 
 _KEYS = ("id", "context", "queries", "held_out")
@@ -95,15 +95,16 @@ def model_identity(model: LanguageModel) -> dict[str, Any]:
 def check_settings(settings: Settings) -> None:
     """Raises ``UserError`` on a name that is in none of the tables, or on parts that don't fit together."""
     as_objective(settings.training.objective)
-    make_optimizer(settings.training)
     for name, value, table in (
         ("kind", settings.prompt.kind, PROMPT_KINDS),
         ("initial", settings.prompt.initial, INITIALIZERS),
         ("parallel", settings.devices.parallel, DRIVERS),
         ("keep", settings.training.keep, ("best", "last")),
     ):
-        if value not in table:
+        if value is not None and value not in table:
             raise UserError(f"Unknown {name} {value!r}; choose one of {', '.join(table)}.")
+    make_optimizer(with_defaults(settings).training)
+    parse_rates(settings.training.rates)
     if settings.devices.mesh and settings.devices.parallel != "mesh":
         raise UserError(
             f"--mesh {settings.devices.mesh} needs --parallel mesh, not {settings.devices.parallel}."
@@ -178,6 +179,7 @@ def make_job(model: LanguageModel, row: Any, defaults: Mapping[str, Any]) -> Job
         raise UserError("a row can't have devices of its own; give parallel and mesh for the whole run")
     settings = make_settings({**defaults, **own})
     check_settings(settings)
+    settings = with_defaults(settings)
     train, held_out = split_queries(
         as_queries(row["queries"]),
         float(held_out) if isinstance(held_out, float | int) else as_queries(held_out),

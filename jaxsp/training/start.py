@@ -6,9 +6,10 @@ import jax
 
 from jaxsp import distributions
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.prompts import with_defaults
 from jaxsp.settings import Settings
 from jaxsp.teacher.problem import Problem
-from jaxsp.training.optimizers import make_optimizer, make_schedule
+from jaxsp.training.optimizers import make_optimizer, make_rates, make_schedule
 from jaxsp.training.state import TrainState, initial_state
 
 
@@ -16,8 +17,10 @@ def start_state(model: LanguageModel, problem: Problem, settings: Settings) -> T
     """The state that the settings ask for: σ, optimizer, schedule, key."""
     key, context_ids = jax.random.key(settings.training.seed), problem.job.context_ids
     own = jax.random.fold_in(key, 1)
+    settings = with_defaults(settings)
     sigma = distributions.initial_prompt(
-        model.params, model.config, context_ids, problem.preamble, key=own, **vars(settings.prompt)
-    )
-    optimizer = make_optimizer(settings.training)
-    return initial_state(sigma, optimizer, key=key, schedule=make_schedule(settings.training, sigma))
+        model.params, model.config, context_ids, problem.preamble, key=own, rows=problem.train,
+        **vars(settings.prompt),
+    )  # fmt: skip
+    optimizer, schedule = make_optimizer(settings.training), make_schedule(settings.training)
+    return initial_state(sigma, optimizer, key=key, schedule=schedule, rates=make_rates(settings, sigma))

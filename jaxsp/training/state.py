@@ -27,6 +27,7 @@ class TrainState:
       best_sigma: the σ with the lowest held-out KL so far.
       best_kl: that KL, in nats; infinite before the first evaluation.
       schedule: the number of steps, and the learning rate of each.
+      rates: how far a step moves each entry at a learning rate of 1: arrays that broadcast to σ's.
     """
 
     sigma: PyTree
@@ -37,10 +38,16 @@ class TrainState:
     best_sigma: PyTree
     best_kl: Float[Array, ""]
     schedule: Schedule
+    rates: PyTree
 
 
 def initial_state(
-    sigma: PyTree, optimizer: optax.GradientTransformation, *, key: Array, schedule: Schedule | None = None
+    sigma: PyTree,
+    optimizer: optax.GradientTransformation,
+    *,
+    key: Array,
+    schedule: Schedule | None = None,
+    rates: PyTree = None,
 ) -> TrainState:
     """The state of one prompt before the first step.
 
@@ -49,7 +56,10 @@ def initial_state(
       optimizer: as in ``UpdateSettings``.
       key: random key of the run.
       schedule: the learning rate; by default 1 at every step, for an optimizer that has its own.
+      rates: as in ``TrainState``; by default 1.
     """
+    if rates is None:
+        rates = jax.tree.map(lambda leaf: jnp.float32(1), sigma)
     return TrainState(
         sigma=sigma,
         optimizer_state=optimizer.init(sigma),
@@ -59,6 +69,7 @@ def initial_state(
         best_sigma=sigma,
         best_kl=jnp.float32(jnp.inf),
         schedule=constant() if schedule is None else schedule,
+        rates=rates,
     )
 
 

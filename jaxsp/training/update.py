@@ -16,6 +16,7 @@ from jaxsp.data.examples import Rows
 from jaxsp.losses import Objective, Total, as_objective, fused_objective, masked_sum
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
+from jaxsp.prompts import with_defaults
 from jaxsp.settings import Settings
 from jaxsp.training.optimizers import make_optimizer
 from jaxsp.training.state import TrainState
@@ -65,6 +66,7 @@ class UpdateSettings:
     @classmethod
     def of(cls, config: DecoderConfig, settings: Settings) -> UpdateSettings:
         """The part of the settings that is compiled into the update of a model."""
+        settings = with_defaults(settings)
         objective, optimizer = as_objective(settings.training.objective), make_optimizer(settings.training)
         return cls(config, settings.prompt.kind, objective, optimizer, settings.devices.grad_accumulation)
 
@@ -160,7 +162,7 @@ def _descend(
     gradient = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), gradient)
     change, optimizer_state = settings.optimizer.update(gradient, state.optimizer_state, state.sigma)
     rate = state.schedule.rate(state.step)
-    sigma = optax.apply_updates(state.sigma, jax.tree.map(lambda c: rate * c, change))
+    sigma = optax.apply_updates(state.sigma, jax.tree.map(lambda own, c: rate * own * c, state.rates, change))
     chex.assert_trees_all_equal_shapes_and_dtypes(sigma, state.sigma)  # or the next step recompiles
     after = dataclasses.replace(
         state, sigma=sigma, optimizer_state=optimizer_state, step=state.step + 1, cursor=state.cursor + drawn

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,11 @@ import pytest
 from jaxsp import distributions
 from jaxsp.data.examples import make_rows
 from jaxsp.prompts import PROMPT_KINDS
-from jaxsp.prompts.initializers import INITIALIZERS, Source
+from jaxsp.prompts.initializers import INITIALIZERS, Source, Start
+from jaxsp.typing import UserError
 
 CONTEXT = np.array([5, 9, 77, 30, 200, 14, 3])
+ROWS = make_rows([[8, 9, 60, 61], [10, 70], [33, 9, 41]], [[11, 12], [13, 2], [50, 51, 2]])
 kinds = pytest.mark.parametrize("kind", PROMPT_KINDS)
 
 
@@ -21,10 +25,11 @@ def preamble(tiny_model):
     return distributions.context_prefix(tiny_model.params, tiny_model.config, np.array([[1, 50]]))
 
 
-def initial(model, preamble, kind, length):
+def initial(model, preamble, kind, length, name="first", rows=None):
     return distributions.initial_prompt(
-        model.params, model.config, CONTEXT, preamble, key=jax.random.key(0), prompt_length=length, kind=kind
-    )
+        model.params, model.config, CONTEXT, preamble, key=jax.random.key(0), prompt_length=length,
+        initial=name, kind=kind, rows=rows,
+    )  # fmt: skip
 
 
 @kinds
@@ -34,8 +39,9 @@ def test_a_prompt_equal_to_the_context_is_the_context(tiny_model, preamble, kind
     prompt = distributions.prompt_prefix(params, config, sigma, preamble, kind)
     context = distributions.context_prefix(params, config, CONTEXT[None], preamble)
     rows = make_rows([[8, 9], [10]], [[11, 12], [13, 2]])
-    for a, b in zip(jax.tree.leaves(prompt), jax.tree.leaves(context), strict=True):
-        np.testing.assert_array_equal(a, b)
+    for name in ("keys", "values", "positions", "next_position"):
+        np.testing.assert_array_equal(getattr(prompt, name), getattr(context, name))
+    assert prompt.bias is None or not prompt.bias.any()
     np.testing.assert_array_equal(
         distributions.log_probs(params, config, prompt, rows),
         distributions.log_probs(params, config, context, rows),
@@ -53,11 +59,40 @@ def test_parameters_are_float32_and_all_of_them_matter(tiny_model, preamble, kin
         prefix = distributions.prompt_prefix(params, config, sigma, preamble, kind)
         return distributions.log_probs(params, config, prefix, rows)[0, :, 11].sum()
 
-    for leaf, gradient in zip(
-        jax.tree.leaves(sigma), jax.tree.leaves(jax.grad(log_prob)(sigma)), strict=True
+    rates = PROMPT_KINDS[kind].rates(sigma, {})
+    for leaf, gradient, rate in zip(
+        *map(jax.tree.leaves, (sigma, jax.grad(log_prob)(sigma), rates)), strict=True
     ):
-        assert leaf.dtype == gradient.dtype == jnp.float32
-        assert (np.abs(gradient) > 0).all()
+        assert leaf.dtype == gradient.dtype == rate.dtype == jnp.float32
+        assert np.broadcast_shapes(leaf.shape, rate.shape) == leaf.shape
+        assert (np.abs(gradient) > 0).all() == (rate > 0).all()
+
+
+@kinds
+def test_rates_are_relative_to_sigma_and_a_part_can_be_kept(tiny_model, preamble, kind):
+    sigma = initial(tiny_model, preamble, kind, 4)
+    rates = PROMPT_KINDS[kind].rates
+    name = next(iter(sigma))
+    one, larger = (rates({**sigma, name: unit * sigma[name]}, {})[name] for unit in (1.0, 10.0))
+    np.testing.assert_allclose(larger, 10 * one, rtol=1e-5)
+    half = np.asarray(rates(sigma, {"first": 0.5})[name])
+    axis = sigma[name].shape.index(4)
+    np.testing.assert_allclose(np.take(half, 0, axis), 0.5 * np.take(half, 1, axis), rtol=1e-6)
+
+
+def test_parts_of_keys_and_values_have_rates_of_their_own(tiny_model, preamble):
+    sigma = initial(tiny_model, preamble, "key_value", 4)
+    plain, changed = (PROMPT_KINDS["key_value"].rates(sigma, f) for f in ({}, {"keys": 0.0, "bias": 3.0}))
+    assert not changed["keys"].any()
+    np.testing.assert_array_equal(changed["values"], plain["values"])
+    np.testing.assert_array_equal(changed["bias"], 3 * plain["bias"])
+
+
+def test_queries_stand_where_they_stood_after_the_whole_context(tiny_model, preamble):
+    sigma = initial(tiny_model, preamble, "key_value", 3)
+    prompt = distributions.prompt_prefix(tiny_model.params, tiny_model.config, sigma, preamble, "key_value")
+    assert prompt.next_position.tolist() == [2 + len(CONTEXT)]
+    assert prompt.positions.tolist() == [[0, 1, 6, 7, 8]]  # right before them: in every sliding window
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +101,9 @@ def start(tiny_model):
 
     def vectors(name, length, seed=0, source=Source):
         vocabulary = tiny_model.config.vocab_size
-        return INITIALIZERS[name](source(jax.random.key(seed), CONTEXT, length, tiny_model.embed, vocabulary))
+        things = jax.random.key(seed), CONTEXT, length, tiny_model.embed, vocabulary
+        unused: Any = None
+        return Start(name, source(*things, read=unused, context=unused)).vectors()
 
     return vectors
 
@@ -84,7 +121,10 @@ def draws(start, name) -> bool:
     return "key" in read
 
 
-@pytest.mark.parametrize("name", INITIALIZERS)
+OF_VECTORS = [name for name, module in INITIALIZERS.items() if hasattr(module, "vectors")]
+
+
+@pytest.mark.parametrize("name", OF_VECTORS)
 def test_initializers_have_the_right_shape_and_follow_the_key(tiny_model, start, name):
     assert start(name, 4).shape == (4, tiny_model.config.width)
     np.testing.assert_array_equal(start(name, 4), start(name, 4))
@@ -103,3 +143,28 @@ def test_initializers_are_what_they_say(tiny_model, start):
     noise, context = np.asarray(start("noise", 4000)), np.asarray(tiny_model.embed(CONTEXT))
     np.testing.assert_allclose(noise.mean(axis=0), context.mean(axis=0), atol=0.3)
     np.testing.assert_allclose(noise.std(axis=0), context.std(axis=0), rtol=0.1)
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_every_start_gives_keys_and_values(tiny_model, preamble, name):
+    sigma = initial(tiny_model, preamble, "key_value", 3, name, ROWS)
+    c = tiny_model.config
+    assert sigma["keys"].shape == sigma["values"].shape == (c.layers, 3, c.kv_heads, c.head_width)
+    assert sigma["bias"].shape == (c.layers, 3, c.kv_heads)
+    assert all(np.isfinite(leaf).all() for leaf in sigma.values())
+
+
+def test_spread_takes_the_contexts_own_slots(tiny_model, preamble):
+    sigma = initial(tiny_model, preamble, "key_value", 3, "spread")
+    context = distributions.context_prefix(tiny_model.params, tiny_model.config, CONTEXT[None], preamble)
+    np.testing.assert_allclose(sigma["keys"], context.keys[:, 0, [2, 5, 8]], rtol=1e-5, atol=1e-6)
+
+
+def test_starts_that_cannot_be(tiny_model, preamble):
+    with pytest.raises(
+        UserError, match=r"--initial match starts prompts of keys and values .* first, spread"
+    ):
+        initial(tiny_model, preamble, "embedding", 3, "match", ROWS)
+    for rows in (None, ROWS.take(np.zeros(0, int))):
+        with pytest.raises(UserError, match="match needs training queries"):
+            initial(tiny_model, preamble, "key_value", 3, "match", rows)

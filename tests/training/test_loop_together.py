@@ -29,7 +29,9 @@ def school(calm_model):
     params, config = calm_model.params, calm_model.config
     preamble = distributions.context_prefix(params, config, np.array([[4, 5, 6]]))
     frozen = Frozen(params, preamble)
-    settings = UpdateSettings(config, "embedding", OBJECTIVES["kl"], make_optimizer(TrainingSettings()))
+    settings = UpdateSettings(
+        config, "embedding", OBJECTIVES["kl"], make_optimizer(TrainingSettings(optimizer="muon"))
+    )
 
     def job(seed, *, questions=9, context=30, steps=12, rate=0.3, patience=0, batch_size=4):
         random = np.random.RandomState(seed)

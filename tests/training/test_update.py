@@ -62,7 +62,7 @@ def problem(tiny_model):
 
 
 def settings_for(config, objective="kl", optimizer=None):
-    optimizer = optimizer or make_optimizer(TrainingSettings())
+    optimizer = optimizer or make_optimizer(TrainingSettings(optimizer="muon"))
     return UpdateSettings(config, "embedding", OBJECTIVES[objective], optimizer)
 
 

@@ -1,19 +1,52 @@
 """Where σ starts: one file an initializer, one line each in ``INITIALIZERS``.
 
-An initializer is a function ``start(source) -> vectors [K, D]``; the prompt kind makes σ of them.
+An initializer is a module with ``vectors(source) -> [K, D]`` (input vectors), ``key_values(source)`` (K slots
+of every layer), or both. Where it has no ``key_values``, they are those of its vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from types import ModuleType
 
-from jaxsp.prompts.initializers import first, noise, spread, vocabulary
-from jaxsp.prompts.initializers.source import Source
-from jaxsp.typing import Array, Float
+from jaxsp.prompts.initializers import first, match, noise, spread, vocabulary
+from jaxsp.prompts.initializers.source import Source as Source
+from jaxsp.typing import Array, Float, KeyValues, UserError
 
-INITIALIZERS: dict[str, Callable[[Source], Float[Array, "k d"]]] = {
-    "first": first.start,
-    "spread": spread.start,
-    "vocabulary": vocabulary.start,
-    "noise": noise.start,
+INITIALIZERS: dict[str, ModuleType] = {
+    "first": first,
+    "spread": spread,
+    "match": match,
+    "vocabulary": vocabulary,
+    "noise": noise,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """One initializer and what it starts from; a prompt kind takes what it can use."""
+
+    name: str
+    source: Source
+
+    def vectors(self) -> Float[Array, "k d"]:
+        """K input vectors.
+
+        Raises:
+          UserError: the initializer gives keys and values alone.
+        """
+        initializer = INITIALIZERS[self.name]
+        if not hasattr(initializer, "vectors"):
+            able = ", ".join(name for name, module in INITIALIZERS.items() if hasattr(module, "vectors"))
+            raise UserError(
+                f"--initial {self.name} starts prompts of keys and values (--kind key_value), not input"
+                f" vectors; choose one of {able}."
+            )
+        return initializer.vectors(self.source)
+
+    def key_values(self) -> KeyValues:
+        """K slots of every layer, batch size 1."""
+        initializer = INITIALIZERS[self.name]
+        if hasattr(initializer, "key_values"):
+            return initializer.key_values(self.source)
+        return self.source.read(initializer.vectors(self.source))

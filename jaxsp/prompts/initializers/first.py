@@ -6,6 +6,6 @@ from jaxsp.prompts.initializers.source import Source
 from jaxsp.typing import Array, Float
 
 
-def start(source: Source) -> Float[Array, "k d"]:
+def vectors(source: Source) -> Float[Array, "k d"]:
     """The embeddings of the context's first K tokens."""
     return source.embed(source.context_ids[: source.prompt_length])

@@ -11,6 +11,6 @@ from jaxsp.prompts.initializers.source import Source
 from jaxsp.typing import Array, Float
 
 
-def start(source: Source) -> Float[Array, "k d"]:
+def vectors(source: Source) -> Float[Array, "k d"]:
     """The embeddings of K random tokens of the vocabulary."""
     return source.embed(jax.random.randint(source.key, (source.prompt_length,), 0, source.vocab_size))

@@ -7,13 +7,16 @@ rank. It gives the change of σ at a learning rate of 1; ``update`` scales it by
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsp.settings import TrainingSettings
+from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.settings import Settings, TrainingSettings
 from jaxsp.training.optimizers import adam, adamw, muon
 from jaxsp.training.optimizers.schedule import Schedule, constant, warmup_cosine
 from jaxsp.typing import PyTree, UserError
@@ -31,17 +34,16 @@ def make_optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
     Raises:
       UserError: there is none of that name.
     """
-    if not isinstance(settings.optimizer, str):
-        return settings.optimizer
-    if settings.optimizer not in OPTIMIZERS:
-        raise UserError(f"Unknown optimizer {settings.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}.")
+    chosen: Any = settings.optimizer
+    if not isinstance(chosen, str):
+        return chosen
+    if chosen not in OPTIMIZERS:
+        raise UserError(f"Unknown optimizer {chosen!r}; choose one of {', '.join(OPTIMIZERS)}.")
     # Of the settings, only what the optimizer reads: one object for one choice, so that equal updates
     # compile once.
     return _optimizer(
         TrainingSettings(
-            optimizer=settings.optimizer,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
+            optimizer=chosen, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm
         )
     )
 
@@ -49,26 +51,53 @@ def make_optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
 @functools.lru_cache
 def _optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
     clipping = [optax.clip_by_global_norm(settings.max_grad_norm)] if settings.max_grad_norm else []
-    return optax.chain(*clipping, OPTIMIZERS[settings.optimizer](settings))
+    return optax.chain(*clipping, OPTIMIZERS[str(settings.optimizer)](settings))
 
 
-def make_schedule(settings: TrainingSettings, sigma: PyTree) -> Schedule:
-    """The learning rate of every step: relative to the size of σ at its start, which differs from family to
-    family; an optimizer of the user's own has its own.
-    """
-    if not isinstance(settings.optimizer, str):
+def make_schedule(settings: TrainingSettings) -> Schedule:
+    """The learning rate of every step; an optimizer of the user's own has its own."""
+    if not isinstance(settings.optimizer, str) or settings.learning_rate is None:
         return constant(settings.steps)
-    peak = root_mean_square(sigma) * settings.learning_rate
-    return warmup_cosine(peak, settings.steps, settings.warmup_fraction)
+    return warmup_cosine(settings.learning_rate, settings.steps, settings.warmup_fraction)
 
 
-def root_mean_square(sigma: PyTree) -> float:
-    """The root mean square of all entries of a prompt; 1 if they are all 0.
+def make_rates(settings: Settings, sigma: PyTree) -> PyTree:
+    """How far a step moves each entry at a learning rate of 1, as the kind and ``rates`` say.
+
+    An optimizer of the user's own moves all parts alike, but for those that stay.
+
+    Raises:
+      UserError: the prompt has no such part.
+    """
+    kind, factors = PROMPT_KINDS[settings.prompt.kind], parse_rates(settings.training.rates)
+    if unknown := factors.keys() - {"first", *sigma}:
+        raise UserError(
+            f"--rates: a prompt of kind {settings.prompt.kind} has no part {min(unknown)!r}; its parts are"
+            f" {', '.join(sigma)}, and first (its first slot)."
+        )
+    rates = kind.rates(sigma, factors)
+    if isinstance(settings.training.optimizer, str):
+        return rates
+    return jax.tree.map(lambda rate: jnp.where(rate == 0, 0.0, 1.0), rates)
+
+
+def parse_rates(text: str) -> dict[str, float]:
+    """Factors by name.
+
+    Raises:
+      UserError: the text can't be read.
 
     Example:
-      >>> root_mean_square({"embeddings": jnp.array([[3.0, 4.0]])})
-      3.535533905029297
+      >>> parse_rates("keys=0.1,first=0")
+      {'keys': 0.1, 'first': 0.0}
     """
-    leaves = jax.tree.leaves(sigma)
-    square = sum(jnp.sum(jnp.square(leaf)) for leaf in leaves) / sum(leaf.size for leaf in leaves)
-    return float(jnp.sqrt(square)) or 1.0
+    factors = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            factors[name.strip()] = float(value)
+        except ValueError:
+            raise UserError(f"--rates must be like keys=0.1,first=0, not {text!r}.") from None
+        if not 0 <= factors[name.strip()] < math.inf:
+            raise UserError(f"--rates: a factor must be at least 0 and finite, not {value}.")
+    return factors

@@ -1,0 +1,103 @@
+"""Attention matching against plain NumPy, and in a whole model."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import lsq_linear
+
+import jaxsp
+from jaxsp import distributions
+from jaxsp.data.packing import Packing
+from jaxsp.evaluation.metrics import at_positions
+from jaxsp.prompts.initializers import match
+from jaxsp.teacher import targets
+from tests import tiny
+from tests.conftest import slow_beside
+from tests.prompts.test_prompts import CONTEXT, ROWS
+
+
+@pytest.fixture(scope="module")
+def columns():
+    return jnp.asarray(np.random.RandomState(0).gamma(0.3, size=(60, 24)), jnp.float32)
+
+
+def pursued(columns, count):
+    """Orthogonal matching pursuit, plainly, with SciPy's bounded least squares."""
+    columns = np.asarray(columns, np.float64)
+    target, chosen, weights = columns.sum(axis=1), [], np.zeros(0)
+    for _ in range(count):
+        missing = target - columns[:, chosen] @ weights
+        gain = missing @ columns / np.linalg.norm(columns, axis=0)
+        gain[chosen] = -np.inf
+        chosen.append(int(gain.argmax()))
+        weights = lsq_linear(columns[:, chosen], target, bounds=match.MASS).x
+    return chosen, weights
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_slots_are_those_of_the_plain_pursuit(columns, count):
+    chosen, mass = match.choose(columns, columns.sum(axis=1), count)
+    expected, weights = pursued(columns, count)
+    assert chosen.tolist() == expected
+    np.testing.assert_allclose(mass, weights, rtol=2e-3)
+
+
+def test_the_order_of_the_slots_is_nested(columns):
+    few, many = (match.choose(columns, columns.sum(axis=1), n)[0].tolist() for n in (3, 8))
+    assert many[:3] == few
+
+
+def test_all_slots_stand_for_themselves(columns):
+    chosen, mass = match.choose(columns, columns.sum(axis=1), columns.shape[1])
+    assert sorted(chosen.tolist()) == list(range(columns.shape[1]))
+    np.testing.assert_allclose(mass, 1, atol=1e-2)
+
+
+def test_values_give_what_the_whole_gave():
+    """As near as least squares come, and nearer than with the slots' own values."""
+    random = np.random.RandomState(1)
+    scores, values = random.standard_normal((200, 30)), random.standard_normal((30, 8))
+    weight = random.uniform(size=200)
+    scores, values, weight = (jnp.asarray(x, jnp.float32) for x in (scores, values, weight))
+    head = match._Head(scores, weight, values)
+    chosen, bias, fitted = match.fit(head, 6)
+
+    def off(values_KF):
+        own = jax.nn.softmax(scores[:, chosen] + bias, axis=-1)
+        missing = jax.nn.softmax(scores, axis=-1) @ values - own @ values_KF
+        return float(jnp.sum((weight[:, None] * missing) ** 2))
+
+    own = np.asarray(jax.nn.softmax(scores[:, chosen] + bias, axis=-1), np.float64)
+    target = np.asarray(jax.nn.softmax(scores, axis=-1) @ values, np.float64)
+    root = np.asarray(weight, np.float64)[:, None]
+    best = np.linalg.lstsq(root * own, root * target, rcond=None)[0]
+    assert off(fitted) < 1.2 * off(jnp.asarray(best, jnp.float32))
+    assert off(fitted) < 0.7 * off(values[chosen])
+
+
+def kl(model, preamble, rows, length, name):
+    sigma = distributions.initial_prompt(
+        model.params, model.config, CONTEXT, preamble, key=jax.random.key(0), prompt_length=length,
+        initial=name, kind="key_value", rows=rows,
+    )  # fmt: skip
+    prompt = distributions.prompt_prefix(model.params, model.config, sigma, preamble, "key_value")
+    return float(at_positions(model, prompt, rows, Packing(2, 12), ["kl"])["kl"].sum())
+
+
+@pytest.mark.parametrize("family", slow_beside(["llama", "gemma2", "gpt2"], "gpt2"))
+def test_a_model_is_matched(tmp_path, family):
+    """With all slots it is the context; with three it is nearer to it than the first three tokens."""
+    model = jaxsp.load_model(
+        tiny.write(tmp_path, with_tokenizer=False, model_type=family, gain=1.0),
+        tokenizer=None,
+        dtype="float32",
+    )
+    preamble = distributions.context_prefix(model.params, model.config, np.array([[1, 50]]))
+    context = distributions.context_prefix(model.params, model.config, CONTEXT[None], preamble)
+    rows = ROWS.with_targets(hidden=targets.compute(model, context, ROWS, Packing(2, 12), "hidden"))
+    none = float(at_positions(model, preamble, rows, Packing(2, 12), ["kl"])["kl"].sum())
+    assert kl(model, preamble, rows, len(CONTEXT), "match") < 1e-3 * none
+    assert kl(model, preamble, rows, 3, "match") < 0.7 * kl(model, preamble, rows, 3, "first")
