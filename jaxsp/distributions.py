@@ -21,10 +21,11 @@ from jaxsp.data.examples import Rows
 from jaxsp.data.packing import Packing
 from jaxsp.models import decoder
 from jaxsp.models.attention import AttentionInputs, Slots
+from jaxsp.models.attention.to_piece import attention_to
 from jaxsp.models.config import DecoderConfig
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.prompts.initializers import Source, Start
-from jaxsp.prompts.initializers.source import Compact
+from jaxsp.prompts.initializers.source import Fit
 from jaxsp.typing import EMPTY, AnyArray, Array, Float, Int, KeyValues, Params, PyTree
 
 
@@ -104,10 +105,10 @@ def initial_prompt(
     def context() -> KeyValues:
         return _without(preamble, decoder.read_long(params, config, context_ids[None], preamble))
 
-    def compacted(compact: Compact) -> KeyValues:
+    def compacted(fit: Fit) -> KeyValues:
         assert rows is not None
         few = _few(rows, key)
-        return _compacted(params, config, preamble, context(), few, compact)
+        return _compacted(params, config, preamble, context(), few, fit)
 
     source = Source(
         key=key,
@@ -137,21 +138,23 @@ def _few(rows: Rows, key: Array) -> Rows:
     return packing.pack(Rows(**{**vars(rows), "targets": {"tokens": rows.targets["tokens"]}}), order)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compact"))
+@functools.partial(jax.jit, static_argnames=("config", "fit"))
 def _compacted(
-    params: Params,
-    config: DecoderConfig,
-    preamble: KeyValues,
-    context: KeyValues,
-    rows: Rows,
-    compact: Compact,
+    params: Params, config: DecoderConfig, preamble: KeyValues, context: KeyValues, rows: Rows, fit: Fit
 ) -> KeyValues:
+    """What ``fit`` makes of the context, as ``rows`` are read after it."""
     end = context.next_position[:, None]
     positions = jnp.where(rows.offsets == EMPTY, EMPTY, end + rows.offsets)
     inputs = decoder.embed(params, config, rows.tokens)
 
     def rewrite(inputs: AttentionInputs) -> tuple[Slots, ...]:
-        return inputs.slots[0], compact(inputs)
+        found = attention_to(inputs, 1)
+        chosen_GK, bias_GK, values_GKF = jax.vmap(fit)(found.scores, found.weight, found.values)
+        keys_GKF = jnp.take_along_axis(found.keys, chosen_GK[..., None], axis=1)
+        count = chosen_GK.shape[1]
+        where = end - count + jnp.arange(count)[None]  # right before the rows: in every sliding window
+        keys_KGF, values_KGF = keys_GKF.swapaxes(0, 1), values_GKF.swapaxes(0, 1)
+        return inputs.slots[0], Slots(keys_KGF[None], values_KGF[None], where, bias=bias_GK.T[None])
 
     past = preamble, context
     return decoder.rewritten_past(params, config, inputs, positions, past, rows.segment_ids, rewrite)[1]

@@ -82,11 +82,11 @@ def test_a_callback_hears_of_every_step_and_can_stop(calm_model):
 
 
 @pytest.fixture
-def key_value(monkeypatch):
+def own_kind(monkeypatch):
     """A prompt kind of arrays of four axes, in nested dicts: keys and values of every layer."""
 
-    def initial(vectors, key_values):
-        found = key_values()
+    def initial(start):
+        found = start.key_values()
         sigma = {"keys": found.keys[:, 0], "values": found.values[:, 0]}
         return {"layers": jax.tree.map(lambda leaf: leaf.astype(jnp.float32), sigma)}
 
@@ -96,14 +96,18 @@ def key_value(monkeypatch):
         return preamble.append(jaxsp.typing.KeyValues(keys, values, positions))
 
     kind = types.SimpleNamespace(
-        initial=initial, prefix=prefix, prompt_length=lambda sigma: sigma["layers"]["keys"].shape[1]
+        DEFAULTS={"initial": "first", "optimizer": "adam", "learning_rate": 0.05},
+        initial=initial,
+        prefix=prefix,
+        prompt_length=lambda sigma: sigma["layers"]["keys"].shape[1],
+        rates=lambda sigma, factors: jax.tree.map(lambda leaf: jnp.std(leaf), sigma),
     )
-    monkeypatch.setitem(PROMPT_KINDS, "key_value", kind)
+    monkeypatch.setitem(PROMPT_KINDS, "own", kind)
 
 
-@pytest.mark.usefixtures("key_value")
+@pytest.mark.usefixtures("own_kind")
 def test_a_prompt_kind_of_ones_own_is_trained_saved_and_asked(calm_model, tmp_path):
-    result = compress(calm_model, kind="key_value", out=tmp_path / "out", learning_rate=0.05)
+    result = compress(calm_model, kind="own", out=tmp_path / "out")
     losses = [line["loss"] for line in result.lines[1:]]
     assert losses[-1] < losses[0]
     again = jaxsp.SoftPrompt.load(tmp_path / "out")
@@ -113,7 +117,7 @@ def test_a_prompt_kind_of_ones_own_is_trained_saved_and_asked(calm_model, tmp_pa
         calm_model, result.prompt, "What now?", max_tokens=3
     )
     rows = [{"id": f"{i}", "context": CONTEXT, "queries": QUERIES, "seed": i} for i in range(2)]
-    many = jaxsp.compress_many(calm_model, rows, kind="key_value", **OPTIONS)
+    many = jaxsp.compress_many(calm_model, rows, kind="own", **OPTIONS)
     assert all(r.report["held_out"]["brackets"]["full_context"]["kl"] < 1e-6 for r in many)
 
 

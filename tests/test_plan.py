@@ -16,6 +16,7 @@ from jaxsp.data.examples import make_rows
 from jaxsp.data.packing import Packing
 from jaxsp.models.load import model_config
 from jaxsp.models.sharding import as_mesh
+from jaxsp.prompts import embedding
 from jaxsp.settings import make_settings
 from jaxsp.training.drivers import DRIVERS, JitDriver, MeshDriver, mesh_of, sharded_update
 from jaxsp.training.state import initial_state, stack
@@ -47,7 +48,8 @@ def test_the_program_is_the_one_that_runs(tiny_model, settings):
     batch, frozen = packing.pack(rows, np.arange(1)), Frozen(params, preamble)
     chosen, mesh = UpdateSettings.of(config, settings), mesh_of(settings)
     sigma = {"embeddings": tiny_model.embed(context[0, :4])}
-    states = stack([initial_state(sigma, chosen.optimizer, key=jax.random.key(0))])
+    rates = embedding.rates(sigma, {})
+    states = stack([initial_state(sigma, chosen.optimizer, key=jax.random.key(0), rates=rates)])
     batches = jax.tree.map(lambda leaf: leaf[None], batch)
     driver = DRIVERS[settings.devices.parallel](frozen, chosen, mesh=mesh)
     assert isinstance(driver, JitDriver | MeshDriver)

@@ -72,7 +72,7 @@ def test_the_report_for_people(report):
     assert (
         markdown(report)
         == f"""\
-# 4 vectors for 87 tokens
+# 4 slots for 87 tokens
 
 σ closes most of it.
 

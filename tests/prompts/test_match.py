@@ -62,8 +62,7 @@ def test_values_give_what_the_whole_gave():
     scores, values = random.standard_normal((200, 30)), random.standard_normal((30, 8))
     weight = random.uniform(size=200)
     scores, values, weight = (jnp.asarray(x, jnp.float32) for x in (scores, values, weight))
-    head = match._Head(scores, weight, values)
-    chosen, bias, fitted = match.fit(head, 6)
+    chosen, bias, fitted = match.fit(scores, weight, values, count=6)
 
     def off(values_KF):
         own = jax.nn.softmax(scores[:, chosen] + bias, axis=-1)

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxsp.models.attention import AttentionInputs, Slots
-from jaxsp.models.attention.inputs import visible
 from jaxsp.prompts.initializers.source import Source
 from jaxsp.typing import Array, Float, Int, KeyValues, UserError
 
@@ -32,16 +29,6 @@ HELD_OUT = 4  # every so many-th query decides
 CANDIDATES = 256
 """Slots that are chosen from at least: those with the most mass."""
 
-UNSEEN = -1e30
-
-
-class _Head(NamedTuple):
-    """One key/value head: n queries, S slots of the context."""
-
-    scores_NS: Array  # before the softmax; ``UNSEEN`` where the query doesn't see the slot
-    weight_N: Array  # part of the query's attention that goes to the context
-    values_SF: Array
-
 
 def key_values(source: Source) -> KeyValues:
     """Keys, values and biases fitted to the queries of the training rows.
@@ -51,61 +38,32 @@ def key_values(source: Source) -> KeyValues:
     """
     if source.compacted is None:
         raise UserError("--initial match needs training queries; choose another start.")
-    return source.compacted(functools.partial(compact, prompt_length=source.prompt_length))
+    return source.compacted(functools.partial(fit, count=source.prompt_length))
 
 
-def compact(inputs: AttentionInputs, prompt_length: int) -> Slots:
-    """The slots that replace the context's (the second piece) in one layer; float32."""
-    context = inputs.slots[1]
-    heads_G, keys_SGF = _heads(inputs), context.keys[0].astype(jnp.float32)
-    chosen_GK, bias_GK, values_GKF = jax.vmap(functools.partial(fit, count=prompt_length))(heads_G)
-    keys_GKF = jax.vmap(lambda keys_SF, k: keys_SF[k], in_axes=(1, 0))(keys_SGF, chosen_GK)
-    end = jnp.max(context.positions, axis=-1, keepdims=True)
-    positions = end - prompt_length + 1 + jnp.arange(prompt_length)[None]
-    return Slots(
-        keys_GKF.swapaxes(0, 1)[None], values_GKF.swapaxes(0, 1)[None], positions, bias=bias_GK.T[None]
-    )
+def fit(
+    scores_NS: Float[Array, "n s"],
+    weight_N: Float[Array, " n"],
+    values_SF: Float[Array, "s f"],
+    *,
+    count: int,
+) -> tuple[Int[Array, " k"], Float[Array, " k"], Float[Array, "k f"]]:
+    """K slots in place of the S of one head.
 
+    Args:
+      scores_NS: scores of N queries before the softmax.
+      weight_N: how much of a query's attention goes to these slots: what an error there costs.
+      values_SF: values of the slots.
+      count: K.
 
-def _heads(inputs: AttentionInputs) -> _Head:
-    """The key/value heads, stacked ``[G, ...]``; the queries of a group's query heads are one list."""
-    B, T, H, F = inputs.q_BTHF.shape
-    context = inputs.slots[1]
-    G = context.keys.shape[2]
-    X = T * (H // G)  # queries of a row
-    q_BTGRF = inputs.scale * inputs.q_BTHF.astype(jnp.float32).reshape(B, T, G, H // G, F)
-    q_GBXF = q_BTGRF.transpose(2, 0, 1, 3, 4).reshape(G, B, X, F)
-
-    def scores(slots: Slots) -> Array:
-        keys = slots.keys.astype(jnp.float32)
-        if slots.keys.shape[0] == 1:  # the same for all rows
-            q_GNF, keys_GSF = q_GBXF.reshape(G, B * X, F), keys[0].swapaxes(0, 1)
-            found = jnp.einsum("gnf,gsf->gns", q_GNF, keys_GSF).reshape(G, B, X, -1)
-        else:
-            found = jnp.einsum("gbxf,bsgf->gbxs", q_GBXF, keys)
-        if inputs.softcap is not None:
-            found = inputs.softcap * jnp.tanh(found / inputs.softcap)
-        seen_BTS = visible(inputs.positions_BT, inputs.segment_ids_BT, slots, inputs.sliding_window)
-        return jnp.where(jnp.repeat(seen_BTS, H // G, axis=1), found, UNSEEN)
-
-    own_GBXS = scores(context)
-    others = [jax.nn.logsumexp(scores(s), axis=-1) for i, s in enumerate(inputs.slots) if i != 1]
-    rest_GBX = functools.reduce(jnp.logaddexp, others)
-    weight_GBX = jax.nn.sigmoid(jax.nn.logsumexp(own_GBXS, axis=-1) - rest_GBX)
-    real_BX = jnp.repeat(inputs.positions_BT >= 0, H // G, axis=1)
-    values_GSF = context.values[0].astype(jnp.float32).swapaxes(0, 1)
-    return _Head(own_GBXS.reshape(G, B * X, -1), (weight_GBX * real_BX).reshape(G, B * X), values_GSF)
-
-
-def fit(head: _Head, count: int) -> tuple[Int[Array, " k"], Float[Array, " k"], Float[Array, "k f"]]:
-    """The slots chosen, their biases, and their values."""
-    part_NS = jax.nn.softmax(head.scores_NS, axis=-1)  # of the context's mass
-    weight_N = head.weight_N
+    Returns:
+      The slots chosen, their biases, and their new values.
+    """
+    part_NS = jax.nn.softmax(scores_NS, axis=-1)  # of the mass of all slots
     chosen_K, mass_K = choose(part_NS * weight_N[:, None], weight_N, count)
     bias_K = jnp.log(mass_K)
-    own_NK = jax.nn.softmax(head.scores_NS[:, chosen_K] + bias_K, axis=-1)
-    values_KF = _values(own_NK, part_NS @ head.values_SF, head.weight_N, head.values_SF[chosen_K])
-    return chosen_K, bias_K, values_KF
+    own_NK = jax.nn.softmax(scores_NS[:, chosen_K] + bias_K, axis=-1)
+    return chosen_K, bias_K, _values(own_NK, part_NS @ values_SF, weight_N, values_SF[chosen_K])
 
 
 def choose(

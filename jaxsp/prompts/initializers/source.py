@@ -7,11 +7,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxsp.models.attention import AttentionInputs, Slots
 from jaxsp.typing import AnyArray, Array, Float, Int, KeyValues
 
-Compact = Callable[[AttentionInputs], Slots]
-"""Gives the slots that replace the context's in one layer; ``inputs.slots`` are preamble, context, row."""
+Fit = Callable[
+    [Float[Array, "n s"], Float[Array, " n"], Float[Array, "s f"]],
+    tuple[Int[Array, " k"], Float[Array, " k"], Float[Array, "k f"]],
+]
+"""Replaces a head's S slots by K. From the scores of N queries, their weights and the slots' values: the
+slots whose keys stay, their biases, and their new values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +29,8 @@ class Source:
       vocab_size: V.
       read: gives the keys and values of input vectors ``[K, D]``, read after the preamble.
       context: gives those of the context, read after the preamble.
-      compacted: reads the training rows after the context, layer by layer, each with what ``Compact`` makes
-        of the context's slots there, and gives these; ``None`` if there are no rows.
+      compacted: reads the training rows after the context, layer by layer, each with what ``Fit`` makes of
+        the context's slots there, and gives these; ``None`` if there are no rows.
     """
 
     key: Array
@@ -37,4 +40,4 @@ class Source:
     vocab_size: int
     read: Callable[[Float[Array, "k d"]], KeyValues]
     context: Callable[[], KeyValues]
-    compacted: Callable[[Compact], KeyValues] | None = None
+    compacted: Callable[[Fit], KeyValues] | None = None
