@@ -223,5 +223,5 @@ def evaluate(
     problem = run_teacher(model, job, settings.teacher, read_preamble(model), display)
     with display.phase("evaluate", "Evaluation"):
         measured = brackets.measure_all(model, problem, {"prompt": prompt.sigma}, settings, known={})
-        summary = reports.summarise(model, problem, measured, settings.training.seed)
+        summary = reports.summarise(model, problem, measured, context, settings)
     return {**reports.report_header(model, prompt), **summary}

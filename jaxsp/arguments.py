@@ -101,6 +101,13 @@ def _options(kind: type) -> Iterator[str]:
 _NUMBERS = {  # what Python says of a number that is none
     r"Error parsing (\S+): invalid literal for int\(\) with base 10:": r"\1 must be a whole number, not",
     r"Error parsing (\S+): could not convert string to float:": r"\1 must be a number, not",
+    # Of an option that may also be left out.
+    r"Error parsing (\S+): no type matching INT could be instantiated from \['(.*?)'\]": (
+        r"\1 must be a whole number, not '\2'"
+    ),
+    r"Error parsing (\S+): no type matching FLOAT could be instantiated from \['(.*?)'\]": (
+        r"\1 must be a number, not '\2'"
+    ),
 }
 
 

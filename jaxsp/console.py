@@ -12,6 +12,7 @@ from rich.table import Table
 
 from jaxsp.artifact import SoftPrompt
 from jaxsp.evaluation.brackets import BRACKETS
+from jaxsp.files import size
 from jaxsp.plan import Plan
 from jaxsp.runs.folder import Result
 
@@ -65,12 +66,15 @@ def print_prompt(prompt: SoftPrompt) -> None:
 
 
 def print_brackets(report: Mapping[str, Any]) -> None:
-    """Prints the held-out figures of every bracket, and the verdict."""
-    columns = {"kl": "KL", "nll": "NLL", "zero_one": "0/1", "rouge_l": "ROUGE-L"}
+    """Prints the held-out figures of every bracket, what the model itself can, and the verdict."""
+    brackets = report["held_out"]["brackets"]
+    columns = {"kl": "KL", "decisive_agreement": "decisive", "facts_right": "facts", "accuracy": "accuracy"}
+    columns = {metric: title for metric, title in columns.items() if metric in brackets["prompt"]}
+    columns |= {"zero_one": "0/1", "rouge_l": "ROUGE-L"}
     table = Table("held-out queries", *columns.values(), box=None, padding=(0, 2, 0, 0))
-    for name, row in report["held_out"]["brackets"].items():
+    for name, row in brackets.items():
         table.add_row(BRACKETS[name], *(f"{row[metric]:.3f}" for metric in columns))
-    _print(table, report["verdict"]["text"])
+    _print(table, *filter(None, [report["teacher"]["text"]]), report["verdict"]["text"])
 
 
 def print_summary(result: Result, out: str, started: float) -> None:
@@ -106,16 +110,6 @@ def result_row(result: Result) -> list[str]:
 def print_results(rows: Iterable[list[str]]) -> None:
     """Prints the rows of many prompts."""
     _print(_table(rows, "id", "objective", "K", "tokens", "gap closed", "σ: KL", "none: KL", box=None))
-
-
-def size(count: int) -> str:
-    """A number of bytes for people.
-
-    Example:
-      >>> size(3 * 2**20), size(5 * 2**30)
-      ('3.0 MiB', '5.00 GiB')
-    """
-    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def _print_pairs(rows: Mapping[str, object]) -> None:

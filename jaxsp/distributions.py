@@ -142,7 +142,7 @@ def _few(rows: Rows, key: Array) -> Rows:
 def _compacted(
     params: Params, config: DecoderConfig, preamble: KeyValues, context: KeyValues, rows: Rows, fit: Fit
 ) -> KeyValues:
-    """What ``fit`` makes of the context, as ``rows`` are read after it."""
+    """The slots that ``fit`` makes of the context, as ``rows`` are read after it."""
     end = context.next_position[:, None]
     positions = jnp.where(rows.offsets == EMPTY, EMPTY, end + rows.offsets)
     inputs = decoder.embed(params, config, rows.tokens)

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and their sizes for people."""
 
 from __future__ import annotations
 
@@ -32,3 +32,13 @@ def atomic_write(file: Path, content: bytes | str) -> None:
         scratch.replace(file)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def size(count: int) -> str:
+    """A number of bytes for people.
+
+    Example:
+      >>> size(3 * 2**20), size(5 * 2**30)
+      ('3.0 MiB', '5.00 GiB')
+    """
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

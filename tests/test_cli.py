@@ -484,7 +484,7 @@ def test_resume_of_a_finished_run_changes_nothing(compress, tmp_path, monkeypatc
     monkeypatch.setattr("jaxsp.training.drivers.JitDriver.step", out_of_memory)  # none is done
     code, again, err = compress("--resume")
     assert code == 0, err
-    figures = first.split("vectors for")[0]  # what follows has the seconds
+    figures = first.split("slots for")[0]  # what follows has the seconds
     assert again.startswith(figures)
     assert (tmp_path / "out" / "prompt.safetensors").read_bytes() == before
 
@@ -527,7 +527,7 @@ def test_ask_inspect_evaluate(jaxsp_command, finished, job, tiny_directory, monk
     assert jaxsp_command("ask", finished / "prompt.safetensors", "-", "--max-tokens", 5) == quoted
     code, out, err = jaxsp_command("inspect", finished)
     assert code == 0
-    assert "embedding, 4 vectors" in out
+    assert "embedding, 4 slots" in out
     assert "kl, 2 steps" in out
     code, out, err = jaxsp_command("evaluate", finished, "--queries", job["queries"], "--json")
     assert code == 0, err
@@ -586,7 +586,7 @@ def test_a_prompt_of_version_0_1_loads(jaxsp_command, finished, tmp_path):
     manifest["model"]["weights"] = "int8"
     (old / "manifest.json").write_text(json.dumps(manifest))
     assert jaxsp.SoftPrompt.load(old).quantization == "int8"
-    assert "embedding, 4 vectors" in jaxsp_command("inspect", old)[1]
+    assert "embedding, 4 slots" in jaxsp_command("inspect", old)[1]
 
 
 def test_evaluate_repeats_the_reports_numbers(jaxsp_command, finished, tmp_path):

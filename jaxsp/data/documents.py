@@ -14,10 +14,17 @@ from jaxsp.typing import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """An input z, and the answer to train towards if the user gives one (else the teacher's)."""
+    """An input z.
+
+    Attributes:
+      text: the query.
+      answer: to train towards, if the user gives one (else the teacher's).
+      expect: texts that a right answer contains, where that is known; the report counts them.
+    """
 
     text: str
     answer: str | None = None
+    expect: tuple[str, ...] = ()
 
 
 def read_text(path: str | Path) -> str:
@@ -50,7 +57,7 @@ def read_context(path: str | Path) -> str:
 
 
 def read_queries(path: str | Path) -> list[Query]:
-    """Queries from a file: one per line, or JSONL ``{"query": ..., "answer": optional}``.
+    """Queries from a file: one per line, or JSONL ``{"query": ..., "answer": ..., "expect": [...]}``.
 
     A file is JSONL if its name ends in ``.jsonl`` or its first character is ``{``. Blank lines are
     passed over.
@@ -137,8 +144,12 @@ def _from_dict(row: object, where: str) -> Query:
     answer = row.get("answer")
     if answer is not None and not (isinstance(answer, str) and answer.strip()):
         raise UserError(f"{where}: the answer must be a text that is not empty.")
-    if unknown := sorted(set(row) - {"query", "answer"}):
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; the keys are query and answer.")
+    expect = row.get("expect", [])
+    expect = [expect] if isinstance(expect, str) else expect
+    if not (isinstance(expect, list | tuple) and all(isinstance(e, str) and e.strip() for e in expect)):
+        raise UserError(f"{where}: expect must be a text, or a list of texts, that a right answer contains.")
+    if unknown := sorted(set(row) - {"query", "answer", "expect"}):
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; the keys are query, answer and expect.")
     if not row["query"].strip():
         raise UserError(f"{where}: the query is empty.")
-    return Query(row["query"].strip(), answer and answer.strip())
+    return Query(row["query"].strip(), answer and answer.strip(), tuple(expect))

@@ -8,32 +8,33 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import jinja2
 import numpy as np
 
 from jaxsp.artifact import SoftPrompt
 from jaxsp.evaluation.brackets import BRACKETS, TRAINED, Measured
+from jaxsp.evaluation.facts import agrees, is_right, says, stands_in
 from jaxsp.evaluation.metrics import ANSWER_METRICS, Answer, gap_closed
-from jaxsp.files import atomic_write
+from jaxsp.files import atomic_write, size
+from jaxsp.models.config import DecoderConfig
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.settings import Settings
 from jaxsp.teacher.problem import Problem
-
-NEGLIGIBLE = 0.05
-"""A KL below this many nats a token is as good as none, whatever the brackets."""
-
-CAPTURED = 0.75
-"""A query counts as captured if σ closes at least this fraction of its gap to the full context ..."""
-
-PEAK = 1.0
-"""... and is nowhere in the answer further from it than this many nats: one wrong number is a wrong
-answer, however well the words around it fit."""
 
 GOOD = 0.8
 """Overall: the fraction of the gap from which σ is called a good stand-in."""
 
+LEARNT = 0.9
+"""Part of the training queries' decisive tokens that a prompt long enough gets right."""
+
+WEAK = 0.7
+"""A teacher whose answers are right less often than this is advised against."""
+
 
 def summarise(
-    model: LanguageModel, problem: Problem, measured: dict[str, Measured], seed: int
+    model: LanguageModel, problem: Problem, measured: dict[str, Measured], context: str, settings: Settings
 ) -> dict[str, Any]:
     """The report's fields that come from the measurements.
 
@@ -41,11 +42,12 @@ def summarise(
       model: whose tokenizer reads the answers.
       problem: the queries, and what the teacher said.
       measured: by bracket, all of ``BRACKETS`` (but for ``initial``, if the start isn't known), in any order.
-      seed: seed of the bootstrap.
+      context: the text that σ stands for.
+      settings: settings of the prompt; the seed is that of the bootstrap, too.
 
     Returns:
       The report's ``gap_closed``, ``gap_closed_vs_truncated``, ``held_out``, ``train`` (if any query is for
-      training), ``queries`` and ``verdict``; ``by_position`` for the plot.
+      training), ``queries``, ``teacher`` and ``verdict``; ``by_position`` for the plot.
     """
     is_train, mask = problem.job.is_train, problem.rows.mask
     known = [name for name in BRACKETS if name in measured]
@@ -57,17 +59,23 @@ def summarise(
         for name in known
     }
     kl = {name: at["kl"].sum(axis=1) for name, at in positions.items()}
+    # Tokens that the model gets wrong without the context, and right with it.
+    decisive = mask & (positions["no_context"]["zero_one"] > 0)
 
     def part(split: np.ndarray, names: Iterable[str]) -> dict[str, Any]:
         brackets = {
             name: {m: float(v[split].sum() / counts[split].sum()) for m, v in positions[name].items()}
             for name in names
         }
+        there = decisive & split[:, None]
+        for name, found in brackets.items():
+            wrong = positions[name]["zero_one"][there]
+            found["decisive_agreement"] = float(1 - wrong.mean()) if wrong.size else 1.0
         return {"queries": int(split.sum()), "brackets": brackets}
 
     def gap(bracket: str) -> dict[str, float]:
         ours, theirs = ((kl[name][~is_train], counts[~is_train]) for name in ("prompt", bracket))
-        return gap_closed(ours, theirs, seed)
+        return gap_closed(ours, theirs, settings.training.seed)
 
     report: dict[str, Any] = {
         "gap_closed": gap("no_context"),
@@ -75,26 +83,12 @@ def summarise(
         "held_out": part(~is_train, known),
     }
     for name, found in report["held_out"]["brackets"].items():
-        pairs = [(answers["full_context"][i], answers[name][i]) for i in held_out]
-        found |= {m: float(np.mean([f(*pair) for pair in pairs])) for m, f in ANSWER_METRICS.items()}
+        found |= _of_answers(problem, answers["full_context"], answers[name])
     if is_train.any():
         report["train"] = part(is_train, TRAINED)
-    report["queries"] = [
-        {
-            "query": query.text,
-            "split": "train" if is_train[i] else "held_out",
-            "kl": float(kl["prompt"][i] / counts[i]),
-            "kl_no_context": float(kl["no_context"][i] / counts[i]),
-            "peak_kl": float(positions["prompt"]["kl"][i].max()),
-            "answer_full_context": _answer(model, problem.answers[i]).text,
-            **{f"answer_{name}": answers[name][i].text for name in TRAINED if not is_train[i]},
-        }
-        for i, query in enumerate(problem.job.queries)
-    ]
-    for query in report["queries"]:
-        close = query["kl"] <= max(NEGLIGIBLE, (1 - CAPTURED) * query["kl_no_context"])
-        query["captured"] = close and query["peak_kl"] <= PEAK
-    report["verdict"] = _verdict(report)
+    report["queries"] = _queries(model, problem, positions, answers, decisive)
+    report["teacher"] = _teacher(report, context)
+    report["verdict"] = _verdict(report, settings.prompt.kind)
     seen = np.maximum(mask[~is_train].sum(axis=0), 1)
     last = int(mask[~is_train].any(axis=0).sum())
     report["by_position"] = {
@@ -103,6 +97,48 @@ def summarise(
         if name != "initial"
     }
     return report
+
+
+def _of_answers(problem: Problem, full: dict[int, Answer], own: dict[int, Answer]) -> dict[str, float]:
+    """Shares of a bracket's free-running answers: beside the full context's, and by what is known."""
+    asked = [(problem.job.queries[i], answer.text) for i, answer in own.items()]
+    shares = {
+        "facts_right": [all(says(text, fact) for fact in q.expect) for q, text in asked if q.expect],
+        "accuracy": [says(text, q.answer) for q, text in asked if q.answer is not None],
+        **{m: [measure(full[i], own[i]) for i in own] for m, measure in ANSWER_METRICS.items()},
+    }
+    return {name: float(np.mean(values)) for name, values in shares.items() if values}
+
+
+def _queries(
+    model: LanguageModel,
+    problem: Problem,
+    positions: dict[str, dict[str, np.ndarray]],
+    answers: dict[str, dict[int, Answer]],
+    decisive: np.ndarray,
+) -> list[dict[str, Any]]:
+    """Each query with what was measured on it."""
+    rows, mask, found = problem.rows, problem.rows.mask, []
+    for i, query in enumerate(problem.job.queries):
+        kl = {name: positions[name]["kl"][i] for name in TRAINED}
+        row = {
+            "query": query.text,
+            "split": "train" if problem.job.is_train[i] else "held_out",
+            "kl": float(kl["prompt"].sum() / mask[i].sum()),
+            "kl_no_context": float(kl["no_context"].sum() / mask[i].sum()),
+            "peak_kl": float(kl["prompt"].max()),
+            "decisive_tokens": int(decisive[i].sum()),
+            "answer_full_context": _answer(model, problem.answers[i]).text,
+        }
+        if i in answers["prompt"]:
+            ours, ids = answers["prompt"][i], rows.targets["tokens"][i, mask[i]]
+            row |= {f"answer_{name}": answers[name][i].text for name in TRAINED}
+            row["captured"] = agrees(ids.tolist(), decisive[i, mask[i]].tolist(), ours.ids, model.stop_ids)
+            if query.answer is not None:  # the model's own words are others
+                row["captured"] = says(ours.text, query.answer)
+            row["right"] = is_right(row["answer_full_context"], query)
+        found.append(row)
+    return found
 
 
 def report_header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
@@ -115,10 +151,21 @@ def report_header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
         "context_tokens": manifest["context_tokens"],
         "prompt_length": prompt.prompt_length,
         "compression": manifest["context_tokens"] / prompt.prompt_length,
+        "kind": prompt.kind,
+        "prompt_bytes": sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(prompt.sigma)),
+        "prefix_bytes": {
+            "prompt": _key_value_bytes(model.config, prompt.prompt_length),
+            "full_context": _key_value_bytes(model.config, manifest["context_tokens"]),
+        },
         "objective": training["objective"],
         "steps": training["steps"],
         "kept": training.get("keep", "best"),
     }
+
+
+def _key_value_bytes(config: DecoderConfig, slots: int) -> int:
+    """The keys and values of so many slots, as the model keeps them while it answers."""
+    return 2 * config.layers * slots * config.kv_heads * config.head_width * jnp.dtype(config.dtype).itemsize
 
 
 def write(report: dict[str, Any], lines: list[dict[str, Any]], directory: Path) -> None:
@@ -144,31 +191,51 @@ def markdown(report: dict[str, Any]) -> str:
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"interval": _interval, "one_line": _one_line}
+    environment.filters |= {"interval": _interval, "cell": _cell, "size": size}
     source = importlib.resources.files("jaxsp.evaluation").joinpath("report.md.jinja").read_text("utf-8")
     return environment.from_string(source).render(report, bracket_names=BRACKETS)
 
 
-def _verdict(report: dict[str, Any]) -> dict[str, Any]:
+def _teacher(report: dict[str, Any], context: str) -> dict[str, Any]:
+    """The teacher's own answers, by which σ is judged: those right, and those that stand in the document."""
+    held_out = [q for q in report["queries"] if q["split"] == "held_out"]
+    checked = {"right": [q["right"] for q in held_out if q["right"] is not None]}
+    standing = [stands_in(q["answer_full_context"], context, q["query"]) for q in held_out]
+    checked["standing"] = [there for there in standing if there is not None]
+    words = {"right": "are right", "standing": "with figures or names have only those of the document"}
+    parts = [
+        f"{sum(found)} of {len(found)} held-out answers {words[n]}" for n, found in checked.items() if found
+    ]
+    shares = [sum(found) / len(found) for found in checked.values() if found]
+    weak = bool(shares) and shares[0] < WEAK
+    text = f"The model itself, with the whole context: {'; '.join(parts)}." if parts else ""
+    if weak:
+        text += " σ can be no better: take a larger model (`jaxsp plan MODEL` says what it takes)."
+    return {"text": text, "weak": weak}
+
+
+def _verdict(report: dict[str, Any], kind: str) -> dict[str, Any]:
     held_out, train = ([q for q in report["queries"] if q["split"] == s] for s in ("held_out", "train"))
     missed = [q for q in held_out if not q["captured"]]
     gap, brackets = report["gap_closed"], report["held_out"]["brackets"]
     good = not missed and gap["value"] >= GOOD
     text = f"σ closes {_interval(gap)} of the gap between no context and the full context. "
     if good:
-        text += f"It captured what the context contributes to all {len(held_out)} held-out queries."
+        text += f"Its answers to all {len(held_out)} held-out queries have what the context decides."
     else:
         text += (
-            f"It captured what the context contributes to {len(held_out) - len(missed)} of"
-            f" {len(held_out)} held-out queries, and has not captured it for {len(missed)}."
+            f"Its answers to {len(held_out) - len(missed)} of {len(held_out)} held-out queries have what the"
+            f" context decides; {len(missed)} lose it, and such questions need the whole document."
         )
     if brackets["prompt"]["kl"] >= brackets["truncated_context"]["kl"]:
         text += " It is no better than the context cut to its length: don't use it."
-    suggestions = []
+    suggestions = []  # the one that brings most first
     if not good:
+        if kind == "embedding":
+            suggestions.append("keys and values in every layer (--kind key_value)")
         if train and np.mean([q["kl"] for q in held_out]) > 1.5 * np.mean([q["kl"] for q in train]):
             suggestions.append("add queries like those missed (--queries)")
-        if sum(not q["captured"] for q in train) > len(train) / 10:
+        if train and report["train"]["brackets"]["prompt"]["decisive_agreement"] < LEARNT:
             suggestions.append("a longer prompt (--prompt-length)")
         suggestions.append("more steps (--steps)")
         text += f" What may help: {', '.join(suggestions)}."
@@ -184,5 +251,6 @@ def _answer(model: LanguageModel, ids: list[int]) -> Answer:
     return Answer(ids, tokenizer.decode(ids, skip_special_tokens=True).strip())
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split()) or "(empty)"
+def _cell(text: str) -> str:
+    """A text in a cell of a table."""
+    return " ".join(text.split()).replace("|", r"\|") or "(empty)"

@@ -24,7 +24,7 @@ from jaxsp.models.rope import rotate, rotation
 from jaxsp.typing import EMPTY, AnyArray, Array, Float, Int, KeyValues, Params, ceil_div
 
 Rewrite = Callable[[AttentionInputs], tuple[Slots, ...]]
-"""What stands in a layer in place of the pieces read before; the queries are those of that layer."""
+"""Gives the slots that stand in a layer in place of the pieces read before, from that layer's queries."""
 
 
 class LayerInputs(NamedTuple):

@@ -21,7 +21,7 @@ class PromptKind(Protocol):
 
     @property
     def DEFAULTS(self) -> Mapping[str, Any]:
-        """What ``initial``, ``optimizer`` and ``learning_rate`` are where the settings don't say."""
+        """Values of ``initial``, ``optimizer`` and ``learning_rate`` where the settings don't say."""
         ...
 
     def initial(self, start: Start) -> PyTree:
@@ -40,7 +40,7 @@ class PromptKind(Protocol):
         ...
 
     def rates(self, sigma: PyTree, factors: Mapping[str, float]) -> PyTree:
-        """How far a step moves each entry at a learning rate of 1: arrays that broadcast to σ's.
+        """Sizes of a step of each entry at a learning rate of 1: arrays that broadcast to σ's.
 
         Relative to the size of σ's entries at its start, which differs from family to family; 0 for what
         stays as it is. ``factors`` are the user's own, by the name of a part of σ, or ``first``: its first

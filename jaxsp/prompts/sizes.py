@@ -11,8 +11,8 @@ def root_mean_square(x: Float[AnyArray, "*axes"], axis: tuple[int, ...] | None =
     """The root mean square over these axes, which stay with size 1; 1 where all entries are 0.
 
     Example:
-      >>> root_mean_square(jnp.array([3.0, 4.0])).round(2).tolist()
-      [3.54]
+      >>> root_mean_square(jnp.array([1.0, 7.0])).tolist()
+      [5.0]
     """
     size = jnp.sqrt(jnp.mean(jnp.square(jnp.asarray(x)), axis=axis, keepdims=True))
     return jnp.where(size > 0, size, 1.0)

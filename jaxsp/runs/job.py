@@ -61,8 +61,8 @@ class Job:
             **decides_result(self.settings),
             **model_identity(model),
             "context": digest(self.tokenized(model).context_ids.tolist()),
-            "queries": digest([[query.text, query.answer] for query in self.train]),
-            "held_out": digest([[query.text, query.answer] for query in self.held_out]),
+            "queries": digest([dataclasses.astuple(query) for query in self.train]),
+            "held_out": digest([dataclasses.astuple(query) for query in self.held_out]),
         }
 
 

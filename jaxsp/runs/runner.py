@@ -390,7 +390,7 @@ class Runner:
             sigmas = {"prompt": sigma, "initial": initial}
             measured = brackets.measure_all(self.model, problem, sigmas, job.settings, known)
             self.brackets.keep(key, {name: m for name, m in measured.items() if name != "prompt"})
-            return reports.summarise(self.model, problem, measured, job.settings.training.seed)
+            return reports.summarise(self.model, problem, measured, job.context, job.settings)
 
 
 def _checkpoints(folder: Path) -> Checkpoints:

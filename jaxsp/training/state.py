@@ -27,7 +27,7 @@ class TrainState:
       best_sigma: the σ with the lowest held-out KL so far.
       best_kl: that KL, in nats; infinite before the first evaluation.
       schedule: the number of steps, and the learning rate of each.
-      rates: how far a step moves each entry at a learning rate of 1: arrays that broadcast to σ's.
+      rates: sizes of a step of each entry at a learning rate of 1: arrays that broadcast to σ's.
     """
 
     sigma: PyTree

@@ -63,7 +63,7 @@ def query(split, kl, captured):
     return {"query": f"{split} {kl}", "split": split, "kl": kl, "captured": captured}
 
 
-def verdict(gap, queries, truncated=1.0):
+def verdict(gap, queries, truncated=1.0, learnt=1.0, kind="key_value"):
     ours = float(np.mean([q["kl"] for q in queries if q["split"] == "held_out"]))
     brackets = {"prompt": {"kl": ours}, "truncated_context": {"kl": truncated}}
     return _verdict(
@@ -71,24 +71,30 @@ def verdict(gap, queries, truncated=1.0):
             "queries": queries,
             "gap_closed": {"value": gap, "low": gap - 0.1, "high": gap + 0.1},
             "held_out": {"brackets": brackets},
-        }
+            "train": {"brackets": {"prompt": {"decisive_agreement": learnt}}},
+        },
+        kind,
     )
 
 
 def test_verdicts():
     good = verdict(0.9, [query("held_out", 0.1, True), query("train", 0.1, True)])
-    assert "to all 1 held-out queries" in good["text"]
+    assert "answers to all 1 held-out queries" in good["text"]
     assert good["missed"] == good["suggestions"] == []
 
     unseen = verdict(0.5, [query("held_out", 0.9, False), query("train", 0.1, True)])
-    assert "has not captured it for 1" in unseen["text"]
+    assert "1 lose it" in unseen["text"]
     assert unseen["missed"] == ["held_out 0.9"]
     assert any("--queries" in s for s in unseen["suggestions"])
     assert not any("--prompt-length" in s for s in unseen["suggestions"])
 
-    small = verdict(0.5, [query("held_out", 0.9, False), query("train", 0.9, False)])
+    small = verdict(0.5, [query("held_out", 0.9, False), query("train", 0.9, False)], learnt=0.5)
     assert any("--prompt-length" in s for s in small["suggestions"])
     assert not any("--queries" in s for s in small["suggestions"])
+
+    weak = verdict(0.5, [query("held_out", 0.9, False)], kind="embedding")
+    assert "--kind key_value" in weak["suggestions"][0]
+    assert "key_value" not in small["text"]
 
     useless = verdict(0.1, [query("held_out", 1.5, False)], truncated=1.2)
     assert "no better than the context cut to its length" in useless["text"]

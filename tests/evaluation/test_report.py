@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+import re
+
 import jinja2
 import pytest
 
 from jaxsp.evaluation.brackets import BRACKETS
 from jaxsp.evaluation.report import markdown
 
-METRICS = ("kl", "reverse_kl", "js", "nll", "zero_one", "rank_agreement", "confidence_shift")
-ROW = dict.fromkeys((*METRICS, "sequence_mismatch", "rouge_l"), 0.25)
-TRAIN_ROW = dict.fromkeys(METRICS, 0.25)
-ABOUT = (
-    "Per answer position: KL, reverse KL, JS and NLL in nats; 0/1: another first token; rank agreement"
-    " (Kendall's τ) of the ten best tokens, 1 at best; confidence shift: how much surer of its first token, 0"
-    " at best."
-)
+NAMES = [
+    "kl",
+    "decisive_agreement",
+    "zero_one",
+    "reverse_kl",
+    "js",
+    "nll",
+    "rank_agreement",
+    "confidence_shift",
+]
+TRAIN_ROW = dict.fromkeys(NAMES, 0.25)
+ROW = {**TRAIN_ROW, **dict.fromkeys(("facts_right", "sequence_mismatch", "rouge_l"), 0.25)}
 TABLE = f"""\
-{ABOUT} The last two compare free-running answers with the full context's.
-
 | bracket | {" | ".join(ROW)} |
-|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|
-| the trained soft prompt σ | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 |
-| nothing where the context stood | nan | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 |
+|---|{"---:|" * len(ROW)}
+| the trained soft prompt σ |{" 0.250 |" * len(ROW)}
+| nothing where the context stood | nan |{" 0.250 |" * (len(ROW) - 1)}
 """
 TRAIN_TABLE = f"""\
-{ABOUT}
-
 | bracket | {" | ".join(TRAIN_ROW)} |
-|---|---:|---:|---:|---:|---:|---:|---:|
-| the trained soft prompt σ | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 |
+|---|{"---:|" * len(TRAIN_ROW)}
+| the trained soft prompt σ |{" 0.250 |" * len(TRAIN_ROW)}
 """
 
 
@@ -45,7 +47,11 @@ def report() -> dict:
     return {
         "prompt_length": 4,
         "context_tokens": 87,
+        "teacher": {"text": "The model itself is right."},
         "verdict": {"text": "σ closes most of it."},
+        "kind": "embedding",
+        "prompt_bytes": 2**21,
+        "prefix_bytes": {"prompt": 2**20, "full_context": 5 * 2**30},
         "model": "tiny <i> & {{ 1 }}",
         "dtype": "float32",
         "quantization": "none",
@@ -58,7 +64,7 @@ def report() -> dict:
         "held_out": part,
         "train": {"queries": 2, "brackets": {"prompt": TRAIN_ROW}},
         "queries": [
-            query("Near?", "held_out", 0.25),
+            query("Near?", "held_out", 0.25, "yes | no"),
             query("Only {% trained %} on?", "train", 9.0),
             query("<b>Far</b> & {{ verdict }}?", "held_out", 0.5, "one\n\n <two>\t{{ 3 }} # "),
             query("As near?", "held_out", 0.25, " \n"),
@@ -70,14 +76,18 @@ def report() -> dict:
 def test_the_report_for_people(report):
     """Users' texts stand as they are but in one line; queries of equal KL keep their order."""
     assert (
-        markdown(report)
+        re.sub(r"## The columns\n\n.*?\n\n", "", markdown(report))
         == f"""\
 # 4 slots for 87 tokens
+
+The model itself is right.
 
 σ closes most of it.
 
 - model: tiny <i> & {{{{ 1 }}}} (float32, quantization: none)
-- compression: 21.8×, objective: kl, 2 steps
+- σ: embedding, 4 slots, 2.0 MiB as a file; 1.0 MiB of keys and values in front of a query, where the whole\
+ context takes 5.00 GiB (21.8×)
+- training: kl, 2 steps
 - gap closed on held-out queries: 81.2% (95% interval -50.0% to 100.0%) (0: no context, 1: full context)
 - the same against the truncated context: 50.0% (95% interval 25.0% to 75.0%)
 
@@ -95,50 +105,45 @@ The σ kept is the one with the lowest held-out KL of those evaluated during tra
 
 ![by query](plots/by_query.png)
 
-## The worst held-out queries
+## All held-out answers
 
-### <b>Far</b> & {{{{ verdict }}}}?
-
-KL 0.500, at its worst token 1.000; no context 1.000: **not captured**.
-
-- full context: one <two> {{{{ 3 }}}} #
-- σ: one <two> {{{{ 3 }}}} #
-- no context: one <two> {{{{ 3 }}}} #
-
-### Near?
-
-KL 0.250, at its worst token 0.500; no context 1.000: captured.
-
-- full context: yes
-- σ: yes
-- no context: yes
-
-### As near?
-
-KL 0.250, at its worst token 0.500; no context 1.000: captured.
-
-- full context: (empty)
-- σ: (empty)
-- no context: (empty)
+| query | full context | σ | no context | captured | KL: σ / no context / worst token of σ |
+|---|---|---|---|---|---:|
+| <b>Far</b> & {{{{ verdict }}}}? | one <two> {{{{ 3 }}}} # | one <two> {{{{ 3 }}}} # |\
+ one <two> {{{{ 3 }}}} # | **no** | 0.500 / 1.000 / 1.000 |
+| Near? | yes \\| no | yes \\| no | yes \\| no | yes | 0.250 / 1.000 / 0.500 |
+| As near? | (empty) | (empty) | (empty) | yes | 0.250 / 1.000 / 0.500 |
 
 Seconds: load 0.0, total 12.3.
 """
     )
 
 
-def test_the_five_worst_are_shown_and_the_last_prompt_is_named(report):
+def test_all_held_out_answers_are_shown_and_the_last_prompt_is_named(report):
     report |= {"kept": "last", "queries": [query(f"q{i}?", "held_out", float(i)) for i in range(7)]}
     text = markdown(report)
-    assert [line for line in text.splitlines() if line.startswith("### ")] == [
-        f"### q{i}?" for i in (6, 5, 4, 3, 2)
-    ]
+    assert re.findall(r"^\| (q\d\?) ", text, re.MULTILINE) == [f"q{i}?" for i in range(6, -1, -1)]
     assert "\n\nThe σ kept is that of the last step.\n\n" in text
 
 
-def test_every_condition_has_its_words(report):
-    report["held_out"]["brackets"] = dict.fromkeys(BRACKETS, ROW)
+def test_a_start_that_is_the_truncated_context_is_one_row_with_it(report):
+    brackets = {name: {**ROW, "kl": i / 10} for i, name in enumerate(BRACKETS)}
+    report["held_out"]["brackets"] = {**brackets, "initial": brackets["truncated_context"]}
     text = markdown(report)
-    assert all(f"\n| {words} | 0.250 |" in text for words in BRACKETS.values())
+    assert f"| {BRACKETS['truncated_context']}, which is also σ before training | 0.300 |" in text
+    assert f"| {BRACKETS['initial']} |" not in text
+
+
+def test_every_column_is_explained(report):
+    explained = markdown(report).partition("## The columns")[2]
+    assert all(f"`{name}`" in explained or name.replace("_", " ") in explained.lower() for name in ROW)
+
+
+def test_every_condition_has_its_words(report):
+    report["held_out"]["brackets"] = {name: {**ROW, "kl": i / 10} for i, name in enumerate(BRACKETS)}
+    text = markdown(report)
+    for i, words in enumerate(BRACKETS.values()):
+        assert f"\n| {words} | {i / 10:.3f} |" in text
 
 
 def test_a_field_that_is_missing_is_no_blank(report):

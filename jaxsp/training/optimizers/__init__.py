@@ -62,7 +62,7 @@ def make_schedule(settings: TrainingSettings) -> Schedule:
 
 
 def make_rates(settings: Settings, sigma: PyTree) -> PyTree:
-    """How far a step moves each entry at a learning rate of 1, as the kind and ``rates`` say.
+    """Sizes of a step of each entry at a learning rate of 1, as the kind and ``rates`` say.
 
     An optimizer of the user's own moves all parts alike, but for those that stay.
 
