@@ -110,6 +110,7 @@ def test_compress_writes_everything(compress, tmp_path):
         "entropy",
         "confidence_shift",
         "cosine_similarity",
+        "decisive_agreement",
         "sequence_mismatch",
         "rouge_l",
     }
