@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load_file, save
 
 from jaxsp import distributions
 from jaxsp.errors import RENAMED
@@ -23,7 +23,7 @@ from jaxsp.models.chat import ChatTexts
 from jaxsp.models.config import DecoderConfig, Quantization
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.load import as_model
-from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.prompts import PROMPT_KINDS, storage
 from jaxsp.settings import Settings, plain
 from jaxsp.typing import Array, KeyValues, Params, PyTree, UserError
 
@@ -138,7 +138,7 @@ class SoftPrompt:
         """Writes the files into ``directory``, the manifest last: it never stands alone."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        data = save(named_arrays(self.sigma))
+        data = save(named_arrays(storage.pack(self.sigma, self.manifest["dtype"])))
         manifest = {**self.manifest, "sha256": hashlib.sha256(data).hexdigest()}
         if self.context is not None:
             atomic_write(directory / CONTEXT, self.context)
@@ -181,7 +181,7 @@ class SoftPrompt:
         try:
             context = directory / CONTEXT
             text = context.read_text("utf-8") if context.is_file() else None
-            return cls(_nested(load(data)), manifest, text)
+            return cls(storage.unpack(_nested(load_file(directory / ARRAYS))), manifest, text)
         except (SafetensorError, UnicodeDecodeError) as error:
             raise UserError(f"{directory} is damaged ({error}).") from error
 
@@ -208,7 +208,7 @@ def _prefix(params: Params, config: DecoderConfig, ids: Array, sigma: PyTree, ki
 def make_artifact(
     model: LanguageModel, job: TokenizedJob, settings: Settings, sigma: PyTree, context: str, *, steps: int
 ) -> SoftPrompt:
-    """A prompt with its manifest, but for the held-out figures.
+    """A prompt as it is saved, with its manifest, but for the held-out figures.
 
     Args:
       model: that it was trained for.
@@ -233,13 +233,13 @@ def make_artifact(
             "before_ids": job.preamble_ids.tolist(),
             "position_offset": len(job.preamble_ids),
         },
-        "dtype": "float32",
+        "dtype": settings.prompt.artifact_dtype,
         "model_dtype": model.config.dtype,
         "context_tokens": len(job.context_ids),
         "training": {**plain(settings), "steps": steps},
         "versions": environment()["versions"],
     }
-    return SoftPrompt(jax.tree.map(np.asarray, sigma), manifest, context)
+    return SoftPrompt(storage.rounded(sigma, settings.prompt.artifact_dtype), manifest, context)
 
 
 def environment() -> dict[str, Any]:

@@ -34,6 +34,8 @@ class PromptSettings:
     """Start of the prompt: match (fitted in closed form to the attention of the training queries), first,
     spread (tokens of the context), vocabulary or noise; by default match for key_value, first for
     embedding."""
+    artifact_dtype: str = _setting("float32", per_prompt=True)
+    """Dtype of the saved prompt: float32, bfloat16 or int8; the report says what each costs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Options(TypedDict, total=False):
     prompt_length: int
     kind: str
     initial: str | None
+    artifact_dtype: str
     max_answer_tokens: int
     objective: Any
     steps: int

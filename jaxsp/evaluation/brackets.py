@@ -15,7 +15,7 @@ from jaxsp import distributions
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.models import decoder
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.prompts import PROMPT_KINDS, storage
 from jaxsp.settings import Settings
 from jaxsp.teacher.answers import answer_ids
 from jaxsp.teacher.problem import Problem
@@ -76,6 +76,30 @@ def measure_all(
         positions = _positions(model, None, problem, held_out_alone=True)
         measured["full_context"] = Measured(positions, problem.job.held_out(problem.answers))
     return measured
+
+
+def storage_costs(
+    model: LanguageModel, problem: Problem, sigma: PyTree, settings: Settings
+) -> dict[str, dict[str, float]]:
+    """Bytes of σ in each dtype that it can be saved in, and its held-out KL after that.
+
+    Args:
+      model: the frozen model.
+      problem: the queries, and what the teacher said.
+      sigma: σ as it was trained.
+      settings: settings of the prompt.
+    """
+    held_out = problem.held_out
+    found = {}
+    for dtype in storage.DTYPES:
+        stored = storage.pack(sigma, dtype)
+        prefix = distributions.read_prompt(
+            model.params, model.config, storage.unpack(stored), problem.preamble, settings.prompt.kind
+        )
+        kl = at_positions(model, prefix, held_out, problem.packing, ["kl"])["kl"]
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(stored))
+        found[dtype] = {"bytes": size, "kl": float(kl.sum() / held_out.mask.sum())}
+    return found
 
 
 def measure(

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import jinja2
 import numpy as np
@@ -152,7 +151,6 @@ def report_header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
         "prompt_length": prompt.prompt_length,
         "compression": manifest["context_tokens"] / prompt.prompt_length,
         "kind": prompt.kind,
-        "prompt_bytes": sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(prompt.sigma)),
         "prefix_bytes": {
             "prompt": _key_value_bytes(model.config, prompt.prompt_length),
             "full_context": _key_value_bytes(model.config, manifest["context_tokens"]),

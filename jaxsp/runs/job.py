@@ -16,7 +16,7 @@ import numpy as np
 from jaxsp.data.documents import Query, as_queries, read_text, split_queries
 from jaxsp.losses import as_objective
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.prompts import PROMPT_KINDS, with_defaults
+from jaxsp.prompts import PROMPT_KINDS, storage, with_defaults
 from jaxsp.prompts.initializers import INITIALIZERS
 from jaxsp.settings import Settings, decides_result, make_settings, side_by_side
 from jaxsp.teacher.problem import TokenizedJob, digest, tokenize
@@ -98,6 +98,7 @@ def check_settings(settings: Settings) -> None:
     for name, value, table in (
         ("kind", settings.prompt.kind, PROMPT_KINDS),
         ("initial", settings.prompt.initial, INITIALIZERS),
+        ("artifact dtype", settings.prompt.artifact_dtype, storage.DTYPES),
         ("parallel", settings.devices.parallel, DRIVERS),
         ("keep", settings.training.keep, ("best", "last")),
     ):

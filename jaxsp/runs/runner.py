@@ -102,7 +102,7 @@ class Runner:
         self.preamble = read_preamble(self.model)
         self.problems = _Kept[Problem]()
         self.brackets = _Kept[dict[str, Measured]]()
-        self.running: dict[str, Problem] = {}
+        self.running: dict[str, tuple[Problem, PyTree]] = {}  # with σ before training
         # They keep the seconds of each job under way.
         self.displays = collections.defaultdict[str, Display](lambda: Display(visible=False))
         if single:
@@ -318,7 +318,7 @@ class Runner:
 
     def _training_job(self, job: Job, *, fresh: bool = True) -> TrainingJob:
         """The job as training takes it, once the teacher has spoken; its folder is made ready."""
-        self.running[job.id] = problem = self._problem(job)
+        problem = self._problem(job)
         self.displays.setdefault(job.id, Display(visible=False))
         folder, settings = self._folder(job), job.settings
         if folder is not None and fresh and processes.is_first():
@@ -326,6 +326,7 @@ class Runner:
                 folder.start(job.identity(self.model))
             folder.metrics.unlink(missing_ok=True)
         state, metrics = start_state(self.model, problem, settings), folder and folder.metrics
+        self.running[job.id] = problem, state.sigma
         packing = Packing.of(problem.rows.lengths, settings.training.batch_size)
         rows = problem.train, problem.held_out
         return TrainingJob(job.id, state, *rows, packing, settings.training.patience, metrics)
@@ -348,7 +349,7 @@ class Runner:
 
     def _finish(self, job: Job, trained: TrainingResult) -> Result:
         """The result of a job whose training has ended, saved if there is a folder."""
-        problem, display = self.running.pop(job.id), self.displays.pop(job.id)
+        (problem, initial), display = self.running.pop(job.id), self.displays.pop(job.id)
         settings, state = job.settings, trained.state
         kept = state.sigma if settings.training.keep == "last" else state.best_sigma
         prompt = make_artifact(
@@ -361,7 +362,13 @@ class Runner:
             **reports.report_header(self.model, prompt),
         }
         if trained.error is None:
-            measured = processes.on_first_process(lambda: self._measured(job, problem, prompt.sigma, display))
+            sigmas = {"prompt": prompt.sigma, "initial": initial}
+            measured = processes.on_first_process(
+                lambda: {
+                    **self._measured(job, problem, sigmas, display),
+                    "stored": brackets.storage_costs(self.model, problem, kept, settings),
+                }
+            )
             prompt.manifest["held_out"] = {
                 "gap_closed": measured["gap_closed"],
                 **measured["held_out"]["brackets"]["prompt"],
@@ -378,16 +385,16 @@ class Runner:
             result.save(folder.directory)
         return result
 
-    def _measured(self, job: Job, problem: Problem, sigma: PyTree, display: Display) -> dict[str, Any]:
+    def _measured(
+        self, job: Job, problem: Problem, sigmas: dict[str, PyTree], display: Display
+    ) -> dict[str, Any]:
         """The report's part on the queries: all brackets, the gap closed, the verdict.
 
         The brackets, which σ has no part in, are measured once for all jobs that have the same.
         """
-        initial = start_state(self.model, problem, job.settings).sigma
-        key = bracket_key(self.model, problem.job, job.settings, initial)
+        key = bracket_key(self.model, problem.job, job.settings, sigmas["initial"])
         known = self.brackets.get(key) or {}
         with display.phase("evaluate", "Evaluation"):
-            sigmas = {"prompt": sigma, "initial": initial}
             measured = brackets.measure_all(self.model, problem, sigmas, job.settings, known)
             self.brackets.keep(key, {name: m for name, m in measured.items() if name != "prompt"})
             return reports.summarise(self.model, problem, measured, job.context, job.settings)

@@ -20,7 +20,8 @@ def start_state(model: LanguageModel, problem: Problem, settings: Settings) -> T
     settings = with_defaults(settings)
     sigma = distributions.initial_prompt(
         model.params, model.config, context_ids, problem.preamble, key=own, rows=problem.train,
-        **vars(settings.prompt),
+        prompt_length=settings.prompt.prompt_length, initial=str(settings.prompt.initial),
+        kind=settings.prompt.kind,
     )  # fmt: skip
     optimizer, schedule = make_optimizer(settings.training), make_schedule(settings.training)
     return initial_state(sigma, optimizer, key=key, schedule=schedule, rates=make_rates(settings, sigma))

@@ -9,12 +9,14 @@ import sys
 import time
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
 
 import jaxsp
 from jaxsp import plan
+from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.runs import runner
 from jaxsp.training.drivers import JitDriver
 from jaxsp.typing import EMPTY, UserError
@@ -123,6 +125,19 @@ def test_neighbours_change_nothing_of_what_is_drawn(calm_model):
             assert ours.get(name) == theirs.get(name)
     kl = [r.report["held_out"]["brackets"]["prompt"]["kl"] for r in (beside, alone)]
     assert kl[0] == pytest.approx(kl[1], rel=2e-3)
+
+
+@pytest.mark.slow
+def test_kinds_may_be_mixed_in_one_run(calm_model):
+    """They train in groups, each as alone."""
+    jobs = [job(f"{kind}-{seed}", kind=kind, seed=seed) for seed in (0, 1) for kind in PROMPT_KINDS]
+    found = compress_many(calm_model, jobs)
+    assert [r.prompt.kind for r in found] == [row["kind"] for row in jobs]
+    for result, row in zip(found, jobs, strict=True):
+        (alone,) = compress_many(calm_model, [row])
+        for ours, theirs in zip(*(jax.tree.leaves(r.prompt.sigma) for r in (result, alone)), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        assert result.report["gap_closed"]["value"] > 0
 
 
 def test_one_folder_and_one_row_each(calm_model, results):

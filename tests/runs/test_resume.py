@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import jaxsp
+from jaxsp.prompts import PROMPT_KINDS
 from tests.conftest import CONTEXT, QUERIES
 
 STEPS = 160
@@ -65,16 +67,20 @@ def whole(tiny_model, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(command, whole, tiny_model, tmp_path):
+@pytest.mark.parametrize("kind", PROMPT_KINDS)
+def test_killed_and_resumed_equals_uninterrupted(command, whole, tiny_model, tmp_path, kind):
+    if kind != "embedding":
+        whole = compress(tiny_model, tmp_path / "whole", kind=kind)
     out = tmp_path / "pieces"
-    stop_after(command(out), out, 43, signal.SIGKILL)
-    code, err = stop_after(command(out, "--resume"), out, 90, signal.SIGINT)
+    stop_after(command(out, "--kind", kind), out, 43, signal.SIGKILL)
+    code, err = stop_after(command(out, "--kind", kind, "--resume"), out, 90, signal.SIGINT)
     assert code == 130
     assert "Interrupted after step" in err
     assert "--resume" in err
-    pieces = compress(tiny_model, out, resume=True)
+    pieces = compress(tiny_model, out, resume=True, kind=kind)
 
-    assert (whole.prompt.sigma["embeddings"] == pieces.prompt.sigma["embeddings"]).all()
+    for ours, theirs in zip(*(jax.tree.leaves(r.prompt.sigma) for r in (pieces, whole)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
     assert [line["step"] for line in pieces.lines] == list(range(STEPS + 1))
     for a, b in zip(whole.lines, pieces.lines, strict=True):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}

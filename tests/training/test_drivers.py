@@ -15,11 +15,12 @@ from jaxsp.data.documents import as_queries
 from jaxsp.data.packing import Packing
 from jaxsp.models.sharding import as_mesh
 from jaxsp.progress import Display
+from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.settings import make_settings
 from jaxsp.teacher.problem import read_preamble, run_teacher, tokenize
 from jaxsp.training.drivers import DRIVERS, MeshDriver, sharded_update
 from jaxsp.training.start import start_state
-from jaxsp.training.state import stack
+from jaxsp.training.state import stack, unstack
 from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import UserError
 from tests import programs, tiny
@@ -42,6 +43,7 @@ def model(tmp_path_factory):
 
 
 SETTINGS = make_settings({"prompt_length": 4, "steps": 10, "max_answer_tokens": 6})
+KINDS = {kind: make_settings({"kind": kind}, base=SETTINGS) for kind in PROMPT_KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +53,8 @@ def problem(model):
     return run_teacher(model, job, SETTINGS.teacher, read_preamble(model), Display(visible=False))
 
 
-def driver_of(model, problem, parallel, mesh=None):
-    settings = UpdateSettings.of(model.config, SETTINGS)
+def driver_of(model, problem, parallel, mesh=None, kind="embedding"):
+    settings = UpdateSettings.of(model.config, KINDS[kind])
     frozen = Frozen(model.params, problem.preamble)
     return DRIVERS[parallel](frozen, settings, mesh=mesh and as_mesh(mesh))
 
@@ -68,16 +70,16 @@ def batch_of(problem, driver, drawn):
     return jax.tree.map(lambda leaf: leaf[None], packing.pack(rows, drawn))
 
 
-def trained(model, problem, driver):
+def trained(model, problem, driver, kind="embedding"):
     rows, packing = problem.train, packing_of(problem)
-    states = driver.place(stack([start_state(model, problem, SETTINGS)]))
+    states = driver.place(stack([start_state(model, problem, KINDS[kind])]))
     losses = []
     for _ in range(SETTINGS.training.steps):
         fetched = driver.fetch(states)
         drawn = packing.draw(rows.lengths, int(fetched.cursor[0]), np.asarray(fetched.key[0]))
         states, metrics = driver.step(states, batch_of(problem, driver, drawn))
         losses.append(float(metrics["loss"][0]))
-    return losses, np.asarray(driver.fetch(states).sigma["embeddings"][0])
+    return losses, unstack(driver.fetch(states), 0).sigma
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +91,22 @@ def on_one_device(model, problem):
 def test_every_layout_trains_like_one_device(model, problem, on_one_device, mesh):
     driver = driver_of(model, problem, "mesh" if mesh else "pmap", mesh)
     losses, sigma = trained(model, problem, driver)
-    np.testing.assert_allclose(losses, on_one_device[0], rtol=1e-5)
-    expected = on_one_device[1]
-    np.testing.assert_allclose(sigma, expected, atol=1e-5 * np.abs(expected).max())
+    assert_same(losses, sigma, on_one_device)
+
+
+def assert_same(losses, sigma, expected):
+    np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(sigma), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in PROMPT_KINDS if kind != "embedding"])
+@pytest.mark.parametrize("mesh", [None, "data=2,model=4"])
+def test_every_kind_trains_on_devices_like_on_one(model, problem, kind, mesh):
+    one = trained(model, problem, driver_of(model, problem, "jit", kind=kind), kind)
+    driver = driver_of(model, problem, "mesh" if mesh else "pmap", mesh, kind)
+    assert_same(*trained(model, problem, driver, kind), one)
 
 
 def collectives(model, problem, mesh):

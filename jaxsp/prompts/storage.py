@@ -1,0 +1,58 @@
+"""The dtypes that a prompt can be saved in, and what rounding makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsp.typing import AnyArray, PyTree
+
+DTYPES = ("float32", "bfloat16", "int8")
+
+NARROW = 8
+"""Arrays whose last axis is shorter are not stored as int8: their scales would take as much."""
+
+
+def pack(sigma: PyTree, dtype: str) -> PyTree:
+    """The arrays as they are stored: in int8 each row has a scale, its largest entry over 127.
+
+    Single numbers stay float32: they are no parameters.
+
+    Args:
+      sigma: float32 arrays, in nested dicts.
+      dtype: one of ``DTYPES``.
+    """
+
+    def one(leaf: AnyArray) -> Any:
+        array = np.asarray(leaf, np.float32)
+        if dtype == "float32" or not array.ndim:
+            return array
+        if dtype == "bfloat16" or array.shape[-1] < NARROW:
+            return array.astype(jnp.bfloat16)
+        scale = np.maximum(np.abs(array).max(axis=-1, keepdims=True) / 127, np.finfo(np.float32).tiny)
+        return {"int8": np.rint(array / scale).astype(np.int8), "scale": scale}
+
+    return jax.tree.map(one, sigma)
+
+
+def unpack(stored: PyTree) -> PyTree:
+    """σ, float32, of what ``pack`` gave.
+
+    Example:
+      >>> unpack(pack({"keys": np.linspace(-1, 1, 16)}, "int8"))["keys"][:2].round(3).tolist()
+      [-1.0, -0.866]
+    """
+    if isinstance(stored, Mapping):
+        if stored.keys() == {"int8", "scale"}:
+            return stored["int8"].astype(np.float32) * stored["scale"]
+        return {name: unpack(part) for name, part in stored.items()}
+    return np.asarray(stored, np.float32)
+
+
+def rounded(sigma: PyTree, dtype: str) -> PyTree:
+    """σ as it is read back after being saved in ``dtype``."""
+    return unpack(pack(sigma, dtype))

@@ -1,0 +1,61 @@
+"""Prompts saved in fewer bits: how near they stay, and that what is measured is what is saved."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import jaxsp
+from jaxsp.artifact import ARRAYS
+from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.prompts.storage import DTYPES, rounded
+from tests.conftest import CONTEXT, QUERIES
+
+SIGMA = {
+    "keys": np.random.RandomState(0).standard_normal((2, 3, 1, 32)).astype(np.float32),
+    "narrow": np.linspace(-2, 2, 8, dtype=np.float32).reshape(2, 4),
+    "nothing": np.zeros((2, 16), np.float32),
+    "context_length": np.float32(355),
+}
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 0), ("bfloat16", 2**-8), ("int8", 0.5 / 127)])
+def test_rounding_is_bounded_and_single_numbers_are_kept(dtype, error):
+    found = rounded(SIGMA, dtype)
+    assert found.keys() == SIGMA.keys()
+    for name, array in SIGMA.items():
+        assert found[name].dtype == np.float32
+        narrow = 2**-8 if dtype == "int8" and name == "narrow" else error
+        largest = np.abs(array).max(axis=-1, keepdims=True) if array.ndim else 0
+        assert (np.abs(found[name] - array) <= narrow * largest * (1 + 1e-5)).all(), name
+    assert found["context_length"] == 355
+    again = rounded(found, dtype)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, found)
+
+
+@pytest.mark.parametrize("kind", PROMPT_KINDS)
+def test_the_saved_prompt_is_the_one_that_was_measured(calm_model, tmp_path, kind):
+    sizes = {}
+    for dtype in DTYPES:
+        out = tmp_path / dtype
+        result = jaxsp.compress(
+            calm_model, CONTEXT, QUERIES, out=out, kind=kind, artifact_dtype=dtype, prompt_length=8, steps=0,
+            max_answer_tokens=4, progress=False,
+        )  # fmt: skip
+        loaded = jaxsp.SoftPrompt.load(out)
+        assert loaded.manifest["dtype"] == dtype
+        jax.tree.map(np.testing.assert_array_equal, loaded.sigma, result.prompt.sigma)
+        sizes[dtype] = (out / ARRAYS).stat().st_size
+        stored = result.report["stored"]
+        assert list(stored) == list(DTYPES)
+        measured = result.report["held_out"]["brackets"]["prompt"]["kl"]
+        assert stored[dtype]["kl"] == pytest.approx(measured, rel=1e-3, abs=1e-6)
+    assert sizes["int8"] < sizes["bfloat16"] < sizes["float32"]
+
+
+def test_an_unknown_dtype(calm_model):
+    with pytest.raises(
+        jaxsp.UserError, match="Unknown artifact dtype 'int4'; choose one of float32"
+    ):
+        jaxsp.compress(calm_model, CONTEXT, QUERIES, artifact_dtype="int4")
