@@ -105,6 +105,7 @@ def own_kind(monkeypatch):
     monkeypatch.setitem(PROMPT_KINDS, "own", kind)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_kind")
 def test_a_prompt_kind_of_ones_own_is_trained_saved_and_asked(calm_model, tmp_path):
     result = compress(calm_model, kind="own", out=tmp_path / "out")

@@ -44,6 +44,7 @@ def test_the_contexts_own_embeddings_give_kl_zero(kind, dtype):
     assert at_positions(model, other, rows, packing)["kl"].max() > 1e-2  # the test can fail
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_the_residual_stream_in_float32(smollm2):
     """Last hidden states within 1% of float32's; with a rounded stream it would be 1.3%."""
 

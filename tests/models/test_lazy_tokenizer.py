@@ -15,7 +15,7 @@ from tests.gguf_files import SPM, write_gguf
 TEXTS = ["", " ", "12 words", "<|im_start|>user\nDon't\t“stop”<|im_end|>", "naïve 你好 🙂", "</s><s>a  b"]
 
 
-@pytest.fixture(params=[{}, SPM], ids=["byte-level", "sentence-piece"])
+@pytest.fixture(params=[{}, pytest.param(SPM, marks=pytest.mark.slow)], ids=["byte-level", "sentence-piece"])
 def directory(request, tmp_path, cache):
     changes: dict[str, Any] = {"vocab_size": 259} if request.param else {}
     write_gguf(tmp_path / "m.gguf", fields=request.param, **changes)

@@ -10,7 +10,7 @@ import jaxsp
 from jaxsp.artifact import ARRAYS
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.prompts.storage import DTYPES, rounded
-from tests.conftest import CONTEXT, QUERIES
+from tests.conftest import CONTEXT, QUERIES, slow_beside
 
 SIGMA = {
     "keys": np.random.RandomState(0).standard_normal((2, 3, 1, 32)).astype(np.float32),
@@ -34,7 +34,7 @@ def test_rounding_is_bounded_and_single_numbers_are_kept(dtype, error):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, found)
 
 
-@pytest.mark.parametrize("kind", PROMPT_KINDS)
+@pytest.mark.parametrize("kind", slow_beside(PROMPT_KINDS, "embedding"))
 def test_the_saved_prompt_is_the_one_that_was_measured(calm_model, tmp_path, kind):
     sizes = {}
     for dtype in DTYPES:
@@ -55,7 +55,5 @@ def test_the_saved_prompt_is_the_one_that_was_measured(calm_model, tmp_path, kin
 
 
 def test_an_unknown_dtype(calm_model):
-    with pytest.raises(
-        jaxsp.UserError, match="Unknown artifact dtype 'int4'; choose one of float32"
-    ):
+    with pytest.raises(jaxsp.UserError, match="Unknown artifact dtype 'int4'; choose one of float32"):
         jaxsp.compress(calm_model, CONTEXT, QUERIES, artifact_dtype="int4")

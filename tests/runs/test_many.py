@@ -262,6 +262,7 @@ def test_steps_done_are_those_of_the_table(calm_model, tmp_path):
     assert table[1]["steps"] == 7
 
 
+@pytest.mark.slow
 def test_no_step_is_taken_in_vain(calm_model, monkeypatch):
     calls, step = [], JitDriver.step
     monkeypatch.setattr(JitDriver, "step", lambda *a: calls.append(1) or step(*a))

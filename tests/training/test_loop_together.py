@@ -118,6 +118,7 @@ def test_one_that_fails_leaves_the_others_alone(school):
         assert_same(results[i], together([jobs[i]], slots=1)[0])
 
 
+@pytest.mark.slow
 def test_each_stops_when_its_own_patience_ends(school):
     job, together = school
     # The first soon gets worse and stops before its steps have amplified any rounding.

@@ -243,7 +243,7 @@ def undivided(problem):
         pytest.param("jit", None, 99, None, marks=pytest.mark.slow),  # more than there are rows
         ("jit", None, 4, Packing(3, 60)),
         pytest.param("pmap", None, 2, Packing(3, 60), marks=pytest.mark.slow),
-        ("mesh", "data=4,model=2", 3, Packing(3, 60)),
+        pytest.param("mesh", "data=4,model=2", 3, Packing(3, 60), marks=pytest.mark.slow),
     ],
 )
 def test_a_batch_in_parts_gives_the_update_of_the_whole(problem, undivided, parallel, mesh, parts, packing):
