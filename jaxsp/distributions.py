@@ -11,6 +11,7 @@ distribution at D/V of the memory. All functions are pure and work under jit, gr
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -59,7 +60,10 @@ def prompt_prefix(
 
 
 MATCHED_TOKENS = 1024
-"""Tokens of the rows that an initializer is fitted to."""
+"""Tokens of the rows that an initializer is fitted to, at most ..."""
+
+MATCHED_BYTES = 2**30
+"""... and as many as have scores of this size in one layer."""
 
 read_prompt = jax.jit(prompt_prefix, static_argnames=("config", "kind"))
 """``prompt_prefix``, compiled."""
@@ -107,8 +111,10 @@ def initial_prompt(
 
     def compacted(fit: Fit) -> KeyValues:
         assert rows is not None
-        few = _few(rows, key)
-        return _compacted(params, config, preamble, context(), few, fit)
+        whole = context()
+        room = MATCHED_BYTES // (4 * config.heads * whole.positions.shape[1])
+        few = _few(rows, min(MATCHED_TOKENS, room), key)
+        return _compacted(params, config, preamble, whole, few, fit)
 
     source = Source(
         key=key,
@@ -129,13 +135,14 @@ def _without(preamble: KeyValues, prefix: KeyValues) -> KeyValues:
     return KeyValues(prefix.keys[:, :, size:], prefix.values[:, :, size:], prefix.positions[:, size:])
 
 
-def _few(rows: Rows, key: Array) -> Rows:
-    """Some of the rows, packed: as many as have ``MATCHED_TOKENS`` together, all if they have fewer."""
+def _few(rows: Rows, tokens: int, key: Array) -> Rows:
+    """Some of the rows, packed: as many as have so many tokens together, at least one."""
     lengths = rows.lengths
     order = np.asarray(jax.random.permutation(key, len(rows)))
-    order = order[: max(1, int((np.cumsum(lengths[order]) <= MATCHED_TOKENS).sum()))]
+    order = order[: max(1, int((np.cumsum(lengths[order]) <= tokens).sum()))]
     packing = Packing.for_all(lengths[order], most_rows=len(rows)).grown(lengths[order])
-    return packing.pack(Rows(**{**vars(rows), "targets": {"tokens": rows.targets["tokens"]}}), order)
+    targets = {"tokens": rows.targets["tokens"]}  # the others are large, and not read here
+    return packing.pack(dataclasses.replace(rows, targets=targets), order)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "fit"))
@@ -146,18 +153,20 @@ def _compacted(
     end = context.next_position[:, None]
     positions = jnp.where(rows.offsets == EMPTY, EMPTY, end + rows.offsets)
     inputs = decoder.embed(params, config, rows.tokens)
+    past = tuple(kv for kv in (preamble, context) if kv.positions.shape[1])
+    last = len(past) - 1
 
     def rewrite(inputs: AttentionInputs) -> tuple[Slots, ...]:
-        found = attention_to(inputs, 1)
+        found = attention_to(inputs, last)
         chosen_GK, bias_GK, values_GKF = jax.vmap(fit)(found.scores, found.weight, found.values)
         keys_GKF = jnp.take_along_axis(found.keys, chosen_GK[..., None], axis=1)
         count = chosen_GK.shape[1]
         where = end - count + jnp.arange(count)[None]  # right before the rows: in every sliding window
         keys_KGF, values_KGF = keys_GKF.swapaxes(0, 1), values_GKF.swapaxes(0, 1)
-        return inputs.slots[0], Slots(keys_KGF[None], values_KGF[None], where, bias=bias_GK.T[None])
+        new = Slots(keys_KGF[None], values_KGF[None], where, bias=bias_GK.T[None])
+        return *inputs.slots[:last], new
 
-    past = preamble, context
-    return decoder.rewritten_past(params, config, inputs, positions, past, rows.segment_ids, rewrite)[1]
+    return decoder.rewritten_past(params, config, inputs, positions, past, rows.segment_ids, rewrite)[last]
 
 
 def answer_hidden(

@@ -149,7 +149,8 @@ def plan(
         sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, found.output_size_in_bytes
         return Memory(*sizes, context_bytes)
 
-    flops = step_flops(config, settings.prompt.prompt_length, query_tokens, packing, readings=parts)
+    readings = parts if PROMPT_KINDS[settings.prompt.kind].IS_READ else 0
+    flops = step_flops(config, settings.prompt.prompt_length, query_tokens, packing, readings)
     rate = matmul_rate(config)
     working = 1 if jax.default_backend() == "cpu" else devices  # a CPU's devices are one processor
     limit = memory_limit or device_memory(devices)
@@ -279,7 +280,7 @@ def step_flops(
       prompt_length: K.
       query_tokens: tokens of a query with its answer; the answer's are half of them.
       packing: shape of the batch.
-      readings: number of times that σ is read: once for each part that the batch is computed in.
+      readings: number of times that σ is read: once for each part that the batch is computed in, if at all.
     """
     tokens, own = packing.tokens, readings * prompt_length
     projections = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)

@@ -97,6 +97,7 @@ def own_kind(monkeypatch):
 
     kind = types.SimpleNamespace(
         DEFAULTS={"initial": "first", "optimizer": "adam", "learning_rate": 0.05},
+        IS_READ=False,
         initial=initial,
         prefix=prefix,
         prompt_length=lambda sigma: sigma["layers"]["keys"].shape[1],

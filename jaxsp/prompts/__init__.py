@@ -24,6 +24,11 @@ class PromptKind(Protocol):
         """Values of ``initial``, ``optimizer`` and ``learning_rate`` where the settings don't say."""
         ...
 
+    @property
+    def IS_READ(self) -> bool:
+        """Whether the model reads σ at every step."""
+        ...
+
     def initial(self, start: Start) -> PyTree:
         """σ that starts as K input vectors, or as K slots of keys and values in every layer."""
         ...

@@ -17,6 +17,7 @@ from jaxsp.typing import AnyArray, Array, Float, KeyValues
 Sigma = Mapping[str, Float[AnyArray, "k d"]]
 
 DEFAULTS = {"initial": "first", "optimizer": "muon", "learning_rate": 0.5}
+IS_READ = True
 
 
 def initial(start: Start) -> Sigma:

@@ -19,6 +19,7 @@ from jaxsp.prompts.sizes import root_mean_square
 from jaxsp.typing import Array, KeyValues, PyTree
 
 DEFAULTS = {"initial": "match", "optimizer": "adam", "learning_rate": 0.02}
+IS_READ = False
 
 Sigma = Mapping[str, Any]
 """``keys`` and ``values`` ``[L, K, G, F]``, ``bias`` ``[L, K, G]``, and ``context_length``, which is no

@@ -12,6 +12,7 @@ import jaxsp
 from jaxsp import distributions
 from jaxsp.data.packing import Packing
 from jaxsp.evaluation.metrics import at_positions
+from jaxsp.models import decoder
 from jaxsp.prompts.initializers import match
 from jaxsp.teacher import targets
 from tests import tiny
@@ -100,3 +101,18 @@ def test_a_model_is_matched(tmp_path, family):
     none = float(at_positions(model, preamble, rows, Packing(2, 12), ["kl"])["kl"].sum())
     assert kl(model, preamble, rows, len(CONTEXT), "match") < 1e-3 * none
     assert kl(model, preamble, rows, 3, "match") < 0.7 * kl(model, preamble, rows, 3, "first")
+
+
+def test_without_a_preamble_and_with_little_room(calm_model, monkeypatch):
+    """As where there is no chat template; of the rows only some are read."""
+    nothing = decoder.empty_prefix(calm_model.config)
+    shape = calm_model.config.heads, len(CONTEXT)
+    monkeypatch.setattr(distributions, "MATCHED_BYTES", 4 * shape[0] * shape[1] * 12)
+    read, few = [], distributions._few
+    monkeypatch.setattr(
+        distributions, "_few", lambda rows, tokens, key: read.append(few(rows, tokens, key)) or read[-1]
+    )
+    context = distributions.context_prefix(calm_model.params, calm_model.config, CONTEXT[None], nothing)
+    rows = ROWS.with_targets(hidden=targets.compute(calm_model, context, ROWS, Packing(2, 12), "hidden"))
+    assert np.isfinite(kl(calm_model, nothing, rows, 3, "match"))
+    assert 0 < (read[0].offsets >= 0).sum() < rows.lengths.sum()
