@@ -97,7 +97,7 @@ def _assert_close(ours, theirs):
 @pytest.mark.slow
 @pytest.mark.parametrize("uneven", [False, True])
 def test_little_is_padding(calm_model, monkeypatch, uneven):
-    jobs = UNEVEN[:3]
+    jobs = UNEVEN[:2]
     if uneven:  # five times as long in one job as in another
         words = "Is it so, and if not, why is it not so? "
         jobs = [job(f"j{n}", queries=[f"{i} {words * n}" for i in range(12)]) for n in (0, 1, 2)]
@@ -110,7 +110,7 @@ def test_little_is_padding(calm_model, monkeypatch, uneven):
 
     monkeypatch.setattr(JitDriver, "step", watched)
     compress_many(calm_model, jobs, batch_size=8, steps=5)
-    assert len(used) == 15
+    assert len(used) == 5 * len(jobs)
     assert 1 - np.mean(used) <= 0.15
 
 
