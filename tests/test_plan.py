@@ -23,7 +23,6 @@ from jaxsp.training.state import initial_state, stack
 from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import UserError
 from tests import tiny
-from tests.conftest import slow_beside
 
 SETTINGS = make_settings({"prompt_length": 4, "optimizer": "adam"})
 MESH = make_settings({"parallel": "mesh", "mesh": "data=2,model=2"}, base=SETTINGS)
@@ -34,9 +33,8 @@ def config(tiny_model):
     return tiny_model.config
 
 
-@pytest.mark.parametrize(
-    "settings", slow_beside([SETTINGS, MESH], SETTINGS), ids=lambda settings: settings.devices.parallel
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [SETTINGS, MESH], ids=lambda settings: settings.devices.parallel)
 def test_the_program_is_the_one_that_runs(tiny_model, settings):
     """Compiled from shapes alone, its memory is that of the driver's step on real arrays."""
     params, config = tiny_model.params, tiny_model.config

@@ -80,6 +80,7 @@ def test_the_first_line_makes_the_others_work():
     assert compress.startswith("jaxsp compress")
 
 
+@pytest.mark.slow
 def test_the_python_runs(clone, calm_directory, monkeypatch):
     """All of it in one session, on a tiny model with few steps."""
     plain = jaxsp.compress

@@ -185,6 +185,7 @@ def wheel(tmp_path_factory):
     return next(folder.glob("*.whl"))
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_from_an_empty_folder(wheel, tmp_path):
     """Installed apart from this checkout, the console script finds everything it ships."""
     target, empty = tmp_path / "target", tmp_path / "empty"

@@ -43,8 +43,8 @@ def unpack(stored: PyTree) -> PyTree:
     """σ, float32, of what ``pack`` gave.
 
     Example:
-      >>> unpack(pack({"keys": np.linspace(-1, 1, 16)}, "int8"))["keys"][:2].round(3).tolist()
-      [-1.0, -0.866]
+      >>> unpack(pack({"keys": np.linspace(-127, 127, 8)}, "int8"))["keys"][:3].tolist()
+      [-127.0, -91.0, -54.0]
     """
     if isinstance(stored, Mapping):
         if stored.keys() == {"int8", "scale"}:

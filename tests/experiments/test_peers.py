@@ -9,7 +9,6 @@ from experiments.peers import jaxsp_side
 from experiments.peers.experiment import check_torch, compared, curve, training_row
 from experiments.peers.job import Job
 from jaxsp.typing import UserError
-from tests.conftest import slow_beside
 
 
 def turns(setup, seconds, kls):
@@ -81,10 +80,8 @@ def tiny_job(tiny_directory: Path, tmp_path: Path) -> Job:
     return job
 
 
-@pytest.mark.parametrize(
-    "variant",
-    slow_beside(["jaxsp", "jaxsp, template too", "jaxsp, adam"], "jaxsp, template too", "jaxsp, adam"),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["jaxsp", "jaxsp, template too", "jaxsp, adam"])
 def test_jaxsp_waits_after_every_evaluation(tiny_job: Job, monkeypatch, variant: str):
     messages = []
     monkeypatch.setattr(jaxsp_side, "end_turn", lambda **result: messages.append(result))

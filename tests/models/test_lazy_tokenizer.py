@@ -65,6 +65,7 @@ def test_what_is_changed_holds_for_both(directory):
         _ = lazy._private
 
 
+@pytest.mark.slow
 def test_an_answer_does_without_transformers(directory, python):
     script = """
 import sys, jaxsp, numpy

@@ -20,7 +20,7 @@ from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.runs import runner
 from jaxsp.training.drivers import JitDriver
 from jaxsp.typing import EMPTY, UserError
-from tests.conftest import CONTEXT, QUERIES, slow_beside
+from tests.conftest import CONTEXT, QUERIES
 
 OPTIONS: dict[str, Any] = {
     "prompt_length": 4, "steps": 12, "batch_size": 3, "max_answer_tokens": 6,
@@ -66,7 +66,8 @@ def test_no_more_at_once_than_memory_has_room_for(calm_model, monkeypatch):
     assert slots == [1]
 
 
-@pytest.mark.parametrize("name", slow_beside([row["id"] for row in UNEVEN], "few", "other"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [row["id"] for row in UNEVEN])
 def test_each_is_what_compress_gives_alone(calm_model, results, name):
     ((result, row),) = [both for both in zip(results[0], UNEVEN, strict=True) if both[1]["id"] == name]
     settings = result.prompt.manifest["training"]
@@ -140,6 +141,7 @@ def test_kinds_may_be_mixed_in_one_run(calm_model):
         assert result.report["gap_closed"]["value"] > 0
 
 
+@pytest.mark.slow
 def test_one_folder_and_one_row_each(calm_model, results):
     found, out = results
     rows = pyarrow.parquet.read_table(out / "results.parquet").to_pylist()
@@ -160,6 +162,7 @@ def test_one_folder_and_one_row_each(calm_model, results):
     _assert_close(again["held_out"]["brackets"]["prompt"], found[0].report["held_out"]["brackets"]["prompt"])
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_read_not_done_again(calm_model, results, monkeypatch):
     found, out = results
     monkeypatch.setattr(runner, "Block", None)
@@ -418,6 +421,7 @@ def test_the_command_reports_bad_rows(jaxsp_command, calm_directory, tmp_path):
     assert "is not empty" in err
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_run(calm_model, results, tmp_path):
     _, out = results
     with pytest.raises(UserError, match="is not empty"):
