@@ -162,7 +162,7 @@ def test_spread_takes_the_contexts_own_slots(tiny_model, preamble):
 
 def test_starts_that_cannot_be(tiny_model, preamble):
     with pytest.raises(
-        UserError, match=r"--initial match starts prompts of keys and values .* first, spread"
+        UserError, match=r"--initial match starts prompts of keys and values.*; choose one of first, "
     ):
         initial(tiny_model, preamble, "embedding", 3, "match", ROWS)
     for rows in (None, ROWS.take(np.zeros(0, int))):
