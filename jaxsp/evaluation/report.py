@@ -218,7 +218,7 @@ def _verdict(report: dict[str, Any], kind: str) -> dict[str, Any]:
     gap, brackets = report["gap_closed"], report["held_out"]["brackets"]
     good = not missed and gap["value"] >= GOOD
     text = f"σ closes {_interval(gap)} of the gap between no context and the full context. "
-    if good:
+    if not missed:
         text += f"Its answers to all {len(held_out)} held-out queries have what the context decides."
     else:
         text += (

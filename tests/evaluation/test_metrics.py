@@ -92,6 +92,10 @@ def test_verdicts():
     assert any("--prompt-length" in s for s in small["suggestions"])
     assert not any("--queries" in s for s in small["suggestions"])
 
+    kept = verdict(0.5, [query("held_out", 0.9, True)])
+    assert "answers to all 1 held-out queries" in kept["text"]
+    assert kept["suggestions"]
+
     weak = verdict(0.5, [query("held_out", 0.9, False)], kind="embedding")
     assert "--kind key_value" in weak["suggestions"][0]
     assert "key_value" not in small["text"]
