@@ -204,7 +204,7 @@ def _scores(
 
 
 def _bias(slots: Slots) -> Array | float:
-    """What is added to the scores, as it lies beside them: ``[b, g, 1, s]``."""
+    """The bias, as it lies beside the scores: ``[b, g, 1, s]``; 0 where there is none."""
     return 0.0 if slots.bias is None else jnp.moveaxis(slots.bias, -1, -2)[..., None, :]
 
 
