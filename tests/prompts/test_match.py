@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,19 @@ def test_a_model_is_matched(tmp_path, family):
     none = float(at_positions(model, preamble, rows, Packing(2, 12), ["kl"])["kl"].sum())
     assert kl(model, preamble, rows, len(CONTEXT), "match") < 1e-3 * none
     assert kl(model, preamble, rows, 3, "match") < 0.7 * kl(model, preamble, rows, 3, "first")
+
+
+def test_a_second_start_compiles_nothing(calm_model):
+    preamble = distributions.context_prefix(calm_model.params, calm_model.config, np.array([[1, 50]]))
+    programs: Any = distributions._compacted
+    sizes = []
+    for seed in (0, 1):
+        distributions.initial_prompt(
+            calm_model.params, calm_model.config, CONTEXT, preamble, key=jax.random.key(seed),
+            prompt_length=3, initial="match", kind="key_value", rows=ROWS,
+        )  # fmt: skip
+        sizes.append(programs._cache_size())
+    assert sizes[0] == sizes[1]
 
 
 def test_without_a_preamble_and_with_little_room(calm_model, monkeypatch):

@@ -14,7 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxsp.prompts.initializers.source import Source
+from jaxsp.prompts.initializers.source import Fit, Source
 from jaxsp.typing import Array, Float, Int, KeyValues, UserError
 
 MASS = math.exp(-3), math.exp(3)
@@ -38,7 +38,13 @@ def key_values(source: Source) -> KeyValues:
     """
     if source.compacted is None:
         raise UserError("--initial match needs training queries; choose another start.")
-    return source.compacted(functools.partial(fit, count=source.prompt_length))
+    return source.compacted(_fit_to(source.prompt_length))
+
+
+@functools.cache
+def _fit_to(count: int) -> Fit:
+    """One object for one K: what is compiled with it is compiled once."""
+    return functools.partial(fit, count=count)
 
 
 def fit(
