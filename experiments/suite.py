@@ -232,11 +232,20 @@ def demo_document() -> tuple[str, list[Any], list[Any]]:
     """The manual of ``jaxsp demo``, its training queries, and the held-out ones."""
     from importlib import resources
 
+    with resources.as_file(resources.files("jaxsp.demo")) as folder:
+        return _document(folder, "manual.md", "questions.txt")
+
+
+def own_document(name: str) -> tuple[str, list[Any], list[Any]]:
+    """A text in ``experiments/documents``, its training queries, and the held-out ones."""
+    return _document(HERE / "documents" / name, "context.md", "queries.txt")
+
+
+def _document(folder: Path, context: str, queries: str) -> tuple[str, list[Any], list[Any]]:
     from jaxsp.data.documents import read_context, read_queries
 
-    with resources.as_file(resources.files("jaxsp.demo")) as folder:
-        queries, held_out = (read_queries(folder / f"{name}.txt") for name in ("questions", "held_out"))
-        return read_context(folder / "manual.md"), queries, held_out
+    asked, held_out = (read_queries(folder / file) for file in (queries, "held_out.txt"))
+    return read_context(folder / context), asked, held_out
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:

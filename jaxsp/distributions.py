@@ -24,6 +24,7 @@ from jaxsp.models import decoder
 from jaxsp.models.attention import AttentionInputs, Slots
 from jaxsp.models.attention.to_piece import attention_to
 from jaxsp.models.config import DecoderConfig
+from jaxsp.models.generation import Sampling, generate
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.prompts.initializers import Source, Start
 from jaxsp.prompts.initializers.source import Fit
@@ -116,6 +117,11 @@ def initial_prompt(
         few = _few(rows, min(MATCHED_TOKENS, room), key)
         return _compacted(params, config, preamble, whole, few, fit)
 
+    def written(ids: Array) -> np.ndarray:
+        sampling = Sampling(temperature=1.0, max_tokens=prompt_length)
+        (found,) = generate(params, config, decoder.empty_prefix(config), [ids], sampling, key=key)
+        return np.array(found)
+
     source = Source(
         key=key,
         context_ids=context_ids,
@@ -124,6 +130,7 @@ def initial_prompt(
         vocab_size=config.vocab_size,
         read=read,
         context=context,
+        written=written,
         compacted=None if rows is None or not len(rows) else compacted,
     )
     return PROMPT_KINDS[kind].initial(Start(initial, source))

@@ -32,8 +32,8 @@ class PromptSettings:
     """Kind of prompt: embedding (input vectors) or key_value (keys, values and a bias in every layer)."""
     initial: str | None = _setting(None, type=str, per_prompt=True)
     """Start of the prompt: match (fitted in closed form to the attention of the training queries), first,
-    spread (tokens of the context), vocabulary or noise; by default match for key_value, first for
-    embedding."""
+    spread (tokens of the context), random_text (the model's own), vocabulary (random tokens) or noise; by
+    default match for key_value, first for embedding."""
     artifact_dtype: str = _setting("float32", per_prompt=True)
     """Dtype of the saved prompt: float32, bfloat16 or int8; the report says what each costs."""
 

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jaxsp
-from experiments.suite import DEMO, Experiment, Results, Run, demo_document, markdown, spread
-from jaxsp.data.documents import read_context, read_queries
+from experiments.suite import DEMO, Experiment, Results, Run, demo_document, markdown, own_document, spread
 
-HERE = Path(__file__).parent
 COMPRESSION = 20
 KEPT = (
     "model",
@@ -38,8 +36,7 @@ def measure(name: str, run: Run) -> dict[str, Any]:
         options: dict[str, Any] = dict(DEMO)
         context, queries, held_out = demo_document()
     else:
-        context = read_context(HERE / name / "context.md")
-        queries, held_out = (read_queries(HERE / name / f"{part}.txt") for part in ("queries", "held_out"))
+        context, queries, held_out = own_document(name)
         tokens = len(model.encode_context(context))
         options = {"prompt_length": tokens // COMPRESSION, "steps": 500}
     if not run.full:

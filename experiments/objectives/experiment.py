@@ -9,7 +9,7 @@ from typing import Any
 
 import jaxsp
 from experiments.objectives import analysis, plots
-from experiments.objectives.narrativeqa import Passage, passages
+from experiments.narrativeqa import Passage, passages
 from experiments.suite import Experiment, Results, Run
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.runs.folder import RunFolder

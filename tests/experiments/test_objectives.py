@@ -11,7 +11,7 @@ import pytest
 
 import jaxsp
 from experiments.objectives import analysis, experiment
-from experiments.objectives.narrativeqa import passages
+from experiments.narrativeqa import passages
 from experiments.suite import Run, measure, read
 from jaxsp.evaluation.metrics import interval, rouge_l
 from jaxsp.typing import Interrupted, UserError

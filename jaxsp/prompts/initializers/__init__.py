@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from types import ModuleType
 
-from jaxsp.prompts.initializers import first, match, noise, spread, vocabulary
+from jaxsp.prompts.initializers import first, match, noise, random_text, spread, vocabulary
 from jaxsp.prompts.initializers.source import Source as Source
 from jaxsp.typing import Array, Float, KeyValues, UserError
 
@@ -17,6 +17,7 @@ INITIALIZERS: dict[str, ModuleType] = {
     "first": first,
     "spread": spread,
     "match": match,
+    "random_text": random_text,
     "vocabulary": vocabulary,
     "noise": noise,
 }

@@ -29,6 +29,7 @@ class Source:
       vocab_size: V.
       read: gives the keys and values of input vectors ``[K, D]``, read after the preamble.
       context: gives those of the context, read after the preamble.
+      written: gives K tokens that the model writes after some others, drawn with ``key``.
       compacted: reads the training rows after the context, layer by layer, each with what ``Fit`` makes of
         the context's slots there, and gives these; ``None`` if there are no rows.
     """
@@ -40,4 +41,5 @@ class Source:
     vocab_size: int
     read: Callable[[Float[Array, "k d"]], KeyValues]
     context: Callable[[], KeyValues]
+    written: Callable[[Int[Array, " n"]], Int[np.ndarray, " k"]]
     compacted: Callable[[Fit], KeyValues] | None = None

@@ -1,0 +1,147 @@
+"""One cell of the grid: a prompt started, trained, and measured on the queries of its document."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxsp
+from experiments import suite
+from experiments.narrativeqa import passages
+from jaxsp import distributions
+from jaxsp.data.documents import as_queries
+from jaxsp.data.packing import Packing
+from jaxsp.evaluation.facts import agrees
+from jaxsp.evaluation.metrics import at_positions, mean_kl_function
+from jaxsp.models.language_model import LanguageModel
+from jaxsp.progress import Display
+from jaxsp.prompts import with_defaults
+from jaxsp.settings import make_settings
+from jaxsp.teacher.answers import answer_ids
+from jaxsp.teacher.problem import Problem, read_preamble, run_teacher, tokenize
+from jaxsp.training import Frozen, JitDriver, UpdateSettings
+from jaxsp.training.loop import Block
+from jaxsp.training.slots import TrainingJob
+from jaxsp.training.start import start_state
+
+ASKED, HELD_OUT = 22, 8
+"""Questions of a passage of NarrativeQA to train on, and to measure on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A prompt: settings of a compression that decide what is compared."""
+
+    kind: str
+    initial: str
+    prompt_length: int
+    steps: int
+    learning_rate: float | None = None
+    rates: str = ""
+
+
+def texts(name: str) -> tuple[str, list[Any], list[Any]]:
+    """A document with its queries: ``demo``, one of ``experiments/documents``, or ``narrativeqa-INDEX``.
+
+    The index is in the list of the passages with questions enough; a negative one counts from its end.
+    """
+    if name == "demo":
+        return suite.demo_document()
+    if not name.startswith("narrativeqa-"):
+        return suite.own_document(name)
+    long_enough = [p for p in passages() if len(p.questions) >= ASKED + HELD_OUT]
+    text, questions = long_enough[int(name.removeprefix("narrativeqa-"))]
+    return text, as_queries(questions[:ASKED]), as_queries(questions[ASKED : ASKED + HELD_OUT])
+
+
+class Document:
+    """A document whose teacher has spoken, and what the model makes of its queries without it."""
+
+    def __init__(self, model: LanguageModel, name: str, folder: Path, *, small: bool = False) -> None:
+        text, queries, held_out = texts(name)
+        settings = make_settings({"max_answer_tokens": 8} if small else {})
+        if small:
+            queries, held_out = queries[:6], held_out[:2]
+        job = tokenize(model, text, queries, held_out, settings)
+        file = folder / f"{name}-{model.config.dtype}.safetensors"
+        self.model, self.settings = model, settings
+        self.problem: Problem = run_teacher(
+            model, job, settings.teacher, read_preamble(model), Display(visible=False), file
+        )
+        nothing = self._positions(self.problem.preamble)
+        self.kl_no_context = nothing["kl"].sum(axis=1)
+        self.decisive = self.problem.rows.mask & (nothing["zero_one"] > 0)
+
+    def _positions(self, prefix: Any) -> dict[str, np.ndarray]:
+        rows, packing = self.problem.rows, self.problem.packing
+        return at_positions(self.model, prefix, rows, packing, ("kl", "zero_one"))
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """Starts and trains a prompt, and measures it.
+
+        Returns:
+          KL and decisive agreement on the training and the held-out queries, the share of held-out queries
+          captured, and seconds: of the start, of a step (median), and of all.
+        """
+        model, problem = self.model, self.problem
+        values = {name: value for name, value in dataclasses.asdict(cell).items() if value is not None}
+        settings = with_defaults(make_settings(values, base=self.settings))
+        # What is compiled once serves every prompt of this length: it is no part of a start's cost.
+        jax.block_until_ready(start_state(model, problem, settings))
+        begun = time.perf_counter()
+        state = jax.block_until_ready(start_state(model, problem, settings))
+        start_seconds, steps = time.perf_counter() - begun, []
+        if cell.steps:
+            begun = time.perf_counter()
+            packing = Packing.of(problem.rows.lengths, settings.training.batch_size)
+            job = TrainingJob("prompt", state, problem.train, problem.held_out, packing)
+            frozen, chosen = Frozen(model.params, problem.preamble), UpdateSettings.of(model.config, settings)
+            block = Block(
+                iter([job]),
+                lambda slots: JitDriver(frozen, chosen, slots=slots),
+                mean_kl_function(model, problem.preamble, cell.kind),
+                slots=1,
+                evaluate_every=cell.steps,
+            )
+            (trained,) = block.run()
+            if trained.error:
+                raise RuntimeError(f"{cell}: {trained.error}")
+            state = trained.state
+            steps = [line["seconds"] for line in trained.lines if "seconds" in line]
+        read = functools.partial(distributions.read_prompt, model.params, model.config)
+        prefix = read(state.sigma, problem.preamble, cell.kind)
+        return {
+            **dataclasses.asdict(cell),
+            "context_tokens": len(problem.job.context_ids),
+            **self._found(prefix),
+            "start_seconds": start_seconds,
+            "step_seconds": float(np.median(steps)) if steps else 0.0,
+            "train_seconds": float(np.sum(steps)),
+        }
+
+    def _found(self, prefix: Any) -> dict[str, float]:
+        problem, found, is_train = self.problem, self._positions(prefix), self.problem.job.is_train
+        measured: dict[str, float] = {}
+        for part, there in (("train", is_train), ("held_out", ~is_train)):
+            count, decisive = problem.rows.mask[there].sum(), self.decisive[there]
+            measured[f"{part}_kl"] = float(found["kl"][there].sum() / count)
+            measured[f"{part}_kl_no_context"] = float(self.kl_no_context[there].sum() / count)
+            measured[f"{part}_decisive"] = float(1 - found["zero_one"][there][decisive].mean())
+        most = self.settings.teacher.max_answer_tokens
+        answers = answer_ids(self.model, prefix, problem.job.held_out(problem.job.query_ids), max_tokens=most)
+        rows, stop_ids, kept = problem.rows, self.model.stop_ids, []
+        for i, answer in zip(np.flatnonzero(~is_train), answers, strict=True):
+            ids, decisive = rows.targets["tokens"][i, rows.mask[i]], self.decisive[i, rows.mask[i]]
+            kept.append(agrees(ids.tolist(), decisive.tolist(), answer, stop_ids))
+        return {**measured, "captured": float(np.mean(kept)), "held_out_queries": len(kept)}
+
+
+def embedded() -> LanguageModel:
+    """The model of all cells, in the dtype that suits the machine."""
+    return jaxsp.load_model()
