@@ -213,8 +213,9 @@ class Plan(_Options, ModelOptions):
     def run(self) -> None:
         from jaxsp import console, plan
         from jaxsp.models.load import model_config
+        from jaxsp.prompts import with_defaults
 
-        settings = _checked(self)
+        settings = with_defaults(_checked(self))
         config = model_config(self.model, self.dtype, self.quantization)
         sizes = {"context_tokens": self.context_tokens, "query_tokens": self.query_tokens}
         found = plan.plan(config, settings, **sizes)
@@ -334,7 +335,7 @@ class Demo:
     model: ModelOptions = ModelOptions()
     out: Folder = "jaxsp-demo"
     """Folder for the prompt, the report and the checkpoints."""
-    steps: int = 60
+    steps: int | None = None
     """Updates of the prompt."""
     resume: bool = False
     """Go on with the interrupted run in --out."""
@@ -343,10 +344,7 @@ class Demo:
         from jaxsp import api, console
         from jaxsp.data.documents import read_context, read_queries
 
-        # No worse over so few steps than the default, and rounding moves a float32 run little: other
-        # machines end nearly the same (experiments/precision).
-        settings = {"steps": self.steps, "batch_size": 4, "learning_rate": 0.1}
-        settings |= {"evaluate_every": 20, "max_answer_tokens": 32}
+        settings = {"steps": self.steps, "evaluate_every": 20, "max_answer_tokens": 32}
         make_settings(settings)  # a mistake is found before the model is loaded
         with importlib.resources.as_file(importlib.resources.files("jaxsp.demo")) as sample:
             context = read_context(sample / "manual.md")

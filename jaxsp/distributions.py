@@ -25,7 +25,7 @@ from jaxsp.models.attention import AttentionInputs, Slots
 from jaxsp.models.attention.to_piece import attention_to
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation import Sampling, generate
-from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.prompts import DEFAULT_KIND, PROMPT_KINDS
 from jaxsp.prompts.initializers import Source, Start
 from jaxsp.prompts.initializers.source import Fit
 from jaxsp.typing import EMPTY, AnyArray, Array, Float, Int, KeyValues, Params, PyTree
@@ -46,7 +46,7 @@ def context_prefix(
 
 
 def prompt_prefix(
-    params: Params, config: DecoderConfig, sigma: PyTree, preamble: KeyValues, kind: str = "embedding"
+    params: Params, config: DecoderConfig, sigma: PyTree, preamble: KeyValues, kind: str = DEFAULT_KIND
 ) -> KeyValues:
     """The prefix that a soft prompt is, where the context stood; differentiable in ``sigma``.
 
@@ -78,8 +78,8 @@ def initial_prompt(
     *,
     key: Array,
     prompt_length: int,
-    initial: str = "first",
-    kind: str = "embedding",
+    initial: str | None = None,
+    kind: str = DEFAULT_KIND,
     rows: Rows | None = None,
 ) -> PyTree:
     """σ before training.
@@ -91,7 +91,7 @@ def initial_prompt(
       preamble: prefix that stands before it.
       key: random key, for the initializers that draw.
       prompt_length: K.
-      initial: a key of ``jaxsp.prompts.initializers.INITIALIZERS``.
+      initial: a key of ``jaxsp.prompts.initializers.INITIALIZERS``; by default the kind's own.
       kind: a key of ``jaxsp.prompts.PROMPT_KINDS``.
       rows: rows to train on, for the initializers that are fitted to them.
 
@@ -133,7 +133,8 @@ def initial_prompt(
         written=written,
         compacted=None if rows is None or not len(rows) else compacted,
     )
-    return PROMPT_KINDS[kind].initial(Start(initial, source))
+    chosen = PROMPT_KINDS[kind]
+    return chosen.initial(Start(initial or chosen.DEFAULTS["initial"], source))
 
 
 def _without(preamble: KeyValues, prefix: KeyValues) -> KeyValues:
@@ -193,7 +194,7 @@ def prompt_hidden(
     sigma: PyTree,
     preamble: KeyValues,
     rows: Rows,
-    kind: str = "embedding",
+    kind: str = DEFAULT_KIND,
 ) -> Float[Array, "b a d"]:
     """The student's last hidden states: ``answer_hidden`` after ``prompt_prefix``."""
     prefix = prompt_prefix(params, config, sigma, preamble, kind)

@@ -238,7 +238,9 @@ def compiled(
             return jnp.zeros((len(ids), config.width))
 
         ids, key = np.zeros(count, np.int32), jax.random.key(0)
-        source = Source(key, ids, count, zeros, config.vocab_size, read=nothing, context=nothing)
+        source = Source(
+            key, ids, count, zeros, config.vocab_size, read=nothing, context=nothing, written=lambda _: ids
+        )
         sigma = kind.initial(Start("first", source))
         rates = kind.rates(sigma, {})
         return initial_state(sigma, chosen.optimizer, key=jax.random.key(0), rates=rates)

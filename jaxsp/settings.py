@@ -28,8 +28,8 @@ class PromptSettings:
 
     prompt_length: int = _setting(16, at_least=1)
     """K, the number of slots that stand in for the context."""
-    kind: str = "embedding"
-    """Kind of prompt: embedding (input vectors) or key_value (keys, values and a bias in every layer)."""
+    kind: str = "key_value"
+    """Kind of prompt: key_value (keys, values and a bias in every layer) or embedding (input vectors)."""
     initial: str | None = _setting(None, type=str, per_prompt=True)
     """Start of the prompt: match (fitted in closed form to the attention of the training queries), first,
     spread (tokens of the context), random_text (the model's own), vocabulary (random tokens) or noise; by
@@ -54,8 +54,8 @@ class TrainingSettings:
     """Training objective: kl, reverse_kl, js, total_variation, topk_kl, truncated_kl, nll, entropy,
     confidence_shift, cosine_similarity, distribution_cosine_similarity or hidden_mse; with options as in
     js(beta=0.3), or a mixture such as kl=0.7,nll=0.3. In Python also an Objective of your own."""
-    steps: int = _setting(500, per_prompt=True, at_least=0, below=2**31)
-    """Updates of the prompt."""
+    steps: int | None = _setting(None, type=int, per_prompt=True, at_least=0, below=2**31)
+    """Updates of the prompt; 0 keeps it as it starts. By default 100 for key_value, 500 for embedding."""
     batch_size: int = _setting(8, at_least=1)
     """Queries an update, about: as many as fit in the tokens of so many of mean length."""
     optimizer: str | None = _setting(None, type=str)
@@ -105,8 +105,8 @@ class Settings:
 
     Example:
       >>> settings = make_settings({"prompt_length": 4, "objective": "nll"})
-      >>> settings.prompt.prompt_length, settings.training.objective, settings.training.steps
-      (4, 'nll', 500)
+      >>> settings.prompt.prompt_length, settings.training.objective, settings.prompt.kind
+      (4, 'nll', 'key_value')
       >>> settings
       Settings(prompt_length=4, objective='nll')
     """
@@ -131,7 +131,7 @@ class Options(TypedDict, total=False):
     artifact_dtype: str
     max_answer_tokens: int
     objective: Any
-    steps: int
+    steps: int | None
     batch_size: int
     optimizer: Any
     learning_rate: float | None

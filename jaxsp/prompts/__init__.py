@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from jaxsp.prompts import embedding, key_value
 from jaxsp.prompts.initializers import Start
-from jaxsp.settings import Settings, make_settings, plain
+from jaxsp.settings import PromptSettings, Settings, make_settings, plain
 from jaxsp.typing import AnyArray, Float, KeyValues, PyTree
 
 Prefill = Callable[[Float[AnyArray, "1 k d"], KeyValues], KeyValues]
@@ -21,7 +21,7 @@ class PromptKind(Protocol):
 
     @property
     def DEFAULTS(self) -> Mapping[str, Any]:
-        """Values of ``initial``, ``optimizer`` and ``learning_rate`` where the settings don't say."""
+        """Values of ``initial``, ``optimizer``, ``learning_rate`` and ``steps`` where the settings don't say."""
         ...
 
     @property
@@ -54,7 +54,8 @@ class PromptKind(Protocol):
         ...
 
 
-PROMPT_KINDS: dict[str, PromptKind] = {"embedding": embedding, "key_value": key_value}
+PROMPT_KINDS: dict[str, PromptKind] = {"key_value": key_value, "embedding": embedding}
+DEFAULT_KIND = PromptSettings.kind
 
 
 def with_defaults(settings: Settings) -> Settings:
@@ -63,7 +64,7 @@ def with_defaults(settings: Settings) -> Settings:
     Example:
       >>> from jaxsp.settings import Settings
       >>> with_defaults(Settings()).training.optimizer
-      'muon'
+      'adam'
     """
     given = plain(settings)
     defaults = PROMPT_KINDS[settings.prompt.kind].DEFAULTS

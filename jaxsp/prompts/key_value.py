@@ -18,7 +18,7 @@ from jaxsp.prompts.initializers import Start
 from jaxsp.prompts.sizes import root_mean_square
 from jaxsp.typing import Array, KeyValues, PyTree
 
-DEFAULTS = {"initial": "match", "optimizer": "adam", "learning_rate": 0.02}
+DEFAULTS = {"initial": "match", "optimizer": "adam", "learning_rate": 0.02, "steps": 100}
 IS_READ = False
 
 Sigma = Mapping[str, Any]
