@@ -20,6 +20,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ.setdefault("XLA_FLAGS", " ".join(flags))
 
 import jaxtyping
+import numpy as np
 import pytest
 
 from tests.annotations import check
@@ -43,6 +44,16 @@ def slow_beside(table: Iterable[Any], *slow: Any) -> list[Any]:
     entries = list(table)
     assert set(slow) <= set(entries), set(slow) - set(entries)
     return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in entries]
+
+
+def assert_same_sigma(ours: Any, theirs: Any, within: float = 0.0, atol: float = 0.0) -> None:
+    """The parameters of two prompts are equal: bit for bit, ``within`` times an array's largest entry, or
+    ``atol``."""
+    import jax
+
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=max(atol, within * np.abs(b).max()))
 
 
 # They take minutes: begun last, one worker would wait for another.

@@ -17,7 +17,7 @@ from jaxsp.losses import OBJECTIVES
 from jaxsp.models import load
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.settings import Options, plain
-from tests.conftest import CONTEXT, QUERIES
+from tests.conftest import CONTEXT, QUERIES, assert_same_sigma
 
 OPTIONS = {"prompt_length": 4, "steps": 4, "batch_size": 4, "max_answer_tokens": 6, "progress": False}
 
@@ -59,9 +59,11 @@ def test_options_of_an_objective_in_text(calm_model):
 
 
 def test_an_optimizer_of_ones_own_moves_by_its_own_rate(calm_model):
-    start = compress(calm_model, steps=0).prompt.sigma["embeddings"]
+    start = compress(calm_model, steps=0).prompt.sigma
     moved = compress(calm_model, optimizer=optax.sign_sgd(1e-3), steps=3, keep="last")
-    steps = np.abs(moved.prompt.sigma["embeddings"] - start) / 1e-3
+    assert moved.prompt.sigma["context_length"] == start["context_length"]  # no parameter: it stays
+    changes = [np.ravel(moved.prompt.sigma[part] - start[part]) for part in ("keys", "values", "bias")]
+    steps = np.abs(np.concatenate(changes)) / 1e-3
     np.testing.assert_allclose(steps, steps.round(), atol=1e-2)
     assert set(steps.round().astype(int).ravel()) <= {1, 3}
     assert {line["learning_rate"] for line in moved.lines[1:]} == {1.0}
@@ -71,13 +73,13 @@ def test_a_callback_hears_of_every_step_and_can_stop(calm_model):
     heard = []
 
     def callback(step: jaxsp.Step) -> bool:
-        heard.append((step.number, step.metrics, np.asarray(step.sigma()["embeddings"])))
+        heard.append((step.number, step.metrics, np.asarray(step.sigma()["values"])))
         return step.number == 2
 
     result = compress(calm_model, callbacks=[callback], evaluate_every=3, steps=9, keep="last")
     assert [number for number, *_ in heard] == [0, 1, 2, 3]
     assert [{"step": n, **metrics} for n, metrics, _ in heard] == result.lines
-    np.testing.assert_array_equal(heard[-1][2], result.prompt.sigma["embeddings"])
+    np.testing.assert_array_equal(heard[-1][2], result.prompt.sigma["values"])
     assert result.report["steps"] == 3
 
 
@@ -96,7 +98,7 @@ def own_kind(monkeypatch):
         return preamble.append(jaxsp.typing.KeyValues(keys, values, positions))
 
     kind = types.SimpleNamespace(
-        DEFAULTS={"initial": "first", "optimizer": "adam", "learning_rate": 0.05},
+        DEFAULTS={"initial": "first", "optimizer": "adam", "learning_rate": 0.05, "steps": 20},
         IS_READ=False,
         initial=initial,
         prefix=prefix,
@@ -113,8 +115,7 @@ def test_a_prompt_kind_of_ones_own_is_trained_saved_and_asked(calm_model, tmp_pa
     losses = [line["loss"] for line in result.lines[1:]]
     assert losses[-1] < losses[0]
     again = jaxsp.SoftPrompt.load(tmp_path / "out")
-    for ours, theirs in zip(jax.tree.leaves(again.sigma), jax.tree.leaves(result.prompt.sigma), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_same_sigma(again.sigma, result.prompt.sigma)
     assert jaxsp.ask(calm_model, again, "What now?", max_tokens=3) == jaxsp.ask(
         calm_model, result.prompt, "What now?", max_tokens=3
     )
@@ -152,7 +153,7 @@ def test_what_one_types_first(tiny_directory, tmp_path, monkeypatch):
 
 def test_what_is_shown_of_things(calm_model, tmp_path):
     result = compress(calm_model)
-    assert repr(result.prompt) == f"SoftPrompt(embedding, 4 slots for 87 tokens, {calm_model.name})"
+    assert repr(result.prompt) == f"SoftPrompt(key_value, 4 slots for 87 tokens, {calm_model.name})"
     assert repr(result).startswith(f"Result({result.prompt!r}, ")
     assert "\n" not in repr(result)
     shown = result._repr_html_()

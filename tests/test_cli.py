@@ -470,7 +470,7 @@ def test_resume_with_other_settings_shows_the_difference(compress, tmp_path, job
     refused(
         compress("--resume", "--steps", 5, "--learning-rate", 0.2),
         "steps was 2 and is now 5",
-        "learning_rate was 0.5 and is now 0.2",
+        "learning_rate was 0.02 and is now 0.2",
     )
     wide = tiny.write(tmp_path / "wide", hidden_size=48)
     refused(compress("--resume", model=wide), f"and is now '{wide}'; weights was")
@@ -528,7 +528,7 @@ def test_ask_inspect_evaluate(jaxsp_command, finished, job, tiny_directory, monk
     assert jaxsp_command("ask", finished / "prompt.safetensors", "-", "--max-tokens", 5) == quoted
     code, out, err = jaxsp_command("inspect", finished)
     assert code == 0
-    assert "embedding, 4 slots" in out
+    assert "key_value, 4 slots" in out
     assert "kl, 2 steps" in out
     code, out, err = jaxsp_command("evaluate", finished, "--queries", job["queries"], "--json")
     assert code == 0, err
@@ -587,7 +587,7 @@ def test_a_prompt_of_version_0_1_loads(jaxsp_command, finished, tmp_path):
     manifest["model"]["weights"] = "int8"
     (old / "manifest.json").write_text(json.dumps(manifest))
     assert jaxsp.SoftPrompt.load(old).quantization == "int8"
-    assert "embedding, 4 slots" in jaxsp_command("inspect", old)[1]
+    assert f"{new.kind}, 4 slots" in jaxsp_command("inspect", old)[1]
 
 
 def test_evaluate_repeats_the_reports_numbers(jaxsp_command, finished, tmp_path):

@@ -51,7 +51,10 @@ def _only(model, monkeypatch):
 @pytest.fixture
 def demo_folder(tmp_path):
     """A saved prompt of two vectors: the context's first two, untrained."""
-    model, settings = jaxsp.load_model("smollm2-135m-instruct"), make_settings({"prompt_length": 2})
+    model, settings = (
+        jaxsp.load_model("smollm2-135m-instruct"),
+        make_settings({"prompt_length": 2, "kind": "embedding"}),
+    )
     job = tokenize(model, CONTEXT, [Query("How long is the cable?")], [], settings)
     sigma = {"embeddings": np.asarray(model.embed(job.context_ids[:2]), np.float32)}
     make_artifact(model, job, settings, sigma, CONTEXT, steps=0).save(tmp_path / "prompt")

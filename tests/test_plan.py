@@ -16,7 +16,7 @@ from jaxsp.data.examples import make_rows
 from jaxsp.data.packing import Packing
 from jaxsp.models.load import model_config
 from jaxsp.models.sharding import as_mesh
-from jaxsp.prompts import embedding
+from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.settings import make_settings
 from jaxsp.training.drivers import DRIVERS, JitDriver, MeshDriver, mesh_of, sharded_update
 from jaxsp.training.state import initial_state, stack
@@ -34,8 +34,9 @@ def config(tiny_model):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", PROMPT_KINDS)
 @pytest.mark.parametrize("settings", [SETTINGS, MESH], ids=lambda settings: settings.devices.parallel)
-def test_the_program_is_the_one_that_runs(tiny_model, settings):
+def test_the_program_is_the_one_that_runs(tiny_model, settings, kind):
     """Compiled from shapes alone, its memory is that of the driver's step on real arrays."""
     params, config = tiny_model.params, tiny_model.config
     packing = Packing(4, 40)
@@ -44,10 +45,14 @@ def test_the_program_is_the_one_that_runs(tiny_model, settings):
     rows = make_rows([[3, 4, 5]], [[6, 7]])
     rows = rows.with_targets(hidden=np.zeros((1, 2, config.width), np.float32))
     batch, frozen = packing.pack(rows, np.arange(1)), Frozen(params, preamble)
-    chosen, mesh = UpdateSettings.of(config, settings), mesh_of(settings)
-    sigma = {"embeddings": tiny_model.embed(context[0, :4])}
-    rates = embedding.rates(sigma, {})
-    states = stack([initial_state(sigma, chosen.optimizer, key=jax.random.key(0), rates=rates)])
+    mesh = mesh_of(settings)
+    settings = make_settings({"kind": kind}, base=settings)
+    chosen, key = UpdateSettings.of(config, settings), jax.random.key(0)
+    sigma = distributions.initial_prompt(
+        params, config, context[0], preamble, key=key, prompt_length=4, initial="first", kind=kind
+    )
+    rates = PROMPT_KINDS[kind].rates(sigma, {})
+    states = stack([initial_state(sigma, chosen.optimizer, key=key, rates=rates)])
     batches = jax.tree.map(lambda leaf: leaf[None], batch)
     driver = DRIVERS[settings.devices.parallel](frozen, chosen, mesh=mesh)
     assert isinstance(driver, JitDriver | MeshDriver)
@@ -60,7 +65,8 @@ def test_the_program_is_the_one_that_runs(tiny_model, settings):
         assert getattr(ours, f"{name}_size_in_bytes") == getattr(theirs, f"{name}_size_in_bytes")
 
 
-def test_operations_are_those_that_xla_counts(tmp_path):
+@pytest.mark.parametrize("kind", PROMPT_KINDS)
+def test_operations_are_those_that_xla_counts(tmp_path, kind):
     """XLA counts the body of the scan over layers once: the model of three is to it as one of a layer."""
     sizes: dict[str, Any] = {
         "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 3
@@ -68,11 +74,12 @@ def test_operations_are_those_that_xla_counts(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny.config(**sizes)))
     config = model_config(str(tmp_path), "float32")
     packing = Packing(8, 24)
-    cost = plan.compiled(config, SETTINGS, packing, None).cost_analysis()
+    settings, readings = make_settings({"kind": kind}, base=SETTINGS), int(PROMPT_KINDS[kind].IS_READ)
+    cost = plan.compiled(config, settings, packing, None).cost_analysis()
     assert cost is not None
-    one_layer = plan.step_flops(config.replace(layers=1), 4, 24, packing)
+    one_layer = plan.step_flops(config.replace(layers=1), 4, 24, packing, readings)
     assert cost["flops"] == pytest.approx(one_layer, rel=0.1)
-    assert plan.step_flops(config, 4, 24, packing) > 2.5 * one_layer
+    assert plan.step_flops(config, 4, 24, packing, readings) > 2.5 * one_layer
 
 
 @pytest.mark.slow
@@ -170,10 +177,13 @@ def test_the_largest_batch_size_fits(config, programs, monkeypatch, changes, que
 
 def test_sigma_is_read_once_a_part(config, programs, monkeypatch):
     monkeypatch.setattr(Packing, "of", lambda *_: Packing(4, 48))
-    flops = [
-        plan.plan(config, make_settings({"grad_accumulation": parts}), context_tokens=9, query_tokens=9).flops
-        for parts in (1, 2, 4)
-    ]
+
+    def flops_of(parts, kind):
+        settings = make_settings({"grad_accumulation": parts, "kind": kind})
+        return plan.plan(config, settings, context_tokens=9, query_tokens=9).flops
+
+    flops = [flops_of(parts, "embedding") for parts in (1, 2, 4)]
+    assert flops_of(1, "key_value") == flops_of(4, "key_value") < flops[0]  # it is not read at all
     assert 0 < flops[1] - flops[0] == pytest.approx((flops[2] - flops[0]) / 3)
 
 

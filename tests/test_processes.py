@@ -13,14 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet
 import pytest
-from safetensors.numpy import load_file
 
 import jaxsp
 from jaxsp import compile_cache
-from tests.conftest import CONTEXT, QUERIES
+from tests.conftest import CONTEXT, QUERIES, assert_same_sigma
 
 STEPS = 12
 
@@ -92,7 +90,7 @@ def finished(processes):
 
 
 def sigma(out):
-    return load_file(out / "prompt.safetensors")["embeddings"]
+    return jaxsp.SoftPrompt.load(out).sigma
 
 
 def steps_done(out):
@@ -106,8 +104,7 @@ def test_two_processes_are_one_whoever_dies(start, calm_model, tmp_path):
     out, by_one = tmp_path / "out", tmp_path / "by-one"
     settings = {**SETTINGS, "parallel": "mesh", "progress": False}
     expected = jaxsp.compress(calm_model, CONTEXT, QUERIES, **settings)
-    ours = expected.prompt.sigma["embeddings"]
-    close = {"atol": 1e-5 * np.abs(ours).max()}
+    ours = expected.prompt.sigma
     kl = expected.report["held_out"]["brackets"]["prompt"]["kl"]
 
     killed_after(2, two(start, out), out, victim=1)
@@ -115,12 +112,12 @@ def test_two_processes_are_one_whoever_dies(start, calm_model, tmp_path):
     alone = jaxsp.compress(
         calm_model, CONTEXT, QUERIES, out=by_one, resume=True, checkpoint_every=1, **settings
     )
-    np.testing.assert_allclose(alone.prompt.sigma["embeddings"], ours, **close)
+    assert_same_sigma(alone.prompt.sigma, ours, within=1e-5)
 
     results = finished(two(start, out, "--resume", "--mesh", "data=4,model=2"))
     assert [code for code, *_ in results] == [0, 0], results
     assert ["Report: " in shown for _, shown, _ in results] == [True, False]
-    np.testing.assert_allclose(sigma(out), ours, **close)
+    assert_same_sigma(sigma(out), ours, within=1e-5)
     report = json.loads((out / "report.json").read_text())
     assert report["held_out"]["brackets"]["prompt"]["kl"] == pytest.approx(kl, rel=1e-4)
     for folder in (out, by_one):
@@ -149,7 +146,7 @@ def test_many_contexts_are_divided_among_processes(start, calm_model, tmp_path):
     assert (out / "2" / "metrics.jsonl").read_text().splitlines()[:4] == begun
     table = pyarrow.parquet.read_table(out / "results.parquet").to_pylist()
     for result, row in zip(expected, table, strict=True):
-        np.testing.assert_array_equal(sigma(out / row["id"]), result.prompt.sigma["embeddings"])
+        assert_same_sigma(sigma(out / row["id"]), result.prompt.sigma)
         assert row["gap_closed"] == pytest.approx(result.report["gap_closed"]["value"], abs=1e-4)
 
 

@@ -33,8 +33,10 @@ def test_the_contexts_own_embeddings_give_kl_zero(kind, dtype):
     packing = Packing(2, 8)
     rows = rows.with_targets(hidden=targets.compute(model, context, rows, packing, "hidden"))
     sigma = distributions.initial_prompt(
-        model.params, model.config, ids, before, key=jax.random.key(0), prompt_length=len(ids), kind=kind
-    )
+        model.params, model.config, ids, before,
+        key=jax.random.key(0), prompt_length=len(ids),
+        initial="first", kind=kind,
+    )  # fmt: skip
     prompt = distributions.prompt_prefix(model.params, model.config, sigma, before, kind)
     values = at_positions(model, prompt, rows, packing)
     assert np.abs(values["kl"]).max() < 1e-5

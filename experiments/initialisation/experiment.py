@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments.initialisation.cell import Cell, Document, embedded
-from experiments.suite import Experiment, Results, Run, markdown
-from jaxsp.evaluation.metrics import interval
+from experiments.suite import Run
 
 TUNED_ON = ("demo", "narrativeqa--1")
 """Documents that learning rates were chosen on; they are not reported."""
@@ -61,7 +57,11 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
     file, model = folder / f"{setting}.jsonl", embedded()
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
     for name in names:
-        done = [Cell(**{f.name: row[f.name] for f in dataclasses.fields(Cell)}) for row in rows if row["document"] == name]
+        done = [
+            Cell(**{f.name: row[f.name] for f in dataclasses.fields(Cell)})
+            for row in rows
+            if row["document"] == name
+        ]
         left = [cell for cell in wanted if cell not in done]
         document = Document(model, name, folder, small=not run.full) if left else None
         for cell in left:

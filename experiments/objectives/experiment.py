@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jaxsp
-from experiments.objectives import analysis, plots
 from experiments.narrativeqa import Passage, passages
+from experiments.objectives import analysis, plots
 from experiments.suite import Experiment, Results, Run
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.runs.folder import RunFolder

@@ -21,7 +21,7 @@ class PromptKind(Protocol):
 
     @property
     def DEFAULTS(self) -> Mapping[str, Any]:
-        """Values of ``initial``, ``optimizer``, ``learning_rate`` and ``steps`` where the settings don't say."""
+        """``initial``, ``optimizer``, ``learning_rate`` and ``steps`` where the settings don't say."""
         ...
 
     @property

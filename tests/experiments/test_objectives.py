@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 
 import jaxsp
-from experiments.objectives import analysis, experiment
 from experiments.narrativeqa import passages
+from experiments.objectives import analysis, experiment
 from experiments.suite import Run, measure, read
 from jaxsp.evaluation.metrics import interval, rouge_l
 from jaxsp.typing import Interrupted, UserError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -103,7 +104,8 @@ def start(tiny_model):
         vocabulary = tiny_model.config.vocab_size
         things = jax.random.key(seed), CONTEXT, length, tiny_model.embed, vocabulary
         unused: Any = None
-        return Start(name, source(*things, read=unused, context=unused)).vectors()
+        given = {"read": unused, "context": unused, "written": lambda ids: np.resize(ids, length)}
+        return Start(name, source(*things, **given)).vectors()
 
     return vectors
 
@@ -152,6 +154,19 @@ def test_every_start_gives_keys_and_values(tiny_model, preamble, name):
     assert sigma["keys"].shape == sigma["values"].shape == (c.layers, 3, c.kv_heads, c.head_width)
     assert sigma["bias"].shape == (c.layers, 3, c.kv_heads)
     assert all(np.isfinite(leaf).all() for leaf in sigma.values())
+
+
+def test_random_text_is_what_the_model_writes(tiny_model, preamble, start):
+    """Greedy but for the draws: a sharper model writes what is most probable after the first token."""
+    head = jax.tree.map(lambda leaf: 1000 * leaf, tiny_model.params["lm_head"])
+    model = dataclasses.replace(tiny_model, params={**tiny_model.params, "lm_head": head})
+    found = initial(model, preamble, "embedding", 5, "random_text")["embeddings"]
+    table = np.asarray(model.params["embed_tokens"]["embedding"], np.float32)
+    ids = np.array([np.flatnonzero((table == row).all(axis=1))[0] for row in found])
+    first = jax.random.randint(jax.random.key(0), (1,), 0, model.config.vocab_size)
+    logits = model.logits(jnp.concatenate([first, ids])[None])[0]
+    np.testing.assert_array_equal(np.argmax(logits[:-1], axis=-1), ids)
+    assert not np.array_equal(found, initial(model, preamble, "embedding", 5, "vocabulary")["embeddings"])
 
 
 def test_spread_takes_the_contexts_own_slots(tiny_model, preamble):

@@ -9,7 +9,6 @@ import sys
 import time
 from typing import Any
 
-import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -20,7 +19,7 @@ from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.runs import runner
 from jaxsp.training.drivers import JitDriver
 from jaxsp.typing import EMPTY, UserError
-from tests.conftest import CONTEXT, QUERIES
+from tests.conftest import CONTEXT, QUERIES, assert_same_sigma
 
 OPTIONS: dict[str, Any] = {
     "prompt_length": 4, "steps": 12, "batch_size": 3, "max_answer_tokens": 6,
@@ -75,8 +74,7 @@ def test_each_is_what_compress_gives_alone(calm_model, results, name):
         calm_model, row["context"], row["queries"], held_out=row.get("held_out", 0.2),
         progress=False, **settings,
     )  # fmt: skip
-    ours, theirs = (r.prompt.sigma["embeddings"] for r in (result, alone))
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert_same_sigma(result.prompt.sigma, alone.prompt.sigma, atol=1e-4)
     for part in ("gap_closed", "held_out", "train"):
         _assert_close(result.report[part], alone.report[part])
     assert result.report.keys() == alone.report.keys()
@@ -136,8 +134,7 @@ def test_kinds_may_be_mixed_in_one_run(calm_model):
     assert [r.prompt.kind for r in found] == [row["kind"] for row in jobs]
     for result, row in zip(found, jobs, strict=True):
         (alone,) = compress_many(calm_model, [row])
-        for ours, theirs in zip(*(jax.tree.leaves(r.prompt.sigma) for r in (result, alone)), strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        assert_same_sigma(result.prompt.sigma, alone.prompt.sigma, atol=1e-4)
         assert result.report["gap_closed"]["value"] > 0
 
 
@@ -150,7 +147,7 @@ def test_one_folder_and_one_row_each(calm_model, results):
         prompt = jaxsp.SoftPrompt.load(out / row["id"])
         for name in ("report.md", "plots/training.png", "metrics.jsonl"):
             assert (out / row["id"] / name).is_file()
-        assert (prompt.sigma["embeddings"] == result.prompt.sigma["embeddings"]).all()
+        assert_same_sigma(prompt.sigma, result.prompt.sigma)
         assert row["error"] is None
         assert row["gap_closed"] == result.report["gap_closed"]["value"]
         assert row["prompt_kl"] == result.report["held_out"]["brackets"]["prompt"]["kl"]
@@ -308,8 +305,7 @@ def test_what_the_teacher_said_is_kept_on_disk(calm_model, tmp_path, monkeypatch
     (tmp_path / "1-nll" / "report.json").unlink()
     again = compress_many(calm_model, jobs, out=tmp_path, at_once=1, steps=2, resume=True)
     assert len(calls) == 2
-    ours, theirs = (r[-1].prompt.sigma["embeddings"] for r in (first, again))
-    assert (ours == theirs).all()
+    assert_same_sigma(again[-1].prompt.sigma, first[-1].prompt.sigma)
     (tmp_path / "new").mkdir()
     compress_many(calm_model, [job("0-kl", f"{CONTEXT} No. 2.")], out=tmp_path / "new", steps=2)
     assert len(calls) == 3

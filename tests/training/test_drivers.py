@@ -15,7 +15,7 @@ from jaxsp.data.documents import as_queries
 from jaxsp.data.packing import Packing
 from jaxsp.models.sharding import as_mesh
 from jaxsp.progress import Display
-from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.prompts import DEFAULT_KIND, PROMPT_KINDS
 from jaxsp.settings import make_settings
 from jaxsp.teacher.problem import read_preamble, run_teacher, tokenize
 from jaxsp.training.drivers import DRIVERS, MeshDriver, sharded_update
@@ -24,7 +24,7 @@ from jaxsp.training.state import stack, unstack
 from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import UserError
 from tests import programs, tiny
-from tests.conftest import CONTEXT, QUERIES, slow_beside
+from tests.conftest import CONTEXT, QUERIES, assert_same_sigma, slow_beside
 
 LAYOUTS = ["data=8", "data=2,model=4", "model=4", "data=4,model=2"]
 
@@ -53,7 +53,7 @@ def problem(model):
     return run_teacher(model, job, SETTINGS.teacher, read_preamble(model), Display(visible=False))
 
 
-def driver_of(model, problem, parallel, mesh=None, kind="embedding"):
+def driver_of(model, problem, parallel, mesh=None, kind=DEFAULT_KIND):
     settings = UpdateSettings.of(model.config, KINDS[kind])
     frozen = Frozen(model.params, problem.preamble)
     return DRIVERS[parallel](frozen, settings, mesh=mesh and as_mesh(mesh))
@@ -70,7 +70,7 @@ def batch_of(problem, driver, drawn):
     return jax.tree.map(lambda leaf: leaf[None], packing.pack(rows, drawn))
 
 
-def trained(model, problem, driver, kind="embedding"):
+def trained(model, problem, driver, kind=DEFAULT_KIND):
     rows, packing = problem.train, packing_of(problem)
     states = driver.place(stack([start_state(model, problem, KINDS[kind])]))
     losses = []
@@ -96,12 +96,11 @@ def test_every_layout_trains_like_one_device(model, problem, on_one_device, mesh
 
 def assert_same(losses, sigma, expected):
     np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
-    for ours, theirs in zip(jax.tree.leaves(sigma), jax.tree.leaves(expected[1]), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    assert_same_sigma(sigma, expected[1], within=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in PROMPT_KINDS if kind != "embedding"])
+@pytest.mark.parametrize("kind", [kind for kind in PROMPT_KINDS if kind != DEFAULT_KIND])
 @pytest.mark.parametrize("mesh", [None, "data=2,model=4"])
 def test_every_kind_trains_on_devices_like_on_one(model, problem, kind, mesh):
     one = trained(model, problem, driver_of(model, problem, "jit", kind=kind), kind)
@@ -136,9 +135,7 @@ def test_a_whole_compression_on_a_mesh(model, tmp_path):
     expected = jaxsp.compress(model, CONTEXT, QUERIES, **options)
     mesh: dict[str, Any] = {"parallel": "mesh", "mesh": "data=2,model=4"}
     spread = jaxsp.compress(model, CONTEXT, QUERIES, out=tmp_path / "a", **mesh, **options)
-    sigma = expected.prompt.sigma["embeddings"]
-    close = {"atol": 1e-5 * np.abs(sigma).max()}
-    np.testing.assert_allclose(spread.prompt.sigma["embeddings"], sigma, **close)
+    assert_same_sigma(spread.prompt.sigma, expected.prompt.sigma, within=1e-5)
     for name, value in expected.report["held_out"]["brackets"]["prompt"].items():
         assert spread.report["held_out"]["brackets"]["prompt"][name] == pytest.approx(value, abs=1e-4)
     assert [q["answer_full_context"] for q in spread.report["queries"]] == [
@@ -153,7 +150,7 @@ def test_a_whole_compression_on_a_mesh(model, tmp_path):
         jaxsp.compress(model, CONTEXT, QUERIES, out=tmp_path / "b", callbacks=[stop], **mesh, **options)
     resumed = jaxsp.compress(model, CONTEXT, QUERIES, out=tmp_path / "b", resume=True, **options)
     assert [line["step"] for line in resumed.lines] == list(range(7))
-    np.testing.assert_allclose(resumed.prompt.sigma["embeddings"], sigma, **close)
+    assert_same_sigma(resumed.prompt.sigma, expected.prompt.sigma, within=1e-5)
 
 
 MANY = [{"id": f"{i}", "context": f"{CONTEXT} No. {i}.", "queries": QUERIES, "seed": i} for i in range(3)]
@@ -174,8 +171,7 @@ def test_many_prompts_over_devices(model, many_on_one_device, mesh):
     layout = {"parallel": "mesh", "mesh": mesh} if mesh else {"parallel": "pmap"}
     spread = jaxsp.compress_many(model, MANY, **layout, **options)
     for ours, theirs in zip(spread, expected, strict=True):
-        sigma = theirs.prompt.sigma["embeddings"]
-        np.testing.assert_allclose(ours.prompt.sigma["embeddings"], sigma, atol=1e-5 * np.abs(sigma).max())
+        assert_same_sigma(ours.prompt.sigma, theirs.prompt.sigma, within=1e-5)
         gaps = [r.report["gap_closed"]["value"] for r in (ours, theirs)]
         assert gaps[0] == pytest.approx(gaps[1], abs=1e-4)
 

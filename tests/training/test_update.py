@@ -117,7 +117,7 @@ def test_the_loss_of_other_families(tmp_path, family):
     for ids, zero in ((context, True), (other, False)):
         sigma = {"embeddings": model.embed(ids)[0]}
         total, count = loss_of(sigma, Frozen(params, preamble), rows, settings_for(config))
-        prefix = distributions.prompt_prefix(params, config, sigma, preamble)
+        prefix = distributions.prompt_prefix(params, config, sigma, preamble, "embedding")
         log_q = distributions.log_probs(params, config, prefix, rows)
         kl = jnp.sum(jnp.exp(expected) * (expected - log_q), axis=-1)
         np.testing.assert_allclose(total, kl[rows.mask].sum(), rtol=1e-4, atol=1e-5)
@@ -133,7 +133,9 @@ def student(problem):
     frozen, config, rows, _, _ = problem
 
     def states(vectors):
-        prefix = distributions.prompt_prefix(frozen.params, config, {"embeddings": vectors}, frozen.preamble)
+        prefix = distributions.prompt_prefix(
+            frozen.params, config, {"embeddings": vectors}, frozen.preamble, "embedding"
+        )
         return distributions.answer_hidden(frozen.params, config, prefix, rows)
 
     return jax.jit(states), jax.jit(lambda vectors, gradient: jax.vjp(states, vectors)[1](gradient)[0])

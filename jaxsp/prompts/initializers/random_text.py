@@ -1,6 +1,6 @@
 """A text that has nothing to do with the context: the model's own, sampled at a temperature of 1.
 
-Reference: Eyuboglu et al. 2025, Cartridges (arXiv:2506.06266), section 3.2, which starts from some other text.
+Reference: Eyuboglu et al. 2025, Cartridges (arXiv:2506.06266), which compares with the start from some text.
 """
 
 from __future__ import annotations

@@ -457,7 +457,7 @@ def test_the_teachers_answers_are_greedy_and_reported(tiny_model, prefix, slowly
 def test_a_prompt_of_the_contexts_embeddings_answers_like_the_context(tiny_model, prefix):
     sigma = {"embeddings": tiny_model.embed(np.array(CONTEXT))}
     preamble = decoder.empty_prefix(tiny_model.config)
-    same = distributions.prompt_prefix(tiny_model.params, tiny_model.config, sigma, preamble)
+    same = distributions.prompt_prefix(tiny_model.params, tiny_model.config, sigma, preamble, "embedding")
     assert answers.answer_ids(tiny_model, same, QUERIES, max_tokens=6) == answers.answer_ids(
         tiny_model, prefix, QUERIES, max_tokens=6
     )
