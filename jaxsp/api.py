@@ -218,7 +218,7 @@ def evaluate(
     display = Display(visible=progress)
     trained = prompt.manifest["training"]
     known = {name: value for name, value in trained.items() if name in plain(make_settings({}))}
-    settings = make_settings({**known, "kind": prompt.kind})
+    settings = make_settings({**known, "kind": prompt.kind, "prompt_length": prompt.prompt_length})
     job = tokenize(model, context, [], asked, settings)
     problem = run_teacher(model, job, settings.teacher, read_preamble(model), display)
     with display.phase("evaluate", "Evaluation"):

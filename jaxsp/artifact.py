@@ -112,6 +112,34 @@ class SoftPrompt:
                     f" {model.name} ({actual[:12]})."
                 )
 
+    def cut(self, length: int) -> SoftPrompt:
+        """One of the shorter prompts that a nested one holds: its first slots.
+
+        Args:
+          length: number of slots.
+
+        Raises:
+          UserError: it holds no prompt of this length.
+
+        Example:
+          >>> import jaxsp
+          >>> jaxsp.SoftPrompt.load(demo_folder).cut(2).prompt_length
+          2
+        """
+        kind = PROMPT_KINDS[self.kind]
+        lengths = kind.lengths(self.sigma)
+        if length not in lengths:
+            others = "" if len(lengths) > 1 else "; prompts of --kind nested hold shorter ones, too"
+            raise UserError(
+                f"This prompt of kind {self.kind} can't be cut to {length} slots; it holds one of"
+                f" {', '.join(map(str, lengths))}{others}."
+            )
+        name, sigma = kind.cut(self.sigma, length)
+        manifest = {**self.manifest, "kind": name, "prompt_length": length}
+        if length != self.prompt_length:
+            manifest.pop("held_out", None)  # measured on all of it
+        return dataclasses.replace(self, sigma=dict(sigma), manifest=manifest)
+
     def ask(
         self, question: str, *, model: LanguageModel | str | Path | None = None, max_tokens: int = 128
     ) -> str:

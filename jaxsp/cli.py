@@ -223,7 +223,7 @@ class Plan(_Options, ModelOptions):
             memory = {**dataclasses.asdict(found.memory), "total": found.memory.total}
             print(json.dumps({**dataclasses.asdict(found), "memory": memory}, indent=2))
             return
-        console.print_plan(found, settings.training.steps, _lighter(self))
+        console.print_plan(found, settings.training.updates, _lighter(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,6 +234,14 @@ class _Saved:
     """Where the model is now, if not where it was."""
     dtype: str | None = None
     """Dtype of weights and activations."""
+    length: int | None = None
+    """Slots to read, of a nested prompt; by default all."""
+
+    def prompt(self) -> SoftPrompt:
+        from jaxsp.artifact import SoftPrompt
+
+        prompt = SoftPrompt.load(self.directory)
+        return prompt if self.length is None else prompt.cut(self.length)
 
     def load(self, prompt: SoftPrompt) -> LanguageModel:
         name = self.model or prompt.manifest["model"]["name"]
@@ -255,9 +263,7 @@ class Ask(_Saved):
     """Longest answer."""
 
     def run(self) -> None:
-        from jaxsp.artifact import SoftPrompt
-
-        prompt = SoftPrompt.load(self.directory)
+        prompt = self.prompt()
         question = sys.stdin.read() if self.question == ("-",) else " ".join(self.question)
         if self.question and not question.strip():
             raise UserError("The question is empty; leave it away for a chat loop.")
@@ -296,10 +302,9 @@ class Evaluate(_Saved):
 
     def run(self) -> None:
         from jaxsp import api, console
-        from jaxsp.artifact import SoftPrompt
         from jaxsp.data.documents import read_queries
 
-        prompt, queries = SoftPrompt.load(self.directory), read_queries(self.queries)
+        prompt, queries = self.prompt(), read_queries(self.queries)
         report = api.evaluate(self.load(prompt), prompt, queries)
         if self.json:
             print(json.dumps(report, indent=2, ensure_ascii=False))

@@ -29,11 +29,12 @@ class PromptSettings:
     prompt_length: int = _setting(16, at_least=1)
     """K, the number of slots that stand in for the context."""
     kind: str = "key_value"
-    """Kind of prompt: key_value (keys, values and a bias in every layer) or embedding (input vectors)."""
+    """Kind of prompt: key_value (keys, values and a bias in every layer), nested (the same, whose first 1,
+    2, 4 ... slots are prompts, too) or embedding (input vectors)."""
     initial: str | None = _setting(None, type=str, per_prompt=True)
     """Start of the prompt: match (fitted in closed form to the attention of the training queries), first,
     spread (tokens of the context), random_text (the model's own), vocabulary (random tokens) or noise; by
-    default match for key_value, first for embedding."""
+    default match, for embedding first."""
     artifact_dtype: str = _setting("float32", per_prompt=True)
     """Dtype of the saved prompt: float32, bfloat16 or int8; the report says what each costs."""
 
@@ -55,16 +56,17 @@ class TrainingSettings:
     confidence_shift, cosine_similarity, distribution_cosine_similarity or hidden_mse; with options as in
     js(beta=0.3), or a mixture such as kl=0.7,nll=0.3. In Python also an Objective of your own."""
     steps: int | None = _setting(None, type=int, per_prompt=True, at_least=0, below=2**31)
-    """Updates of the prompt; 0 keeps it as it starts. By default 100 for key_value, 500 for embedding."""
+    """Updates of the prompt; 0 keeps it as it starts. By default 100, for nested
+    150, for embedding 500."""
     batch_size: int = _setting(8, at_least=1)
     """Queries an update, about: as many as fit in the tokens of so many of mean length."""
     optimizer: str | None = _setting(None, type=str)
-    """Optimizer: muon, adam or adamw; by default adam for key_value, muon for embedding. In Python also an
+    """Optimizer: muon, adam or adamw; by default adam, for embedding muon. In Python also an
     optax.GradientTransformation, used as it is: it has its own learning rate."""
     learning_rate: float | None = _setting(None, type=float, per_prompt=True, above=0)
     """Peak learning rate, times the root mean square of the prompt's entries at its start (families'
-    embeddings differ a hundredfold; of key_value, layer by layer); with muon that is the root mean square of
-    one update. By default 0.02 for key_value, 0.5 for embedding."""
+    embeddings differ a hundredfold; of keys and values, layer by layer); with muon that is the root mean
+    square of one update. By default 0.02, for embedding 0.5."""
     rates: str = _setting("", per_prompt=True)
     """Factors of the learning rate of parts of the prompt, as keys=0.1,first=0: keys, values, bias, or first
     (its first slot); 0 leaves a part as it starts."""
@@ -82,6 +84,12 @@ class TrainingSettings:
     """Stop after so many evaluations without a better one; 0: never."""
     keep: str = _setting("best", per_prompt=True)
     """Prompt to keep: best (of the lowest held-out KL evaluated, the start included) or last."""
+
+    @property
+    def updates(self) -> int:
+        """``steps``, which the prompt's kind has filled in by now."""
+        assert self.steps is not None, "settings without with_defaults"
+        return self.steps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Setting:
     def options(self) -> dict[str, Any]:
         """The settings of all jobs."""
         return {
+            "kind": "embedding",
             "prompt_length": 16,
             "steps": self.steps,
             "keep": "last",  # the best by held-out KL would favour kl, and look at held-out questions

@@ -58,7 +58,12 @@ def turns(first: dict[str, Any]) -> Callable[[Step], None]:
 def train(optimizer: str, job: Job) -> None:
     """The first turn readies everything; every other takes some steps and measures."""
     model = load(job)
-    options = {"prompt_length": job.prompt_length, "steps": job.steps, "evaluate_every": job.evaluate_every}
+    options = {
+        "kind": "embedding",
+        "prompt_length": job.prompt_length,
+        "steps": job.steps,
+        "evaluate_every": job.evaluate_every,
+    }
     settings = make_settings({**options, "optimizer": optimizer})
     rows = make_rows(job.queries, job.answers)
     packing = Packing.for_all(rows.lengths)

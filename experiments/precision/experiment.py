@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jaxsp
-from experiments.suite import DEMO, Experiment, Results, Run, demo_document, markdown
+from experiments.suite import Experiment, Results, Run, demo_document, markdown
 from jaxsp.data.documents import Query
+from jaxsp.settings import Options
 
 DTYPES = ("float32", "bfloat16")
 MODEL = "smollm2-135m-instruct"
+OPTIONS: Options = {"kind": "embedding", "batch_size": 4, "evaluate_every": 20, "max_answer_tokens": 32}
 DRAWN = ("step", "loss", "held_out_kl")
 
 
@@ -21,7 +23,8 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
     A seed gives both dtypes the same start and the same order of queries.
     """
     seeds, steps = (range(8), 60) if run.full else (range(1), 3)
-    options: dict[str, Any] = {**DEMO, "learning_rate": float(setting.removeprefix("rate_")), "steps": steps}
+    rate = float(setting.removeprefix("rate_"))
+    options: Options = {**OPTIONS, "learning_rate": rate, "steps": steps}
     context, queries, held_out = demo_document()
     models = {dtype: jaxsp.load_model(MODEL, dtype=dtype) for dtype in DTYPES}
     answers = float32_answers(models["float32"], context, queries, held_out)
@@ -46,7 +49,7 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
                 }
             )
     return {
-        "seeds": list(seeds), "learning_rate": options["learning_rate"], "steps": steps, "model": MODEL,
+        "seeds": list(seeds), "learning_rate": rate, "steps": steps, "model": MODEL,
         "rows": rows,
     }  # fmt: skip
 
@@ -56,7 +59,7 @@ def float32_answers(
 ) -> dict[str, str]:
     """The model's answers with the context, by query: the ŷ of all runs."""
     report = jaxsp.compress(
-        model, context, queries, held_out=held_out, progress=False, **DEMO | {"steps": 1}
+        model, context, queries, held_out=held_out, progress=False, **{**OPTIONS, "steps": 1}
     ).report
     return {query["query"]: query["answer_full_context"] for query in report["queries"]}
 

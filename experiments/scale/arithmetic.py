@@ -29,12 +29,14 @@ CHIPS, HOST = 256, 4
 
 CONTEXT, QUERIES, HELD_OUT, QUERY, ANSWER = 1000, 32, 6, 32, 32
 """The job: tokens of a context; queries, and how many are held out; tokens of one and of its answer."""
-SETTINGS = make_settings({"prompt_length": 16, "batch_size": 8, "steps": 60, "max_answer_tokens": ANSWER})
+SETTINGS = make_settings(
+    {"kind": "embedding", "prompt_length": 16, "batch_size": 8, "steps": 60, "max_answer_tokens": ANSWER}
+)
 ROW = QUERY + ANSWER
 PACKING = Packing.of(np.full(QUERIES, ROW), SETTINGS.training.batch_size)
 TEACHER = PREAMBLE_TOKENS + decoder.round_size(CONTEXT)  # slots of its prefix
 STUDENT = PREAMBLE_TOKENS + SETTINGS.prompt.prompt_length
-EVALUATIONS = SETTINGS.training.steps // SETTINGS.training.evaluate_every + 1
+EVALUATIONS = SETTINGS.training.updates // SETTINGS.training.evaluate_every + 1
 
 
 def decoder_config(theta: float = 5e5, **sizes: Any) -> DecoderConfig:
@@ -186,7 +188,7 @@ def works(config: DecoderConfig, prompts: int) -> Iterator[Work]:
     losses = head(config, prompts * tokens / 2, 3)
     layers = prompts * step_flops(config, SETTINGS.prompt.prompt_length, ROW, PACKING) - losses[0]
     exchanged = expected(config, PACKING, {DATA: 1, MODEL: 2}, prompts, answers)
-    steps = SETTINGS.training.steps / prompts
+    steps = SETTINGS.training.updates / prompts
     yield Work("steps", steps, layers, 4 * layer_weights(config), exchanged.messages, exchanged.bytes)
     yield Work("steps", steps, *losses[:2])
     watched = forward(config, prompts * (tokens + SETTINGS.prompt.prompt_length), STUDENT + ROW / 2)

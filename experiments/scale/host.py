@@ -34,7 +34,7 @@ def packing(width: int) -> dict[str, Any]:
     """Seconds to draw and pack a prompt's batch, and the bytes of it that go to the chip."""
     rows, times = job_rows(width), []
     for cursor in range(
-        0, SETTINGS.training.steps * SETTINGS.training.batch_size, SETTINGS.training.batch_size
+        0, SETTINGS.training.updates * SETTINGS.training.batch_size, SETTINGS.training.batch_size
     ):
         started = time.perf_counter()
         PACKING.pack(rows, PACKING.draw(rows.lengths, cursor, [0, 0]))

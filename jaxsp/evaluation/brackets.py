@@ -102,6 +102,29 @@ def storage_costs(
     return found
 
 
+def length_curve(
+    model: LanguageModel, problem: Problem, sigma: PyTree, settings: Settings
+) -> dict[str, float]:
+    """Held-out KL of each prompt that σ holds, by its length; empty if there is but one.
+
+    Args:
+      model: the frozen model.
+      problem: the queries, and what the teacher said.
+      sigma: σ as it is saved.
+      settings: settings of the prompt.
+    """
+    kind, held_out = PROMPT_KINDS[settings.prompt.kind], problem.held_out
+    lengths = kind.lengths(sigma)
+    found = {}
+    for length in lengths if len(lengths) > 1 else ():
+        own_kind, own = kind.cut(sigma, length)
+        prefix = distributions.read_prompt(model.params, model.config, own, problem.preamble, own_kind)
+        prefix = prefix.append(decoder.empty_prefix(model.config, lengths[-1] - length))  # all of one size
+        kl = at_positions(model, prefix, held_out, problem.packing, ["kl"])["kl"]
+        found[str(length)] = float(kl.sum() / held_out.mask.sum())
+    return found
+
+
 def measure(
     model: LanguageModel, problem: Problem, found: Mapping[str, KeyValues], max_tokens: int
 ) -> dict[str, Measured]:

@@ -69,6 +69,22 @@ def by_position(curves: dict[str, list[float]], file: Path) -> None:
     _save(axes, file)
 
 
+def by_length(curve: dict[str, float], held_out: dict[str, Any], file: Path) -> None:
+    """Held-out KL of the prompts that σ holds, over their length."""
+    axes = _axes(7, 4)
+    lengths = [int(length) for length in curve]
+    axes.plot(lengths, list(curve.values()), color=_COLOURS["prompt"], marker="o", label=_LABELS["prompt"])
+    for name in ("no_context", "full_context"):
+        axes.axhline(
+            held_out[name]["kl"], color=_COLOURS[name], label=_LABELS[name], linestyle="--", linewidth=1
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, curve)
+    axes.set(xlabel="slots", ylabel="KL to the full context (nats/token)", title="Held-out KL by length")
+    axes.set_ylim(bottom=-0.02)
+    _save(axes, file)
+
+
 def by_query(queries: list[dict[str, Any]], file: Path) -> None:
     """KL of σ beside that without context, for each held-out query, the worst on top."""
     rows = sorted((q for q in queries if q["split"] == "held_out"), key=lambda q: q["kl"])[-30:]

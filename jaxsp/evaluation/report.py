@@ -175,6 +175,8 @@ def write(report: dict[str, Any], lines: list[dict[str, Any]], directory: Path) 
     plots.training_curve(lines, held_out, report["objective"], folder / "training.png")
     plots.by_position(report["by_position"], folder / "by_position.png")
     plots.by_query(report["queries"], folder / "by_query.png")
+    if report["by_length"]:
+        plots.by_length(report["by_length"], held_out, folder / "by_length.png")
     atomic_write(directory / "report.md", markdown(report))
 
 

@@ -5,13 +5,13 @@ A kind is a module with what ``PromptKind`` lists. It reads dimensions, never we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from jaxsp.prompts import embedding, key_value
+from jaxsp.prompts import embedding, key_value, nested
 from jaxsp.prompts.initializers import Start
 from jaxsp.settings import PromptSettings, Settings, make_settings, plain
-from jaxsp.typing import AnyArray, Float, KeyValues, PyTree
+from jaxsp.typing import AnyArray, Array, Float, KeyValues, PyTree
 
 Prefill = Callable[[Float[AnyArray, "1 k d"], KeyValues], KeyValues]
 
@@ -44,6 +44,18 @@ class PromptKind(Protocol):
         """K, in slots."""
         ...
 
+    def lengths(self, sigma: PyTree) -> Sequence[int]:
+        """Slots of the prompts that σ holds, ascending: its first ones; K alone for most kinds."""
+        ...
+
+    def cut(self, sigma: PyTree, length: int) -> tuple[str, PyTree]:
+        """The kind and the parameters of the prompt of one of these lengths."""
+        ...
+
+    def drawn(self, sigma: PyTree, key: Array) -> PyTree:
+        """σ as one step of training reads it, for kinds that leave something to chance."""
+        ...
+
     def rates(self, sigma: PyTree, factors: Mapping[str, float]) -> PyTree:
         """Sizes of a step of each entry at a learning rate of 1: arrays that broadcast to σ's.
 
@@ -54,7 +66,7 @@ class PromptKind(Protocol):
         ...
 
 
-PROMPT_KINDS: dict[str, PromptKind] = {"key_value": key_value, "embedding": embedding}
+PROMPT_KINDS: dict[str, PromptKind] = {"key_value": key_value, "nested": nested, "embedding": embedding}
 DEFAULT_KIND = PromptSettings.kind
 
 

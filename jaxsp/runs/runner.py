@@ -220,7 +220,7 @@ class Runner:
     def _progress(self, done: int) -> Iterator[tuple[Callback, Callable[[str], None]]]:
         """Shows what goes on; gives two functions, called with every step and with every finished job."""
         if self.single:
-            steps = self.jobs[0].settings.training.steps
+            steps = self.jobs[0].settings.training.updates
             with self.display.training(steps) as on_line:
                 yield lambda step: on_line({"step": step.number, **step.metrics}), lambda text: None
             return
@@ -367,6 +367,7 @@ class Runner:
                 lambda: {
                     **self._measured(job, problem, sigmas, display),
                     "stored": brackets.storage_costs(self.model, problem, kept, settings),
+                    "by_length": brackets.length_curve(self.model, problem, prompt.sigma, settings),
                 }
             )
             prompt.manifest["held_out"] = {

@@ -63,7 +63,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_a_context_is_all_of_its_steps():
-    config, steps = arithmetic.MODELS["Llama-3.2-1B"], SETTINGS.training.steps
+    config, steps = arithmetic.MODELS["Llama-3.2-1B"], SETTINGS.training.updates
     one, several = (
         sum(work.times * work.flops for work in arithmetic.works(config, prompts) if work.name == "steps")
         for prompts in (1, 8)

@@ -57,8 +57,12 @@ def test_parameters_are_float32_and_all_of_them_matter(tiny_model, preamble, kin
     rows = make_rows([[8, 9]], [[11, 12]])
 
     def log_prob(sigma):
-        prefix = distributions.prompt_prefix(params, config, sigma, preamble, kind)
-        return distributions.log_probs(params, config, prefix, rows)[0, :, 11].sum()
+        total = 0.0
+        for length in PROMPT_KINDS[kind].lengths(sigma):
+            own_kind, own = PROMPT_KINDS[kind].cut(sigma, length)
+            prefix = distributions.prompt_prefix(params, config, own, preamble, own_kind)
+            total += distributions.log_probs(params, config, prefix, rows)[0, :, 11].sum()
+        return total
 
     rates = PROMPT_KINDS[kind].rates(sigma, {})
     for leaf, gradient, rate in zip(
@@ -66,7 +70,7 @@ def test_parameters_are_float32_and_all_of_them_matter(tiny_model, preamble, kin
     ):
         assert leaf.dtype == gradient.dtype == rate.dtype == jnp.float32
         assert np.broadcast_shapes(leaf.shape, rate.shape) == leaf.shape
-        assert (np.abs(gradient) > 0).all() == (rate > 0).all()
+        np.testing.assert_array_equal(np.abs(gradient) > 0, np.broadcast_to(rate > 0, leaf.shape))
 
 
 @kinds
@@ -87,6 +91,41 @@ def test_parts_of_keys_and_values_have_rates_of_their_own(tiny_model, preamble):
     assert not changed["keys"].any()
     np.testing.assert_array_equal(changed["values"], plain["values"])
     np.testing.assert_array_equal(changed["bias"], 3 * plain["bias"])
+
+
+@kinds
+def test_a_prompt_is_cut_to_one_that_was_drawn(tiny_model, preamble, kind):
+    """The first slots alone are read as they were in training, and as they stood among the others."""
+    params, config, chosen = tiny_model.params, tiny_model.config, PROMPT_KINDS[kind]
+    sigma = initial(tiny_model, preamble, kind, 6)
+    random = np.random.RandomState(0)
+    sigma = {
+        name: leaf + random.normal(0, 0.1, leaf.shape) if leaf.ndim else leaf for name, leaf in sigma.items()
+    }
+    keys = jax.random.split(jax.random.key(0), 300)
+    many, lengths = jax.vmap(lambda key: chosen.drawn(sigma, key))(keys), list(chosen.lengths(sigma))
+    index = np.asarray(many.get("drawn", np.zeros(len(keys), int)))
+    assert lengths[-1] == 6
+    assert set(index) == set(range(len(lengths)))
+    assert np.mean(index == len(lengths) - 1) == pytest.approx(1 if len(lengths) == 1 else 0.5, abs=0.1)
+    for number, length in enumerate(lengths):
+        read = chosen.drawn(sigma, keys[np.argmax(index == number)])
+        masked = distributions.prompt_prefix(params, config, read, preamble, kind)
+        own_kind, own = chosen.cut(sigma, length)
+        assert PROMPT_KINDS[own_kind].prompt_length(own) == length
+        alone = distributions.prompt_prefix(params, config, own, preamble, own_kind)
+        assert alone.next_position == masked.next_position
+        np.testing.assert_allclose(
+            *(distributions.log_probs(params, config, prefix, ROWS) for prefix in (masked, alone)), atol=1e-5
+        )
+
+
+def test_shorter_prompts_start_with_the_mass_of_all_slots(tiny_model, preamble):
+    sigma = initial(tiny_model, preamble, "nested", 6, "match", ROWS)
+    whole = np.exp(sigma["bias"][:, -1]).sum(axis=1)
+    assert PROMPT_KINDS["nested"].lengths(sigma) == [1, 2, 4, 6]
+    for index, length in enumerate([1, 2, 4, 6]):
+        np.testing.assert_allclose(np.exp(sigma["bias"][:, index, :length]).sum(axis=1), whole, rtol=1e-5)
 
 
 def test_queries_stand_where_they_stood_after_the_whole_context(tiny_model, preamble):

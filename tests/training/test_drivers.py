@@ -74,7 +74,7 @@ def trained(model, problem, driver, kind=DEFAULT_KIND):
     rows, packing = problem.train, packing_of(problem)
     states = driver.place(stack([start_state(model, problem, KINDS[kind])]))
     losses = []
-    for _ in range(SETTINGS.training.steps):
+    for _ in range(SETTINGS.training.updates):
         fetched = driver.fetch(states)
         drawn = packing.draw(rows.lengths, int(fetched.cursor[0]), np.asarray(fetched.key[0]))
         states, metrics = driver.step(states, batch_of(problem, driver, drawn))

@@ -57,8 +57,8 @@ def _optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
 def make_schedule(settings: TrainingSettings) -> Schedule:
     """The learning rate of every step; an optimizer of the user's own has its own."""
     if not isinstance(settings.optimizer, str) or settings.learning_rate is None:
-        return constant(settings.steps)
-    return warmup_cosine(settings.learning_rate, settings.steps, settings.warmup_fraction)
+        return constant(settings.updates)
+    return warmup_cosine(settings.learning_rate, settings.updates, settings.warmup_fraction)
 
 
 def make_rates(settings: Settings, sigma: PyTree) -> PyTree:
