@@ -116,7 +116,9 @@ def test_a_prompt_is_cut_to_one_that_was_drawn(tiny_model, preamble, kind):
         alone = distributions.prompt_prefix(params, config, own, preamble, own_kind)
         assert alone.next_position == masked.next_position
         np.testing.assert_allclose(
-            *(distributions.log_probs(params, config, prefix, ROWS) for prefix in (masked, alone)), atol=1e-5
+            distributions.log_probs(params, config, masked, ROWS),
+            distributions.log_probs(params, config, alone, ROWS),
+            atol=1e-5,
         )
 
 
