@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     from jaxsp.settings import Options
 
 HERE = Path(__file__).parent
-NAMES = ("documents", "objectives", "peers", "precision", "decoder_speed", "loss_cost", "scale", "colab")
+NAMES = (
+    "documents",
+    "initialisation",
+    "objectives",
+    "peers",
+    "precision",
+    "decoder_speed",
+    "loss_cost",
+    "scale",
+    "colab",
+)
 """The experiments, each a folder with an ``experiment.py`` that has an ``EXPERIMENT``."""
 
 Results = dict[str, dict[str, Any]]

@@ -80,6 +80,7 @@ def initial_prompt(
     prompt_length: int,
     initial: str | None = None,
     kind: str = DEFAULT_KIND,
+    rank: int | None = None,
     rows: Rows | None = None,
 ) -> PyTree:
     """σ before training.
@@ -93,6 +94,7 @@ def initial_prompt(
       prompt_length: K.
       initial: a key of ``jaxsp.prompts.initializers.INITIALIZERS``; by default the kind's own.
       kind: a key of ``jaxsp.prompts.PROMPT_KINDS``.
+      rank: rank of a prompt of low rank; by default half of K.
       rows: rows to train on, for the initializers that are fitted to them.
 
     Returns:
@@ -134,7 +136,7 @@ def initial_prompt(
         compacted=None if rows is None or not len(rows) else compacted,
     )
     chosen = PROMPT_KINDS[kind]
-    return chosen.initial(Start(initial or chosen.DEFAULTS["initial"], source))
+    return chosen.initial(Start(initial or chosen.DEFAULTS["initial"], source, rank))
 
 
 def _without(preamble: KeyValues, prefix: KeyValues) -> KeyValues:

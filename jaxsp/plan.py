@@ -241,7 +241,7 @@ def compiled(
         source = Source(
             key, ids, count, zeros, config.vocab_size, read=nothing, context=nothing, written=lambda _: ids
         )
-        sigma = kind.initial(Start("first", source))
+        sigma = kind.initial(Start("first", source, settings.prompt.rank))
         rates = kind.rates(sigma, {})
         return initial_state(sigma, chosen.optimizer, key=jax.random.key(0), rates=rates)
 

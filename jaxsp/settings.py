@@ -30,11 +30,13 @@ class PromptSettings:
     """K, the number of slots that stand in for the context."""
     kind: str = "key_value"
     """Kind of prompt: key_value (keys, values and a bias in every layer), nested (the same, whose first 1,
-    2, 4 ... slots are prompts, too) or embedding (input vectors)."""
+    2, 4 ... slots are prompts, too), low_rank (the same in a smaller file) or embedding (input vectors)."""
     initial: str | None = _setting(None, type=str, per_prompt=True)
     """Start of the prompt: match (fitted in closed form to the attention of the training queries), first,
     spread (tokens of the context), random_text (the model's own), vocabulary (random tokens) or noise; by
     default match, for embedding first."""
+    rank: int | None = _setting(None, type=int, at_least=1)
+    """Rank of the keys and of the values of a layer, for low_rank; by default half of the slots."""
     artifact_dtype: str = _setting("float32", per_prompt=True)
     """Dtype of the saved prompt: float32, bfloat16 or int8; the report says what each costs."""
 
@@ -136,6 +138,7 @@ class Options(TypedDict, total=False):
     prompt_length: int
     kind: str
     initial: str | None
+    rank: int | None
     artifact_dtype: str
     max_answer_tokens: int
     objective: Any

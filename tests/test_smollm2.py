@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("optimized")
 
 
 @pytest.mark.parametrize("dtype", slow_beside(["float32", "bfloat16"], "bfloat16"))
-@pytest.mark.parametrize("kind", slow_beside(PROMPT_KINDS, "embedding"))
+@pytest.mark.parametrize("kind", slow_beside(PROMPT_KINDS, "embedding", "nested", "low_rank"))
 def test_the_contexts_own_embeddings_give_kl_zero(kind, dtype):
     model = jaxsp.load_model("smollm2-135m-instruct", dtype=dtype)
     assert model.tokenizer is not None
@@ -35,7 +35,7 @@ def test_the_contexts_own_embeddings_give_kl_zero(kind, dtype):
     sigma = distributions.initial_prompt(
         model.params, model.config, ids, before,
         key=jax.random.key(0), prompt_length=len(ids),
-        initial="first", kind=kind,
+        initial="first", kind=kind, rank=len(ids),
     )  # fmt: skip
     prompt = distributions.prompt_prefix(model.params, model.config, sigma, before, kind)
     values = at_positions(model, prompt, rows, packing)

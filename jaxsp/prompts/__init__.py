@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from jaxsp.prompts import embedding, key_value, nested
+from jaxsp.prompts import embedding, key_value, low_rank, nested
 from jaxsp.prompts.initializers import Start
 from jaxsp.settings import PromptSettings, Settings, make_settings, plain
 from jaxsp.typing import AnyArray, Array, Float, KeyValues, PyTree
@@ -66,7 +66,12 @@ class PromptKind(Protocol):
         ...
 
 
-PROMPT_KINDS: dict[str, PromptKind] = {"key_value": key_value, "nested": nested, "embedding": embedding}
+PROMPT_KINDS: dict[str, PromptKind] = {
+    "key_value": key_value,
+    "nested": nested,
+    "low_rank": low_rank,
+    "embedding": embedding,
+}
 DEFAULT_KIND = PromptSettings.kind
 
 

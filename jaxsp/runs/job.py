@@ -104,6 +104,14 @@ def check_settings(settings: Settings) -> None:
     ):
         if value is not None and value not in table:
             raise UserError(f"Unknown {name} {value!r}; choose one of {', '.join(table)}.")
+    prompt = settings.prompt
+    if prompt.rank is not None and prompt.kind != "low_rank":
+        raise UserError(f"--rank {prompt.rank} is for --kind low_rank, not {prompt.kind}.")
+    if prompt.rank is not None and prompt.rank > prompt.prompt_length:
+        raise UserError(
+            f"--rank must be at most the number of slots (--prompt-length {prompt.prompt_length}), not"
+            f" {prompt.rank}."
+        )
     make_optimizer(with_defaults(settings).training)
     parse_rates(settings.training.rates)
     if settings.devices.mesh and settings.devices.parallel != "mesh":

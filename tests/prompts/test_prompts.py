@@ -26,27 +26,29 @@ def preamble(tiny_model):
     return distributions.context_prefix(tiny_model.params, tiny_model.config, np.array([[1, 50]]))
 
 
-def initial(model, preamble, kind, length, name="first", rows=None):
+def initial(model, preamble, kind, length, name="first", rows=None, rank=None):
     return distributions.initial_prompt(
         model.params, model.config, CONTEXT, preamble, key=jax.random.key(0), prompt_length=length,
-        initial=name, kind=kind, rows=rows,
+        initial=name, kind=kind, rows=rows, rank=rank,
     )  # fmt: skip
 
 
 @kinds
 def test_a_prompt_equal_to_the_context_is_the_context(tiny_model, preamble, kind):
     params, config = tiny_model.params, tiny_model.config
-    sigma = initial(tiny_model, preamble, kind, len(CONTEXT))
+    length, rank = len(CONTEXT), len(CONTEXT) if kind == "low_rank" else None
+    sigma = initial(tiny_model, preamble, kind, length, rank=rank)
     prompt = distributions.prompt_prefix(params, config, sigma, preamble, kind)
     context = distributions.context_prefix(params, config, CONTEXT[None], preamble)
     rows = make_rows([[8, 9], [10]], [[11, 12], [13, 2]])
+    atol = 1e-4 if kind == "low_rank" else 0.0  # the product of its factors is rounded
     for name in ("keys", "values", "positions", "next_position"):
-        np.testing.assert_array_equal(getattr(prompt, name), getattr(context, name))
+        np.testing.assert_allclose(getattr(prompt, name), getattr(context, name), rtol=0, atol=atol)
     assert prompt.bias is None or not prompt.bias.any()
-    np.testing.assert_array_equal(
-        distributions.log_probs(params, config, prompt, rows),
-        distributions.log_probs(params, config, context, rows),
-    )
+    np.testing.assert_allclose(
+        *(distributions.log_probs(params, config, prefix, rows) for prefix in (prompt, context)),
+        rtol=0, atol=atol,
+    )  # fmt: skip
 
 
 @kinds
@@ -78,10 +80,12 @@ def test_rates_are_relative_to_sigma_and_a_part_can_be_kept(tiny_model, preamble
     sigma = initial(tiny_model, preamble, kind, 4)
     rates = PROMPT_KINDS[kind].rates
     name = next(iter(sigma))
-    one, larger = (rates({**sigma, name: unit * sigma[name]}, {})[name] for unit in (1.0, 10.0))
-    np.testing.assert_allclose(larger, 10 * one, rtol=1e-5)
-    half = np.asarray(rates(sigma, {"first": 0.5})[name])
-    axis = sigma[name].shape.index(4)
+    ten_times = jax.tree.map(lambda leaf: 10.0 * leaf, sigma[name])
+    one, larger = (rates({**sigma, name: part}, {})[name] for part in (sigma[name], ten_times))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(larger), strict=True):
+        np.testing.assert_allclose(b, 10 * a, rtol=1e-5)
+    half = np.asarray(jax.tree.leaves(rates(sigma, {"first": 0.5})[name])[0])
+    axis = jax.tree.leaves(sigma[name])[0].shape.index(4)
     np.testing.assert_allclose(np.take(half, 0, axis), 0.5 * np.take(half, 1, axis), rtol=1e-6)
 
 
@@ -99,9 +103,7 @@ def test_a_prompt_is_cut_to_one_that_was_drawn(tiny_model, preamble, kind):
     params, config, chosen = tiny_model.params, tiny_model.config, PROMPT_KINDS[kind]
     sigma = initial(tiny_model, preamble, kind, 6)
     random = np.random.RandomState(0)
-    sigma = {
-        name: leaf + random.normal(0, 0.1, leaf.shape) if leaf.ndim else leaf for name, leaf in sigma.items()
-    }
+    sigma = jax.tree.map(lambda a: a + random.normal(0, 0.1, a.shape) if a.ndim else a, sigma)
     keys = jax.random.split(jax.random.key(0), 300)
     many, lengths = jax.vmap(lambda key: chosen.drawn(sigma, key))(keys), list(chosen.lengths(sigma))
     index = np.asarray(many.get("drawn", np.zeros(len(keys), int)))
@@ -120,6 +122,19 @@ def test_a_prompt_is_cut_to_one_that_was_drawn(tiny_model, preamble, kind):
             distributions.log_probs(params, config, alone, ROWS),
             atol=1e-5,
         )
+
+
+def test_low_rank_starts_as_near_as_its_rank_allows(tiny_model, preamble):
+    whole = initial(tiny_model, preamble, "key_value", 6, "match", ROWS)
+    found = initial(tiny_model, preamble, "low_rank", 6, "match", ROWS, rank=2)
+    for name in ("keys", "values"):
+        matrices = np.asarray(whole[name], np.float64).reshape(len(whole[name]), 6, -1)
+        product = np.einsum("lkr,lrgf->lkgf", found[name]["mix"], found[name]["rows"]).reshape(matrices.shape)
+        left_out = np.linalg.svd(matrices, compute_uv=False)[:, 2:]
+        np.testing.assert_allclose(
+            np.sum((matrices - product) ** 2, axis=(1, 2)), np.sum(left_out**2, axis=1), rtol=1e-3
+        )
+    assert initial(tiny_model, preamble, "low_rank", 6)["keys"]["mix"].shape[-1] == 3  # half of the slots
 
 
 def test_shorter_prompts_start_with_the_mass_of_all_slots(tiny_model, preamble):

@@ -25,10 +25,14 @@ INITIALIZERS: dict[str, ModuleType] = {
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """One initializer and what it starts from; a prompt kind takes what it can use."""
+    """One initializer and what it starts from; a prompt kind takes what it can use.
+
+    ``rank`` is for kinds that have one; ``None``: they choose.
+    """
 
     name: str
     source: Source
+    rank: int | None = None
 
     def vectors(self) -> Float[Array, "k d"]:
         """K input vectors.
