@@ -1,4 +1,4 @@
-"""The command line: compress · compress-many · plan · ask · evaluate · inspect · demo (tyro)."""
+"""The command line: compress · compress-many · plan · ask · evaluate · inspect · report · demo (tyro)."""
 
 from __future__ import annotations
 
@@ -330,6 +330,24 @@ class Inspect:
 
 
 @dataclasses.dataclass(frozen=True)
+class Report:
+    """Write the report and the plots of a run anew, from what was measured; loads no model."""
+
+    examples: ClassVar[str] = """
+      jaxsp report prompt/
+      jaxsp report many/
+    """
+    directory: tyro.conf.Positional[Folder]
+    """The folder that compress or compress-many wrote."""
+
+    def run(self) -> None:
+        from jaxsp.runs.folder import write_reports
+
+        for file in write_reports(self.directory):
+            print(file)
+
+
+@dataclasses.dataclass(frozen=True)
 class Demo:
     """Compress the manual that jaxsp ships, and answer held-out questions with it."""
 
@@ -363,7 +381,7 @@ class Demo:
         print(f'Ask it yourself:  {program()} ask {shlex.quote(self.out)} "How long is the cable?"')
 
 
-Command = Compress | CompressMany | Plan | Ask | Evaluate | Inspect | Demo
+Command = Compress | CompressMany | Plan | Ask | Evaluate | Inspect | Report | Demo
 COMMANDS: dict[str, type[Command]] = {
     "compress": Compress,
     "compress-many": CompressMany,
@@ -371,6 +389,7 @@ COMMANDS: dict[str, type[Command]] = {
     "ask": Ask,
     "evaluate": Evaluate,
     "inspect": Inspect,
+    "report": Report,
     "demo": Demo,
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +15,7 @@ from jaxsp.artifact import SoftPrompt
 from jaxsp.evaluation.brackets import BRACKETS
 from jaxsp.files import size
 from jaxsp.plan import Plan
+from jaxsp.prompts import storage
 from jaxsp.runs.folder import Result
 
 
@@ -48,8 +50,10 @@ def print_prompt(prompt: SoftPrompt) -> None:
     """Prints what a saved prompt is, and what was measured of it."""
     manifest = prompt.manifest
     model, training, tokens = manifest["model"], manifest["training"], manifest["context_tokens"]
+    stored = storage.pack(prompt.sigma, manifest["dtype"])
     rows = {
         "kind": f"{prompt.kind}, {prompt.prompt_length} slots, {manifest['dtype']}",
+        "file": size(sum(leaf.nbytes for leaf in jax.tree.leaves(stored))),
         "stands for": f"{tokens} tokens ({tokens / prompt.prompt_length:.1f}×)",
         "model": f"{model['name']} ({model['fingerprint'][:12]})",
         "tokenizer": manifest["tokenizer"]["fingerprint"][:12],

@@ -603,6 +603,62 @@ def test_evaluate_repeats_the_reports_numbers(jaxsp_command, finished, tmp_path)
         assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-4)
 
 
+def test_report_writes_what_the_run_wrote(jaxsp_command, finished, tmp_path):
+    names = ["report.md", *(f"plots/{name}.png" for name in ("training", "by_position", "by_query"))]
+    many = tmp_path / "many"
+    for name in ("a", "b"):
+        shutil.copytree(finished, many / name)
+        for file in names:
+            (many / name / file).unlink()
+    assert jaxsp_command("report", many / "b")[:2] == (0, f"{many / 'b' / 'report.md'}\n")
+    assert not (many / "a" / "report.md").exists()
+    assert jaxsp_command("report", many)[1].splitlines() == [str(many / i / "report.md") for i in "ab"]
+    for name in ("a", "b"):
+        assert (many / name / "report.md").read_bytes() == (finished / "report.md").read_bytes()
+        assert all((many / name / file).is_file() for file in names)
+    refused(jaxsp_command("report", tmp_path), "holds no finished run")
+    report = json.loads((finished / "report.json").read_text())
+    for damaged in (report | {"held_out": {}}, "{"):
+        (many / "a" / "report.json").write_text(json.dumps(damaged) if damaged != "{" else "{")
+        refused(jaxsp_command("report", many / "a"), "damaged, or was written by another version")
+
+
+def test_a_nested_prompt_is_read_at_the_lengths_it_has(jaxsp_command, compress, tmp_path):
+    code, _, err = compress("--kind", "nested", "--steps", 0)
+    assert code == 0, err
+    out = tmp_path / "out"
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["by_length"]) == ["1", "2", "4"]
+    assert report["by_length"]["4"] == pytest.approx(report["held_out"]["brackets"]["prompt"]["kl"], rel=1e-5)
+    assert (out / "plots" / "by_length.png").is_file()
+    queries = tmp_path / "held.txt"
+    queries.write_text("\n".join(q["query"] for q in report["queries"] if q["split"] == "held_out"))
+    code, shown, err = jaxsp_command(
+        "evaluate", out, "--queries", queries, "--length", 2, "--json", "--dtype", "float32"
+    )
+    assert code == 0, err
+    found = json.loads(shown)
+    assert (found["prompt_length"], found["kind"]) == (2, "key_value")
+    assert found["held_out"]["brackets"]["prompt"]["kl"] == pytest.approx(report["by_length"]["2"], rel=1e-4)
+    whole, short = (jaxsp_command("ask", out, "What now?", *more) for more in ((), ("--length", 1)))
+    assert whole[0] == short[0] == 0
+    assert whole[1] != short[1]
+    refused(jaxsp_command("ask", out, "Who?", "--length", 3), "can't be cut to 3 slots", "1, 2, 4")
+    refused(jaxsp_command("ask", out, "Who?", "--length", 8), "can't be cut to 8 slots")
+
+
+def test_only_nested_prompts_can_be_cut(jaxsp_command, finished):
+    refused(jaxsp_command("ask", finished, "Who?", "--length", 2), "--kind nested")
+    assert jaxsp.SoftPrompt.load(finished).cut(4).prompt_length == 4
+
+
+def test_ranks_that_cannot_be(compress, tmp_path):
+    refused(compress("--rank", 2), "--rank 2 is for --kind low_rank, not key_value")
+    refused(compress("--kind", "low_rank", "--rank", 9), "--rank must be at most", "(--prompt-length 4)")
+    refused(compress("--kind", "low_rank", "--rank", 0), "--rank must be at least 1")
+    assert not (tmp_path / "out").exists()
+
+
 def test_artifacts_that_cannot_be_used(jaxsp_command, finished, tmp_path, job):
     refused(jaxsp_command("ask", tmp_path, "Who?"), "holds no soft prompt")
     refused(jaxsp_command("ask", finished, " "), "question is empty")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -99,6 +100,33 @@ def storage_costs(
         kl = at_positions(model, prefix, held_out, problem.packing, ["kl"])["kl"]
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(stored))
         found[dtype] = {"bytes": size, "kl": float(kl.sum() / held_out.mask.sum())}
+    return found
+
+
+def prefill_seconds(
+    model: LanguageModel, problem: Problem, sigma: PyTree, settings: Settings
+) -> dict[str, float]:
+    """Seconds until the model can be asked, after σ and after the whole context: compiled, without loading.
+
+    Args:
+      model: the frozen model.
+      problem: the queries, and what the teacher said.
+      sigma: σ as it is saved.
+      settings: settings of the prompt.
+    """
+    params, config, ids = model.params, model.config, problem.job.context_ids[None]
+    reads = {
+        "prompt": lambda: distributions.read_prompt(
+            params, config, sigma, problem.preamble, settings.prompt.kind
+        ),
+        "full_context": lambda: decoder.read_long(params, config, ids, problem.preamble),
+    }
+    found = {}
+    for name, read in reads.items():
+        for _ in range(2):  # the first one may compile
+            begun = time.perf_counter()
+            jax.block_until_ready(read())
+            found[name] = time.perf_counter() - begun
     return found
 
 

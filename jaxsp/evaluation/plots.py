@@ -25,8 +25,10 @@ def _axes(width: float, height: float):
     return axes
 
 
-def _save(axes: Any, file: Path, **legend: Any) -> None:
-    axes.legend(frameon=False, fontsize=8, **legend)
+def _save(axes: Any, file: Path, handles: list[Any] | None = None) -> None:
+    """Writes the picture, with the legend beside it: on the plot it would hide what is measured."""
+    handles = axes.get_legend_handles_labels()[0] if handles is None else handles
+    axes.figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
     axes.figure.savefig(file, dpi=150)
 
 
@@ -40,7 +42,7 @@ def training_curve(lines: list[dict[str, Any]], held_out: dict[str, Any], object
         known = [line for line in lines if name in line]
         return [line["step"] for line in known], [line[name] for line in known]
 
-    axes = _axes(7, 4)
+    axes = _axes(8.5, 4)
     loss_axes = axes if objective == "kl" else axes.twinx()
     loss_lines = loss_axes.plot(
         *series("loss"), color="#9fb8ad", linewidth=1, label="training loss of the batch"
@@ -61,7 +63,7 @@ def training_curve(lines: list[dict[str, Any]], held_out: dict[str, Any], object
 
 def by_position(curves: dict[str, list[float]], file: Path) -> None:
     """Mean held-out KL at each answer position, for each bracket."""
-    axes = _axes(7, 4)
+    axes = _axes(8.5, 4)
     for name, values in curves.items():
         axes.plot(range(1, len(values) + 1), values, color=_COLOURS[name], label=_LABELS[name], linewidth=1.5)
     axes.set(xlabel="position in the answer (token)", ylabel="KL to the full context (nats)")
@@ -71,7 +73,7 @@ def by_position(curves: dict[str, list[float]], file: Path) -> None:
 
 def by_length(curve: dict[str, float], held_out: dict[str, Any], file: Path) -> None:
     """Held-out KL of the prompts that σ holds, over their length."""
-    axes = _axes(7, 4)
+    axes = _axes(8.5, 4)
     lengths = [int(length) for length in curve]
     axes.plot(lengths, list(curve.values()), color=_COLOURS["prompt"], marker="o", label=_LABELS["prompt"])
     for name in ("no_context", "full_context"):
@@ -88,13 +90,13 @@ def by_length(curve: dict[str, float], held_out: dict[str, Any], file: Path) -> 
 def by_query(queries: list[dict[str, Any]], file: Path) -> None:
     """KL of σ beside that without context, for each held-out query, the worst on top."""
     rows = sorted((q for q in queries if q["split"] == "held_out"), key=lambda q: q["kl"])[-30:]
-    axes = _axes(8, 1.2 + 0.32 * len(rows))
+    axes = _axes(9.5, 1.2 + 0.32 * len(rows))
     places = range(len(rows))
     axes.barh(places, [q["kl_no_context"] for q in rows], color="#e8c9c6", height=0.8, label="no context")
     axes.barh(places, [q["kl"] for q in rows], color=_COLOURS["prompt"], height=0.45, label=_LABELS["prompt"])
     axes.set_yticks(list(places), [_shortened(q["query"]) for q in rows], fontsize=8)
     axes.set(xlabel="KL to the full context (nats/token)", title="Held-out KL by query")
-    _save(axes, file, loc="lower right")
+    _save(axes, file)
 
 
 def _shortened(text: str, width: int = 52) -> str:

@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from jaxsp.artifact import ARRAYS, CONTEXT, MANIFEST, SoftPrompt
 from jaxsp.evaluation import report as reports
 from jaxsp.files import atomic_write
@@ -78,6 +80,35 @@ class Result:
         report = json.loads((folder / REPORT).read_text("utf-8"))
         lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
         return cls(SoftPrompt.load(folder), report, [json.loads(line) for line in lines])
+
+
+def write_reports(directory: str | Path) -> list[Path]:
+    """Writes ``report.md`` and the plots anew: of one prompt, or of every one in a folder of many.
+
+    Returns:
+      The reports.
+
+    Raises:
+      UserError: there is no finished prompt, or a file is damaged or of another version.
+    """
+    folder = Path(directory)
+    folders = (
+        [folder] if (folder / REPORT).is_file() else sorted(f.parent for f in folder.glob(f"*/{REPORT}"))
+    )
+    written = []
+    for found in folders:
+        try:
+            result = Result.load(found)
+            if result.error is None:
+                reports.write(result.report, result.lines, found)
+                written.append(found / "report.md")
+        except (OSError, ValueError, KeyError, jinja2.UndefinedError) as error:
+            raise UserError(
+                f"{found / REPORT} is damaged, or was written by another version of jaxsp ({error})."
+            ) from error
+    if not written:
+        raise UserError(f"{folder} holds no finished run (no {REPORT}).")
+    return written
 
 
 class RunFolder:

@@ -366,6 +366,7 @@ class Runner:
             measured = processes.on_first_process(
                 lambda: {
                     **self._measured(job, problem, sigmas, display),
+                    "prefill_seconds": brackets.prefill_seconds(self.model, problem, kept, settings),
                     "stored": brackets.storage_costs(self.model, problem, kept, settings),
                     "by_length": brackets.length_curve(self.model, problem, prompt.sigma, settings),
                 }

@@ -52,6 +52,8 @@ def report() -> dict:
         "kind": "embedding",
         "settings": {"artifact_dtype": "int8"},
         "stored": {"float32": {"kl": 0.25, "bytes": 2**22}, "int8": {"kl": 0.26, "bytes": 2**20}},
+        "by_length": {},
+        "prefill_seconds": {"prompt": 0.01, "full_context": 2.5},
         "prefix_bytes": {"prompt": 2**20, "full_context": 5 * 2**30},
         "model": "tiny <i> & {{ 1 }}",
         "dtype": "float32",
@@ -86,8 +88,9 @@ The model itself is right.
 σ closes most of it.
 
 - model: tiny <i> & {{{{ 1 }}}} (float32, quantization: none)
-- σ: embedding, 4 slots, 1.0 MiB of keys and values in front of a query, where the whole\
- context takes 5.00 GiB (21.8×)
+- σ: embedding, 4 slots for 87 tokens (21.8×)
+- keys and values in front of a query: 1.0 MiB for σ, 5.00 GiB for the whole context; until they are there\
+ 0.010 s and 2.500 s
 - saved as int8; held-out KL by dtype of the file: float32 0.2500 (4.0 MiB), int8 0.2600 (1.0 MiB)
 - training: kl, 2 steps
 - gap closed on held-out queries: 81.2% (95% interval -50.0% to 100.0%) (0: no context, 1: full context)
@@ -134,6 +137,15 @@ def test_a_start_that_is_the_truncated_context_is_one_row_with_it(report):
     text = markdown(report)
     assert f"| {BRACKETS['truncated_context']}, which is also σ before training | 0.300 |" in text
     assert f"| {BRACKETS['initial']} |" not in text
+
+
+def test_shorter_prompts_have_a_table_of_their_own(report):
+    assert "Shorter prompts" not in markdown(report)
+    report["by_length"] = {"1": 0.75, "4": 0.25}
+    report["held_out"]["brackets"]["no_context"]["kl"] = 1.0
+    text = markdown(report)
+    assert "| 1 | 0.750 | 0.250 |\n| 4 | 0.250 | 0.750 |\n" in text
+    assert "![by length](plots/by_length.png)" in text
 
 
 def test_every_column_is_explained(report):
