@@ -237,19 +237,18 @@ def demo_document() -> tuple[str, list[Any], list[Any]]:
     from importlib import resources
 
     with resources.as_file(resources.files("jaxsp.demo")) as folder:
-        return _document(folder, "manual.md", "questions.txt")
+        return _document(folder, "manual.md", "questions.txt", "held_out.jsonl")
 
 
 def own_document(name: str) -> tuple[str, list[Any], list[Any]]:
     """A text in ``experiments/documents``, its training queries, and the held-out ones."""
-    return _document(HERE / "documents" / name, "context.md", "queries.txt")
+    return _document(HERE / "documents" / name, "context.md", "queries.txt", "held_out.txt")
 
 
-def _document(folder: Path, context: str, queries: str) -> tuple[str, list[Any], list[Any]]:
+def _document(folder: Path, context: str, queries: str, held_out: str) -> tuple[str, list[Any], list[Any]]:
     from jaxsp.data.documents import read_context, read_queries
 
-    asked, held_out = (read_queries(folder / file) for file in (queries, "held_out.txt"))
-    return read_context(folder / context), asked, held_out
+    return read_context(folder / context), read_queries(folder / queries), read_queries(folder / held_out)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:

@@ -372,7 +372,7 @@ class Demo:
         with importlib.resources.as_file(importlib.resources.files("jaxsp.demo")) as sample:
             context = read_context(sample / "manual.md")
             queries = read_queries(sample / "questions.txt")
-            held_out = read_queries(sample / "held_out.txt")
+            held_out = read_queries(sample / "held_out.jsonl")
         output = {"out": self.out, "resume": self.resume, "overwrite": not self.resume}
         model = self.model.load()
         result = api.compress(model, context, queries, held_out=held_out, **output, **settings)

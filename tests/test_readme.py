@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -41,7 +42,8 @@ def clone(tmp_path, monkeypatch):
     demo.mkdir(parents=True)
     (demo / "manual.md").write_text(CONTEXT)
     (demo / "questions.txt").write_text("\n".join(QUERIES[:4]))
-    (demo / "held_out.txt").write_text("\n".join(QUERIES[4:6]))
+    held_out = (json.dumps({"query": query, "expect": ["steel"]}) for query in QUERIES[4:6])
+    (demo / "held_out.jsonl").write_text("\n".join(held_out))
     return tmp_path
 
 

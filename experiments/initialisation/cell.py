@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 import jaxsp
 from experiments import suite
+from experiments.initialisation import variants
 from experiments.narrativeqa import passages
 from jaxsp import distributions
 from jaxsp.data.documents import as_queries
@@ -44,6 +46,8 @@ class Cell:
     steps: int
     learning_rate: float | None = None
     rates: str = ""
+    decay: float = 0.0
+    """Strength of the decay towards the start."""
 
 
 def texts(name: str) -> tuple[str, list[Any], list[Any]]:
@@ -90,7 +94,9 @@ class Document:
           captured, and seconds: of the start, of a step (median), and of all.
         """
         model, problem = self.model, self.problem
-        values = {name: value for name, value in dataclasses.asdict(cell).items() if value is not None}
+        asked = dataclasses.asdict(cell)
+        decay = asked.pop("decay")
+        values = {name: value for name, value in asked.items() if value is not None}
         settings = with_defaults(make_settings(values, base=self.settings))
         # What is compiled once serves every prompt of this length: it is no part of a start's cost.
         jax.block_until_ready(start_state(model, problem, settings))
@@ -102,6 +108,11 @@ class Document:
             packing = Packing.of(problem.rows.lengths, settings.training.batch_size)
             job = TrainingJob("prompt", state, problem.train, problem.held_out, packing)
             frozen, chosen = Frozen(model.params, problem.preamble), UpdateSettings.of(model.config, settings)
+            if decay:
+                optimizer = optax.chain(chosen.optimizer, variants.towards_start(decay))
+                chosen = dataclasses.replace(chosen, optimizer=optimizer)
+                state = dataclasses.replace(state, optimizer_state=optimizer.init(state.sigma))
+                job = dataclasses.replace(job, state=state)
             block = Block(
                 iter([job]),
                 lambda slots: JitDriver(frozen, chosen, slots=slots),
@@ -144,4 +155,5 @@ class Document:
 
 def embedded() -> LanguageModel:
     """The model of all cells, in the dtype that suits the machine."""
+    variants.register()
     return jaxsp.load_model()

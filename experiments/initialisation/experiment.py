@@ -31,7 +31,19 @@ RATES = {"embedding": (0.1, 0.25, 0.5), "key_value": (0.01, 0.02, 0.04)}
 LEARNING_RATES = {"embedding": 0.25, "key_value": 0.02}
 """Chosen by the setting ``learning_rates``."""
 
-SETTINGS = ("learning_rates", "0_steps", "25_steps", "100_steps", "400_steps")
+CLOSER: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "25 steps": {"steps": 25},
+    "keys kept": {"rates": "keys=0"},
+    "values alone": {"rates": "keys=0,bias=0"},
+    "first slot kept": {"rates": "first=0"},
+    "decay to the start": {"decay": 1.0},
+    "slots left out": {"kind": "slots_left_out"},
+    "nested": {"kind": "nested"},
+}
+"""What may bring held-out queries closer to those trained on, tried where learning rates are."""
+
+SETTINGS = ("learning_rates", "closer", "0_steps", "25_steps", "100_steps", "400_steps")
 
 
 def cells(setting: str) -> list[Cell]:
@@ -41,6 +53,9 @@ def cells(setting: str) -> list[Cell]:
     """
     if setting == "learning_rates":
         return [Cell(kind, BEST[kind], 16, 100, rate) for kind, rates in RATES.items() for rate in rates]
+    if setting == "closer":
+        base = Cell("key_value", "match", 16, 100, LEARNING_RATES["key_value"])
+        return [dataclasses.replace(base, **changes) for changes in CLOSER.values()]
     steps = int(setting.removesuffix("_steps"))
     starts = [(kind, BEST[kind]) for kind in BEST]
     if steps <= 25:
@@ -56,7 +71,7 @@ def cells(setting: str) -> list[Cell]:
 
 def measure(setting: str, run: Run) -> dict[str, Any]:
     """A row a cell and document; stopped at any moment, the same command goes on."""
-    names, wanted = (TUNED_ON if setting == "learning_rates" else REPORTED), cells(setting)
+    names, wanted = (TUNED_ON if setting in ("learning_rates", "closer") else REPORTED), cells(setting)
     folder = Path("initialisation-out") if run.full else run.out
     if not run.full:
         names, wanted = (
@@ -82,8 +97,7 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
 
 
 def _cell(row: dict[str, Any]) -> Cell:
-    known: dict[str, Any] = {field.name: row.get(field.name) for field in dataclasses.fields(Cell)}
-    return Cell(**known)
+    return Cell(**{field.name: row[field.name] for field in dataclasses.fields(Cell) if field.name in row})
 
 
 def gap(row: dict[str, Any], part: str = "held_out") -> float:
@@ -101,9 +115,10 @@ def table(results: Results) -> str:
     head += ["decisive tokens", "captured", "seconds: start", "a step"]
     lines = []
     for setting, found in results.items():
-        for cell in cells(setting):
+        for number, cell in enumerate(cells(setting)):
             rows = of_cell(found["rows"], cell)
-            rate = f", rate {cell.learning_rate:g}" if setting == "learning_rates" else ""
+            note = f", rate {cell.learning_rate:g}" if setting == "learning_rates" else ""
+            note = f", {list(CLOSER)[number]}" if setting == "closer" else note
             means = (
                 f"{np.mean([gap(row, 'train') for row in rows]):.3f}",
                 f"{np.mean([row['held_out_decisive'] for row in rows]):.3f}",
@@ -112,7 +127,7 @@ def table(results: Results) -> str:
                 f"{np.median([row['step_seconds'] for row in rows]):.2f}" if cell.steps else "–",
             )
             lines.append([
-                f"{cell.kind}, {cell.initial}{rate}", f"{cell.prompt_length}", f"{cell.steps}",
+                f"{cell.kind}, {cell.initial}{note}", f"{cell.prompt_length}", f"{cell.steps}",
                 spread(interval([gap(row) for row in rows])), *means,
             ])  # fmt: skip
     return markdown(head, lines)
