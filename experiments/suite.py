@@ -232,23 +232,13 @@ DEMO: Options = {"evaluate_every": 20, "max_answer_tokens": 32}
 """The settings of ``jaxsp demo``."""
 
 
-def demo_document() -> tuple[str, list[Any], list[Any]]:
-    """The manual of ``jaxsp demo``, its training queries, and the held-out ones."""
-    from importlib import resources
-
-    with resources.as_file(resources.files("jaxsp.demo")) as folder:
-        return _document(folder, "manual.md", "questions.txt", "held_out.jsonl")
-
-
 def own_document(name: str) -> tuple[str, list[Any], list[Any]]:
     """A text in ``experiments/documents``, its training queries, and the held-out ones."""
-    return _document(HERE / "documents" / name, "context.md", "queries.txt", "held_out.txt")
-
-
-def _document(folder: Path, context: str, queries: str, held_out: str) -> tuple[str, list[Any], list[Any]]:
     from jaxsp.data.documents import read_context, read_queries
 
-    return read_context(folder / context), read_queries(folder / queries), read_queries(folder / held_out)
+    folder = HERE / "documents" / name
+    queries, held_out = (read_queries(folder / f"{part}.txt") for part in ("queries", "held_out"))
+    return read_context(folder / "context.md"), queries, held_out
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:

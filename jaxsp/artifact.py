@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from jaxsp import distributions
+from jaxsp import distributions, prompts
 from jaxsp.errors import RENAMED
 from jaxsp.files import atomic_write
 from jaxsp.models.chat import ChatTexts
@@ -126,16 +126,15 @@ class SoftPrompt:
           >>> jaxsp.SoftPrompt.load(demo_folder).cut(2).prompt_length
           2
         """
-        kind = PROMPT_KINDS[self.kind]
-        lengths = kind.lengths(self.sigma)
+        lengths = prompts.lengths(self.kind, self.sigma)
         if length not in lengths:
             others = "" if len(lengths) > 1 else "; prompts of --kind nested hold shorter ones, too"
             raise UserError(
                 f"This prompt of kind {self.kind} can't be cut to {length} slots; it holds one of"
                 f" {', '.join(map(str, lengths))}{others}."
             )
-        name, sigma = kind.cut(self.sigma, length)
-        manifest = {**self.manifest, "kind": name, "prompt_length": length}
+        kind, sigma = prompts.cut(self.kind, self.sigma, length)
+        manifest = {**self.manifest, "kind": kind, "prompt_length": length}
         if length != self.prompt_length:
             manifest.pop("held_out", None)  # measured on all of it
         return dataclasses.replace(self, sigma=dict(sigma), manifest=manifest)

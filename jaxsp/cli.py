@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.resources
 import json
 import os
 import shlex
@@ -364,15 +363,11 @@ class Demo:
     """Go on with the interrupted run in --out."""
 
     def run(self) -> None:
-        from jaxsp import api, console
-        from jaxsp.data.documents import read_context, read_queries
+        from jaxsp import api, console, demo
 
         settings = {"steps": self.steps, "evaluate_every": 20, "max_answer_tokens": 32}
         make_settings(settings)  # a mistake is found before the model is loaded
-        with importlib.resources.as_file(importlib.resources.files("jaxsp.demo")) as sample:
-            context = read_context(sample / "manual.md")
-            queries = read_queries(sample / "questions.txt")
-            held_out = read_queries(sample / "held_out.jsonl")
+        context, queries, held_out = demo.read()
         output = {"out": self.out, "resume": self.resume, "overwrite": not self.resume}
         model = self.model.load()
         result = api.compress(model, context, queries, held_out=held_out, **output, **settings)

@@ -103,9 +103,6 @@ def own_kind(monkeypatch):
         initial=initial,
         prefix=prefix,
         prompt_length=lambda sigma: sigma["layers"]["keys"].shape[1],
-        lengths=lambda sigma: [sigma["layers"]["keys"].shape[1]],
-        cut=lambda sigma, length: ("own", sigma),
-        drawn=lambda sigma, key: sigma,
         rates=lambda sigma, factors: jax.tree.map(lambda leaf: jnp.std(leaf), sigma),
     )
     monkeypatch.setitem(PROMPT_KINDS, "own", kind)

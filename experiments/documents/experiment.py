@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jaxsp
-from experiments.suite import DEMO, Experiment, Results, Run, demo_document, markdown, own_document, spread
+from experiments.suite import DEMO, Experiment, Results, Run, markdown, own_document, spread
+from jaxsp import demo
 
 COMPRESSION = 20
 KEPT = (
@@ -34,7 +35,7 @@ def measure(name: str, run: Run) -> dict[str, Any]:
     model = jaxsp.load_model()
     if name == "demo":
         options: dict[str, Any] = dict(DEMO)
-        context, queries, held_out = demo_document()
+        context, queries, held_out = demo.read()
     else:
         context, queries, held_out = own_document(name)
         tokens = len(model.encode_context(context))

@@ -16,7 +16,7 @@ import jaxsp
 from experiments import suite
 from experiments.initialisation import variants
 from experiments.narrativeqa import passages
-from jaxsp import distributions
+from jaxsp import demo, distributions
 from jaxsp.data.documents import as_queries
 from jaxsp.data.packing import Packing
 from jaxsp.evaluation.facts import agrees
@@ -56,7 +56,7 @@ def texts(name: str) -> tuple[str, list[Any], list[Any]]:
     The index is in the list of the passages with questions enough; a negative one counts from its end.
     """
     if name == "demo":
-        return suite.demo_document()
+        return demo.read()
     if not name.startswith("narrativeqa-"):
         return suite.own_document(name)
     long_enough = [p for p in passages() if len(p.questions) >= ASKED + HELD_OUT]

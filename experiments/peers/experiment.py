@@ -16,7 +16,8 @@ import jax
 
 import jaxsp
 from experiments.peers.job import Job
-from experiments.suite import Experiment, Results, Run, demo_document, markdown
+from experiments.suite import Experiment, Results, Run, markdown
+from jaxsp import demo
 from jaxsp.data.examples import batch_indices
 from jaxsp.settings import Settings
 from jaxsp.teacher.problem import tokenize
@@ -74,7 +75,7 @@ def make_job(steps: int) -> Job:
     """The demo's manual and questions as token ids, without answers."""
     model = jaxsp.load_model()
     settings = Settings()
-    context, train, held_out = demo_document()
+    context, train, held_out = demo.read()
     job = tokenize(model, context, train, held_out, settings)
     key = jax.random.key_data(jax.random.key(settings.training.seed)).tolist()  # as in jaxsp's own loop
     return Job(

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import jaxsp
-from experiments.suite import Experiment, Results, Run, demo_document, markdown
+from experiments.suite import Experiment, Results, Run, markdown
+from jaxsp import demo
 from jaxsp.data.documents import Query
 from jaxsp.settings import Options
 
@@ -25,7 +26,7 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
     seeds, steps = (range(8), 60) if run.full else (range(1), 3)
     rate = float(setting.removeprefix("rate_"))
     options: dict[str, Any] = {**OPTIONS, "learning_rate": rate, "steps": steps}
-    context, queries, held_out = demo_document()
+    context, queries, held_out = demo.read()
     models = {dtype: jaxsp.load_model(MODEL, dtype=dtype) for dtype in DTYPES}
     answers = float32_answers(models["float32"], context, queries, held_out)
     queries, held_out = (

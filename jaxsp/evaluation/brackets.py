@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp import distributions
+from jaxsp import distributions, prompts
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.models import decoder
 from jaxsp.models.language_model import LanguageModel
@@ -141,11 +141,11 @@ def length_curve(
       sigma: σ as it is saved.
       settings: settings of the prompt.
     """
-    kind, held_out = PROMPT_KINDS[settings.prompt.kind], problem.held_out
-    lengths = kind.lengths(sigma)
+    kind, held_out = settings.prompt.kind, problem.held_out
+    lengths = prompts.lengths(kind, sigma)
     found = {}
     for length in lengths if len(lengths) > 1 else ():
-        own_kind, own = kind.cut(sigma, length)
+        own_kind, own = prompts.cut(kind, sigma, length)
         prefix = distributions.read_prompt(model.params, model.config, own, problem.preamble, own_kind)
         prefix = prefix.append(decoder.empty_prefix(model.config, lengths[-1] - length))  # all of one size
         kl = at_positions(model, prefix, held_out, problem.packing, ["kl"])["kl"]

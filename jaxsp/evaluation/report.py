@@ -186,14 +186,21 @@ def as_json(value: Any) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report for people.
+
+    Raises:
+      ValueError: a field is missing.
+    """
     # Markdown, not HTML: the users' texts stand in it as they are.
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"interval": _interval, "cell": _cell, "size": size}
     source = importlib.resources.files("jaxsp.evaluation").joinpath("report.md.jinja").read_text("utf-8")
-    return environment.from_string(source).render(report, bracket_names=BRACKETS)
+    try:
+        return environment.from_string(source).render(report, bracket_names=BRACKETS)
+    except jinja2.UndefinedError as error:
+        raise ValueError(str(error)) from error
 
 
 def _teacher(report: dict[str, Any], context: str) -> dict[str, Any]:

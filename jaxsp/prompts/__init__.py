@@ -17,7 +17,11 @@ Prefill = Callable[[Float[AnyArray, "1 k d"], KeyValues], KeyValues]
 
 
 class PromptKind(Protocol):
-    """Contents of a module in this folder. σ is a pytree of float32 arrays of any rank, in nested dicts."""
+    """Contents of a module in this folder. σ is a pytree of float32 arrays of any rank, in nested dicts.
+
+    A kind whose first slots are prompts, too, also has ``lengths(sigma)``, ``cut(sigma, length)`` and
+    ``drawn(sigma, key)``: what the functions of these names below give.
+    """
 
     @property
     def DEFAULTS(self) -> Mapping[str, Any]:
@@ -42,18 +46,6 @@ class PromptKind(Protocol):
 
     def prompt_length(self, sigma: PyTree) -> int:
         """K, in slots."""
-        ...
-
-    def lengths(self, sigma: PyTree) -> Sequence[int]:
-        """Slots of the prompts that σ holds, ascending: its first ones; K alone for most kinds."""
-        ...
-
-    def cut(self, sigma: PyTree, length: int) -> tuple[str, PyTree]:
-        """The kind and the parameters of the prompt of one of these lengths."""
-        ...
-
-    def drawn(self, sigma: PyTree, key: Array) -> PyTree:
-        """σ as one step of training reads it, for kinds that leave something to chance."""
         ...
 
     def rates(self, sigma: PyTree, factors: Mapping[str, float]) -> PyTree:
@@ -86,3 +78,21 @@ def with_defaults(settings: Settings) -> Settings:
     given = plain(settings)
     defaults = PROMPT_KINDS[settings.prompt.kind].DEFAULTS
     return make_settings({n: v for n, v in defaults.items() if given[n] is None}, base=settings)
+
+
+def lengths(kind: str, sigma: PyTree) -> Sequence[int]:
+    """Slots of the prompts that σ holds, ascending: K alone, but for kinds that hold shorter ones."""
+    own = getattr(PROMPT_KINDS[kind], "lengths", None)
+    return own(sigma) if own else [PROMPT_KINDS[kind].prompt_length(sigma)]
+
+
+def cut(kind: str, sigma: PyTree, length: int) -> tuple[str, PyTree]:
+    """The kind and the parameters of the prompt of one of these lengths."""
+    own = getattr(PROMPT_KINDS[kind], "cut", None)
+    return own(sigma, length) if own else (kind, sigma)
+
+
+def drawn(kind: str, sigma: PyTree, key: Array) -> PyTree:
+    """σ as one step of training reads it, drawn by its key where the kind leaves something to chance."""
+    own = getattr(PROMPT_KINDS[kind], "drawn", None)
+    return own(sigma, key) if own else sigma

@@ -6,7 +6,7 @@ Reference: Lester et al. 2021, The Power of Scale for Parameter-Efficient Prompt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 
@@ -33,23 +33,6 @@ def prefix(sigma: Sigma, preamble: KeyValues, prefill: Callable[..., KeyValues])
 def prompt_length(sigma: Sigma) -> int:
     """K, in slots."""
     return sigma["embeddings"].shape[0]
-
-
-def lengths(sigma: Sigma) -> Sequence[int]:
-    """K alone."""
-    return [prompt_length(sigma)]
-
-
-def cut(sigma: Sigma, length: int) -> tuple[str, Sigma]:
-    """All of it."""
-    del length
-    return "embedding", sigma
-
-
-def drawn(sigma: Sigma, key: Array) -> Sigma:
-    """All of it, at every step."""
-    del key
-    return sigma
 
 
 def rates(sigma: Sigma, factors: Mapping[str, float]) -> Mapping[str, Array]:

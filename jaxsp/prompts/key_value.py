@@ -9,7 +9,7 @@ Reference: Li & Liang 2021, Prefix-Tuning (arXiv:2101.00190); Eyuboglu et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -49,23 +49,6 @@ def prefix(sigma: Sigma, preamble: KeyValues, prefill: Any) -> KeyValues:
 def prompt_length(sigma: Sigma) -> int:
     """K, in slots."""
     return sigma["keys"].shape[1]
-
-
-def lengths(sigma: Sigma) -> Sequence[int]:
-    """K alone."""
-    return [prompt_length(sigma)]
-
-
-def cut(sigma: Sigma, length: int) -> tuple[str, Sigma]:
-    """All of it."""
-    del length
-    return "key_value", sigma
-
-
-def drawn(sigma: Sigma, key: Array) -> Sigma:
-    """All of it, at every step."""
-    del key
-    return sigma
 
 
 def rates(sigma: Sigma, factors: Mapping[str, float]) -> PyTree:

@@ -6,7 +6,7 @@ Reference: Hu et al. 2022, LoRA (arXiv:2106.09685), for the factors; the start i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,23 +55,6 @@ def _whole(sigma: Sigma) -> key_value.Sigma:
 def prompt_length(sigma: Sigma) -> int:
     """K, in slots."""
     return sigma["bias"].shape[1]
-
-
-def lengths(sigma: Sigma) -> Sequence[int]:
-    """K alone."""
-    return [prompt_length(sigma)]
-
-
-def cut(sigma: Sigma, length: int) -> tuple[str, Sigma]:
-    """All of it."""
-    del length
-    return "low_rank", sigma
-
-
-def drawn(sigma: Sigma, key: Array) -> Sigma:
-    """All of it, at every step."""
-    del key
-    return sigma
 
 
 def rates(sigma: Sigma, factors: Mapping[str, float]) -> PyTree:

@@ -10,8 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from jaxsp.artifact import ARRAYS, CONTEXT, MANIFEST, SoftPrompt
 from jaxsp.evaluation import report as reports
 from jaxsp.files import atomic_write
@@ -102,7 +100,7 @@ def write_reports(directory: str | Path) -> list[Path]:
             if result.error is None:
                 reports.write(result.report, result.lines, found)
                 written.append(found / "report.md")
-        except (OSError, ValueError, KeyError, jinja2.UndefinedError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{found / REPORT} is damaged, or was written by another version of jaxsp ({error})."
             ) from error

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsp import distributions
+from jaxsp import distributions, prompts
 from jaxsp.data.examples import Rows
 from jaxsp.losses import Objective, Total, as_objective, fused_objective, masked_sum
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
-from jaxsp.prompts import PROMPT_KINDS, with_defaults
+from jaxsp.prompts import with_defaults
 from jaxsp.settings import Settings
 from jaxsp.training.optimizers import make_optimizer
 from jaxsp.training.state import TrainState
@@ -115,12 +115,12 @@ def update(
       ``answer_tokens`` and ``learning_rate``, float32 ``[M]`` each.
     """
 
-    kind = PROMPT_KINDS[settings.kind]
+    draw = functools.partial(prompts.drawn, settings.kind)
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(states.key), states.step)
 
     def gradients_and_losses(rows: Rows) -> tuple[PyTree, Total]:
         def totals(sigmas: PyTree) -> tuple[Array, Total]:
-            read = jax.vmap(kind.drawn)(sigmas, keys)
+            read = jax.vmap(draw)(sigmas, keys)
             each = loss_totals(read, frozen, rows, settings)
             return jnp.sum(each.total), each  # no σ has a part in another's total
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsp import distributions
+from jaxsp import distributions, prompts
 from jaxsp.data.examples import make_rows
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.prompts.initializers import INITIALIZERS, Source, Start
@@ -60,8 +60,8 @@ def test_parameters_are_float32_and_all_of_them_matter(tiny_model, preamble, kin
 
     def log_prob(sigma):
         total = 0.0
-        for length in PROMPT_KINDS[kind].lengths(sigma):
-            own_kind, own = PROMPT_KINDS[kind].cut(sigma, length)
+        for length in prompts.lengths(kind, sigma):
+            own_kind, own = prompts.cut(kind, sigma, length)
             prefix = distributions.prompt_prefix(params, config, own, preamble, own_kind)
             total += distributions.log_probs(params, config, prefix, rows)[0, :, 11].sum()
         return total
@@ -100,20 +100,20 @@ def test_parts_of_keys_and_values_have_rates_of_their_own(tiny_model, preamble):
 @kinds
 def test_a_prompt_is_cut_to_one_that_was_drawn(tiny_model, preamble, kind):
     """The first slots alone are read as they were in training, and as they stood among the others."""
-    params, config, chosen = tiny_model.params, tiny_model.config, PROMPT_KINDS[kind]
+    params, config = tiny_model.params, tiny_model.config
     sigma = initial(tiny_model, preamble, kind, 6)
     random = np.random.RandomState(0)
     sigma = jax.tree.map(lambda a: a + random.normal(0, 0.1, a.shape) if a.ndim else a, sigma)
     keys = jax.random.split(jax.random.key(0), 300)
-    many, lengths = jax.vmap(lambda key: chosen.drawn(sigma, key))(keys), list(chosen.lengths(sigma))
+    many, lengths = jax.vmap(lambda key: prompts.drawn(kind, sigma, key))(keys), prompts.lengths(kind, sigma)
     index = np.asarray(many.get("drawn", np.zeros(len(keys), int)))
     assert lengths[-1] == 6
     assert set(index) == set(range(len(lengths)))
     assert np.mean(index == len(lengths) - 1) == pytest.approx(1 if len(lengths) == 1 else 0.5, abs=0.1)
     for number, length in enumerate(lengths):
-        read = chosen.drawn(sigma, keys[np.argmax(index == number)])
+        read = prompts.drawn(kind, sigma, keys[np.argmax(index == number)])
         masked = distributions.prompt_prefix(params, config, read, preamble, kind)
-        own_kind, own = chosen.cut(sigma, length)
+        own_kind, own = prompts.cut(kind, sigma, length)
         assert PROMPT_KINDS[own_kind].prompt_length(own) == length
         alone = distributions.prompt_prefix(params, config, own, preamble, own_kind)
         assert alone.next_position == masked.next_position
@@ -140,7 +140,7 @@ def test_low_rank_starts_as_near_as_its_rank_allows(tiny_model, preamble):
 def test_shorter_prompts_start_with_the_mass_of_all_slots(tiny_model, preamble):
     sigma = initial(tiny_model, preamble, "nested", 6, "match", ROWS)
     whole = np.exp(sigma["bias"][:, -1]).sum(axis=1)
-    assert PROMPT_KINDS["nested"].lengths(sigma) == [1, 2, 4, 6]
+    assert prompts.lengths("nested", sigma) == [1, 2, 4, 6]
     for index, length in enumerate([1, 2, 4, 6]):
         np.testing.assert_allclose(np.exp(sigma["bias"][:, index, :length]).sum(axis=1), whole, rtol=1e-5)
 
