@@ -34,6 +34,7 @@ def alpha_divergence(teacher_logits, student_logits, mask, *, alpha=0.5):
     return (1 - mixed) / (alpha * (1 - alpha))
 
 
+@pytest.mark.slow
 def test_an_objective_of_ones_own_is_trained_on(calm_model, tmp_path):
     own = jaxsp.Objective(alpha_divergence, options=(("alpha", 0.3),))
     result = compress(calm_model, objective=own, out=tmp_path / "out", steps=8)

@@ -382,6 +382,7 @@ def out_of_memory(*_, **__):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nMore.")
 
 
+@pytest.mark.slow
 def test_a_device_without_memory(
     compress, jaxsp_command, monkeypatch, finished, job, tiny_directory, tmp_path
 ):

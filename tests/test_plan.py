@@ -23,6 +23,7 @@ from jaxsp.training.state import initial_state, stack
 from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import UserError
 from tests import tiny
+from tests.conftest import slow_beside
 
 SETTINGS = make_settings({"prompt_length": 4, "optimizer": "adam"})
 MESH = make_settings({"parallel": "mesh", "mesh": "data=2,model=2"}, base=SETTINGS)
@@ -65,7 +66,7 @@ def test_the_program_is_the_one_that_runs(tiny_model, settings, kind):
         assert getattr(ours, f"{name}_size_in_bytes") == getattr(theirs, f"{name}_size_in_bytes")
 
 
-@pytest.mark.parametrize("kind", PROMPT_KINDS)
+@pytest.mark.parametrize("kind", slow_beside(PROMPT_KINDS, "embedding", "nested", "low_rank"))
 def test_operations_are_those_that_xla_counts(tmp_path, kind):
     """XLA counts the body of the scan over layers once: the model of three is to it as one of a layer."""
     sizes: dict[str, Any] = {

@@ -15,6 +15,7 @@ from jaxsp.data.examples import make_rows
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.prompts.initializers import INITIALIZERS, Source, Start
 from jaxsp.typing import UserError
+from tests.conftest import slow_beside
 
 CONTEXT = np.array([5, 9, 77, 30, 200, 14, 3])
 ROWS = make_rows([[8, 9, 60, 61], [10, 70], [33, 9, 41]], [[11, 12], [13, 2], [50, 51, 2]])
@@ -51,7 +52,7 @@ def test_a_prompt_equal_to_the_context_is_the_context(tiny_model, preamble, kind
     )  # fmt: skip
 
 
-@kinds
+@pytest.mark.parametrize("kind", slow_beside(PROMPT_KINDS, "nested", "low_rank"))
 def test_parameters_are_float32_and_all_of_them_matter(tiny_model, preamble, kind):
     params, config = tiny_model.params, tiny_model.config
     sigma = initial(tiny_model, preamble, kind, 4)

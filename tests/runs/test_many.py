@@ -209,6 +209,7 @@ def test_killed_and_resumed(calm_directory, calm_model, tmp_path):
         assert kl[0] == kl[1]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_fails_alone(calm_model, tmp_path):
     wild = {"learning_rate": 1e38, "max_grad_norm": 0.0}
     jobs = [job("a", **wild), job("b", **wild, seed=1), job("c")]
@@ -277,6 +278,7 @@ def test_a_prompt_is_evaluated_on_longer_queries_than_its_own(calm_model, result
     assert report["held_out"]["queries"] == 1
 
 
+@pytest.mark.slow
 def test_the_same_context_is_taught_once(calm_model, monkeypatch):
     calls, run_teacher = [], runner.run_teacher
     monkeypatch.setattr(runner, "run_teacher", lambda *a: calls.append(1) or run_teacher(*a))
@@ -311,6 +313,7 @@ def test_what_the_teacher_said_is_kept_on_disk(calm_model, tmp_path, monkeypatch
     assert len(calls) == 3
 
 
+@pytest.mark.slow
 def test_the_last_prompt_instead_of_the_best(calm_model):
     """An objective that takes σ away from the teacher: the best is the start."""
     jobs = [job("best"), job("last", keep="last")]
