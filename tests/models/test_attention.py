@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsp.models import attention as package
 from jaxsp.models.attention import BACKENDS, AttentionInputs, Slots, attention, chunked, cudnn
 from jaxsp.typing import EMPTY, UserError
 from tests import programs
@@ -211,22 +212,30 @@ def test_a_backend_that_is_asked_for_serves_or_says_why_not():
         attention(dataclasses.replace(CASES["packing"](), segment_ids_BT=None))
 
 
-def test_auto_takes_what_suits_the_machine(monkeypatch):
+def test_auto_takes_what_suits_the_machine(monkeypatch, caplog):
+    """And says once, with the reason, that it can't take the fastest."""
     called = []
     for name, backend in BACKENDS.items():
         monkeypatch.setattr(backend, "attend", lambda inputs, name=name: called.append(name) or inputs.q_BTHF)
     monkeypatch.setattr(cudnn, "_compute_capability", lambda: 9)
     half, capped = CASES["row alone"](dtype="bfloat16"), CASES["softcap"](dtype="bfloat16")
     one = dataclasses.replace(half, q_BTHF=half.q_BTHF[:, :1], positions_BT=half.positions_BT[:, :1])
+    package._say_once.cache_clear()
     for machine in ("cpu", "gpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda machine=machine: machine)
         for inputs in (half, capped, one):
             attention(inputs)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    attention(capped)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Attention falls back from cudnn to chunked, which is slower: cuDNN's attention has no softcap."
+    ]
     attention(one, backend="splash")  # a decoding step, whatever the model is set to
     assert called == [
         "chunked", "chunked", "chunked",
         "cudnn", "chunked", "chunked",
         "splash", "splash", "chunked",
+        "chunked",
         "chunked",
     ]  # fmt: skip
 

@@ -8,6 +8,9 @@ A backend is a module with two functions:
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import jax
 
 from jaxsp.models.attention import chunked, cudnn, splash
@@ -17,6 +20,8 @@ from jaxsp.typing import Array, Float, UserError
 __all__ = ["BACKENDS", "AttentionInputs", "Slots", "attention"]
 
 BACKENDS = {"chunked": chunked, "splash": splash, "cudnn": cudnn}
+
+_log = logging.getLogger(__name__)
 
 _FASTEST = {"tpu": "splash", "gpu": "cudnn"}
 
@@ -61,7 +66,16 @@ def _choose(inputs: AttentionInputs, backend: str) -> str:
         return "chunked"
     if backend == "auto":
         fastest = _FASTEST.get(jax.default_backend(), "chunked")
-        return "chunked" if BACKENDS[fastest].unsupported_reason(inputs) else fastest
+        reason = BACKENDS[fastest].unsupported_reason(inputs)
+        if reason is not None:
+            _say_once(fastest, reason)
+        return fastest if reason is None else "chunked"
     if reason := BACKENDS[backend].unsupported_reason(inputs):
         raise UserError(f"The attention backend {backend!r} can't serve: {reason}. Choose 'auto'.")
     return backend
+
+
+@functools.cache
+def _say_once(backend: str, reason: str) -> None:
+    """Warns that the fastest backend isn't used, and why."""
+    _log.warning("Attention falls back from %s to chunked, which is slower: %s.", backend, reason)
