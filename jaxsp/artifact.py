@@ -70,7 +70,7 @@ class SoftPrompt:
 
     @property
     def prompt_length(self) -> int:
-        """K, in tokens."""
+        """K, in slots."""
         return self.manifest["prompt_length"]
 
     @property
@@ -126,13 +126,6 @@ class SoftPrompt:
           >>> jaxsp.SoftPrompt.load(demo_folder).cut(2).prompt_length
           2
         """
-        lengths = prompts.lengths(self.kind, self.sigma)
-        if length not in lengths:
-            others = "" if len(lengths) > 1 else "; prompts of --kind nested hold shorter ones, too"
-            raise UserError(
-                f"This prompt of kind {self.kind} can't be cut to {length} slots; it holds one of"
-                f" {', '.join(map(str, lengths))}{others}."
-            )
         kind, sigma = prompts.cut(self.kind, self.sigma, length)
         manifest = {**self.manifest, "kind": kind, "prompt_length": length}
         if length != self.prompt_length:

@@ -342,8 +342,10 @@ class Report:
     def run(self) -> None:
         from jaxsp.runs.folder import write_reports
 
-        for file in write_reports(self.directory):
-            print(file)
+        written, problems = write_reports(self.directory)
+        print("".join(f"{file}\n" for file in written), end="")
+        if problems:
+            raise UserError("; ".join(problems) + ".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,7 +360,7 @@ class Demo:
     out: Folder = "jaxsp-demo"
     """Folder for the prompt, the report and the checkpoints."""
     steps: int | None = None
-    """Updates of the prompt."""
+    """Updates of the prompt; by default 100."""
     resume: bool = False
     """Go on with the interrupted run in --out."""
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
+from jaxsp import prompts
 from jaxsp.artifact import SoftPrompt
 from jaxsp.evaluation.brackets import BRACKETS
 from jaxsp.files import size
@@ -50,10 +50,11 @@ def print_prompt(prompt: SoftPrompt) -> None:
     """Prints what a saved prompt is, and what was measured of it."""
     manifest = prompt.manifest
     model, training, tokens = manifest["model"], manifest["training"], manifest["context_tokens"]
-    stored = storage.pack(prompt.sigma, manifest["dtype"])
+    lengths = prompts.lengths(prompt.kind, prompt.sigma)
     rows = {
         "kind": f"{prompt.kind}, {prompt.prompt_length} slots, {manifest['dtype']}",
-        "file": size(sum(leaf.nbytes for leaf in jax.tree.leaves(stored))),
+        "file": size(storage.size(storage.pack(prompt.sigma, manifest["dtype"]))),
+        **({"read at": f"{', '.join(map(str, lengths))} slots (--length)"} if lengths[1:] else {}),
         "stands for": f"{tokens} tokens ({tokens / prompt.prompt_length:.1f}×)",
         "model": f"{model['name']} ({model['fingerprint'][:12]})",
         "tokenizer": manifest["tokenizer"]["fingerprint"][:12],

@@ -58,8 +58,7 @@ class TrainingSettings:
     confidence_shift, cosine_similarity, distribution_cosine_similarity or hidden_mse; with options as in
     js(beta=0.3), or a mixture such as kl=0.7,nll=0.3. In Python also an Objective of your own."""
     steps: int | None = _setting(None, type=int, per_prompt=True, at_least=0, below=2**31)
-    """Updates of the prompt; 0 keeps it as it starts. By default 100, for nested
-    150, for embedding 500."""
+    """Updates of the prompt; 0 keeps it as it starts. By default 100, for nested 150, for embedding 500."""
     batch_size: int = _setting(8, at_least=1)
     """Queries an update, about: as many as fit in the tokens of so many of mean length."""
     optimizer: str | None = _setting(None, type=str)
@@ -84,8 +83,9 @@ class TrainingSettings:
     """Steps between held-out evaluations."""
     patience: int = _setting(0, per_prompt=True, at_least=0)
     """Stop after so many evaluations without a better one; 0: never."""
-    keep: str = _setting("best", per_prompt=True)
-    """Prompt to keep: best (of the lowest held-out KL evaluated, the start included) or last."""
+    keep: str | None = _setting(None, type=str, per_prompt=True)
+    """Prompt to keep: best (of the lowest held-out KL evaluated, the start included) or last; by default
+    best, for nested last."""
 
     @property
     def updates(self) -> int:
@@ -153,7 +153,7 @@ class Options(TypedDict, total=False):
     seed: int
     evaluate_every: int
     patience: int
-    keep: str
+    keep: str | None
     parallel: str
     mesh: str
     grad_accumulation: int

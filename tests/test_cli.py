@@ -619,9 +619,13 @@ def test_report_writes_what_the_run_wrote(jaxsp_command, finished, tmp_path):
         assert all((many / name / file).is_file() for file in names)
     refused(jaxsp_command("report", tmp_path), "holds no finished run")
     report = json.loads((finished / "report.json").read_text())
-    for damaged in (report | {"held_out": {}}, "{"):
-        (many / "a" / "report.json").write_text(json.dumps(damaged) if damaged != "{" else "{")
-        refused(jaxsp_command("report", many / "a"), "damaged, or was written by another version")
+    for damaged in ("{", "[]", "null", json.dumps(report | {"held_out": {}}), json.dumps({"held_out": 3})):
+        (many / "a" / "report.json").write_text(damaged)
+        code, out, err = jaxsp_command("report", many)
+        assert out.splitlines() == [str(many / "b" / "report.md")]  # the others are written
+        refused((code, out, err), many / "a" / "report.json", "damaged, or was written by another version")
+    (many / "a" / "report.json").write_text(json.dumps({**report, "error": "The loss is not finite"}))
+    refused(jaxsp_command("report", many / "a" / "report.json"), "training failed", "The loss is not finite")
 
 
 def test_a_nested_prompt_is_read_at_the_lengths_it_has(jaxsp_command, compress, tmp_path):
@@ -644,8 +648,8 @@ def test_a_nested_prompt_is_read_at_the_lengths_it_has(jaxsp_command, compress, 
     whole, short = (jaxsp_command("ask", out, "What now?", *more) for more in ((), ("--length", 1)))
     assert whole[0] == short[0] == 0
     assert whole[1] != short[1]
-    refused(jaxsp_command("ask", out, "Who?", "--length", 3), "can't be cut to 3 slots", "1, 2, 4")
-    refused(jaxsp_command("ask", out, "Who?", "--length", 8), "can't be cut to 8 slots")
+    refused(jaxsp_command("ask", out, "Who?", "--length", 3), "none of 3", "read at 1, 2, 4 slots")
+    refused(jaxsp_command("ask", out, "Who?", "--length", 8), "none of 8")
 
 
 def test_only_nested_prompts_can_be_cut(jaxsp_command, finished):

@@ -18,11 +18,13 @@ from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.teacher import targets
 from tests.conftest import CONTEXT, slow_beside
 
+HOLD_ALL = [kind for kind in PROMPT_KINDS if kind != "low_rank"]
+
 pytestmark = pytest.mark.usefixtures("optimized")
 
 
 @pytest.mark.parametrize("dtype", slow_beside(["float32", "bfloat16"], "bfloat16"))
-@pytest.mark.parametrize("kind", slow_beside(PROMPT_KINDS, "embedding", "nested", "low_rank"))
+@pytest.mark.parametrize("kind", slow_beside(HOLD_ALL, "embedding", "nested"))
 def test_the_contexts_own_embeddings_give_kl_zero(kind, dtype):
     model = jaxsp.load_model("smollm2-135m-instruct", dtype=dtype)
     assert model.tokenizer is not None
@@ -35,7 +37,7 @@ def test_the_contexts_own_embeddings_give_kl_zero(kind, dtype):
     sigma = distributions.initial_prompt(
         model.params, model.config, ids, before,
         key=jax.random.key(0), prompt_length=len(ids),
-        initial="first", kind=kind, rank=len(ids),
+        initial="first", kind=kind,
     )  # fmt: skip
     prompt = distributions.prompt_prefix(model.params, model.config, sigma, before, kind)
     values = at_positions(model, prompt, rows, packing)
@@ -63,11 +65,11 @@ def test_bfloat16_keeps_the_residual_stream_in_float32(smollm2):
 
 @pytest.mark.slow
 def test_the_demo_shows_what_it_promises(smollm2, jaxsp_command, tmp_path, monkeypatch):
-    """In a third of its steps already; and it leaves the weights bit-identical."""
+    """In a few of its steps already; and it leaves the weights bit-identical."""
     weights = jax.tree.map(np.array, smollm2.params)
     monkeypatch.setattr(load, "load_model", lambda *_, **__: smollm2)
     monkeypatch.chdir(tmp_path)
-    code, out, err = jaxsp_command("demo", "--steps", 20)
+    code, out, err = jaxsp_command("demo", "--steps", 4)
     assert code == 0, err
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), smollm2.params, weights)
     assert all(jax.tree.leaves(same))
@@ -77,7 +79,7 @@ def test_the_demo_shows_what_it_promises(smollm2, jaxsp_command, tmp_path, monke
     assert 300 <= report["context_tokens"] <= 500
     assert report["train"]["queries"] + report["held_out"]["queries"] >= 40
     assert report["held_out"]["queries"] == 10
-    assert report["gap_closed"]["value"] >= 0.80
+    assert report["gap_closed"]["value"] >= 0.85
     assert held_out["prompt"]["kl"] < held_out["truncated_context"]["kl"]
     assert held_out["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
     assert "full context" in out

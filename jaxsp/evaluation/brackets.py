@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -65,10 +64,9 @@ def measure_all(
     preamble, kind = problem.preamble, settings.prompt.kind
     prompt_length = PROMPT_KINDS[kind].prompt_length(sigmas["prompt"])
     vectors = model.embed(problem.job.context_ids[:prompt_length]).astype(jnp.float32)
-    read = functools.partial(distributions.read_prompt, model.params, model.config)
     prefixes = {
-        **{name: read(sigma, preamble, kind) for name, sigma in sigmas.items()},
-        "truncated_context": read({"embeddings": vectors}, preamble, "embedding"),
+        **{name: _read(model, problem, sigma, kind) for name, sigma in sigmas.items()},
+        "truncated_context": _read(model, problem, {"embeddings": vectors}, "embedding"),
         "no_context": preamble.append(decoder.empty_prefix(model.config, prompt_length)),
     }
     new = {name: prefix for name, prefix in prefixes.items() if name not in known}
@@ -90,44 +88,38 @@ def storage_costs(
       sigma: σ as it was trained.
       settings: settings of the prompt.
     """
-    held_out = problem.held_out
     found = {}
     for dtype in storage.DTYPES:
         stored = storage.pack(sigma, dtype)
-        prefix = distributions.read_prompt(
-            model.params, model.config, storage.unpack(stored), problem.preamble, settings.prompt.kind
-        )
-        kl = at_positions(model, prefix, held_out, problem.packing, ["kl"])["kl"]
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(stored))
-        found[dtype] = {"bytes": size, "kl": float(kl.sum() / held_out.mask.sum())}
+        prefix = _read(model, problem, storage.unpack(stored), settings.prompt.kind)
+        found[dtype] = {"bytes": storage.size(stored), "kl": _held_out_kl(model, problem, prefix)}
     return found
 
 
 def prefill_seconds(
-    model: LanguageModel, problem: Problem, sigma: PyTree, settings: Settings
+    model: LanguageModel, problem: Problem, sigma: PyTree, settings: Settings, known: float | None = None
 ) -> dict[str, float]:
-    """Seconds until the model can be asked, after σ and after the whole context: compiled, without loading.
+    """Seconds to prepare the prefix, of σ and of the whole context; compiling and loading are not counted.
 
     Args:
       model: the frozen model.
       problem: the queries, and what the teacher said.
       sigma: σ as it is saved.
       settings: settings of the prompt.
+      known: those of the whole context, where they were measured before.
     """
-    params, config, ids = model.params, model.config, problem.job.context_ids[None]
-    reads = {
-        "prompt": lambda: distributions.read_prompt(
-            params, config, sigma, problem.preamble, settings.prompt.kind
-        ),
-        "full_context": lambda: decoder.read_long(params, config, ids, problem.preamble),
-    }
-    found = {}
-    for name, read in reads.items():
-        for _ in range(2):  # the first one may compile
-            begun = time.perf_counter()
-            jax.block_until_ready(read())
-            found[name] = time.perf_counter() - begun
-    return found
+    ids = problem.job.context_ids[None]
+
+    def seconds(read: Callable[[], KeyValues]) -> float:
+        jax.block_until_ready(read())  # may compile
+        begun = time.perf_counter()
+        jax.block_until_ready(read())
+        return time.perf_counter() - begun
+
+    if known is None:
+        known = seconds(lambda: decoder.read_long(model.params, model.config, ids, problem.preamble))
+    own = seconds(lambda: _read(model, problem, sigma, settings.prompt.kind))
+    return {"prompt": own, "full_context": known}
 
 
 def length_curve(
@@ -141,16 +133,25 @@ def length_curve(
       sigma: σ as it is saved.
       settings: settings of the prompt.
     """
-    kind, held_out = settings.prompt.kind, problem.held_out
+    kind = settings.prompt.kind
     lengths = prompts.lengths(kind, sigma)
     found = {}
     for length in lengths if len(lengths) > 1 else ():
         own_kind, own = prompts.cut(kind, sigma, length)
-        prefix = distributions.read_prompt(model.params, model.config, own, problem.preamble, own_kind)
+        prefix = _read(model, problem, own, own_kind)
         prefix = prefix.append(decoder.empty_prefix(model.config, lengths[-1] - length))  # all of one size
-        kl = at_positions(model, prefix, held_out, problem.packing, ["kl"])["kl"]
-        found[str(length)] = float(kl.sum() / held_out.mask.sum())
+        found[str(length)] = _held_out_kl(model, problem, prefix)
     return found
+
+
+def _read(model: LanguageModel, problem: Problem, sigma: PyTree, kind: str) -> KeyValues:
+    return distributions.read_prompt(model.params, model.config, sigma, problem.preamble, kind)
+
+
+def _held_out_kl(model: LanguageModel, problem: Problem, prefix: KeyValues) -> float:
+    held_out = problem.held_out
+    kl = at_positions(model, prefix, held_out, problem.packing, ["kl"])["kl"]
+    return float(kl.sum() / held_out.mask.sum())
 
 
 def measure(

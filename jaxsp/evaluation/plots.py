@@ -32,6 +32,12 @@ def _save(axes: Any, file: Path, handles: list[Any] | None = None) -> None:
     axes.figure.savefig(file, dpi=150)
 
 
+def _bracket_lines(axes: Any, held_out: dict[str, Any], *names: str) -> None:
+    for name in names:
+        style = {"color": _COLOURS[name], "label": _LABELS[name], "linestyle": "--", "linewidth": 1}
+        axes.axhline(held_out[name]["kl"], **style)
+
+
 def training_curve(lines: list[dict[str, Any]], held_out: dict[str, Any], objective: str, file: Path) -> None:
     """Training loss and held-out KL over the steps, between the brackets.
 
@@ -53,9 +59,7 @@ def training_curve(lines: list[dict[str, Any]], held_out: dict[str, Any], object
     axes.plot(
         *series("held_out_kl"), color=_COLOURS["prompt"], marker="o", markersize=4, label="held-out KL of σ"
     )
-    style = {"linestyle": "--", "linewidth": 1}
-    for name in ("no_context", "truncated_context", "full_context"):
-        axes.axhline(held_out[name]["kl"], color=_COLOURS[name], label=_LABELS[name], **style)
+    _bracket_lines(axes, held_out, "no_context", "truncated_context", "full_context")
     axes.set(xlabel="step", ylabel="KL to the full context (nats/token)", title="Training")
     axes.set_ylim(bottom=-0.02)
     _save(axes, file, handles=list(dict.fromkeys([*loss_lines, *axes.get_lines()])))
@@ -76,10 +80,7 @@ def by_length(curve: dict[str, float], held_out: dict[str, Any], file: Path) -> 
     axes = _axes(8.5, 4)
     lengths = [int(length) for length in curve]
     axes.plot(lengths, list(curve.values()), color=_COLOURS["prompt"], marker="o", label=_LABELS["prompt"])
-    for name in ("no_context", "full_context"):
-        axes.axhline(
-            held_out[name]["kl"], color=_COLOURS[name], label=_LABELS[name], linestyle="--", linewidth=1
-        )
+    _bracket_lines(axes, held_out, "no_context", "full_context")
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, curve)
     axes.set(xlabel="slots", ylabel="KL to the full context (nats/token)", title="Held-out KL by length")

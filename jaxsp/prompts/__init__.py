@@ -6,26 +6,25 @@ A kind is a module with what ``PromptKind`` lists. It reads dimensions, never we
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxsp.prompts import embedding, key_value, low_rank, nested
 from jaxsp.prompts.initializers import Start
 from jaxsp.settings import PromptSettings, Settings, make_settings, plain
-from jaxsp.typing import AnyArray, Array, Float, KeyValues, PyTree
+from jaxsp.typing import AnyArray, Array, Float, KeyValues, PyTree, UserError
 
 Prefill = Callable[[Float[AnyArray, "1 k d"], KeyValues], KeyValues]
 
 
 class PromptKind(Protocol):
-    """Contents of a module in this folder. σ is a pytree of float32 arrays of any rank, in nested dicts.
+    """Contents of a module in this folder; it may also be one that ``HoldsShorter`` or ``Draws``.
 
-    A kind whose first slots are prompts, too, also has ``lengths(sigma)``, ``cut(sigma, length)`` and
-    ``drawn(sigma, key)``: what the functions of these names below give.
+    σ is a pytree of float32 arrays, in nested dicts. A leaf without axes is no parameter.
     """
 
     @property
     def DEFAULTS(self) -> Mapping[str, Any]:
-        """``initial``, ``optimizer``, ``learning_rate`` and ``steps`` where the settings don't say."""
+        """``initial``, ``optimizer``, ``learning_rate``, ``steps`` and ``keep``, where they are ``None``."""
         ...
 
     @property
@@ -58,6 +57,28 @@ class PromptKind(Protocol):
         ...
 
 
+@runtime_checkable
+class HoldsShorter(Protocol):
+    """A kind whose first slots are prompts, too."""
+
+    def lengths(self, sigma: PyTree) -> Sequence[int]:
+        """Slots of the prompts that σ holds, ascending; the last is K."""
+        ...
+
+    def cut(self, sigma: PyTree, length: int) -> tuple[str, PyTree]:
+        """The kind and the parameters of the prompt of one of these lengths."""
+        ...
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """A kind of which a step of training reads a part that is drawn."""
+
+    def drawn(self, sigma: PyTree, key: Array) -> PyTree:
+        """σ with what was drawn by the key, as ``prefix`` takes it: it may have leaves of its own."""
+        ...
+
+
 PROMPT_KINDS: dict[str, PromptKind] = {
     "key_value": key_value,
     "nested": nested,
@@ -65,6 +86,7 @@ PROMPT_KINDS: dict[str, PromptKind] = {
     "embedding": embedding,
 }
 DEFAULT_KIND = PromptSettings.kind
+"""The kind where none is given."""
 
 
 def with_defaults(settings: Settings) -> Settings:
@@ -82,17 +104,26 @@ def with_defaults(settings: Settings) -> Settings:
 
 def lengths(kind: str, sigma: PyTree) -> Sequence[int]:
     """Slots of the prompts that σ holds, ascending: K alone, but for kinds that hold shorter ones."""
-    own = getattr(PROMPT_KINDS[kind], "lengths", None)
-    return own(sigma) if own else [PROMPT_KINDS[kind].prompt_length(sigma)]
+    chosen = PROMPT_KINDS[kind]
+    return chosen.lengths(sigma) if isinstance(chosen, HoldsShorter) else [chosen.prompt_length(sigma)]
 
 
 def cut(kind: str, sigma: PyTree, length: int) -> tuple[str, PyTree]:
-    """The kind and the parameters of the prompt of one of these lengths."""
-    own = getattr(PROMPT_KINDS[kind], "cut", None)
-    return own(sigma, length) if own else (kind, sigma)
+    """The kind and the parameters of the prompt of one of these lengths.
+
+    Raises:
+      UserError: σ holds no prompt of this length.
+    """
+    held, chosen = lengths(kind, sigma), PROMPT_KINDS[kind]
+    if length not in held:
+        able = f"it can be read at {', '.join(map(str, held))} slots" if held[1:] else (
+            "only prompts of --kind nested can be shortened"
+        )  # fmt: skip
+        raise UserError(f"This prompt of kind {kind} has {held[-1]} slots and none of {length}; {able}.")
+    return chosen.cut(sigma, length) if isinstance(chosen, HoldsShorter) else (kind, sigma)
 
 
 def drawn(kind: str, sigma: PyTree, key: Array) -> PyTree:
-    """σ as one step of training reads it, drawn by its key where the kind leaves something to chance."""
-    own = getattr(PROMPT_KINDS[kind], "drawn", None)
-    return own(sigma, key) if own else sigma
+    """σ as one step of training reads it: all of it, but for kinds of which a part is drawn."""
+    chosen = PROMPT_KINDS[kind]
+    return chosen.drawn(sigma, key) if isinstance(chosen, Draws) else sigma

@@ -16,7 +16,7 @@ from jaxsp.typing import AnyArray, Array, Float, KeyValues
 
 Sigma = Mapping[str, Float[AnyArray, "k d"]]
 
-DEFAULTS = {"initial": "first", "optimizer": "muon", "learning_rate": 0.5, "steps": 500}
+DEFAULTS = {"initial": "first", "optimizer": "muon", "learning_rate": 0.5, "steps": 500, "keep": "best"}
 IS_READ = True
 
 

@@ -18,7 +18,7 @@ from jaxsp.prompts.initializers import Start
 from jaxsp.prompts.sizes import root_mean_square
 from jaxsp.typing import Array, KeyValues, PyTree
 
-DEFAULTS = {"initial": "match", "optimizer": "adam", "learning_rate": 0.02, "steps": 100}
+DEFAULTS = {"initial": "match", "optimizer": "adam", "learning_rate": 0.02, "steps": 100, "keep": "best"}
 IS_READ = False
 
 Sigma = Mapping[str, Any]
@@ -38,7 +38,7 @@ def initial(start: Start) -> Sigma:
 def prefix(sigma: Sigma, preamble: KeyValues, prefill: Any) -> KeyValues:
     """``preamble`` followed by σ; differentiable in σ."""
     del prefill
-    end = preamble.next_position + jnp.asarray(sigma["context_length"]).astype(jnp.int32)
+    end = preamble.next_position + jnp.round(sigma["context_length"]).astype(jnp.int32)
     count = prompt_length(sigma)
     positions = end[:, None] - count + jnp.arange(count)[None]
     keys, values, bias = (jnp.asarray(sigma[name])[:, None] for name in ("keys", "values", "bias"))

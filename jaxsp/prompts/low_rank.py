@@ -14,20 +14,25 @@ import jax.numpy as jnp
 from jaxsp.prompts import key_value
 from jaxsp.prompts.initializers import Start
 from jaxsp.prompts.sizes import root_mean_square
-from jaxsp.typing import Array, Float, KeyValues, PyTree
+from jaxsp.typing import Array, Float, KeyValues, PyTree, UserError
 
-DEFAULTS = {**key_value.DEFAULTS}
+DEFAULTS = key_value.DEFAULTS
 IS_READ = False
 
 Sigma = Mapping[str, Any]
 """``keys`` and ``values``: each ``mix`` ``[L, K, R]`` and ``rows`` ``[L, R, G, F]``; ``bias`` and
-``context_length`` as of ``key_value``."""
+``context_length`` as in ``key_value``."""
 
 
 def initial(start: Start) -> Sigma:
     """σ nearest to these keys and values, in each layer."""
     sigma = key_value.initial(start)
-    rank = start.rank or max(1, key_value.prompt_length(sigma) // 2)
+    _, K, G, F = sigma["keys"].shape
+    rank = start.rank or max(1, K * G * F // (2 * (K + G * F)))
+    if rank * (K + G * F) >= K * G * F and start.rank:
+        most = (K * G * F - 1) // (K + G * F)
+        advice = f"take at most {most}" if most else "take --kind key_value"
+        raise UserError(f"--rank {rank} makes {K} slots of {G * F} entries no smaller; {advice}.")
     return {**sigma, **{name: _factors(sigma[name], rank) for name in ("keys", "values")}}
 
 
@@ -47,7 +52,8 @@ def prefix(sigma: Sigma, preamble: KeyValues, prefill: Any) -> KeyValues:
 
 def _whole(sigma: Sigma) -> key_value.Sigma:
     keys, values = (
-        jnp.einsum("lkr,lrgf->lkgf", sigma[name]["mix"], sigma[name]["rows"]) for name in ("keys", "values")
+        jnp.einsum("lkr,lrgf->lkgf", sigma[name]["mix"], sigma[name]["rows"], precision="highest")
+        for name in ("keys", "values")
     )
     return {**sigma, "keys": keys, "values": values}
 
@@ -58,15 +64,20 @@ def prompt_length(sigma: Sigma) -> int:
 
 
 def rates(sigma: Sigma, factors: Mapping[str, float]) -> PyTree:
-    """Sizes of a step of each entry at a learning rate of 1; ``first`` is the first slot's mix."""
-    slot_K = jnp.ones(prompt_length(sigma)).at[0].set(factors.get("first", 1.0))
+    """Sizes of a step of each entry at a learning rate of 1.
+
+    Raises:
+      UserError: the first slot is to have a rate of its own.
+    """
+    if "first" in factors:
+        raise UserError("--rates: the slots of a prompt of kind low_rank share their rows; leave out first.")
 
     def of(name: str) -> dict[str, Array]:
         factor, (mix, rows) = factors.get(name, 1.0), (sigma[name][part] for part in ("mix", "rows"))
         return {
-            "mix": factor * root_mean_square(mix, axis=(1, 2)) * slot_K[:, None],
+            "mix": factor * root_mean_square(mix, axis=(1, 2)),
             "rows": factor * root_mean_square(rows, axis=(1, 2, 3)),
         }
 
-    bias = jnp.full((len(sigma["bias"]), 1, 1), factors.get("bias", 1.0)) * slot_K[:, None]
+    bias = jnp.full((1, 1, 1), factors.get("bias", 1.0))
     return {"keys": of("keys"), "values": of("values"), "bias": bias, "context_length": jnp.float32(0)}

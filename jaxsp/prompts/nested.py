@@ -19,16 +19,18 @@ from jaxsp.prompts import key_value
 from jaxsp.prompts.initializers import Start
 from jaxsp.typing import EMPTY, Array, Bool, KeyValues, PyTree
 
-DEFAULTS = {**key_value.DEFAULTS, "steps": 150}
+# Training watches the held-out KL of all slots. The best step by that may be one at which the shorter prompts
+# are hardly trained.
+DEFAULTS = {**key_value.DEFAULTS, "steps": 150, "keep": "last"}
 IS_READ = False
 
 Sigma = Mapping[str, Any]
-"""As of ``key_value``, but for ``bias`` ``[L, N, K, G]``: of each of the N prompts, the shortest first. While
+"""As in ``key_value``, but for ``bias`` ``[L, N, K, G]``: of each of the N prompts, the shortest first. While
 it is trained also ``drawn``, the index of the prompt that is read."""
 
 
 def initial(start: Start) -> Sigma:
-    """σ that starts as these keys and values; shorter prompts have the mass of all K slots."""
+    """σ with the keys and values that the start gives; shorter prompts have the mass of all K slots."""
     sigma = key_value.initial(start)
     bias_LKG = sigma["bias"]
     mass_LKG = jnp.cumsum(jnp.exp(bias_LKG), axis=1)
@@ -74,7 +76,7 @@ def cut(sigma: Sigma, length: int) -> tuple[str, Sigma]:
 
 
 def drawn(sigma: Sigma, key: Array) -> Sigma:
-    """All slots as often as fewer."""
+    """All K slots with a probability of one half, else one of the shorter prompts, all equally likely."""
     count = len(lengths(sigma))
     chance = jnp.full(count, 0.5 / max(count - 1, 1)).at[-1].set(0.5)
     return {**sigma, "drawn": jax.random.categorical(key, jnp.log(chance))}

@@ -53,6 +53,11 @@ def unpack(stored: PyTree) -> PyTree:
     return np.asarray(stored, np.float32)
 
 
+def size(stored: PyTree) -> int:
+    """Bytes of what ``pack`` gave."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(stored))
+
+
 def rounded(sigma: PyTree, dtype: str) -> PyTree:
     """σ as it is read back after being saved in ``dtype``."""
     return unpack(pack(sigma, dtype))

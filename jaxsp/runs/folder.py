@@ -80,33 +80,37 @@ class Result:
         return cls(SoftPrompt.load(folder), report, [json.loads(line) for line in lines])
 
 
-def write_reports(directory: str | Path) -> list[Path]:
+def write_reports(directory: str | Path) -> tuple[list[Path], list[str]]:
     """Writes ``report.md`` and the plots anew: of one prompt, or of every one in a folder of many.
 
     Returns:
-      The reports.
+      The reports, and what is wrong with the others, a sentence each.
 
     Raises:
-      UserError: there is no finished prompt, or a file is damaged or of another version.
+      UserError: there is no finished run.
     """
     folder = Path(directory)
-    folders = (
-        [folder] if (folder / REPORT).is_file() else sorted(f.parent for f in folder.glob(f"*/{REPORT}"))
-    )
-    written = []
-    for found in folders:
-        try:
-            result = Result.load(found)
-            if result.error is None:
-                reports.write(result.report, result.lines, found)
-                written.append(found / "report.md")
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{found / REPORT} is damaged, or was written by another version of jaxsp ({error})."
-            ) from error
-    if not written:
+    folder = folder.parent if folder.is_file() else folder
+    found = [folder] if (folder / REPORT).is_file() else sorted(f.parent for f in folder.glob(f"*/{REPORT}"))
+    if not found:
         raise UserError(f"{folder} holds no finished run (no {REPORT}).")
-    return written
+    written, problems = [], []
+    for one in found:
+        try:
+            result = Result.load(one)
+            if result.error is None:
+                reports.write(result.report, result.lines, one)
+                written.append(one / "report.md")
+            else:
+                problems.append(f"{one}: its training failed, there is nothing to show ({result.error})")
+        except PermissionError as error:
+            problems.append(f"{one} can't be written to ({error.strerror})")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            problems.append(
+                f"{one / REPORT} is damaged, or was written by another version of jaxsp ({reason})"
+            )
+    return written, problems
 
 
 class RunFolder:

@@ -112,7 +112,10 @@ def check_settings(settings: Settings) -> None:
             f"--rank must be at most the number of slots (--prompt-length {prompt.prompt_length}), not"
             f" {prompt.rank}."
         )
-    make_optimizer(with_defaults(settings).training)
+    chosen = with_defaults(settings).training
+    if chosen.steps is None:
+        raise UserError(f"The kind {prompt.kind} has no number of steps of its own; give --steps.")
+    make_optimizer(chosen)
     parse_rates(settings.training.rates)
     if settings.devices.mesh and settings.devices.parallel != "mesh":
         raise UserError(

@@ -102,6 +102,7 @@ class Runner:
         self.preamble = read_preamble(self.model)
         self.problems = _Kept[Problem]()
         self.brackets = _Kept[dict[str, Measured]]()
+        self.prefills = _Kept[float]()  # seconds of the whole context
         self.running: dict[str, tuple[Problem, PyTree]] = {}  # with σ before training
         # They keep the seconds of each job under way.
         self.displays = collections.defaultdict[str, Display](lambda: Display(visible=False))
@@ -363,14 +364,13 @@ class Runner:
         }
         if trained.error is None:
             sigmas = {"prompt": prompt.sigma, "initial": initial}
-            measured = processes.on_first_process(
-                lambda: {
-                    **self._measured(job, problem, sigmas, display),
-                    "prefill_seconds": brackets.prefill_seconds(self.model, problem, kept, settings),
-                    "stored": brackets.storage_costs(self.model, problem, kept, settings),
-                    "by_length": brackets.length_curve(self.model, problem, prompt.sigma, settings),
-                }
-            )
+            with display.phase("evaluate", "Evaluation"):
+                measured = processes.on_first_process(
+                    lambda: {
+                        **self._measured(job, problem, sigmas),
+                        "stored": brackets.storage_costs(self.model, problem, kept, settings),
+                    }
+                )
             prompt.manifest["held_out"] = {
                 "gap_closed": measured["gap_closed"],
                 **measured["held_out"]["brackets"]["prompt"],
@@ -387,19 +387,23 @@ class Runner:
             result.save(folder.directory)
         return result
 
-    def _measured(
-        self, job: Job, problem: Problem, sigmas: dict[str, PyTree], display: Display
-    ) -> dict[str, Any]:
-        """The report's part on the queries: all brackets, the gap closed, the verdict.
+    def _measured(self, job: Job, problem: Problem, sigmas: dict[str, PyTree]) -> dict[str, Any]:
+        """The report's part on the queries: all brackets, the gap closed, the verdict; and costs.
 
-        The brackets, which σ has no part in, are measured once for all jobs that have the same.
+        What σ has no part in is measured once for all jobs that have the same.
         """
-        key = bracket_key(self.model, problem.job, job.settings, sigmas["initial"])
-        known = self.brackets.get(key) or {}
-        with display.phase("evaluate", "Evaluation"):
-            measured = brackets.measure_all(self.model, problem, sigmas, job.settings, known)
-            self.brackets.keep(key, {name: m for name, m in measured.items() if name != "prompt"})
-            return reports.summarise(self.model, problem, measured, job.context, job.settings)
+        model, settings, sigma = self.model, job.settings, sigmas["prompt"]
+        key = bracket_key(model, problem.job, settings, sigmas["initial"])
+        measured = brackets.measure_all(model, problem, sigmas, settings, self.brackets.get(key) or {})
+        self.brackets.keep(key, {name: m for name, m in measured.items() if name != "prompt"})
+        context = problem.job.context_ids.tobytes()
+        prefill = brackets.prefill_seconds(model, problem, sigma, settings, self.prefills.get(context))
+        self.prefills.keep(context, prefill["full_context"])
+        return {
+            **reports.summarise(model, problem, measured, job.context, settings),
+            "prefill_seconds": prefill,
+            "by_length": brackets.length_curve(model, problem, sigma, settings),
+        }
 
 
 def _checkpoints(folder: Path) -> Checkpoints:

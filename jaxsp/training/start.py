@@ -20,7 +20,7 @@ def start_state(model: LanguageModel, problem: Problem, settings: Settings) -> T
     settings = with_defaults(settings)
     sigma = distributions.initial_prompt(
         model.params, model.config, context_ids, problem.preamble, key=own, rows=problem.train,
-        prompt_length=settings.prompt.prompt_length, initial=str(settings.prompt.initial),
+        prompt_length=settings.prompt.prompt_length, initial=settings.prompt.initial,
         kind=settings.prompt.kind, rank=settings.prompt.rank,
     )  # fmt: skip
     optimizer, schedule = make_optimizer(settings.training), make_schedule(settings.training)

@@ -56,10 +56,10 @@ def initial_state(
       optimizer: as in ``UpdateSettings``.
       key: random key of the run.
       schedule: the learning rate; by default 1 at every step, for an optimizer that has its own.
-      rates: as in ``TrainState``; by default 1.
+      rates: as in ``TrainState``; by default 1, and 0 for leaves without axes, which are no parameters.
     """
     if rates is None:
-        rates = jax.tree.map(lambda leaf: jnp.float32(1), sigma)
+        rates = jax.tree.map(lambda leaf: jnp.float32(jnp.ndim(leaf) > 0), sigma)
     return TrainState(
         sigma=sigma,
         optimizer_state=optimizer.init(sigma),

@@ -68,7 +68,7 @@ def test_it_runs_from_top_to_bottom(notebook, cells, tmp_path, monkeypatch):
     assert str(tmp_path / "prompt.zip") in printed("download")
     assert (tmp_path / "prompt.zip").is_file()
     prompt = jaxsp.SoftPrompt.load(tmp_path / "prompt")
-    assert (prompt.kind, prompt.prompt_length) == ("key_value", 4)
+    assert (prompt.kind, prompt.prompt_length, prompt.sigma["keys"].shape[1]) == ("key_value", 4, 4)
 
 
 def test_it_is_stored_without_outputs(notebook):

@@ -34,22 +34,20 @@ def initial(model, preamble, kind, length, name="first", rows=None, rank=None):
     )  # fmt: skip
 
 
-@kinds
+@pytest.mark.parametrize("kind", [kind for kind in PROMPT_KINDS if kind != "low_rank"])  # that one holds less
 def test_a_prompt_equal_to_the_context_is_the_context(tiny_model, preamble, kind):
     params, config = tiny_model.params, tiny_model.config
-    length, rank = len(CONTEXT), len(CONTEXT) if kind == "low_rank" else None
-    sigma = initial(tiny_model, preamble, kind, length, rank=rank)
+    sigma = initial(tiny_model, preamble, kind, len(CONTEXT))
     prompt = distributions.prompt_prefix(params, config, sigma, preamble, kind)
     context = distributions.context_prefix(params, config, CONTEXT[None], preamble)
     rows = make_rows([[8, 9], [10]], [[11, 12], [13, 2]])
-    atol = 1e-4 if kind == "low_rank" else 0.0  # the product of its factors is rounded
     for name in ("keys", "values", "positions", "next_position"):
-        np.testing.assert_allclose(getattr(prompt, name), getattr(context, name), rtol=0, atol=atol)
+        np.testing.assert_array_equal(getattr(prompt, name), getattr(context, name))
     assert prompt.bias is None or not prompt.bias.any()
-    np.testing.assert_allclose(
-        *(distributions.log_probs(params, config, prefix, rows) for prefix in (prompt, context)),
-        rtol=0, atol=atol,
-    )  # fmt: skip
+    np.testing.assert_array_equal(
+        distributions.log_probs(params, config, prompt, rows),
+        distributions.log_probs(params, config, context, rows),
+    )
 
 
 @pytest.mark.parametrize("kind", slow_beside(PROMPT_KINDS, "nested", "low_rank"))
@@ -77,16 +75,25 @@ def test_parameters_are_float32_and_all_of_them_matter(tiny_model, preamble, kin
 
 
 @kinds
-def test_rates_are_relative_to_sigma_and_a_part_can_be_kept(tiny_model, preamble, kind):
+def test_rates_are_relative_to_sigma(tiny_model, preamble, kind):
     sigma = initial(tiny_model, preamble, kind, 4)
-    rates = PROMPT_KINDS[kind].rates
     name = next(iter(sigma))
     ten_times = jax.tree.map(lambda leaf: 10.0 * leaf, sigma[name])
-    one, larger = (rates({**sigma, name: part}, {})[name] for part in (sigma[name], ten_times))
+    one, larger = (PROMPT_KINDS[kind].rates({**sigma, name: p}, {})[name] for p in (sigma[name], ten_times))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(larger), strict=True):
         np.testing.assert_allclose(b, 10 * a, rtol=1e-5)
-    half = np.asarray(jax.tree.leaves(rates(sigma, {"first": 0.5})[name])[0])
-    axis = jax.tree.leaves(sigma[name])[0].shape.index(4)
+
+
+@kinds
+def test_the_first_slot_can_be_kept(tiny_model, preamble, kind):
+    """Half the rate is half as large a step; the slots of low rank share what moves."""
+    sigma = initial(tiny_model, preamble, kind, 4)
+    if kind == "low_rank":
+        with pytest.raises(UserError, match="low_rank share their rows"):
+            PROMPT_KINDS[kind].rates(sigma, {"first": 0.5})
+        return
+    name = next(iter(sigma))
+    half, axis = np.asarray(PROMPT_KINDS[kind].rates(sigma, {"first": 0.5})[name]), sigma[name].shape.index(4)
     np.testing.assert_allclose(np.take(half, 0, axis), 0.5 * np.take(half, 1, axis), rtol=1e-6)
 
 
@@ -135,7 +142,28 @@ def test_low_rank_starts_as_near_as_its_rank_allows(tiny_model, preamble):
         np.testing.assert_allclose(
             np.sum((matrices - product) ** 2, axis=(1, 2)), np.sum(left_out**2, axis=1), rtol=1e-3
         )
-    assert initial(tiny_model, preamble, "low_rank", 6)["keys"]["mix"].shape[-1] == 3  # half of the slots
+
+
+def test_low_rank_is_smaller_or_refused(tiny_model, preamble):
+    def entries(kind, length, rank=None):
+        sigma = initial(tiny_model, preamble, kind, length, rank=rank)
+        return sum(np.size(leaf) for leaf in jax.tree.leaves([sigma[name] for name in ("keys", "values")]))
+
+    assert 0.3 < entries("low_rank", 6) / entries("key_value", 6) <= 0.5
+    with pytest.raises(UserError, match=r"--rank 5 makes 6 slots .* no smaller; take at most \d") as refused:
+        entries("low_rank", 6, 5)
+    most = int(str(refused.value).rpartition(" ")[2].rstrip("."))
+    assert entries("low_rank", 6, most) < entries("key_value", 6)
+    with pytest.raises(UserError, match="no smaller"):
+        entries("low_rank", 6, most + 1)
+
+
+def test_only_what_is_there_can_be_cut(tiny_model, preamble):
+    for kind, able in (("key_value", "only prompts of --kind nested"), ("nested", "read at 1, 2, 4 slots")):
+        sigma = initial(tiny_model, preamble, kind, 4)
+        assert prompts.cut(kind, sigma, 4)[0] == "key_value"
+        with pytest.raises(UserError, match=f"{kind} has 4 slots and none of 3; .*{able}"):
+            prompts.cut(kind, sigma, 3)
 
 
 def test_shorter_prompts_start_with_the_mass_of_all_slots(tiny_model, preamble):

@@ -34,7 +34,12 @@ def test_rounding_is_bounded_and_single_numbers_are_kept(dtype, error):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, found)
 
 
-SAVED = [*(f"{kind}-int8" for kind in PROMPT_KINDS), "key_value-float32", "key_value-bfloat16"]
+SAVED = [
+    *(f"{kind}-int8" for kind in PROMPT_KINDS),
+    "key_value-float32",
+    "nested-bfloat16",
+    "low_rank-bfloat16",
+]
 
 
 @pytest.mark.parametrize("saved", slow_beside(SAVED, *(set(SAVED) - {"key_value-int8"})))

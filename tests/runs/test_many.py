@@ -15,7 +15,7 @@ import pytest
 
 import jaxsp
 from jaxsp import plan
-from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.prompts import DEFAULT_KIND, PROMPT_KINDS
 from jaxsp.runs import runner
 from jaxsp.training.drivers import JitDriver
 from jaxsp.typing import EMPTY, UserError
@@ -173,6 +173,8 @@ def test_killed_and_resumed(calm_directory, calm_model, tmp_path):
     """Killed in the middle of a block, twice: what was finished stays, the rest is the same to the bit."""
     file = tmp_path / "contexts.jsonl"
     jobs = [job(f"j{i}", f"{CONTEXT} No. {i}.", seed=i, steps=30 + 7 * i) for i in range(4)]
+    others = [kind for kind in PROMPT_KINDS if kind != DEFAULT_KIND]  # a group each, after the default's
+    jobs += [job(f"k{i}", kind=kind, steps=30) for i, kind in enumerate(others)]
     file.write_text("\n".join(json.dumps(row) for row in jobs))
     settings = {**OPTIONS, "checkpoint_every": 5, "at_once": 2}
     options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
@@ -186,7 +188,9 @@ def test_killed_and_resumed(calm_directory, calm_model, tmp_path):
         return lines.read_bytes().count(b"\n") - 1 if lines.exists() else 0
 
     compress_many(calm_model, jobs, out=tmp_path / "whole", **settings)
-    for name, steps, more in (("j1", 12, ()), ("j2", 11, ("--resume",))):
+    stops = [("j1", 12), ("j2", 11), *((f"k{i}", 12) for i in range(len(others)))]
+    for number, (name, steps) in enumerate(stops):
+        more = ["--resume"] if number else []
         process = subprocess.Popen([*command, *more], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         while steps_done(name) < steps and process.poll() is None:
             time.sleep(0.005)
@@ -194,7 +198,7 @@ def test_killed_and_resumed(calm_directory, calm_model, tmp_path):
         assert process.wait() == -signal.SIGKILL
     first = tmp_path / "pieces" / "j0" / "report.json"
     written = first.stat().st_mtime_ns
-    assert not (tmp_path / "pieces" / "j2" / "report.json").exists()
+    assert not (tmp_path / "pieces" / stops[-1][0] / "report.json").exists()
     compress_many(calm_model, jobs, out=tmp_path / "pieces", resume=True, **settings)
     assert (tmp_path / "pieces" / "results.parquet").is_file()
     assert first.stat().st_mtime_ns == written

@@ -12,7 +12,6 @@ import jax
 import pytest
 
 import jaxsp
-from jaxsp.prompts import DEFAULT_KIND, PROMPT_KINDS
 from tests.conftest import CONTEXT, QUERIES, assert_same_sigma
 
 STEPS = 160
@@ -66,17 +65,15 @@ def whole(tiny_model, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", PROMPT_KINDS)
-def test_killed_and_resumed_equals_uninterrupted(command, whole, tiny_model, tmp_path, kind):
-    if kind != DEFAULT_KIND:
-        whole = compress(tiny_model, tmp_path / "whole", kind=kind)
+def test_killed_and_resumed_equals_uninterrupted(command, whole, tiny_model, tmp_path):
+    """Of every kind: ``test_many.py``."""
     out = tmp_path / "pieces"
-    stop_after(command(out, "--kind", kind), out, 43, signal.SIGKILL)
-    code, err = stop_after(command(out, "--kind", kind, "--resume"), out, 90, signal.SIGINT)
+    stop_after(command(out), out, 43, signal.SIGKILL)
+    code, err = stop_after(command(out, "--resume"), out, 90, signal.SIGINT)
     assert code == 130
     assert "Interrupted after step" in err
     assert "--resume" in err
-    pieces = compress(tiny_model, out, resume=True, kind=kind)
+    pieces = compress(tiny_model, out, resume=True)
 
     assert_same_sigma(pieces.prompt.sigma, whole.prompt.sigma)
     assert [line["step"] for line in pieces.lines] == list(range(STEPS + 1))

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jaxsp
-from jaxsp import distributions
+from jaxsp import distributions, prompts
 from jaxsp.data.examples import make_rows
 from jaxsp.data.packing import Packing
 from jaxsp.evaluation.metrics import at_positions
@@ -19,7 +19,7 @@ from jaxsp.losses import OBJECTIVES, masked_mean
 from jaxsp.models import decoder
 from jaxsp.models.sharding import as_mesh
 from jaxsp.settings import TrainingSettings
-from jaxsp.training.drivers import DRIVERS
+from jaxsp.training.drivers import DRIVERS, JitDriver, MeshDriver
 from jaxsp.training.optimizers import make_optimizer, warmup_cosine
 from jaxsp.training.state import initial_state, stack, unstack
 from jaxsp.training.update import Frozen, UpdateSettings, loss_totals, update
@@ -97,6 +97,36 @@ def test_the_contexts_own_embeddings_give_kl_zero(problem):
     total, count = loss_of(sigma, frozen, rows, settings_for(config))
     assert count == rows.mask.sum()
     assert abs(total / count) < 1e-6
+
+
+@pytest.mark.parametrize("layout", slow_beside(["jit", "parts", "mesh"], "mesh"))
+def test_a_step_trains_the_prompt_that_its_key_draws(problem, layout):
+    """Of a nested prompt: with plain gradient descent no other prompt's biases move."""
+    frozen, config, rows, _, context = problem
+    start = distributions.initial_prompt(
+        frozen.params, config, context[0], frozen.preamble, key=jax.random.key(1), prompt_length=4,
+        initial="first", kind="nested",
+    )  # fmt: skip
+    settings = UpdateSettings(config, "nested", OBJECTIVES["kl"], optax.sgd(1.0), 1 + (layout == "parts"))
+    driver = (
+        MeshDriver(frozen, settings, mesh=as_mesh("data=8"))
+        if layout == "mesh"
+        else JitDriver(frozen, settings)
+    )
+    states, seen, lengths = driver.place(state_for(start, settings)), set(), [1, 2, 4]
+    for number in range(12):
+        before = driver.fetch(states).sigma
+        states, _ = step(driver, states, rows)
+        after = driver.fetch(states).sigma
+        moved = np.abs(np.asarray(after["bias"]) - before["bias"])[0].max(axis=(0, 2, 3)) > 0
+        key = jax.random.fold_in(jax.random.key(0), number)
+        index = int(prompts.drawn("nested", start, key)["drawn"])
+        assert moved.tolist() == [i == index for i in range(3)]
+        slots = np.abs(np.asarray(after["values"]) - before["values"])[0].max(axis=(0, 2, 3)) > 0
+        assert slots.tolist() == [slot < lengths[index] for slot in range(4)]
+        assert after["context_length"] == start["context_length"]
+        seen.add(index)
+    assert seen == {0, 1, 2}
 
 
 @pytest.mark.slow

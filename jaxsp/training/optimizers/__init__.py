@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxsp.prompts import PROMPT_KINDS
@@ -70,10 +71,11 @@ def make_rates(settings: Settings, sigma: PyTree) -> PyTree:
       UserError: the prompt has no such part.
     """
     kind, factors = PROMPT_KINDS[settings.prompt.kind], parse_rates(settings.training.rates)
-    if unknown := factors.keys() - {"first", *sigma}:
+    parts = [name for name, part in sigma.items() if isinstance(part, Mapping) or np.ndim(part)]
+    if unknown := factors.keys() - {"first", *parts}:
         raise UserError(
             f"--rates: a prompt of kind {settings.prompt.kind} has no part {min(unknown)!r}; its parts are"
-            f" {', '.join(sigma)}, and first (its first slot)."
+            f" {', '.join(parts)}, and first (its first slot)."
         )
     rates = kind.rates(sigma, factors)
     if isinstance(settings.training.optimizer, str):
