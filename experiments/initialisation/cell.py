@@ -26,7 +26,7 @@ from jaxsp.progress import Display
 from jaxsp.prompts import with_defaults
 from jaxsp.settings import make_settings
 from jaxsp.teacher.answers import answer_ids
-from jaxsp.teacher.problem import Problem, read_preamble, run_teacher, tokenize
+from jaxsp.teacher.problem import Problem, read_preamble, run_teacher, teacher_key, tokenize
 from jaxsp.training import Frozen, JitDriver, UpdateSettings
 from jaxsp.training.loop import Block
 from jaxsp.training.slots import TrainingJob
@@ -73,7 +73,7 @@ class Document:
         if small:
             queries, held_out = queries[:6], held_out[:2]
         job = tokenize(model, text, queries, held_out, settings)
-        file = folder / f"{name}-{model.config.dtype}.safetensors"
+        file = folder / f"{teacher_key(model, job, settings.teacher)}.safetensors"
         self.model, self.settings = model, settings
         self.problem: Problem = run_teacher(
             model, job, settings.teacher, read_preamble(model), Display(visible=False), file
@@ -104,7 +104,6 @@ class Document:
         state = jax.block_until_ready(start_state(model, problem, settings))
         start_seconds, steps = time.perf_counter() - begun, []
         if cell.steps:
-            begun = time.perf_counter()
             packing = Packing.of(problem.rows.lengths, settings.training.batch_size)
             job = TrainingJob("prompt", state, problem.train, problem.held_out, packing)
             frozen, chosen = Frozen(model.params, problem.preamble), UpdateSettings.of(model.config, settings)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import suite
 from experiments.initialisation.cell import Cell, Document, embedded
 from experiments.suite import Experiment, Results, Run, markdown, spread
 from jaxsp.evaluation.metrics import interval
@@ -41,7 +42,10 @@ CLOSER: dict[str, dict[str, Any]] = {
     "slots left out": {"kind": "slots_left_out"},
     "nested": {"kind": "nested"},
 }
-"""What may bring held-out queries closer to those trained on, tried where learning rates are."""
+"""Changes that may narrow the gap between training and held-out queries, tried where learning rates are."""
+
+UNFINISHED = Path("initialisation-out")
+"""Where a full run keeps the rows that it has, to go on after a stop."""
 
 SETTINGS = ("learning_rates", "closer", "0_steps", "25_steps", "100_steps", "400_steps")
 
@@ -72,7 +76,7 @@ def cells(setting: str) -> list[Cell]:
 def measure(setting: str, run: Run) -> dict[str, Any]:
     """A row a cell and document; stopped at any moment, the same command goes on."""
     names, wanted = (TUNED_ON if setting in ("learning_rates", "closer") else REPORTED), cells(setting)
-    folder = Path("initialisation-out") if run.full else run.out
+    folder = UNFINISHED if run.full else run.out
     if not run.full:
         names, wanted = (
             ("demo",),
@@ -81,22 +85,23 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     file, model = folder / f"{setting}.jsonl", embedded()
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
-    done = [(row["document"], _cell(row)) for row in rows]
+    done = [(row["document"], cell_of(row)) for row in rows]
     for name in names:
         left = [cell for cell in wanted if (name, cell) not in done]
         document = Document(model, name, folder, small=not run.full) if left else None
         for cell in left:
             assert document is not None
-            row = {"document": name, **document.measure(cell)}
+            row = {"document": name, "commit": suite.commit(), **document.measure(cell)}
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
             rows.append(row)
             print(f"{name}: {cell} closes {gap(row):.3f}", flush=True)
-    asked = [row for row in rows if row["document"] in names and _cell(row) in wanted]
+    asked = [row for row in rows if row["document"] in names and cell_of(row) in wanted]
     return {"documents": list(names), "model": model.name, "dtype": model.config.dtype, "rows": asked}
 
 
-def _cell(row: dict[str, Any]) -> Cell:
+def cell_of(row: dict[str, Any]) -> Cell:
+    """The cell that a row was measured in."""
     return Cell(**{field.name: row[field.name] for field in dataclasses.fields(Cell) if field.name in row})
 
 
@@ -105,20 +110,25 @@ def gap(row: dict[str, Any], part: str = "held_out") -> float:
     return 1 - row[f"{part}_kl"] / row[f"{part}_kl_no_context"]
 
 
-def of_cell(rows: Sequence[dict[str, Any]], cell: Cell) -> list[dict[str, Any]]:
-    """A cell's rows, one a document."""
-    return [row for row in rows if _cell(row) == cell]
+def by_cell(rows: Sequence[dict[str, Any]]) -> dict[Cell, list[dict[str, Any]]]:
+    """The rows of each cell, one a document."""
+    found: dict[Cell, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(cell_of(row), []).append(row)
+    return found
 
 
 def table(results: Results) -> str:
+    if not results:
+        return "None yet."
     head = ["prompt, start", "slots", "steps", "gap closed (95% interval)", "on training queries"]
     head += ["decisive tokens", "captured", "seconds: start", "a step"]
     lines = []
     for setting, found in results.items():
-        for number, cell in enumerate(cells(setting)):
-            rows = of_cell(found["rows"], cell)
+        notes = dict(zip(cells("closer"), CLOSER, strict=True)) if setting == "closer" else {}
+        for cell, rows in by_cell(found["rows"]).items():
             note = f", rate {cell.learning_rate:g}" if setting == "learning_rates" else ""
-            note = f", {list(CLOSER)[number]}" if setting == "closer" else note
+            note += f", {notes[cell]}" if cell in notes else ""
             means = (
                 f"{np.mean([gap(row, 'train') for row in rows]):.3f}",
                 f"{np.mean([row['held_out_decisive'] for row in rows]):.3f}",
@@ -135,14 +145,13 @@ def table(results: Results) -> str:
 
 def result(results: Results) -> str:
     parts = []
-    for setting in ("0_steps", "25_steps", "100_steps", "400_steps"):
-        if setting in results:
-            means = (
-                f"{kind} {np.mean([gap(row) for row in of_cell(results[setting]['rows'], cell)]):.2f}"
-                for cell in cells(setting)
-                if (kind := cell.kind) and cell.prompt_length == 16 and cell.initial == BEST[kind]
-            )
-            parts.append(f"{setting.replace('_', ' ')}: {', '.join(means)}")
+    for setting in (name for name in SETTINGS if name.endswith("_steps") and name in results):
+        means = (
+            f"{cell.kind} {np.mean([gap(row) for row in rows]):.2f}"
+            for cell, rows in by_cell(results[setting]["rows"]).items()
+            if cell.prompt_length == 16 and cell.initial == BEST[cell.kind]
+        )
+        parts.append(f"{setting.replace('_', ' ')}: {', '.join(means)}")
     return "mean gap closed by 16 slots on ten documents, " + "; ".join(parts)
 
 
@@ -155,4 +164,5 @@ EXPERIMENT = Experiment(
     result=result,
     settings=SETTINGS,
     file="results.parquet",
+    missing="The whole grid has not been run.",
 )
