@@ -359,8 +359,8 @@ class Demo:
     model: ModelOptions = ModelOptions()
     out: Folder = "jaxsp-demo"
     """Folder for the prompt, the report and the checkpoints."""
-    steps: int | None = None
-    """Updates of the prompt; by default 100."""
+    steps: int = 60
+    """Updates of the prompt."""
     resume: bool = False
     """Go on with the interrupted run in --out."""
 
