@@ -15,7 +15,7 @@ import tyro
 
 from jaxsp.arguments import parse, program
 from jaxsp.errors import Interrupted, UserError
-from jaxsp.settings import PromptSettings, Settings, check_limits, make_settings, plain
+from jaxsp.settings import Options, PromptSettings, Settings, check_limits, make_settings, plain
 
 # What computes is imported where a command runs: --help and a misspelt option need not wait for it.
 if TYPE_CHECKING:
@@ -367,7 +367,7 @@ class Demo:
     def run(self) -> None:
         from jaxsp import api, console, demo
 
-        settings = {"steps": self.steps, "evaluate_every": 20, "max_answer_tokens": 32}
+        settings: Options = {"steps": self.steps, "evaluate_every": 20, "max_answer_tokens": 32}
         make_settings(settings)  # a mistake is found before the model is loaded
         context, queries, held_out = demo.read()
         output = {"out": self.out, "resume": self.resume, "overwrite": not self.resume}

@@ -1,0 +1,81 @@
+"""experiments.initialisation: its grid, its table on made-up rows, and going on after a stop."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.initialisation import experiment, variants
+from experiments.initialisation.cell import Cell
+from experiments.suite import Run
+from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.prompts.initializers import INITIALIZERS
+
+FIGURES = {"train_kl": 0.1, "held_out_kl": 0.5, "train_kl_no_context": 2.0, "held_out_kl_no_context": 2.0}
+FIGURES |= {"held_out_decisive": 0.75, "captured": 0.5, "start_seconds": 1.0, "step_seconds": 0.5}
+
+
+@pytest.mark.parametrize("setting", experiment.SETTINGS)
+def test_every_cell_is_there_once_and_can_be_started(setting, monkeypatch):
+    monkeypatch.setattr("jaxsp.prompts.PROMPT_KINDS", dict(PROMPT_KINDS))
+    variants.register()
+    cells = experiment.cells(setting)
+    assert len(set(cells)) == len(cells) > 1
+    for cell in cells:
+        assert cell.initial in INITIALIZERS
+        assert cell.kind in (*PROMPT_KINDS, "slots_left_out")
+        assert cell.kind != "embedding" or hasattr(INITIALIZERS[cell.initial], "vectors")
+        assert (cell.learning_rate is None) == (cell.steps == 0)
+
+
+def test_a_mean_over_documents_with_its_interval():
+    cell = Cell("key_value", "match", 16, 100, 0.02)
+    rows = [
+        {**FIGURES, **dataclasses.asdict(cell), "document": f"d{i}", "held_out_kl": 0.2 * i}
+        for i in (1, 2, 3)
+    ]
+    results = {"100_steps": {"rows": rows}}
+    assert "| key_value, match | 16 | 100 | 0.800 (0.7" in experiment.table(results)
+    assert "100 steps: key_value 0.80" in experiment.result(results)
+
+
+def test_it_goes_on_after_a_stop(tmp_path, monkeypatch):
+    asked = []
+
+    class Document:
+        def __init__(self, model, name, folder, *, small):
+            self.name = name
+
+        def measure(self, cell):
+            if len(asked) == 3:
+                asked.append(None)
+                raise KeyboardInterrupt
+            asked.append((self.name, cell))
+            return {**FIGURES, **dataclasses.asdict(cell)}
+
+    model = SimpleNamespace(name="tiny", config=SimpleNamespace(dtype="float32"))
+    monkeypatch.setattr(experiment, "UNFINISHED", tmp_path)
+    monkeypatch.setattr(experiment, "Document", Document)
+    monkeypatch.setattr(experiment, "embedded", lambda: model)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.measure("learning_rates", Run(full=True, out=tmp_path))
+    found = experiment.measure("learning_rates", Run(full=True, out=tmp_path))
+    wanted = [(name, cell) for name in experiment.TUNED_ON for cell in experiment.cells("learning_rates")]
+    assert [pair for pair in asked if pair] == wanted  # each once
+    assert [(row["document"], experiment.cell_of(row)) for row in found["rows"]] == wanted
+
+
+def test_decay_pulls_back_to_the_start():
+    start = {"keys": jnp.full((2, 3, 1, 4), 2.0), "bias": jnp.zeros((2, 3, 1))}
+    moved = {"keys": start["keys"] + 1.0, "bias": start["bias"] - 1.0}
+    still = {name: jnp.zeros_like(leaf) for name, leaf in start.items()}
+    decay: Any = variants.towards_start(0.5)
+    change, state = decay.update(still, decay.init(start), moved)
+    np.testing.assert_allclose(change["keys"], -0.25)  # in units of the entries' size
+    np.testing.assert_allclose(change["bias"], 0.5)
+    np.testing.assert_array_equal(state["keys"], start["keys"])
