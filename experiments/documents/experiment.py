@@ -56,8 +56,8 @@ def measure(name: str, run: Run) -> dict[str, Any]:
 
 
 def table(results: Results) -> str:
-    head = ["document", "tokens → slots", "gap closed (95% interval)", "KL: σ / truncated / none"]
-    head += ["decisive tokens", "captured", "time"]
+    head = ["document", "tokens → slots", "gap closed (95%)", "KL: σ / truncated / none"]
+    head += ["decisive", "captured", "time"]
     rows = []
     for name, found in results.items():
         brackets, queries = found["held_out"]["brackets"], found["held_out"]["queries"]
