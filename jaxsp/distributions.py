@@ -94,7 +94,7 @@ def initial_prompt(
       prompt_length: K.
       initial: a key of ``jaxsp.prompts.initializers.INITIALIZERS``; by default the kind's own.
       kind: a key of ``jaxsp.prompts.PROMPT_KINDS``.
-      rank: rank of a prompt of low rank; by default half of K.
+      rank: rank of a prompt of low rank; by default the one that takes half of the room.
       rows: rows to train on, for the initializers that are fitted to them.
 
     Returns:

@@ -624,6 +624,12 @@ def test_report_writes_what_the_run_wrote(jaxsp_command, finished, tmp_path):
         code, out, err = jaxsp_command("report", many)
         assert out.splitlines() == [str(many / "b" / "report.md")]  # the others are written
         refused((code, out, err), many / "a" / "report.json", "damaged, or was written by another version")
+    (many / "a" / "report.json").write_text(json.dumps(report))
+    (many / "a" / "prompt.safetensors").write_bytes(b"")
+    code, out, err = jaxsp_command("report", many)
+    assert out.splitlines() == [str(many / "b" / "report.md")]
+    refused((code, out, err), many / "a" / "prompt.safetensors", "is damaged")
+    shutil.copy(finished / "prompt.safetensors", many / "a")
     (many / "a" / "report.json").write_text(json.dumps({**report, "error": "The loss is not finite"}))
     refused(jaxsp_command("report", many / "a" / "report.json"), "training failed", "The loss is not finite")
 

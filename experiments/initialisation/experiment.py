@@ -45,7 +45,7 @@ CLOSER: dict[str, dict[str, Any]] = {
 """Changes that may narrow the gap between training and held-out queries, tried where learning rates are."""
 
 UNFINISHED = Path("initialisation-out")
-"""Where a full run keeps the rows that it has, to go on after a stop."""
+"""Folder in which a full run keeps the rows that it has, to go on after a stop."""
 
 SETTINGS = ("learning_rates", "closer", "0_steps", "25_steps", "100_steps", "400_steps")
 

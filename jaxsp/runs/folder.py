@@ -103,6 +103,8 @@ def write_reports(directory: str | Path) -> tuple[list[Path], list[str]]:
                 written.append(one / "report.md")
             else:
                 problems.append(f"{one}: its training failed, there is nothing to show ({result.error})")
+        except UserError as error:
+            problems.append(str(error).rstrip("."))
         except PermissionError as error:
             problems.append(f"{one} can't be written to ({error.strerror})")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

@@ -22,13 +22,13 @@ FIGURES |= {"held_out_decisive": 0.75, "captured": 0.5, "start_seconds": 1.0, "s
 
 @pytest.mark.parametrize("setting", experiment.SETTINGS)
 def test_every_cell_is_there_once_and_can_be_started(setting, monkeypatch):
-    monkeypatch.setattr("jaxsp.prompts.PROMPT_KINDS", dict(PROMPT_KINDS))
+    monkeypatch.setattr(variants, "PROMPT_KINDS", dict(PROMPT_KINDS))
     variants.register()
     cells = experiment.cells(setting)
     assert len(set(cells)) == len(cells) > 1
     for cell in cells:
         assert cell.initial in INITIALIZERS
-        assert cell.kind in (*PROMPT_KINDS, "slots_left_out")
+        assert cell.kind in variants.PROMPT_KINDS
         assert cell.kind != "embedding" or hasattr(INITIALIZERS[cell.initial], "vectors")
         assert (cell.learning_rate is None) == (cell.steps == 0)
 

@@ -93,6 +93,7 @@ def test_jaxsp_waits_after_every_evaluation(tiny_job: Job, monkeypatch, variant:
     assert all(first[name] > 0 for name in ("setup", "setup_warm", "no_context_kl"))
 
 
+@pytest.mark.slow
 def test_jaxsp_answers_every_query_in_each_turn(tiny_job: Job, monkeypatch):
     messages = []
 

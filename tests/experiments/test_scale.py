@@ -27,7 +27,7 @@ ANSWERS = 128
     [
         pytest.param("data=4", 8, marks=pytest.mark.slow),
         pytest.param("data=2,model=4", 0, marks=pytest.mark.slow),
-        ("data=2,model=2", 4),
+        pytest.param("data=2,model=2", 4, marks=pytest.mark.slow),
     ],
 )
 def test_bytes_are_those_of_the_compiled_program(layout, prompts):

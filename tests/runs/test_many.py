@@ -403,6 +403,7 @@ def test_a_bad_job_is_an_error_before_any_work_or_skipped(
     assert "Skipped: job 2: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_reports_bad_rows(jaxsp_command, calm_directory, tmp_path):
     file = tmp_path / "contexts.jsonl"
     good = job("good", f"{CONTEXT}\u2028{CONTEXT}")  # a line's end to Python, not to JSON

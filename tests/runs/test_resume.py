@@ -66,7 +66,7 @@ def whole(tiny_model, tmp_path_factory):
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(command, whole, tiny_model, tmp_path):
-    """Of every kind: ``test_many.py``."""
+    """The default kind; ``test_many.py`` kills a run of every kind."""
     out = tmp_path / "pieces"
     stop_after(command(out), out, 43, signal.SIGKILL)
     code, err = stop_after(command(out, "--resume"), out, 90, signal.SIGINT)
