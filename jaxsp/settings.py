@@ -36,7 +36,7 @@ class PromptSettings:
     spread (tokens of the context), random_text (the model's own), vocabulary (random tokens) or noise; by
     default match, for embedding first."""
     rank: int | None = _setting(None, type=int, at_least=1)
-    """Rank of the keys and of the values of a layer, for low_rank; by default half of the room is taken."""
+    """Rank of the keys and of the values of a layer, for low_rank; by default they take half of the room."""
     artifact_dtype: str = _setting("float32", per_prompt=True)
     """Dtype of the saved prompt: float32, bfloat16 or int8; the report says what each costs."""
 

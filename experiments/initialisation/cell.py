@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -104,14 +103,13 @@ class Document:
         state = jax.block_until_ready(start_state(model, problem, settings))
         start_seconds, steps = time.perf_counter() - begun, []
         if cell.steps:
-            packing = Packing.of(problem.rows.lengths, settings.training.batch_size)
-            job = TrainingJob("prompt", state, problem.train, problem.held_out, packing)
             frozen, chosen = Frozen(model.params, problem.preamble), UpdateSettings.of(model.config, settings)
             if decay:
                 optimizer = optax.chain(chosen.optimizer, variants.towards_start(decay))
                 chosen = dataclasses.replace(chosen, optimizer=optimizer)
                 state = dataclasses.replace(state, optimizer_state=optimizer.init(state.sigma))
-                job = dataclasses.replace(job, state=state)
+            packing = Packing.of(problem.rows.lengths, settings.training.batch_size)
+            job = TrainingJob("prompt", state, problem.train, problem.held_out, packing)
             block = Block(
                 iter([job]),
                 lambda slots: JitDriver(frozen, chosen, slots=slots),
@@ -124,8 +122,9 @@ class Document:
                 raise RuntimeError(f"{cell}: {trained.error}")
             state = trained.state
             steps = [line["seconds"] for line in trained.lines if "seconds" in line]
-        read = functools.partial(distributions.read_prompt, model.params, model.config)
-        prefix = read(state.sigma, problem.preamble, cell.kind)
+        prefix = distributions.read_prompt(
+            model.params, model.config, state.sigma, problem.preamble, cell.kind
+        )
         return {
             **dataclasses.asdict(cell),
             "context_tokens": len(problem.job.context_ids),
@@ -153,6 +152,6 @@ class Document:
 
 
 def embedded() -> LanguageModel:
-    """The model of all cells, in the dtype that suits the machine."""
+    """The model of all cells, in the dtype that suits the machine; the variants' kinds are in the table."""
     variants.register()
     return jaxsp.load_model()

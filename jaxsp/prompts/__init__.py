@@ -116,9 +116,9 @@ def cut(kind: str, sigma: PyTree, length: int) -> tuple[str, PyTree]:
     """
     held, chosen = lengths(kind, sigma), PROMPT_KINDS[kind]
     if length not in held:
-        able = f"it can be read at {', '.join(map(str, held))} slots" if held[1:] else (
-            "only prompts of --kind nested can be shortened"
-        )  # fmt: skip
+        able = "only prompts of --kind nested can be shortened"
+        if len(held) > 1:
+            able = f"it can be read at {', '.join(map(str, held))} slots"
         raise UserError(f"This prompt of kind {kind} has {held[-1]} slots and none of {length}; {able}.")
     return chosen.cut(sigma, length) if isinstance(chosen, HoldsShorter) else (kind, sigma)
 

@@ -25,11 +25,15 @@ Sigma = Mapping[str, Any]
 
 
 def initial(start: Start) -> Sigma:
-    """σ nearest to these keys and values, in each layer."""
+    """σ nearest to the keys and values that the start gives, in each layer.
+
+    Raises:
+      UserError: with the rank asked for it would be no smaller than these.
+    """
     sigma = key_value.initial(start)
     _, K, G, F = sigma["keys"].shape
     rank = start.rank or max(1, K * G * F // (2 * (K + G * F)))
-    if rank * (K + G * F) >= K * G * F and start.rank:
+    if start.rank and rank * (K + G * F) >= K * G * F:
         most = (K * G * F - 1) // (K + G * F)
         advice = f"take at most {most}" if most else "take --kind key_value"
         raise UserError(f"--rank {rank} makes {K} slots of {G * F} entries no smaller; {advice}.")
@@ -40,8 +44,8 @@ def _factors(slots_LKGF: Float[Array, "l k g f"], rank: int) -> dict[str, Array]
     """Factors of equal size whose product is nearest."""
     L, K, G, F = slots_LKGF.shape
     u, s, v = jnp.linalg.svd(slots_LKGF.reshape(L, K, G * F), full_matrices=False)
-    root_LR = jnp.sqrt(s[:, :rank])
-    mix, rows = u[:, :, :rank] * root_LR[:, None], root_LR[..., None] * v[:, :rank]
+    size_LR = jnp.sqrt(s[:, :rank])  # both sides get an equal part of a singular value
+    mix, rows = u[:, :, :rank] * size_LR[:, None], size_LR[..., None] * v[:, :rank]
     return {"mix": mix, "rows": rows.reshape(L, -1, G, F)}
 
 
