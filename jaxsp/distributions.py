@@ -27,7 +27,7 @@ from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation import Sampling, generate
 from jaxsp.prompts import DEFAULT_KIND, PROMPT_KINDS
 from jaxsp.prompts.initializers import Source, Start
-from jaxsp.prompts.initializers.source import Fit
+from jaxsp.prompts.initializers.source import Fit, Probe
 from jaxsp.typing import EMPTY, AnyArray, Array, Float, Int, KeyValues, Params, PyTree
 
 
@@ -60,8 +60,8 @@ def prompt_prefix(
     return PROMPT_KINDS[kind].prefix(sigma, preamble, functools.partial(decoder.prefill, params, config))
 
 
-MATCHED_TOKENS = 1024
-"""Tokens of the rows that an initializer is fitted to, at most ..."""
+MATCHED_TOKENS, PROBED_TOKENS = 1024, 512
+"""Tokens of the rows that an initializer is fitted to, and looks at first, at most ..."""
 
 MATCHED_BYTES = 2**30
 """... and as many as have scores of this size in one layer."""
@@ -112,12 +112,21 @@ def initial_prompt(
     def context() -> KeyValues:
         return _without(preamble, decoder.read_long(params, config, context_ids[None], preamble))
 
-    def compacted(fit: Fit) -> KeyValues:
+    whole = functools.cache(context)
+
+    def some_rows(tokens: int) -> Rows:
         assert rows is not None
-        whole = context()
-        room = MATCHED_BYTES // (4 * config.heads * whole.positions.shape[1])
-        few = _few(rows, min(MATCHED_TOKENS, room), key)
-        return _compacted(params, config, preamble, whole, few, fit)
+        room = MATCHED_BYTES // (4 * config.heads * whole().positions.shape[1])
+        return _few(rows, min(tokens, room), key)
+
+    def compacted(fit: Fit, counts: Int[AnyArray, "l g"]) -> KeyValues:
+        few = some_rows(MATCHED_TOKENS)
+        return _compacted(params, config, preamble, whole(), few, fit, jnp.asarray(counts))
+
+    def probed(probe: Probe) -> Array:
+        return _probed(params, config, preamble, whole(), some_rows(PROBED_TOKENS), probe)
+
+    has_rows = rows is not None and len(rows) > 0
 
     def written(ids: Array) -> np.ndarray:
         sampling = Sampling(temperature=1.0, max_tokens=prompt_length)
@@ -128,12 +137,14 @@ def initial_prompt(
         key=key,
         context_ids=context_ids,
         prompt_length=prompt_length,
+        heads=(config.layers, config.kv_heads),
         embed=functools.partial(decoder.embed, params, config),
         vocab_size=config.vocab_size,
         read=read,
         context=context,
         written=written,
-        compacted=None if rows is None or not len(rows) else compacted,
+        probed=probed if has_rows else None,
+        compacted=compacted if has_rows else None,
     )
     chosen = PROMPT_KINDS[kind]
     return chosen.initial(Start(initial or chosen.DEFAULTS["initial"], source, rank))
@@ -157,26 +168,63 @@ def _few(rows: Rows, tokens: int, key: Array) -> Rows:
 
 @functools.partial(jax.jit, static_argnames=("config", "fit"))
 def _compacted(
-    params: Params, config: DecoderConfig, preamble: KeyValues, context: KeyValues, rows: Rows, fit: Fit
+    params: Params,
+    config: DecoderConfig,
+    preamble: KeyValues,
+    context: KeyValues,
+    rows: Rows,
+    fit: Fit,
+    counts_LG: Int[Array, "l g"],
 ) -> KeyValues:
     """The slots that ``fit`` makes of the context, as ``rows`` are read after it."""
+    end = context.next_position[:, None]
+
+    def rewrite(inputs: AttentionInputs, counts_G: Array) -> tuple[tuple[Slots, ...], Slots]:
+        *before, _, _ = inputs.slots
+        found = attention_to(inputs, len(before))
+        chosen_GK, bias_GK, values_GKF = jax.vmap(fit)(found.scores, found.weight, found.values, counts_G)
+        keys_GKF = jnp.take_along_axis(found.keys, chosen_GK[..., None], axis=1)
+        count = chosen_GK.shape[1]
+        where = end - count + jnp.arange(count)[None]  # right before the rows: in every sliding window
+        where = jnp.maximum(where, EMPTY)
+        keys_KGF, values_KGF = keys_GKF.swapaxes(0, 1), values_GKF.swapaxes(0, 1)
+        new = Slots(keys_KGF[None], values_KGF[None], where, bias=bias_GK.T[None])
+        return (*before, new), new
+
+    new = _rewritten(params, config, preamble, context, rows, rewrite, counts_LG)
+    return KeyValues(new.keys, new.values, new.positions[0], new.bias)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "probe"))
+def _probed(
+    params: Params, config: DecoderConfig, preamble: KeyValues, context: KeyValues, rows: Rows, probe: Probe
+) -> Array:
+    """What ``probe`` finds in every head as ``rows`` are read after the context, ``[L, G, ...]``."""
+
+    def rewrite(inputs: AttentionInputs, own: None) -> tuple[tuple[Slots, ...], Array]:
+        del own
+        *before, _ = inputs.slots
+        found = attention_to(inputs, len(before) - 1)
+        return tuple(before), jax.vmap(probe)(found.scores, found.weight, found.values)
+
+    return _rewritten(params, config, preamble, context, rows, rewrite)
+
+
+def _rewritten(
+    params: Params,
+    config: DecoderConfig,
+    preamble: KeyValues,
+    context: KeyValues,
+    rows: Rows,
+    rewrite: decoder.Rewrite,
+    own: PyTree = None,
+) -> PyTree:
+    """What ``rewrite`` keeps of every layer; the context is the last piece but the rows' own."""
     end = context.next_position[:, None]
     positions = jnp.where(rows.offsets == EMPTY, EMPTY, end + rows.offsets)
     inputs = decoder.embed(params, config, rows.tokens)
     past = tuple(kv for kv in (preamble, context) if kv.positions.shape[1])
-    last = len(past) - 1
-
-    def rewrite(inputs: AttentionInputs) -> tuple[Slots, ...]:
-        found = attention_to(inputs, last)
-        chosen_GK, bias_GK, values_GKF = jax.vmap(fit)(found.scores, found.weight, found.values)
-        keys_GKF = jnp.take_along_axis(found.keys, chosen_GK[..., None], axis=1)
-        count = chosen_GK.shape[1]
-        where = end - count + jnp.arange(count)[None]  # right before the rows: in every sliding window
-        keys_KGF, values_KGF = keys_GKF.swapaxes(0, 1), values_GKF.swapaxes(0, 1)
-        new = Slots(keys_KGF[None], values_KGF[None], where, bias=bias_GK.T[None])
-        return *inputs.slots[:last], new
-
-    return decoder.rewritten_past(params, config, inputs, positions, past, rows.segment_ids, rewrite)[last]
+    return decoder.rewrite_layers(params, config, inputs, positions, past, rows.segment_ids, rewrite, own)
 
 
 def answer_hidden(

@@ -239,7 +239,15 @@ def compiled(
 
         ids, key = np.zeros(count, np.int32), jax.random.key(0)
         source = Source(
-            key, ids, count, zeros, config.vocab_size, read=nothing, context=nothing, written=lambda _: ids
+            key,
+            ids,
+            count,
+            (config.layers, config.kv_heads),
+            zeros,
+            config.vocab_size,
+            read=nothing,
+            context=nothing,
+            written=lambda _: ids,
         )
         sigma = kind.initial(Start("first", source, settings.prompt.rank))
         rates = kind.rates(sigma, {})

@@ -28,9 +28,10 @@ class PromptSettings:
 
     prompt_length: int = _setting(16, at_least=1)
     """K, the number of slots that stand in for the context."""
-    kind: str = "key_value"
-    """Kind of prompt: key_value (keys, values and a bias in every layer), nested (the same, whose first 1,
-    2, 4 ... slots are prompts, too), low_rank (the same in a smaller file) or embedding (input vectors)."""
+    kind: str = "per_head"
+    """Kind of prompt: per_head (keys, values and biases in every layer, K slots a head on average, each head
+    as many as it needs), key_value (K of every head), nested (the same, whose first 1, 2, 4 ... slots are
+    prompts, too), low_rank (the same in a smaller file) or embedding (input vectors)."""
     initial: str | None = _setting(None, type=str, per_prompt=True)
     """Start of the prompt: match (fitted in closed form to the attention of the training queries), first,
     spread (tokens of the context), random_text (the model's own), vocabulary (random tokens) or noise; by
@@ -116,7 +117,7 @@ class Settings:
     Example:
       >>> settings = make_settings({"prompt_length": 4, "objective": "nll"})
       >>> settings.prompt.prompt_length, settings.training.objective, settings.prompt.kind
-      (4, 'nll', 'key_value')
+      (4, 'nll', 'per_head')
       >>> settings
       Settings(prompt_length=4, objective='nll')
     """

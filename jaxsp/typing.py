@@ -96,6 +96,28 @@ class KeyValues:
         """Prefixes of one size as the rows of one."""
         return KeyValues._joined(several, slots=False)
 
+    @staticmethod
+    def alike(several: Sequence[KeyValues]) -> list[KeyValues]:
+        """The same prefixes of one size and with a bias if any has one, so that one program reads them.
+
+        Shorter ones get slots that hold nothing at their end.
+        """
+        most = max(kv.positions.shape[1] for kv in several)
+        biased = any(kv.bias is not None for kv in several)
+
+        def grown(kv: KeyValues) -> KeyValues:
+            more = most - kv.positions.shape[1]
+            bias = jnp.zeros(kv.keys.shape[:4]) if biased and kv.bias is None else kv.bias
+
+            def pad(x: Array, axis: int = 2, fill: int = 0) -> Array:
+                widths = [(0, more if i == axis else 0) for i in range(x.ndim)]
+                return jnp.pad(x, widths, constant_values=fill)
+
+            own = None if bias is None else pad(bias)
+            return KeyValues(pad(kv.keys), pad(kv.values), pad(kv.positions, 1, EMPTY), own)
+
+        return [grown(kv) for kv in several]
+
     def rows(self, index: Int[Array, " n"]) -> KeyValues:
         """Those rows of it."""
         bias = None if self.bias is None else self.bias[:, index]

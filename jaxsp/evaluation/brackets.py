@@ -52,8 +52,6 @@ def measure_all(
 ) -> dict[str, Measured]:
     """Measures every bracket; the full context is what the teacher said, and not read again.
 
-    The prefixes are of one size, so that they share compiled programs.
-
     Args:
       model: the frozen model.
       problem: the queries, and what the teacher said.
@@ -67,7 +65,7 @@ def measure_all(
     prefixes = {
         **{name: _read(model, problem, sigma, kind) for name, sigma in sigmas.items()},
         "truncated_context": _read(model, problem, {"embeddings": vectors}, "embedding"),
-        "no_context": preamble.append(decoder.empty_prefix(model.config, prompt_length)),
+        "no_context": preamble,
     }
     new = {name: prefix for name, prefix in prefixes.items() if name not in known}
     measured = {**known, **measure(model, problem, new, settings.teacher.max_answer_tokens)}
@@ -135,13 +133,12 @@ def length_curve(
     """
     kind = settings.prompt.kind
     lengths = prompts.lengths(kind, sigma)
-    found = {}
-    for length in lengths if len(lengths) > 1 else ():
-        own_kind, own = prompts.cut(kind, sigma, length)
-        prefix = _read(model, problem, own, own_kind)
-        prefix = prefix.append(decoder.empty_prefix(model.config, lengths[-1] - length))  # all of one size
-        found[str(length)] = _held_out_kl(model, problem, prefix)
-    return found
+    if len(lengths) == 1:
+        return {}
+    each = [prompts.cut(kind, sigma, length) for length in lengths]
+    prefixes = KeyValues.alike([_read(model, problem, own, own_kind) for own_kind, own in each])
+    found = (_held_out_kl(model, problem, prefix) for prefix in prefixes)
+    return dict(zip(map(str, lengths), found, strict=True))
 
 
 def _read(model: LanguageModel, problem: Problem, sigma: PyTree, kind: str) -> KeyValues:
@@ -164,9 +161,10 @@ def measure(
     Args:
       model: the frozen model.
       problem: the queries, and what the teacher said.
-      found: prefixes of one size, by name.
+      found: prefixes by name.
       max_tokens: longest free-running answer.
     """
+    found = dict(zip(found, KeyValues.alike(list(found.values())), strict=True))
     keys = {name: _key(prefix) for name, prefix in found.items()}
     trained = {keys[name] for name in TRAINED if name in keys}
     distinct = {keys[name]: prefix for name, prefix in found.items()}

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import jinja2
 import numpy as np
 
+from jaxsp import distributions
 from jaxsp.artifact import SoftPrompt
 from jaxsp.evaluation.brackets import BRACKETS, TRAINED, Measured
 from jaxsp.evaluation.facts import agrees, is_right, says, stands_in
 from jaxsp.evaluation.metrics import ANSWER_METRICS, Answer, gap_closed
 from jaxsp.files import atomic_write, size
-from jaxsp.models.config import DecoderConfig
+from jaxsp.models import decoder
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.settings import Settings
 from jaxsp.teacher.problem import Problem
+from jaxsp.typing import KeyValues
 
 GOOD = 0.8
 """Overall: the fraction of the gap from which σ is called a good stand-in."""
@@ -143,17 +145,21 @@ def _queries(
 def report_header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
     """The report's first fields: what stands for what."""
     manifest, training = prompt.manifest, prompt.manifest["training"]
+    params, config, nothing = model.params, model.config, decoder.empty_prefix(model.config)
+    tokens = manifest["context_tokens"]
     return {
         "model": model.name,
         "dtype": model.config.dtype,
         "quantization": model.config.quantization,
-        "context_tokens": manifest["context_tokens"],
+        "context_tokens": tokens,
         "prompt_length": prompt.prompt_length,
-        "compression": manifest["context_tokens"] / prompt.prompt_length,
+        "compression": tokens / prompt.prompt_length,
         "kind": prompt.kind,
         "prefix_bytes": {
-            "prompt": _key_value_bytes(model.config, prompt.prompt_length),
-            "full_context": _key_value_bytes(model.config, manifest["context_tokens"]),
+            "prompt": _bytes(
+                lambda: distributions.prompt_prefix(params, config, prompt.sigma, nothing, prompt.kind)
+            ),
+            "full_context": _bytes(lambda: decoder.empty_prefix(config, tokens)),
         },
         "objective": training["objective"],
         "steps": training["steps"],
@@ -161,9 +167,10 @@ def report_header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
     }
 
 
-def _key_value_bytes(config: DecoderConfig, slots: int) -> int:
-    """The keys and values of so many slots, as the model keeps them while it answers."""
-    return 2 * config.layers * slots * config.kv_heads * config.head_width * jnp.dtype(config.dtype).itemsize
+def _bytes(read: Callable[[], KeyValues]) -> int:
+    """Size of a prefix's keys and values, as the model keeps them while it answers."""
+    prefix = jax.eval_shape(read)
+    return sum(x.size * x.dtype.itemsize for x in (prefix.keys, prefix.values))
 
 
 def write(report: dict[str, Any], lines: list[dict[str, Any]], directory: Path) -> None:
@@ -239,7 +246,7 @@ def _verdict(report: dict[str, Any], kind: str) -> dict[str, Any]:
     suggestions = []  # the one that brings most first
     if not good:
         if kind == "embedding":
-            suggestions.append("keys and values in every layer (--kind key_value)")
+            suggestions.append("keys and values in every layer (--kind per_head)")
         if train and np.mean([q["kl"] for q in held_out]) > 1.5 * np.mean([q["kl"] for q in train]):
             suggestions.append("add queries like those missed (--queries)")
         if train and report["train"]["brackets"]["prompt"]["decisive_agreement"] < LEARNT:

@@ -21,10 +21,11 @@ from jaxsp.models.attention import AttentionInputs, Slots, attention
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.layers import ACTIVATIONS, Int8Dense, Norm
 from jaxsp.models.rope import rotate, rotation
-from jaxsp.typing import EMPTY, AnyArray, Array, Float, Int, KeyValues, Params, ceil_div
+from jaxsp.typing import EMPTY, AnyArray, Array, Float, Int, KeyValues, Params, PyTree, ceil_div
 
-Rewrite = Callable[[AttentionInputs], tuple[Slots, ...]]
-"""Gives the slots that stand in a layer in place of the pieces read before, from that layer's queries."""
+Rewrite = Callable[[AttentionInputs, Any], tuple[tuple[Slots, ...], PyTree]]
+"""From a layer's queries and keys, and what is meant for this layer: the slots that stand there in place of
+the pieces read before, and what is kept of it."""
 
 
 class LayerInputs(NamedTuple):
@@ -36,6 +37,8 @@ class LayerInputs(NamedTuple):
     """Which of the model's rotations turns this layer; None: its only one, or it has none."""
     sliding_window: Array | None
     """None: the configuration's first is that of all layers, or it has none."""
+    rewrite: PyTree = None
+    """Inputs of the ``Rewrite``, if there is one."""
 
 
 class Reading(NamedTuple):
@@ -48,7 +51,7 @@ class Reading(NamedTuple):
     """Cosine and sine of every position, one pair a distinct rope."""
 
 
-_Kept = tuple[Array, Array, tuple[Slots, ...]]  # a layer's keys and values, and what it rewrote
+_Kept = tuple[Array, Array, PyTree]  # a layer's keys and values, and what its rewrite kept
 
 
 class DecoderLayer(nn.Module):
@@ -113,12 +116,12 @@ class DecoderLayer(nn.Module):
             segment_ids_BT=reading.segment_ids_BT,
             precision=c.precision,
         )
-        rewritten: tuple[Slots, ...] = ()
+        kept: PyTree = ()
         if self.rewrite is not None:
-            rewritten = self.rewrite(inputs)
-            inputs = dataclasses.replace(inputs, slots=(*rewritten, slots[-1]))
+            before, kept = self.rewrite(inputs, own.rewrite)
+            inputs = dataclasses.replace(inputs, slots=(*before, slots[-1]))
         out_BTX = attention(inputs, c.attention).reshape(*x_BTD.shape[:2], -1)
-        return self._dense("o_proj", c.width, out_BTX, bias=c.output_bias), (k_BTGF, v_BTGF, rewritten)
+        return self._dense("o_proj", c.width, out_BTX, bias=c.output_bias), (k_BTGF, v_BTGF, kept)
 
     def _heads(self, name: str, heads: int, x_BTD: Array) -> Array:
         c = self.config
@@ -168,8 +171,13 @@ class Decoder(nn.Module):
         return self.embed_tokens(ids_BT) * jnp.asarray(self.config.embedding_scale, self.config.dtype)
 
     def hidden(
-        self, x_BTD: Array, positions_BT: Array, past: tuple[KeyValues, ...], segment_ids_BT: Array | None
-    ) -> tuple[Array, KeyValues, tuple[Slots, ...]]:
+        self,
+        x_BTD: Array,
+        positions_BT: Array,
+        past: tuple[KeyValues, ...],
+        segment_ids_BT: Array | None,
+        rewrite: PyTree = None,
+    ) -> tuple[Array, KeyValues, PyTree]:
         c = self.config
         x_BTD = x_BTD.astype(jnp.float32)
         if not c.ropes:
@@ -181,6 +189,7 @@ class Decoder(nn.Module):
             past_kv=tuple((kv.keys, kv.values, kv.bias) for kv in past),
             rope=jnp.array([ropes.index(rope) for rope in c.ropes]) if len(ropes) > 1 else None,
             sliding_window=jnp.array(windows, jnp.int32) if len(set(windows)) > 1 else None,
+            rewrite=rewrite,
         )
         reading = Reading(
             positions_BT,
@@ -188,8 +197,8 @@ class Decoder(nn.Module):
             past_positions=tuple(kv.positions for kv in past),
             rotations=tuple(rotation(positions_BT, rope) for rope in ropes),
         )
-        x_BTD, (keys, values, rewritten) = self.layers(x_BTD, own, reading)
-        return self.norm(x_BTD), KeyValues(keys, values, positions_BT), rewritten
+        x_BTD, (keys, values, kept) = self.layers(x_BTD, own, reading)
+        return self.norm(x_BTD), KeyValues(keys, values, positions_BT), kept
 
     def unembed(self, hidden: Array) -> Array:
         c = self.config
@@ -247,7 +256,7 @@ def hidden(
     return _hidden(params, config, inputs, positions, past, segment_ids)[:2]
 
 
-def rewritten_past(
+def rewrite_layers(
     params: Params,
     config: DecoderConfig,
     inputs: Float[AnyArray, "b t d"],
@@ -255,8 +264,9 @@ def rewritten_past(
     past: Sequence[KeyValues],
     segment_ids: Int[AnyArray, "b t"] | None,
     rewrite: Rewrite,
-) -> tuple[KeyValues, ...]:
-    """The past that ``rewrite`` makes of ``past``, layer by layer, as ``inputs`` are read after it.
+    own: PyTree = None,
+) -> PyTree:
+    """What ``rewrite`` keeps of every layer, stacked, as ``inputs`` are read after ``past``.
 
     Args:
       params: the parameter tree.
@@ -265,11 +275,10 @@ def rewritten_past(
       positions: likewise.
       past: what was read before.
       segment_ids: as in ``hidden``.
-      rewrite: gives the slots that stand in a layer in place of those of ``past``; the layers above read
-        what comes of it.
+      rewrite: called in every layer; the layers above read what comes of it.
+      own: its second argument: arrays with a leading axis of layers.
     """
-    slots = _hidden(params, config, inputs, positions, tuple(past), segment_ids, rewrite)[2]
-    return tuple(KeyValues(s.keys, s.values, s.positions[0], s.bias) for s in slots)
+    return _hidden(params, config, inputs, positions, tuple(past), segment_ids, rewrite, own)[2]
 
 
 def _hidden(
@@ -280,9 +289,10 @@ def _hidden(
     past: tuple[KeyValues, ...],
     segment_ids: AnyArray | None,
     rewrite: Rewrite | None = None,
-) -> tuple[Array, KeyValues, tuple[Slots, ...]]:
+    own: PyTree = None,
+) -> tuple[Array, KeyValues, PyTree]:
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-    arguments = jnp.asarray(inputs), jnp.asarray(positions), past, segment_ids
+    arguments = jnp.asarray(inputs), jnp.asarray(positions), past, segment_ids, own
     return _apply(params, config, "hidden", *arguments, rewrite=rewrite)
 
 

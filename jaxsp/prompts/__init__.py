@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from jaxsp.prompts import embedding, key_value, low_rank, nested
+from jaxsp.prompts import embedding, key_value, low_rank, nested, per_head
 from jaxsp.prompts.initializers import Start
 from jaxsp.settings import PromptSettings, Settings, make_settings, plain
 from jaxsp.typing import AnyArray, Array, Float, KeyValues, PyTree, UserError
@@ -80,6 +80,7 @@ class Draws(Protocol):
 
 
 PROMPT_KINDS: dict[str, PromptKind] = {
+    "per_head": per_head,
     "key_value": key_value,
     "nested": nested,
     "low_rank": low_rank,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jaxsp import distributions
 from jaxsp.data.packing import Packing
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.models import decoder
-from jaxsp.prompts.initializers import match
+from jaxsp.prompts.initializers import ABSENT, match
 from jaxsp.teacher import targets
 from tests import tiny
 from tests.conftest import slow_beside
@@ -40,9 +41,14 @@ def pursued(columns, count):
     return chosen, weights
 
 
+def chosen_and_mass(columns, count):
+    chosen, products = match.choose(columns, columns.sum(axis=1), count)
+    return chosen, match.weights(products, jnp.ones(count, bool), 400)
+
+
 @pytest.mark.parametrize("count", [1, 4, 9])
 def test_slots_are_those_of_the_plain_pursuit(columns, count):
-    chosen, mass = match.choose(columns, columns.sum(axis=1), count)
+    chosen, mass = chosen_and_mass(columns, count)
     expected, weights = pursued(columns, count)
     assert chosen.tolist() == expected
     np.testing.assert_allclose(mass, weights, rtol=2e-3)
@@ -54,7 +60,7 @@ def test_the_order_of_the_slots_is_nested(columns):
 
 
 def test_all_slots_stand_for_themselves(columns):
-    chosen, mass = match.choose(columns, columns.sum(axis=1), columns.shape[1])
+    chosen, mass = chosen_and_mass(columns, columns.shape[1])
     assert sorted(chosen.tolist()) == list(range(columns.shape[1]))
     np.testing.assert_allclose(mass, 1, atol=1e-2)
 
@@ -65,7 +71,7 @@ def test_values_give_what_the_whole_gave():
     scores, values = random.standard_normal((200, 30)), random.standard_normal((30, 8))
     weight = random.uniform(size=200)
     scores, values, weight = (jnp.asarray(x, jnp.float32) for x in (scores, values, weight))
-    chosen, bias, fitted = match.fit(scores, weight, values, count=6)
+    chosen, bias, fitted = match.fit(scores, weight, values, jnp.int32(6), size=6)
 
     def off(values_KF):
         own = jax.nn.softmax(scores[:, chosen] + bias, axis=-1)
@@ -80,12 +86,64 @@ def test_values_give_what_the_whole_gave():
     assert off(fitted) < 0.7 * off(values[chosen])
 
 
-def kl(model, preamble, rows, length, name):
+def some_head(seed=0, queries=200, slots=30) -> tuple[jax.Array, jax.Array, jax.Array]:
+    random = np.random.RandomState(seed)
+    scores, values = 2 * random.standard_normal((queries, slots)), random.standard_normal((slots, 8))
+    scores, weight, values = (np.float32(x) for x in (scores, random.uniform(size=queries), values))
+    return jnp.asarray(scores), jnp.asarray(weight), jnp.asarray(values)
+
+
+def test_a_head_with_fewer_slots_than_there_is_room_for():
+    """The same slots at the end, and nothing of the others is read."""
+    chosen, bias, values = match.fit(*some_head(), jnp.int32(4), size=10)
+    own_chosen, own_bias, own_values = match.fit(*some_head(), jnp.int32(4), size=4)
+    assert chosen[6:].tolist() == own_chosen.tolist()
+    assert (bias[:6] == ABSENT).all()
+    np.testing.assert_allclose(bias[6:], own_bias, atol=1e-3)
+    np.testing.assert_allclose(values[6:], own_values, atol=1e-3)
+
+
+def test_errors_are_those_of_fits_to_the_other_queries():
+    """At the queries left out, as computed plainly for each number of slots."""
+    scores, weight, values = some_head(1)
+    levels, found = (1, 4, 12), match.errors(*some_head(1), levels=(1, 4, 12))
+    decides = np.arange(len(weight)) % match.HELD_OUT == 0
+    for count, error in zip(levels, found, strict=True):
+        chosen, bias, _ = match.fit(*some_head(1), jnp.int32(count), size=count)
+        own = np.asarray(jax.nn.softmax(scores[:, chosen] + bias, axis=-1), np.float64)
+        near, w = np.asarray(values[chosen], np.float64), np.asarray(weight, np.float64)[:, None]
+        left = np.asarray(jax.nn.softmax(scores, axis=-1) @ values, np.float64) - own @ near
+        used = (w * own)[~decides]
+        gram = used.T @ used
+        gram += match.CURVE_RIDGE * np.trace(gram) / count * np.eye(count)
+        off = left - own @ np.linalg.solve(gram, used.T @ (w * left)[~decides])
+        assert error == pytest.approx(np.sum((w * off)[decides] ** 2), rel=1e-2)
+    assert found[0] > found[1] > found[2]
+
+
+def test_slots_are_shared_so_that_the_error_is_smallest():
+    """Against all ways to share, where errors fall ever more slowly; and within what a head can have."""
+    random, levels = np.random.RandomState(0), (1, 2, 3, 4, 5, 6)
+    for _ in range(20):
+        gains = -np.sort(-random.exponential(size=(3, 5)), axis=1)
+        errors = 20 - np.cumsum(np.pad(gains, [(0, 0), (1, 0)]), axis=1)
+        counts = match.share(levels, errors.reshape(3, 1, -1), 3, 5).ravel()
+        ways = [w for w in itertools.product(range(1, 6), repeat=3) if sum(w) == 9]
+        best = min(ways, key=lambda way: sum(errors[i, n - 1] for i, n in enumerate(way)))
+        assert tuple(counts) == best
+    # A long flat stretch before a gain is worth the wait.
+    errors = np.array([[9.0, 9.0, 9.0, 0.0, 0.0, 0.0], [3.0, 2.0, 1.5, 1.2, 1.0, 0.9]])
+    assert match.share(levels, errors[:, None], 3, 6).ravel().tolist() == [4, 2]
+    nothing = np.zeros((2, 2, 6))  # no slot gains anything: there is room for all the same
+    assert match.share(levels, nothing, 4, 4).tolist() == [[4, 4], [4, 4]]
+
+
+def kl(model, preamble, rows, length, name, kind="key_value"):
     sigma = distributions.initial_prompt(
         model.params, model.config, CONTEXT, preamble, key=jax.random.key(0), prompt_length=length,
-        initial=name, kind="key_value", rows=rows,
+        initial=name, kind=kind, rows=rows,
     )  # fmt: skip
-    prompt = distributions.prompt_prefix(model.params, model.config, sigma, preamble, "key_value")
+    prompt = distributions.prompt_prefix(model.params, model.config, sigma, preamble, kind)
     return float(at_positions(model, prompt, rows, Packing(2, 12), ["kl"])["kl"].sum())
 
 
@@ -101,8 +159,9 @@ def test_a_model_is_matched(tmp_path, family):
     context = distributions.context_prefix(model.params, model.config, CONTEXT[None], preamble)
     rows = ROWS.with_targets(hidden=targets.compute(model, context, ROWS, Packing(2, 12), "hidden"))
     none = float(at_positions(model, preamble, rows, Packing(2, 12), ["kl"])["kl"].sum())
-    assert kl(model, preamble, rows, len(CONTEXT), "match") < 1e-3 * none
-    assert kl(model, preamble, rows, 3, "match") < 0.7 * kl(model, preamble, rows, 3, "first")
+    for kind in ("key_value", "per_head"):
+        assert kl(model, preamble, rows, len(CONTEXT), "match", kind) < 1e-3 * none
+        assert kl(model, preamble, rows, 3, "match", kind) < 0.7 * kl(model, preamble, rows, 3, "first")
 
 
 def test_a_second_start_compiles_nothing(calm_model):

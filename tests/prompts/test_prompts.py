@@ -13,7 +13,7 @@ import pytest
 from jaxsp import distributions, prompts
 from jaxsp.data.examples import make_rows
 from jaxsp.prompts import PROMPT_KINDS
-from jaxsp.prompts.initializers import INITIALIZERS, Source, Start
+from jaxsp.prompts.initializers import ABSENT, INITIALIZERS, Source, Start
 from jaxsp.typing import UserError
 from tests.conftest import slow_beside
 
@@ -41,13 +41,21 @@ def test_a_prompt_equal_to_the_context_is_the_context(tiny_model, preamble, kind
     prompt = distributions.prompt_prefix(params, config, sigma, preamble, kind)
     context = distributions.context_prefix(params, config, CONTEXT[None], preamble)
     rows = make_rows([[8, 9], [10]], [[11, 12], [13, 2]])
-    for name in ("keys", "values", "positions", "next_position"):
-        np.testing.assert_array_equal(getattr(prompt, name), getattr(context, name))
-    assert prompt.bias is None or not prompt.bias.any()
-    np.testing.assert_array_equal(
-        distributions.log_probs(params, config, prompt, rows),
-        distributions.log_probs(params, config, context, rows),
-    )
+    there = np.ones(prompt.positions.shape[1], bool)
+    if kind == "per_head":
+        assert prompt.bias is not None
+        there = np.asarray(prompt.bias == 0).all(axis=(0, 1, 3))
+        assert (np.asarray(prompt.bias)[:, :, ~there] == ABSENT).all()
+    for name in ("keys", "values"):
+        np.testing.assert_array_equal(getattr(prompt, name)[:, :, there], getattr(context, name))
+    np.testing.assert_array_equal(prompt.positions[:, there], context.positions)
+    assert prompt.next_position == context.next_position
+    assert prompt.bias is None or not prompt.bias[:, :, there].any()
+    found, expected = (distributions.log_probs(params, config, prefix, rows) for prefix in (prompt, context))
+    if there.all():
+        np.testing.assert_array_equal(found, expected)
+    else:  # sums over more slots, of which some add 0
+        np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", slow_beside(PROMPT_KINDS, "nested", "low_rank"))
@@ -93,7 +101,13 @@ def test_the_first_slot_can_be_kept(tiny_model, preamble, kind):
             PROMPT_KINDS[kind].rates(sigma, {"first": 0.5})
         return
     name = next(iter(sigma))
-    half, axis = np.asarray(PROMPT_KINDS[kind].rates(sigma, {"first": 0.5})[name]), sigma[name].shape.index(4)
+    half = np.asarray(PROMPT_KINDS[kind].rates(sigma, {"first": 0.5})[name])
+    if kind == "per_head":  # slots lie in one axis with layers and heads; all heads have four
+        c = tiny_model.config
+        half = half.reshape(c.layers, c.kv_heads, 4, 1)
+        axis = 2
+    else:
+        axis = sigma[name].shape.index(4)
     np.testing.assert_allclose(np.take(half, 0, axis), 0.5 * np.take(half, 1, axis), rtol=1e-6)
 
 
@@ -187,7 +201,7 @@ def start(tiny_model):
 
     def vectors(name, length, seed=0, source=Source):
         vocabulary = tiny_model.config.vocab_size
-        things = jax.random.key(seed), CONTEXT, length, tiny_model.embed, vocabulary
+        things = jax.random.key(seed), CONTEXT, length, (2, 2), tiny_model.embed, vocabulary
         unused: Any = None
         given = {"read": unused, "context": unused, "written": lambda ids: np.resize(ids, length)}
         return Start(name, source(*things, **given)).vectors()
@@ -239,6 +253,29 @@ def test_every_start_gives_keys_and_values(tiny_model, preamble, name):
     assert sigma["keys"].shape == sigma["values"].shape == (c.layers, 3, c.kv_heads, c.head_width)
     assert sigma["bias"].shape == (c.layers, 3, c.kv_heads)
     assert all(np.isfinite(leaf).all() for leaf in sigma.values())
+
+
+def test_heads_may_have_slots_of_unequal_number(tiny_model, preamble):
+    """As many in all as with an equal number, each where its head reads it, and the rest is not there."""
+    sigma = initial(tiny_model, preamble, "per_head", 3, "match", ROWS)
+    c = tiny_model.config
+    assert sigma["keys"].shape == sigma["values"].shape == (3 * c.layers * c.kv_heads, c.head_width)
+    there = np.asarray(sigma["bias"]) > ABSENT
+    counts = there.sum(axis=1)
+    assert counts.sum() == 3 * counts.size
+    assert counts.min() >= 1
+    assert len(np.unique(counts)) > 1
+    prompt = distributions.prompt_prefix(tiny_model.params, c, sigma, preamble, "per_head")
+    read = np.moveaxis(np.asarray(prompt.keys)[:, 0, 2:], 1, 2)[np.moveaxis(there, 1, 2)]
+    np.testing.assert_array_equal(read, sigma["keys"])
+    rates = PROMPT_KINDS["per_head"].rates(sigma, {"first": 0.0})
+    firsts = np.cumsum([0, *counts.ravel()])[:-1]
+    assert np.flatnonzero(rates["keys"][:, 0] == 0).tolist() == firsts.tolist()
+    # In units of the layer: all its slots have one.
+    layer = np.repeat(np.arange(c.layers), counts.sum(axis=1))
+    for i in range(c.layers):
+        own, keys = np.asarray(PROMPT_KINDS["per_head"].rates(sigma, {})["keys"]), np.asarray(sigma["keys"])
+        np.testing.assert_allclose(own[layer == i], np.sqrt(np.mean(keys[layer == i] ** 2)), rtol=1e-5)
 
 
 def test_random_text_is_what_the_model_writes(tiny_model, preamble, start):

@@ -1,7 +1,8 @@
 """Where σ starts: one file an initializer, one line each in ``INITIALIZERS``.
 
 An initializer is a module with ``vectors(source) -> [K, D]`` (input vectors), ``key_values(source)`` (K slots
-of every layer), or both. Where it has no ``key_values``, they are those of its vectors.
+of every layer), or both. Where it has no ``key_values``, they are those of its vectors. It may have
+``uneven(source, most)``, slots that the heads share unevenly.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 from types import ModuleType
 
+import jax.numpy as jnp
+
 from jaxsp.prompts.initializers import first, match, noise, random_text, spread, vocabulary
-from jaxsp.prompts.initializers.source import Source as Source
-from jaxsp.typing import Array, Float, KeyValues, UserError
+from jaxsp.prompts.initializers.source import ABSENT as ABSENT, Source as Source
+from jaxsp.typing import EMPTY, AnyArray, Array, Float, KeyValues, UserError
 
 INITIALIZERS: dict[str, ModuleType] = {
     "first": first,
@@ -55,3 +58,18 @@ class Start:
         if hasattr(initializer, "key_values"):
             return initializer.key_values(self.source)
         return self.source.read(initializer.vectors(self.source))
+
+    def uneven(self, most: int) -> KeyValues:
+        """K slots a head on average, batch size 1: ``most`` of every head, the first ones ``ABSENT``."""
+        initializer = INITIALIZERS[self.name]
+        if hasattr(initializer, "uneven"):
+            return initializer.uneven(self.source, most)
+        found = self.key_values()
+        more = most - found.positions.shape[1]
+        bias = jnp.zeros(found.keys.shape[:4]) if found.bias is None else found.bias
+
+        def padded(x: AnyArray, fill: float = 0) -> Array:
+            return jnp.pad(x, [(0, 0), (0, 0), (more, 0), *[(0, 0)] * (x.ndim - 3)], constant_values=fill)
+
+        positions = jnp.pad(found.positions, [(0, 0), (more, 0)], constant_values=EMPTY)
+        return KeyValues(padded(found.keys), padded(found.values), positions, padded(bias, ABSENT))

@@ -1,21 +1,26 @@
 """Attention matching: in closed form, the K slots of each head that serve the training rows like the context.
 
 Each layer's slots are found with the queries that come from the layers below, whose context is already
-replaced (on-policy).
+replaced (on-policy). Where heads may have slots of unequal number, each gets them as long as they lessen its
+error by more than they would another's.
 
-Reference: Zweiger et al. 2026, Fast KV Compaction via Attention Matching.
+Reference: Zweiger et al. 2026, Fast KV Compaction via Attention Matching; for unequal numbers also Feng et
+al. 2024, Ada-KV (arXiv:2407.11550).
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxsp.prompts.initializers.source import Fit, Source
-from jaxsp.typing import Array, Float, Int, KeyValues, UserError
+from jaxsp.prompts.initializers.source import ABSENT, Fit, Probe, Source
+from jaxsp.typing import Array, Bool, Float, Int, KeyValues, UserError
 
 MASS = math.exp(-3), math.exp(3)
 """Bounds of the mass that a slot stands for, in that of its own token; its bias is the logarithm."""
@@ -29,6 +34,12 @@ HELD_OUT = 4  # every so many-th query decides
 CANDIDATES = 256
 """Slots that are chosen from at least: those with the most mass."""
 
+AT_ONCE = 8
+"""A head's first slots are chosen one by one; beyond twice as many, one for every so many that it has."""
+
+CURVE_RIDGE, CURVE_STEPS = 1e-2, 50
+"""The strength of the pull, and the steps towards the masses, with which numbers of slots are compared."""
+
 
 def key_values(source: Source) -> KeyValues:
     """Keys, values and biases fitted to the queries of the training rows.
@@ -36,23 +47,99 @@ def key_values(source: Source) -> KeyValues:
     Raises:
       UserError: there are no rows.
     """
+    K = source.prompt_length
+    return _compacted(source, K, np.full(source.heads, K))
+
+
+def uneven(source: Source, most: int) -> KeyValues:
+    """The same with K slots a head on average: from 1 to ``most`` of them, where they lessen the error most.
+
+    Raises:
+      UserError: there are no rows.
+    """
+    if source.probed is None:
+        raise _NO_ROWS
+    levels = slot_levels(most)
+    errors_LGN = np.asarray(source.probed(_probe_of(levels)))
+    room = min(most, len(source.context_ids))
+    return _compacted(source, most, share(levels, errors_LGN, source.prompt_length, room))
+
+
+_NO_ROWS = UserError("--initial match needs training queries; choose another start.")
+
+
+def _compacted(source: Source, size: int, counts_LG: Int[np.ndarray, "l g"]) -> KeyValues:
     if source.compacted is None:
-        raise UserError("--initial match needs training queries; choose another start.")
-    return source.compacted(_fit_to(source.prompt_length))
+        raise _NO_ROWS
+    return source.compacted(_fit_to(size), counts_LG)
+
+
+# One object for one number: what is compiled with it is compiled once.
+@functools.cache
+def _fit_to(size: int) -> Fit:
+    return functools.partial(fit, size=size)
 
 
 @functools.cache
-def _fit_to(count: int) -> Fit:
-    """One object for one K: what is compiled with it is compiled once."""
-    return functools.partial(fit, count=count)
+def _probe_of(levels: tuple[int, ...]) -> Probe:
+    return functools.partial(errors, levels=levels)
+
+
+def slot_levels(most: int) -> tuple[int, ...]:
+    """Numbers of slots that are tried, each about twice the one before.
+
+    Example:
+      >>> slot_levels(24)
+      (1, 3, 6, 12, 24)
+    """
+    return tuple(sorted({most >> i for i in range(most.bit_length())}))
+
+
+def share(
+    levels: tuple[int, ...], errors_LGN: Float[np.ndarray, "l g n"], mean: int, most: int
+) -> Int[np.ndarray, "l g"]:
+    """The slots of each head, ``mean`` on average, that make the sum of the heads' errors smallest.
+
+    Between the levels the errors are taken to fall along their convex hull, so that slot after slot goes
+    where it lessens the error most.
+
+    Args:
+      levels: numbers of slots, ascending from 1.
+      errors_LGN: error of each head with so many.
+      mean: slots of a head on average.
+      most: slots of a head at most; at least ``mean``.
+
+    Example:
+      >>> share((1, 2, 4), np.array([[[8.0, 4.0, 0.0], [8.0, 7.0, 6.9]]]), 2, 4).tolist()
+      [[3, 1]]
+    """
+    L, G, _ = errors_LGN.shape
+    gains = np.array([_hull_gains(levels, errors_N) for errors_N in errors_LGN.reshape(L * G, -1)])
+    gains[:, most - 1 :] = -np.inf
+    best = np.argsort(-gains, axis=None, kind="stable")[: (mean - 1) * L * G]
+    return 1 + np.bincount(best // gains.shape[1], minlength=L * G).reshape(L, G)
+
+
+def _hull_gains(levels: tuple[int, ...], errors_N: np.ndarray) -> np.ndarray:
+    """What each slot after the first takes from the error along its lower convex hull: never more than the
+    one before."""
+    gains, i = [], 0
+    while i < len(levels) - 1:
+        more = np.array(levels[i + 1 :]) - levels[i]
+        slopes = (errors_N[i] - errors_N[i + 1 :]) / more
+        best = int(np.argmax(slopes))
+        gains += [max(slopes[best], 0.0)] * int(more[best])
+        i += 1 + best
+    return np.array(gains)
 
 
 def fit(
     scores_NS: Float[Array, "n s"],
     weight_N: Float[Array, " n"],
     values_SF: Float[Array, "s f"],
+    count: Int[Array, ""],
     *,
-    count: int,
+    size: int,
 ) -> tuple[Int[Array, " k"], Float[Array, " k"], Float[Array, "k f"]]:
     """K slots in place of the S of one head.
 
@@ -60,21 +147,61 @@ def fit(
       scores_NS: scores of N queries before the softmax.
       weight_N: how much of a query's attention goes to these slots: what an error there costs.
       values_SF: values of the slots.
-      count: K.
+      count: slots that the head has, at most K.
+      size: K.
 
     Returns:
-      The slots chosen, their biases, and their new values.
+      The slots chosen, their biases, and their new values. Those that the head does not have come first.
     """
-    part_NS = jax.nn.softmax(scores_NS, axis=-1)  # of the mass of all slots
-    chosen_K, mass_K = choose(part_NS * weight_N[:, None], weight_N, count)
-    bias_K = jnp.log(mass_K)
-    own_NK = jax.nn.softmax(scores_NS[:, chosen_K] + bias_K, axis=-1)
-    return chosen_K, bias_K, _values(own_NK, part_NS @ values_SF, weight_N, values_SF[chosen_K])
+    with jax.default_matmul_precision("highest"):
+        part_NS = jax.nn.softmax(scores_NS, axis=-1)  # of the mass of all slots
+        chosen_K, products = choose(part_NS * weight_N[:, None], weight_N, size)
+        there_K = jnp.arange(size) < count
+        bias_K = _bias(weights(products, there_K, 400), there_K)
+        own_NK = jax.nn.softmax(scores_NS[:, chosen_K] + bias_K, axis=-1)
+        near_KF = values_SF[chosen_K]
+        values_KF = near_KF + _changes(own_NK, part_NS @ values_SF - own_NK @ near_KF, weight_N)
+    chosen_K, bias_K, values_KF = (jnp.roll(x, size - count, axis=0) for x in (chosen_K, bias_K, values_KF))
+    return chosen_K, bias_K, values_KF
+
+
+def errors(
+    scores_NS: Float[Array, "n s"],
+    weight_N: Float[Array, " n"],
+    values_SF: Float[Array, "s f"],
+    *,
+    levels: tuple[int, ...],
+) -> Float[Array, " c"]:
+    """The weighted squared error of a head's output at the queries left out, with each number of slots."""
+    with jax.default_matmul_precision("highest"):
+        part_NS = jax.nn.softmax(scores_NS, axis=-1)
+        chosen_K, products = choose(part_NS * weight_N[:, None], weight_N, levels[-1])
+        target_NF, near_KF, scores_NK = part_NS @ values_SF, values_SF[chosen_K], scores_NS[:, chosen_K]
+        there_CK = jnp.arange(levels[-1]) < jnp.array(levels)[:, None]
+        mass_CK = jax.vmap(lambda there_K: weights(products, there_K, CURVE_STEPS))(there_CK)
+
+        def error(bias_K: Array) -> Array:
+            own_NK = jax.nn.softmax(scores_NK + bias_K, axis=-1)
+            every, left_out = _regressions(own_NK, target_NF - own_NK @ near_KF, weight_N)
+            return left_out.error(every.without(left_out).solved(CURVE_RIDGE))
+
+        return jax.lax.map(error, _bias(mass_CK, there_CK))
+
+
+def _bias(mass: Array, there: Array) -> Array:
+    return jnp.where(there, jnp.log(jnp.where(there, mass, 1.0)), ABSENT)
+
+
+class Products(NamedTuple):
+    """Products of columns with each other, and with the target that their weighted sum is to be."""
+
+    gram_KK: Array
+    right_K: Array
 
 
 def choose(
     parts_NS: Float[Array, "n s"], target_N: Float[Array, " n"], count: int
-) -> tuple[Int[Array, " k"], Float[Array, " k"]]:
+) -> tuple[Int[Array, " k"], Products]:
     """Orthogonal matching pursuit: columns, one after the other, whose weighted sum is the target.
 
     Args:
@@ -83,33 +210,52 @@ def choose(
       count: K.
 
     Returns:
-      The columns' indices in the order chosen, and their weights.
+      The columns' indices in the order chosen, and their products.
     """
     norms_S = jnp.sqrt(jnp.sum(parts_NS**2, axis=0))
     norms_C, candidates_C = jax.lax.top_k(norms_S, min(len(norms_S), max(CANDIDATES, 4 * count)))
     parts_NC = parts_NS[:, candidates_C]
     gram_CC, right_C = parts_NC.T @ parts_NC, target_N @ parts_NC
+    starts, most = _chosen_at_once(count)
 
-    def step(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        chosen_K, mass_K = carry
+    def products(chosen_K: Array) -> Products:
+        return Products(gram_CC[chosen_K][:, chosen_K], right_C[chosen_K])
+
+    def step(carry: tuple[Array, Array], ends: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+        (chosen_K, mass_K), (start, end) = carry, ends
         gain_C = (right_C - gram_CC[:, chosen_K] @ mass_K) / jnp.maximum(norms_C, 1e-12)
-        taken_K = jnp.where(jnp.arange(count) < k, chosen_K, len(gain_C))
-        best = jnp.argmax(gain_C.at[taken_K].set(-jnp.inf, mode="drop"))
-        chosen_K = chosen_K.at[k].set(best)
-        return chosen_K, weights(chosen_K, jnp.arange(count) <= k, 10)
+        taken_K = jnp.where(jnp.arange(count) < start, chosen_K, len(gain_C))
+        gain_C = gain_C.at[taken_K].set(-jnp.inf, mode="drop")
+        best = jax.lax.top_k(gain_C, min(most, len(gain_C)))[1]
+        at = start + jnp.arange(len(best))
+        chosen_K = chosen_K.at[jnp.where(at < end, at, count)].set(best, mode="drop")
+        there_K = jnp.arange(count) < end
+        return (chosen_K, weights(products(chosen_K), there_K, 10)), None
 
-    def weights(chosen_K: Array, there_K: Array, steps: int) -> Array:
-        return _weights(gram_CC[chosen_K][:, chosen_K], right_C[chosen_K], there_K, steps)
-
-    chosen_K = jax.lax.fori_loop(0, count, step, (jnp.zeros(count, jnp.int32), jnp.zeros(count)))[0]
-    return candidates_C[chosen_K], weights(chosen_K, jnp.ones(count, bool), 400)
+    begin = jnp.zeros(count, jnp.int32), jnp.zeros(count)
+    (chosen_K, _), _ = jax.lax.scan(step, begin, (jnp.array(starts[:-1]), jnp.array(starts[1:])))
+    return candidates_C[chosen_K], products(chosen_K)
 
 
-def _weights(gram_KK: Array, right_K: Array, there_K: Array, steps: int) -> Array:
+def _chosen_at_once(count: int) -> tuple[list[int], int]:
+    """Numbers of slots chosen after each step, from 0 on, and the largest step.
+
+    Example:
+      >>> _chosen_at_once(20)
+      ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20], 2)
+    """
+    starts = [0]
+    while starts[-1] < count:
+        starts.append(min(count, starts[-1] + max(1, starts[-1] // AT_ONCE)))
+    return starts, max(end - start for start, end in itertools.pairwise(starts))
+
+
+def weights(products: Products, there_K: Bool[Array, " k"], steps: int) -> Float[Array, " k"]:
     """Weights within the bounds ``MASS``, the least squares' among those that are there.
 
     The unbounded solution cut to the bounds, then accelerated projected gradient.
     """
+    gram_KK, right_K = products
     ridge = 1e-6 * jnp.trace(gram_KK) / len(gram_KK) + 1e-20
     gram_KK = jnp.where(there_K & there_K[:, None], gram_KK, 0)
     full_KK = gram_KK + jnp.diag(jnp.where(there_K, ridge, 1.0))
@@ -125,22 +271,42 @@ def _weights(gram_KK: Array, right_K: Array, there_K: Array, steps: int) -> Arra
     return jax.lax.fori_loop(0, steps, step, (start_K, start_K))[0]
 
 
-def _values(own_NK: Array, target_NF: Array, weight_N: Array, near_KF: Array) -> Array:
-    """Values near ``near_KF`` by which the slots' attention gives the target: ridge regression."""
-    held_out_N = jnp.arange(len(weight_N)) % HELD_OUT == 0
-    left_NF = target_NF - own_NK @ near_KF
+class _Regression(NamedTuple):
+    """Weighted least squares for changes of the values, by its products alone."""
 
-    def solve(weight_N: Array, ridge: Array) -> Array:
-        weighted_NK = own_NK * (weight_N**2)[:, None]
-        gram_KK = weighted_NK.T @ own_NK
-        size = jnp.trace(gram_KK) / len(gram_KK) + 1e-20
-        full_KK = gram_KK + ridge * size * jnp.eye(len(gram_KK))
-        return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(full_KK), weighted_NK.T @ left_NF)
+    gram_KK: Array
+    right_KF: Array
+    squares: Array
 
-    def error(ridge: Array) -> Array:
-        off_NF = left_NF - own_NK @ solve(weight_N * ~held_out_N, ridge)
-        return jnp.sum(((weight_N * held_out_N)[:, None] * off_NF) ** 2)
+    @classmethod
+    def of(cls, own_NK: Array, left_NF: Array, weight_N: Array) -> _Regression:
+        own_NK, left_NF = own_NK * weight_N[:, None], left_NF * weight_N[:, None]
+        return cls(own_NK.T @ own_NK, own_NK.T @ left_NF, jnp.sum(left_NF**2))
 
-    ridges = jnp.array(RIDGES)
-    best = ridges[jnp.argmin(jax.lax.map(error, ridges))]
-    return near_KF + solve(weight_N, best)
+    def solved(self, ridge: Array | float) -> Array:
+        """Changes that give what is left, held small by the ridge."""
+        used = jnp.maximum(jnp.sum(jnp.diag(self.gram_KK) > 0), 1)
+        size = jnp.trace(self.gram_KK) / used + 1e-20
+        full_KK = self.gram_KK + ridge * size * jnp.eye(len(self.gram_KK))
+        return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(full_KK), self.right_KF)
+
+    def error(self, changes_KF: Array) -> Array:
+        return self.squares + jnp.sum(changes_KF * (self.gram_KK @ changes_KF - 2 * self.right_KF))
+
+    def without(self, others: _Regression) -> _Regression:
+        """The same without some of its queries."""
+        return _Regression(*jax.tree.map(jnp.subtract, self, others))
+
+
+def _regressions(own_NK: Array, left_NF: Array, weight_N: Array) -> tuple[_Regression, _Regression]:
+    """That to all queries, and to those that are left out to decide."""
+    every = own_NK, left_NF, weight_N
+    return _Regression.of(*every), _Regression.of(*(x[::HELD_OUT] for x in every))
+
+
+def _changes(own_NK: Array, left_NF: Array, weight_N: Array) -> Array:
+    """Changes of the slots' values by which their attention gives what is left: ridge regression."""
+    every, left_out = _regressions(own_NK, left_NF, weight_N)
+    fitted, ridges = every.without(left_out), jnp.array(RIDGES)
+    off = jax.lax.map(lambda ridge: left_out.error(fitted.solved(ridge)), ridges)
+    return every.solved(ridges[jnp.argmin(off)])

@@ -9,12 +9,19 @@ import numpy as np
 
 from jaxsp.typing import AnyArray, Array, Float, Int, KeyValues
 
+ABSENT = -1e9
+"""Bias of a slot that a head does not have: no query gives it any weight. Finite, so that gradients are."""
+
 Fit = Callable[
-    [Float[Array, "n s"], Float[Array, " n"], Float[Array, "s f"]],
+    [Float[Array, "n s"], Float[Array, " n"], Float[Array, "s f"], Int[Array, ""]],
     tuple[Int[Array, " k"], Float[Array, " k"], Float[Array, "k f"]],
 ]
-"""Replaces a head's S slots by K. From the scores of N queries, their weights and the slots' values: the
-slots whose keys stay, their biases, and their new values."""
+"""Replaces a head's S slots by K. From the scores of N queries, their weights, the slots' values, and how
+many of the K the head has: the slots whose keys stay, their biases (``ABSENT`` for the first ones, where it
+has fewer), and their new values."""
+
+Probe = Callable[[Float[Array, "n s"], Float[Array, " n"], Float[Array, "s f"]], Float[Array, "..."]]
+"""Finds something out about a head, from the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,21 +32,26 @@ class Source:
       key: random key of this prompt.
       context_ids: ``[C]`` token ids of the context.
       prompt_length: K.
+      heads: the model's layers and the key/value heads of each.
       embed: input vectors ``[n, D]`` of token ids ``[n]``.
       vocab_size: V.
       read: gives the keys and values of input vectors ``[K, D]``, read after the preamble.
       context: gives those of the context, read after the preamble.
       written: gives K tokens that the model writes after some others, drawn with ``key``.
-      compacted: reads the training rows after the context, layer by layer, each with what ``Fit`` makes of
-        the context's slots there, and gives these; ``None`` if there are no rows.
+      probed: reads the training rows after the context and gives what ``Probe`` finds in every head,
+        ``[L, G, ...]``; ``None`` if there are no rows.
+      compacted: reads them layer by layer, each with what ``Fit`` makes of the context's slots there, and
+        gives these; its second argument has the slots of each head ``[L, G]``. ``None`` as before.
     """
 
     key: Array
     context_ids: Int[np.ndarray, " c"]
     prompt_length: int
+    heads: tuple[int, int]
     embed: Callable[[AnyArray], Float[Array, "n d"]]
     vocab_size: int
     read: Callable[[Float[Array, "k d"]], KeyValues]
     context: Callable[[], KeyValues]
     written: Callable[[Int[Array, " n"]], Int[np.ndarray, " k"]]
-    compacted: Callable[[Fit], KeyValues] | None = None
+    probed: Callable[[Probe], Array] | None = None
+    compacted: Callable[[Fit, Int[AnyArray, "l g"]], KeyValues] | None = None

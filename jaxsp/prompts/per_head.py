@@ -1,0 +1,100 @@
+"""Keys, values and biases of K slots a head on average: each head has as many as its attention needs.
+
+Some heads look at one or two places of a text whatever is asked, others all over it. In the memory of K slots
+each, most heads have too many and a few far too few.
+
+Reference: Feng et al. 2024, Ada-KV (arXiv:2407.11550); Zweiger et al. 2026, Fast KV Compaction via Attention
+Matching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxsp.prompts import key_value
+from jaxsp.prompts.initializers import ABSENT, Start
+from jaxsp.prompts.sizes import root_mean_square
+from jaxsp.typing import EMPTY, Array, Bool, Float, Int, KeyValues, PyTree
+
+DEFAULTS = key_value.DEFAULTS
+IS_READ = False
+
+WIDEST = 4
+"""A head has at most so many times K slots."""
+
+Sigma = Mapping[str, Any]
+"""``keys`` and ``values`` ``[N, F]`` of all N = K L G slots, ordered by layer, head and slot; ``bias``
+``[L, 4K, G]``, ``ABSENT`` before a head's slots; ``context_length`` as in ``key_value``."""
+
+
+def initial(start: Start) -> Sigma:
+    """σ that starts as these keys and values, float32."""
+    found = start.uneven(WIDEST * start.source.prompt_length)
+    assert found.bias is not None
+    bias_LWG = found.bias[:, 0].astype(jnp.float32)
+    L, W, G = bias_LWG.shape
+    there = _there(bias_LWG).swapaxes(1, 2).reshape(-1)
+    (at_N,) = jnp.nonzero(there, size=L * G * W // WIDEST)
+
+    def slots(leaf: Array) -> Array:
+        return leaf[:, 0].astype(jnp.float32).swapaxes(1, 2).reshape(L * G * W, -1)[at_N]
+
+    length = jnp.float32(len(start.source.context_ids))
+    return {
+        "keys": slots(found.keys),
+        "values": slots(found.values),
+        "bias": bias_LWG,
+        "context_length": length,
+    }
+
+
+def _there(bias_LWG: Float[Array, "l w g"]) -> Bool[Array, "l w g"]:
+    return jnp.asarray(bias_LWG) > ABSENT / 2
+
+
+def _index(there_LWG: Bool[Array, "l w g"]) -> Int[Array, "l w g"]:
+    """Where each slot lies among all; of those that are not there, anywhere."""
+    there_LGW = there_LWG.swapaxes(1, 2)
+    before = jnp.cumsum(there_LGW.reshape(-1)).reshape(there_LGW.shape) - 1
+    return jnp.maximum(before, 0).swapaxes(1, 2)
+
+
+def prefix(sigma: Sigma, preamble: KeyValues, prefill: Any) -> KeyValues:
+    """``preamble`` followed by σ; differentiable in σ."""
+    bias_LWG = jnp.asarray(sigma["bias"])
+    there_LWG = _there(bias_LWG)
+    index_LWG = _index(there_LWG)
+    keys, values = (
+        jnp.where(there_LWG[..., None], jnp.asarray(sigma[name])[index_LWG], 0) for name in ("keys", "values")
+    )
+    whole = key_value.prefix({**sigma, "keys": keys, "values": values}, preamble, prefill)
+    # What lies before the first position is there for no head.
+    return KeyValues(whole.keys, whole.values, jnp.maximum(whole.positions, EMPTY), whole.bias)
+
+
+def prompt_length(sigma: Sigma) -> int:
+    """K, in slots: those of a head on average."""
+    return sigma["bias"].shape[1] // WIDEST
+
+
+def rates(sigma: Sigma, factors: Mapping[str, float]) -> PyTree:
+    """Sizes of a step of each entry at a learning rate of 1."""
+    there_LWG = _there(sigma["bias"])
+    index_LWG = _index(there_LWG)
+    first_LWG = there_LWG & (jnp.cumsum(there_LWG, axis=1) == 1)
+    slot_LWG = jnp.where(first_LWG, factors.get("first", 1.0), 1.0) * there_LWG
+    at = jnp.where(there_LWG, index_LWG, len(sigma["keys"])).reshape(-1)
+
+    def unit(name: str) -> Array:
+        squares_LWG = jnp.mean(jnp.square(jnp.asarray(sigma[name])), axis=-1)[index_LWG] * there_LWG
+        mean_L = squares_LWG.sum(axis=(1, 2)) / jnp.maximum(there_LWG.sum(axis=(1, 2)), 1)
+        size_L = root_mean_square(jnp.sqrt(mean_L)[:, None], axis=(1,))
+        each_LWG = factors.get(name, 1.0) * size_L[..., None] * slot_LWG
+        flat = jnp.zeros(len(sigma[name])).at[at].set(each_LWG.reshape(-1), mode="drop")
+        return flat[:, None]
+
+    bias = factors.get("bias", 1.0) * slot_LWG
+    return {"keys": unit("keys"), "values": unit("values"), "bias": bias, "context_length": jnp.float32(0)}
