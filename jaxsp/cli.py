@@ -359,7 +359,7 @@ class Demo:
     model: ModelOptions = ModelOptions()
     out: Folder = "jaxsp-demo"
     """Folder for the prompt, the report and the checkpoints."""
-    steps: int = 60
+    steps: int = 30
     """Updates of the prompt."""
     resume: bool = False
     """Go on with the interrupted run in --out."""

@@ -66,7 +66,7 @@ def test_the_program_is_the_one_that_runs(tiny_model, settings, kind):
         assert getattr(ours, f"{name}_size_in_bytes") == getattr(theirs, f"{name}_size_in_bytes")
 
 
-@pytest.mark.parametrize("kind", slow_beside(PROMPT_KINDS, "embedding", "nested", "low_rank"))
+@pytest.mark.parametrize("kind", slow_beside(PROMPT_KINDS, "embedding", "key_value", "nested", "low_rank"))
 def test_operations_are_those_that_xla_counts(tmp_path, kind):
     """XLA counts the body of the scan over layers once: the model of three is to it as one of a layer."""
     sizes: dict[str, Any] = {

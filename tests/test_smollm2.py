@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("optimized")
 
 
 @pytest.mark.parametrize("dtype", slow_beside(["float32", "bfloat16"], "bfloat16"))
-@pytest.mark.parametrize("kind", slow_beside(HOLD_ALL, "embedding", "nested"))
+@pytest.mark.parametrize("kind", slow_beside(HOLD_ALL, "embedding", "key_value", "nested"))
 def test_the_contexts_own_embeddings_give_kl_zero(kind, dtype):
     model = jaxsp.load_model("smollm2-135m-instruct", dtype=dtype)
     assert model.tokenizer is not None

@@ -20,16 +20,17 @@ TUNED_ON = ("demo", "narrativeqa--1")
 
 REPORTED = ("town", "shelter", "cabin", *(f"narrativeqa-{i}" for i in range(7)))
 
-BEST = {"embedding": "first", "key_value": "match"}
+BEST = {"embedding": "first", "key_value": "match", "per_head": "match"}
 """The start that each kind is compared by where not all are."""
 
 OTHERS = {
     "embedding": ("spread", "random_text", "vocabulary", "noise"),
     "key_value": ("first", "spread", "random_text", "vocabulary", "noise"),
+    "per_head": (),
 }
 LENGTHS = (16, 32, 64, 8, 4)
-RATES = {"embedding": (0.1, 0.25, 0.5), "key_value": (0.01, 0.02, 0.04)}
-LEARNING_RATES = {"embedding": 0.5, "key_value": 0.02}
+RATES = {"embedding": (0.1, 0.25, 0.5), "per_head": (0.01, 0.02, 0.04)}
+LEARNING_RATES = {"embedding": 0.5, "key_value": 0.02, "per_head": 0.02}
 """The best by the setting ``learning_rates``, of which only the demo has been measured yet."""
 
 CLOSER: dict[str, dict[str, Any]] = {

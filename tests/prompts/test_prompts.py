@@ -58,7 +58,7 @@ def test_a_prompt_equal_to_the_context_is_the_context(tiny_model, preamble, kind
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", slow_beside(PROMPT_KINDS, "nested", "low_rank"))
+@pytest.mark.parametrize("kind", slow_beside(PROMPT_KINDS, "key_value", "nested", "low_rank"))
 def test_parameters_are_float32_and_all_of_them_matter(tiny_model, preamble, kind):
     params, config = tiny_model.params, tiny_model.config
     sigma = initial(tiny_model, preamble, kind, 4)
