@@ -16,6 +16,7 @@ import jaxsp
 from jaxsp.losses import OBJECTIVES
 from jaxsp.models import load
 from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.prompts.initializers import ABSENT
 from jaxsp.settings import Options, plain
 from tests.conftest import CONTEXT, QUERIES, assert_same_sigma
 
@@ -63,7 +64,10 @@ def test_an_optimizer_of_ones_own_moves_by_its_own_rate(calm_model):
     start = compress(calm_model, steps=0).prompt.sigma
     moved = compress(calm_model, optimizer=optax.sign_sgd(1e-3), steps=3, keep="last")
     assert moved.prompt.sigma["context_length"] == start["context_length"]  # no parameter: it stays
-    changes = [np.ravel(moved.prompt.sigma[part] - start[part]) for part in ("keys", "values", "bias")]
+    change = {part: moved.prompt.sigma[part] - start[part] for part in ("keys", "values", "bias")}
+    there = start["bias"] > ABSENT
+    assert not change["bias"][~there].any()  # slots that a head does not have
+    changes = [np.ravel(change["keys"]), np.ravel(change["values"]), change["bias"][there]]
     steps = np.abs(np.concatenate(changes)) / 1e-3
     np.testing.assert_allclose(steps, steps.round(), atol=1e-2)
     assert set(steps.round().astype(int).ravel()) <= {1, 3}
@@ -154,7 +158,7 @@ def test_what_one_types_first(tiny_directory, tmp_path, monkeypatch):
 
 def test_what_is_shown_of_things(calm_model, tmp_path):
     result = compress(calm_model)
-    assert repr(result.prompt) == f"SoftPrompt(key_value, 4 slots for 87 tokens, {calm_model.name})"
+    assert repr(result.prompt) == f"SoftPrompt(per_head, 4 slots for 87 tokens, {calm_model.name})"
     assert repr(result).startswith(f"Result({result.prompt!r}, ")
     assert "\n" not in repr(result)
     shown = result._repr_html_()

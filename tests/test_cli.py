@@ -529,7 +529,7 @@ def test_ask_inspect_evaluate(jaxsp_command, finished, job, tiny_directory, monk
     assert jaxsp_command("ask", finished / "prompt.safetensors", "-", "--max-tokens", 5) == quoted
     code, out, err = jaxsp_command("inspect", finished)
     assert code == 0
-    assert "key_value, 4 slots" in out
+    assert "per_head, 4 slots" in out
     assert "kl, 2 steps" in out
     code, out, err = jaxsp_command("evaluate", finished, "--queries", job["queries"], "--json")
     assert code == 0, err
@@ -664,7 +664,7 @@ def test_only_nested_prompts_can_be_cut(jaxsp_command, finished):
 
 
 def test_ranks_that_cannot_be(compress, tmp_path):
-    refused(compress("--rank", 2), "--rank 2 is for --kind low_rank, not key_value")
+    refused(compress("--rank", 2), "--rank 2 is for --kind low_rank, not per_head")
     refused(compress("--kind", "low_rank", "--rank", 9), "--rank must be at most", "(--prompt-length 4)")
     refused(compress("--kind", "low_rank", "--rank", 0), "--rank must be at least 1")
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ states at the answers (``jaxsp.distributions``):
 The student reads σ in place of the context; ``PmapDriver`` and ``MeshDriver`` do the same on many devices:
 
 >>> optimizer, key = optax.adam(0.01), jax.random.key(0)
->>> settings = UpdateSettings(config, "key_value", jaxsp.losses.OBJECTIVES["kl"], optimizer)
+>>> settings = UpdateSettings(config, "per_head", jaxsp.losses.OBJECTIVES["kl"], optimizer)
 >>> driver = JitDriver(Frozen(params, preamble), settings)
 >>> sigma = d.initial_prompt(params, config, context_ids, preamble, key=key, prompt_length=4, rows=rows)
 >>> states = driver.place(stack([initial_state(sigma, optimizer, key=key)]))  # M = 1 prompt

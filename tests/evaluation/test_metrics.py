@@ -63,7 +63,7 @@ def query(split, kl, captured):
     return {"query": f"{split} {kl}", "split": split, "kl": kl, "captured": captured}
 
 
-def verdict(gap, queries, truncated=1.0, learnt=1.0, kind="key_value"):
+def verdict(gap, queries, truncated=1.0, learnt=1.0, kind="per_head"):
     ours = float(np.mean([q["kl"] for q in queries if q["split"] == "held_out"]))
     brackets = {"prompt": {"kl": ours}, "truncated_context": {"kl": truncated}}
     return _verdict(
@@ -97,8 +97,8 @@ def test_verdicts():
     assert kept["suggestions"]
 
     weak = verdict(0.5, [query("held_out", 0.9, False)], kind="embedding")
-    assert "--kind key_value" in weak["suggestions"][0]
-    assert "key_value" not in small["text"]
+    assert "--kind per_head" in weak["suggestions"][0]
+    assert "per_head" not in small["text"]
 
     useless = verdict(0.1, [query("held_out", 1.5, False)], truncated=1.2)
     assert "no better than the context cut to its length" in useless["text"]

@@ -15,7 +15,7 @@ from jaxsp.data.documents import as_queries
 from jaxsp.data.packing import Packing
 from jaxsp.models.sharding import as_mesh
 from jaxsp.progress import Display
-from jaxsp.prompts import DEFAULT_KIND, PROMPT_KINDS
+from jaxsp.prompts import DEFAULT_KIND, PROMPT_KINDS, per_head
 from jaxsp.settings import make_settings
 from jaxsp.teacher.problem import read_preamble, run_teacher, tokenize
 from jaxsp.training.drivers import DRIVERS, MeshDriver, sharded_update
@@ -108,23 +108,32 @@ def test_every_kind_trains_on_devices_like_on_one(model, problem, kind, mesh):
     assert_same(*trained(model, problem, driver, kind), one)
 
 
-def collectives(model, problem, mesh):
-    driver = driver_of(model, problem, "mesh", mesh)
+def step_text(model, problem, mesh, kind=DEFAULT_KIND):
+    driver = driver_of(model, problem, "mesh", mesh, kind)
     assert isinstance(driver, MeshDriver)
-    states = driver.place(stack([start_state(model, problem, SETTINGS)]))
+    states = driver.place(stack([start_state(model, problem, KINDS[kind])]))
     batches = batch_of(problem, driver, np.arange(8))
-    lowered = sharded_update.lower(states, batches, **driver._step.keywords)
+    return programs.text(sharded_update.lower(states, batches, **driver._step.keywords).compile())
+
+
+def collectives(text):
     kinds = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    return Counter(re.findall(rf" ({kinds})(?:-start)?\(", programs.text(lowered.compile())))
+    return Counter(re.findall(rf" ({kinds})(?:-start)?\(", text))
 
 
 def test_of_a_data_parallel_step_only_the_gradient_is_exchanged(model, problem):
-    assert collectives(model, problem, "data=8") == {"all-reduce": 1}
+    assert collectives(step_text(model, problem, "data=8")) == {"all-reduce": 1}
 
 
 @pytest.mark.parametrize("mesh", slow_beside(["data=2,model=4", "model=4"], "model=4"))
 def test_weights_are_never_gathered(model, problem, mesh):
-    assert set(collectives(model, problem, mesh)) == {"all-reduce"}
+    """Nothing is, but slots where they lie in one axis with heads, which the devices share."""
+    assert set(collectives(step_text(model, problem, mesh, "key_value"))) == {"all-reduce"}
+    text = step_text(model, problem, mesh, "per_head")
+    assert set(collectives(text)) <= {"all-reduce", "all-gather"}
+    widest, heads = per_head.WIDEST * SETTINGS.prompt.prompt_length, model.config.kv_heads
+    for shape in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text):
+        assert {widest, heads} <= set(map(int, shape.split(","))), shape
 
 
 @pytest.mark.slow
