@@ -20,23 +20,24 @@ NARROW = 8
 def pack(sigma: PyTree, dtype: str) -> PyTree:
     """The arrays as they are stored: in int8 each row has a scale, its largest entry over 127.
 
-    Single numbers stay float32: they are no parameters.
+    Single numbers stay float32: they are no parameters. Biases are few, and may hold one that is far from all
+    others: they are not stored as int8.
 
     Args:
       sigma: float32 arrays, in nested dicts.
       dtype: one of ``DTYPES``.
     """
 
-    def one(leaf: AnyArray) -> Any:
+    def one(path: tuple[Any, ...], leaf: AnyArray) -> Any:
         array = np.asarray(leaf, np.float32)
         if dtype == "float32" or not array.ndim:
             return array
-        if dtype == "bfloat16" or array.shape[-1] < NARROW:
+        if dtype == "bfloat16" or array.shape[-1] < NARROW or path[-1].key == "bias":
             return array.astype(jnp.bfloat16)
         scale = np.maximum(np.abs(array).max(axis=-1, keepdims=True) / 127, np.finfo(np.float32).tiny)
         return {"int8": np.rint(array / scale).astype(np.int8), "scale": scale}
 
-    return jax.tree.map(one, sigma)
+    return jax.tree_util.tree_map_with_path(one, sigma)
 
 
 def unpack(stored: PyTree) -> PyTree:
