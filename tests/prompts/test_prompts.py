@@ -14,7 +14,7 @@ from jaxsp import distributions, prompts
 from jaxsp.data.examples import make_rows
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.prompts.initializers import ABSENT, INITIALIZERS, Source, Start
-from jaxsp.typing import UserError
+from jaxsp.typing import KeyValues, UserError
 from tests.conftest import slow_beside
 
 CONTEXT = np.array([5, 9, 77, 30, 200, 14, 3])
@@ -186,6 +186,27 @@ def test_shorter_prompts_start_with_the_mass_of_all_slots(tiny_model, preamble):
     assert prompts.lengths("nested", sigma) == [1, 2, 4, 6]
     for index, length in enumerate([1, 2, 4, 6]):
         np.testing.assert_allclose(np.exp(sigma["bias"][:, index, :length]).sum(axis=1), whole, rtol=1e-5)
+
+
+def test_prefixes_made_alike_are_read_as_before(tiny_model, preamble):
+    """One program can read them: they have one size, and all or none have biases."""
+    params, config = tiny_model.params, tiny_model.config
+    kinds = {"embedding": 3, "per_head": 2, "key_value": 5}
+    prefixes = [preamble]
+    for kind, length in kinds.items():
+        sigma = initial(tiny_model, preamble, kind, length)
+        prefixes.append(distributions.prompt_prefix(params, config, sigma, preamble, kind))
+    alike = KeyValues.alike(prefixes)
+    assert len({str(jax.tree.map(np.shape, prefix)) for prefix in alike}) == 1
+    for before, after in zip(prefixes, alike, strict=True):
+        assert before.next_position == after.next_position
+        np.testing.assert_allclose(
+            distributions.log_probs(params, config, after, ROWS),
+            distributions.log_probs(params, config, before, ROWS),
+            atol=1e-5,
+        )
+    same = KeyValues.alike([preamble, preamble])[1]
+    jax.tree.map(np.testing.assert_array_equal, same, preamble)
 
 
 def test_queries_stand_where_they_stood_after_the_whole_context(tiny_model, preamble):
