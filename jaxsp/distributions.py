@@ -199,7 +199,7 @@ def _compacted(
 def _probed(
     params: Params, config: DecoderConfig, preamble: KeyValues, context: KeyValues, rows: Rows, probe: Probe
 ) -> Array:
-    """What ``probe`` finds in every head as ``rows`` are read after the context, ``[L, G, ...]``."""
+    """The findings of ``probe`` in every head as ``rows`` are read after the context, ``[L, G, ...]``."""
 
     def rewrite(inputs: AttentionInputs, own: None) -> tuple[tuple[Slots, ...], Array]:
         del own
@@ -219,7 +219,7 @@ def _rewritten(
     rewrite: decoder.Rewrite,
     own: PyTree = None,
 ) -> PyTree:
-    """What ``rewrite`` keeps of every layer; the context is the last piece but the rows' own."""
+    """Everything that ``rewrite`` keeps of the layers; the context is the last piece but the rows' own."""
     end = context.next_position[:, None]
     positions = jnp.where(rows.offsets == EMPTY, EMPTY, end + rows.offsets)
     inputs = decoder.embed(params, config, rows.tokens)

@@ -266,7 +266,7 @@ def rewrite_layers(
     rewrite: Rewrite,
     own: PyTree = None,
 ) -> PyTree:
-    """What ``rewrite`` keeps of every layer, stacked, as ``inputs`` are read after ``past``.
+    """Everything that ``rewrite`` keeps of the layers, stacked, as ``inputs`` are read after ``past``.
 
     Args:
       params: the parameter tree.

@@ -56,7 +56,7 @@ def _there(bias_LWG: Float[Array, "l w g"]) -> Bool[Array, "l w g"]:
 
 
 def _index(there_LWG: Bool[Array, "l w g"]) -> Int[Array, "l w g"]:
-    """Where each slot lies among all; of those that are not there, anywhere."""
+    """The place of each slot among all; of those that are not there, any."""
     there_LGW = there_LWG.swapaxes(1, 2)
     before = jnp.cumsum(there_LGW.reshape(-1)).reshape(there_LGW.shape) - 1
     return jnp.maximum(before, 0).swapaxes(1, 2)

@@ -121,7 +121,7 @@ def share(
 
 
 def _hull_gains(levels: tuple[int, ...], errors_N: np.ndarray) -> np.ndarray:
-    """What each slot after the first takes from the error along its lower convex hull: never more than the
+    """Gains of each slot after the first, along the lower convex hull of the error: none is larger than the
     one before."""
     gains, i = [], 0
     while i < len(levels) - 1:
