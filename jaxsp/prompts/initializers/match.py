@@ -37,6 +37,8 @@ CANDIDATES = 256
 AT_ONCE = 8
 """A head's first slots are chosen one by one; beyond twice as many, one for every so many that it has."""
 
+_NO_ROWS = "--initial match needs training queries; choose another start."
+
 CURVE_RIDGE, CURVE_STEPS = 1e-2, 50
 """The strength of the pull, and the steps towards the masses, with which numbers of slots are compared."""
 
@@ -58,19 +60,16 @@ def uneven(source: Source, most: int) -> KeyValues:
       UserError: there are no rows.
     """
     if source.probed is None:
-        raise _NO_ROWS
+        raise UserError(_NO_ROWS)
     levels = slot_levels(most)
     errors_LGN = np.asarray(source.probed(_probe_of(levels)))
     room = min(most, len(source.context_ids))
     return _compacted(source, most, share(levels, errors_LGN, source.prompt_length, room))
 
 
-_NO_ROWS = UserError("--initial match needs training queries; choose another start.")
-
-
 def _compacted(source: Source, size: int, counts_LG: Int[np.ndarray, "l g"]) -> KeyValues:
     if source.compacted is None:
-        raise _NO_ROWS
+        raise UserError(_NO_ROWS)
     return source.compacted(_fit_to(size), counts_LG)
 
 
