@@ -185,8 +185,7 @@ def _compacted(
         chosen_GK, bias_GK, values_GKF = jax.vmap(fit)(found.scores, found.weight, found.values, counts_G)
         keys_GKF = jnp.take_along_axis(found.keys, chosen_GK[..., None], axis=1)
         count = chosen_GK.shape[1]
-        where = end - count + jnp.arange(count)[None]  # right before the rows: in every sliding window
-        where = jnp.maximum(where, EMPTY)
+        where = jnp.maximum(end - count + jnp.arange(count)[None], EMPTY)  # in every sliding window
         keys_KGF, values_KGF = keys_GKF.swapaxes(0, 1), values_GKF.swapaxes(0, 1)
         new = Slots(keys_KGF[None], values_KGF[None], where, bias=bias_GK.T[None])
         return (*before, new), new

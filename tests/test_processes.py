@@ -29,9 +29,7 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-SETTINGS: dict[str, Any] = {
-    "prompt_length": 4, "steps": STEPS, "max_answer_tokens": 6, "initial": "first",
-}  # fmt: skip
+SETTINGS: dict[str, Any] = {"prompt_length": 4, "steps": STEPS, "max_answer_tokens": 6}
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("optimized")
 
 @pytest.mark.parametrize("dtype", slow_beside(["float32", "bfloat16"], "bfloat16"))
 def test_a_prompt_equal_to_the_context_gives_kl_zero(dtype):
-    """Of every kind that can hold all of it, as all lie in slots of one number: sums have one order."""
+    """Each kind that can hold all of it, in slots of one number: sums have one order."""
     model = jaxsp.load_model("smollm2-135m-instruct", dtype=dtype)
     assert model.tokenizer is not None
     ids = np.array(model.tokenizer(CONTEXT).input_ids)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxsp.prompts.initializers import Start
 from jaxsp.prompts.sizes import root_mean_square
-from jaxsp.typing import Array, KeyValues, PyTree
+from jaxsp.typing import EMPTY, Array, KeyValues, PyTree
 
 DEFAULTS = {"initial": "match", "optimizer": "adam", "learning_rate": 0.02, "steps": 100, "keep": "best"}
 IS_READ = False
@@ -40,7 +40,8 @@ def prefix(sigma: Sigma, preamble: KeyValues, prefill: Any) -> KeyValues:
     del prefill
     end = preamble.next_position + jnp.round(sigma["context_length"]).astype(jnp.int32)
     count = prompt_length(sigma)
-    positions = end[:, None] - count + jnp.arange(count)[None]
+    # More slots than positions are kinds' own, whose first ones are not there.
+    positions = jnp.maximum(end[:, None] - count + jnp.arange(count)[None], EMPTY)
     keys, values, bias = (jnp.asarray(sigma[name])[:, None] for name in ("keys", "values", "bias"))
     dtype = preamble.keys.dtype
     return preamble.append(KeyValues(keys.astype(dtype), values.astype(dtype), positions, bias))

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 
 from jaxsp.prompts import key_value
 from jaxsp.prompts.initializers import ABSENT, Start
-from jaxsp.prompts.sizes import root_mean_square
-from jaxsp.typing import EMPTY, Array, Bool, Float, Int, KeyValues, PyTree
+from jaxsp.typing import Array, Bool, Float, Int, KeyValues, PyTree
 
 DEFAULTS = key_value.DEFAULTS
 IS_READ = False
@@ -70,9 +69,7 @@ def prefix(sigma: Sigma, preamble: KeyValues, prefill: Any) -> KeyValues:
     keys, values = (
         jnp.where(there_LWG[..., None], jnp.asarray(sigma[name])[index_LWG], 0) for name in ("keys", "values")
     )
-    whole = key_value.prefix({**sigma, "keys": keys, "values": values}, preamble, prefill)
-    # What lies before the first position is there for no head.
-    return KeyValues(whole.keys, whole.values, jnp.maximum(whole.positions, EMPTY), whole.bias)
+    return key_value.prefix({**sigma, "keys": keys, "values": values}, preamble, prefill)
 
 
 def prompt_length(sigma: Sigma) -> int:
@@ -91,8 +88,8 @@ def rates(sigma: Sigma, factors: Mapping[str, float]) -> PyTree:
     def unit(name: str) -> Array:
         squares_LWG = jnp.mean(jnp.square(jnp.asarray(sigma[name])), axis=-1)[index_LWG] * there_LWG
         mean_L = squares_LWG.sum(axis=(1, 2)) / jnp.maximum(there_LWG.sum(axis=(1, 2)), 1)
-        size_L = root_mean_square(jnp.sqrt(mean_L)[:, None], axis=(1,))
-        each_LWG = factors.get(name, 1.0) * size_L[..., None] * slot_LWG
+        size_L = jnp.where(mean_L > 0, jnp.sqrt(mean_L), 1.0)
+        each_LWG = factors.get(name, 1.0) * size_L[:, None, None] * slot_LWG
         flat = jnp.zeros(len(sigma[name])).at[at].set(each_LWG.reshape(-1), mode="drop")
         return flat[:, None]
 

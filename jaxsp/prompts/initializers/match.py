@@ -255,8 +255,8 @@ def weights(products: Products, there_K: Bool[Array, " k"], steps: int) -> Float
     The unbounded solution cut to the bounds, then accelerated projected gradient.
     """
     gram_KK, right_K = products
-    ridge = 1e-6 * jnp.trace(gram_KK) / len(gram_KK) + 1e-20
     gram_KK = jnp.where(there_K & there_K[:, None], gram_KK, 0)
+    ridge = 1e-6 * jnp.trace(gram_KK) / jnp.maximum(jnp.sum(there_K), 1) + 1e-20
     full_KK = gram_KK + jnp.diag(jnp.where(there_K, ridge, 1.0))
     start_K = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(full_KK), right_K * there_K)
     start_K = jnp.clip(start_K, *MASS) * there_K
