@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 import jaxsp
+from jaxsp.prompts import DEFAULT_KIND
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "experiments" / "colab" / "jaxsp_on_colab_tpu.ipynb"
@@ -68,7 +69,8 @@ def test_it_runs_from_top_to_bottom(notebook, cells, tmp_path, monkeypatch):
     assert str(tmp_path / "prompt.zip") in printed("download")
     assert (tmp_path / "prompt.zip").is_file()
     prompt = jaxsp.SoftPrompt.load(tmp_path / "prompt")
-    assert (prompt.kind, prompt.prompt_length, prompt.sigma["keys"].shape[1]) == ("key_value", 4, 4)
+    assert (prompt.kind, prompt.prompt_length) == (DEFAULT_KIND, 4)
+    assert {"keys", "values", "bias"} <= set(prompt.sigma)
 
 
 def test_it_is_stored_without_outputs(notebook):
