@@ -1,7 +1,7 @@
 """jaxsp: soft prompts that stand in for long contexts, in JAX.
 
     import jaxsp
-    result = jaxsp.compress("smollm2-135m-instruct", context, queries, prompt_length=16)
+    result = jaxsp.compress("smollm2-135m-instruct", context, prompt_length=16)
     result.ask("How long is the cable?")
 
 The parts load when they are first used, so ``import jaxsp`` costs nothing.
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         compress as compress,
         compress_many as compress_many,
         evaluate as evaluate,
+        questions as questions,
     )
     from jaxsp.artifact import SoftPrompt as SoftPrompt
     from jaxsp.data.documents import Query as Query
@@ -40,7 +41,7 @@ __version__ = "0.2.0"
 
 _ROOMS = ("distributions", "losses", "training")
 _NAMES = {
-    "api": ("ask", "compress", "compress_many", "evaluate"),
+    "api": ("ask", "compress", "compress_many", "evaluate", "questions"),
     "artifact": ("SoftPrompt",),
     "data.documents": ("Query",),
     "data.examples": ("make_rows",),

@@ -16,6 +16,7 @@ from jaxsp.progress import Display
 from jaxsp.runs.folder import Result
 from jaxsp.runs.start import Start, open_run, run_one
 from jaxsp.settings import Options, make_settings, plain
+from jaxsp.study import Study, study
 from jaxsp.teacher.problem import read_preamble, run_teacher, tokenize
 from jaxsp.training.slots import Callback
 from jaxsp.typing import NonFiniteLoss, UserError
@@ -27,7 +28,7 @@ Queries = Sequence[str | Query | Mapping[str, str]]
 def compress(
     model: LanguageModel | str | Path,
     context: str,
-    queries: Queries,
+    queries: Queries = (),
     *,
     held_out: Queries | float = 0.2,
     out: str | Path | None = None,
@@ -43,7 +44,8 @@ def compress(
       model: the frozen model, with its tokenizer; or a name, as ``load_model`` takes it.
       context: the text to fold into the prompt.
       queries: inputs z to train on: texts, or dicts ``{"query": ..., "answer": optional}``; a given
-        answer replaces the teacher's as ŷ.
+        answer replaces the teacher's as ŷ. Without any the document gives them; with ``study="on"`` it
+        adds to them what they don't ask for.
       held_out: queries to measure on, never trained on; or the fraction of ``queries`` to hold out.
       out: a folder for the artifact, the report and the checkpoints; without one nothing is written.
       resume: go on with the run in ``out``, which must have the same settings.
@@ -181,6 +183,44 @@ def ask(model: Any, prompt: Any, question: str | None = None, *, max_tokens: int
         model, prompt, question = None, model, prompt
     prompt = prompt if isinstance(prompt, SoftPrompt) else SoftPrompt.load(prompt)
     return prompt.ask(question, model=model, max_tokens=max_tokens)
+
+
+def questions(
+    model: LanguageModel | str | Path,
+    context: str,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **settings: Unpack[Options],
+) -> Study:
+    """The queries that a document itself gives, as ``compress`` would make them.
+
+    Args:
+      model: writes them, and answers them with the document before it.
+      context: the document.
+      count: number of queries; by default as many as the document has sentences for.
+      seed: seed of the model's writing.
+      progress: whether to show what is going on, on standard error.
+      **settings: fields of ``Settings`` that decide the answers, such as ``max_answer_tokens``.
+
+    Returns:
+      The study: ``train`` are queries that ``compress`` takes, ``uncovered`` sentences that none asks for.
+
+    Raises:
+      UserError: an input is invalid, or the document gives nothing to train on.
+
+    Example:
+      >>> import jaxsp
+      >>> text = "The tank of the red machine holds 1.2 litres. Its cable is 90 centimetres long."
+      >>> study = jaxsp.questions("smollm2-135m-instruct", text, max_answer_tokens=16, progress=False)
+      >>> study.uncovered, all(query.seed for query in study.train)
+      ([], True)
+    """
+    own = {**settings, "study": "on", "study_queries": count, "seed": seed, "prompt_length": 1}
+    checked = make_settings(own)
+    model, display = as_model(model), Display(visible=progress)
+    return study(model, context, [], [], checked, display, measure=False)[0]
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""The command line: compress · compress-many · plan · ask · evaluate · inspect · report · demo (tyro)."""
+"""The command line (tyro): a class a command."""
 
 from __future__ import annotations
 
@@ -9,94 +9,26 @@ import os
 import shlex
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
 from jaxsp.arguments import parse, program
 from jaxsp.errors import Interrupted, UserError
-from jaxsp.settings import Options, PromptSettings, Settings, check_limits, make_settings, plain
+from jaxsp.options import EMBEDDED, AllOptions, File, Folder, ModelOptions, Output, Processes
+from jaxsp.settings import Options, Settings, check_limits, make_settings, plain
 
 # What computes is imported where a command runs: --help and a misspelt option need not wait for it.
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
     from jaxsp.artifact import SoftPrompt
     from jaxsp.models.language_model import LanguageModel
 
-EMBEDDED = "smollm2-135m-instruct"
 _STARTED = time.perf_counter()
-
-File = Annotated[str, tyro.conf.arg(metavar="FILE")]
-Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptOptions(PromptSettings):
-    """The prompt σ, and where it starts."""
-
-    prompt_length: Annotated[int, tyro.conf.arg(aliases=["--length"])] = PromptSettings.prompt_length
-    """K, the number of slots that stand in for the context."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options(Settings):
-    prompt: PromptOptions = PromptOptions()
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelOptions:
-    """The frozen language model."""
-
-    model: str = EMBEDDED
-    """A directory, a .gguf file, a hub id, or the name of the embedded model."""
-    dtype: str | None = None
-    """Dtype of weights and activations: bfloat16, float32 or float16; by default bfloat16 where the hardware
-    computes it, else float32."""
-    quantization: Literal["none", "int8"] = "none"
-    """Quantization of the layers' matrices; int8 halves bfloat16's memory and rounds them."""
-
-    def load(self, mesh: Mesh | None = None) -> LanguageModel:
-        from jaxsp.models.load import load_model
-
-        return load_model(self.model, dtype=self.dtype, quantization=self.quantization, mesh=mesh)
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """Addresses by which the processes of a run find each other; those of a TPU pod need none."""
-
-    coordinator: str | None = None
-    """host:port at which process 0 listens."""
-    process_id: int | None = None
-    """Number of this process, from 0."""
-    num_processes: int | None = None
-    """Number of processes."""
-
-    def join(self) -> bool:
-        """Joins the others, before jax is used; says whether there are any."""
-        given = self.coordinator, self.process_id, self.num_processes
-        if given == (None, None, None) and "," not in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-            return False
-        from jaxsp import processes
-
-        return processes.join(*given)
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """The folder of the run."""
-
-    out: Folder
-    """Folder for all that is written."""
-    resume: bool = False
-    """Go on with the interrupted run in --out."""
-    overwrite: bool = False
-    """Replace an earlier run in --out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Run(_Options):
+class _Run(AllOptions):
     model: ModelOptions = ModelOptions()
     output: Output
     processes: Processes = Processes()
@@ -122,15 +54,17 @@ class Compress(_Run):
     """Learn a soft prompt that stands in for a document, and measure how well it does."""
 
     examples: ClassVar[str] = """
+      jaxsp compress manual.md
       jaxsp compress manual.md --queries questions.txt --out prompt/
       jaxsp compress manual.md --queries questions.txt --prompt-length 32 --objective 'kl=0.7,nll=0.3'
       cat manual.md | jaxsp compress - --queries questions.jsonl --held-out other_questions.txt
-      jaxsp compress manual.md --queries questions.txt --out prompt/ --resume
+      jaxsp compress manual.md --out prompt/ --resume
     """
     context: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DOCUMENT")]]
     """The document: a .txt or .md file, or - for standard input."""
-    queries: File
-    """Queries that will be asked: a file with one query per line, or JSONL {"query", "answer" (optional)}."""
+    queries: File | None = None
+    """Queries that will be asked: a file with one query per line, or JSONL {"query", "answer" (optional)};
+    without it the document gives them."""
     held_out: Annotated[float | str, tyro.conf.arg(metavar="FILE|FRACTION")] = 0.2
     """Queries to measure on, never trained on: a file, or a fraction of --queries."""
     output: Output = Output("jaxsp-out")
@@ -140,7 +74,8 @@ class Compress(_Run):
         from jaxsp.data.documents import read_context, read_queries
 
         settings = self.begin()
-        context, queries = read_context(self.context), read_queries(self.queries)
+        context = read_context(self.context)
+        queries = [] if self.queries is None else read_queries(self.queries)
         held_out = read_queries(self.held_out) if isinstance(self.held_out, str) else self.held_out
         model, leads = self.load(settings), processes.is_first()
         options = {**vars(self.output), **plain(settings)}
@@ -193,7 +128,45 @@ class CompressMany(_Run):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan(_Options, ModelOptions):
+class Questions:
+    """Write the questions that a document itself gives, to look at and edit before compress."""
+
+    examples: ClassVar[str] = """
+      jaxsp questions manual.md --out questions.jsonl
+      jaxsp questions manual.md --count 50 --seed 1
+    """
+    context: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DOCUMENT")]]
+    """The document: a .txt or .md file, or - for standard input."""
+    count: int | None = None
+    """Number of questions; by default as many as the document has sentences for."""
+    out: File = "-"
+    """JSONL file to write, or - for standard output."""
+    seed: int = 0
+    """Seed of the model's writing."""
+    overwrite: bool = False
+    """Replace the file."""
+    model: ModelOptions = ModelOptions()
+
+    def run(self) -> None:
+        from jaxsp import api, console
+        from jaxsp.data.documents import read_context
+        from jaxsp.files import atomic_write
+
+        file = None if self.out == "-" else Path(self.out)
+        if file is not None and file.exists() and not self.overwrite:
+            raise UserError(f"{file} is there already; replace it with --overwrite, or choose another --out.")
+        context = read_context(self.context)
+        found = api.questions(self.model.load(), context, count=self.count, seed=self.seed)
+        lines = "".join(json.dumps(query.as_row(), ensure_ascii=False) + "\n" for query in found.train)
+        if file is None:
+            print(lines, end="")
+        else:
+            atomic_write(file, lines)
+        console.print_study(found, file)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(AllOptions, ModelOptions):
     """Say beforehand what memory and time a compression will take; loads no weights."""
 
     examples: ClassVar[str] = """
@@ -378,10 +351,11 @@ class Demo:
         print(f'Ask it yourself:  {program()} ask {shlex.quote(self.out)} "How long is the cable?"')
 
 
-Command = Compress | CompressMany | Plan | Ask | Evaluate | Inspect | Report | Demo
+Command = Compress | CompressMany | Questions | Plan | Ask | Evaluate | Inspect | Report | Demo
 COMMANDS: dict[str, type[Command]] = {
     "compress": Compress,
     "compress-many": CompressMany,
+    "questions": Questions,
     "plan": Plan,
     "ask": Ask,
     "evaluate": Evaluate,
@@ -445,6 +419,7 @@ def _checked(given: Settings) -> Settings:
     """The same settings, of a command; raises ``UserError`` if they are invalid."""
     from jaxsp.runs.job import check_settings
 
-    settings = make_settings(plain(Settings(given.prompt, given.teacher, given.training, given.devices)))
+    parts = {part.name: getattr(given, part.name) for part in dataclasses.fields(Settings)}
+    settings = make_settings(plain(Settings(**parts)))
     check_settings(settings)
     return settings

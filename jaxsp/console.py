@@ -17,6 +17,7 @@ from jaxsp.files import size
 from jaxsp.plan import Plan
 from jaxsp.prompts import storage
 from jaxsp.runs.folder import Result
+from jaxsp.study import Study
 
 
 def print_plan(plan: Plan, steps: int, advice: str) -> None:
@@ -99,6 +100,16 @@ def print_answers(report: Mapping[str, Any], most: int) -> None:
     names = "query", "answer_full_context", "answer_prompt", "answer_no_context"
     rows = ([query[name] for name in names] for query in held_out[:most])
     _print(_table(rows, "question", "full context", "soft prompt σ", "no context", title="Held-out"))
+
+
+def print_study(study: Study, file: Path | None) -> None:
+    """Prints what a document gave, on standard error: the questions themselves may go to standard output."""
+    rows = [(name, row["drafted"], row["kept"]) for name, row in study.summary()["seeds"].items()]
+    left = [f"No question asks for: {text}" for text in study.uncovered]
+    covered = f"{len(study.asked)} of {len(study.sentences)} sentences are asked for."
+    where = [f"Questions: {file}"] if file else []
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    console.print(_table(rows, "seed", "drafted", "kept", box=None), covered, *left, *where, sep="\n")
 
 
 def result_row(result: Result) -> list[str]:

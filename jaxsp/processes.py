@@ -183,14 +183,15 @@ def assert_same(settings: dict[str, Any]) -> None:
     """Raises ``UserError``, everywhere, if the processes were given different settings or data."""
     if not are_several():
         return
-    everyone = _exchange(settings)
-    for i, theirs in enumerate(everyone[1:], start=1):
-        for name in settings:
-            if theirs.get(name) != everyone[0].get(name):
-                raise UserError(
-                    f"The processes disagree: {name} is {everyone[0].get(name)!r} in process 0 and"
-                    f" {theirs.get(name)!r} in process {i}; give all the same."
-                )
+    first, *others = _exchange(settings)
+    for i, theirs in enumerate(others, start=1):
+        different = [
+            f"{name} is {first.get(name)!r} in process 0 and {theirs.get(name)!r} in process {i}"
+            for name in settings
+            if theirs.get(name) != first.get(name)
+        ]
+        if different:
+            raise UserError(f"The processes disagree: {'; '.join(different)}. Give all the same.")
 
 
 def strided_shard(things: int) -> range:

@@ -1,4 +1,4 @@
-"""The settings of a compression: plain data in four parts; ``runs/job.py`` knows the tables behind them."""
+"""The settings of a compression: plain data in five parts; ``runs/job.py`` knows the tables behind them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,17 @@ class PromptSettings:
     """Rank of the keys and of the values of a layer, for low_rank; by default they take half of the room."""
     artifact_dtype: str = _setting("float32", per_prompt=True)
     """Dtype of the saved prompt: float32, bfloat16 or int8; the report says what each costs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StudySettings:
+    """The queries that the document itself gives."""
+
+    study: str = "auto"
+    """Queries from the document: auto (all of them, where none are given), on (beside those given, until each
+    sentence is asked for) or off."""
+    study_queries: int | None = _setting(None, type=int, at_least=2, below=2**20)
+    """Number of queries from the document; by default four a sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +134,7 @@ class Settings:
     """
 
     prompt: PromptSettings = PromptSettings()
+    study: StudySettings = StudySettings()
     teacher: TeacherSettings = TeacherSettings()
     training: TrainingSettings = TrainingSettings()
     devices: DeviceSettings = DeviceSettings()
@@ -141,6 +153,8 @@ class Options(TypedDict, total=False):
     initial: str | None
     rank: int | None
     artifact_dtype: str
+    study: str
+    study_queries: int | None
     max_answer_tokens: int
     objective: Any
     steps: int | None

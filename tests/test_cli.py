@@ -21,6 +21,7 @@ import jaxsp
 from jaxsp import plan
 from jaxsp.arguments import parse, program
 from jaxsp.cli import COMMANDS, Compress
+from jaxsp.study.seeds import SEEDS
 from tests import tiny
 
 FAST = ("--length", 4, "--steps", 2, "--batch-size", 4, "--max-answer-tokens", 6)
@@ -243,7 +244,7 @@ def test_unusable_options(compress, tmp_path, options, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("compress",), ("Missing: DOCUMENT and --queries FILE; see jaxsp compress --help.",)),
+        (("compress",), ("Missing: DOCUMENT; see jaxsp compress --help.",)),
         (("ask",), ("Missing: DIR; see jaxsp ask --help.",)),
         (("frobnicate",), ("There is no command 'frobnicate'; see jaxsp --help.",)),
         (("compres", "c.txt"), ("'compres'; did you mean compress? See jaxsp --help.",)),
@@ -296,7 +297,7 @@ def test_every_command_has_examples_that_can_be_parsed(jaxsp_command, name):
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_a_mistake_is_one_sentence_in_every_encoding(python, encoding):
     done = python("-m", "jaxsp", "compress", "--length", "3", env={"PYTHONIOENCODING": encoding})
-    assert done.stderr == "jaxsp: Missing: DOCUMENT and --queries FILE; see jaxsp compress --help.\n"
+    assert done.stderr == "jaxsp: Missing: DOCUMENT; see jaxsp compress --help.\n"
     assert done.returncode == 2
 
 
@@ -718,3 +719,43 @@ def test_a_prompt_without_its_context(jaxsp_command, finished, tmp_path, job):
     (tmp_path / "copy" / "context.txt").unlink()
     assert jaxsp_command("ask", tmp_path / "copy", "Who?", "--max-tokens", 2)[0] == 0
     refused(jaxsp_command("evaluate", tmp_path / "copy", "--queries", job["queries"]), "without its context")
+
+
+@pytest.fixture
+def easily(monkeypatch):
+    """Small models with random weights hardly heed a document."""
+    from jaxsp.study import coverage, questions
+
+    monkeypatch.setattr(questions, "MATTERS", 0.0)
+    monkeypatch.setattr(coverage, "CHANGED", 0.0)
+
+
+def test_questions_are_written_to_look_at_and_compress_takes_them(
+    jaxsp_command, compress, job, calm_directory, easily, tmp_path
+):
+    file = tmp_path / "z.jsonl"
+    asked = ("questions", job["context"], "--model", calm_directory, "--dtype", "float32", "--count", 6)
+    code, out, err = jaxsp_command(*asked, "--out", file)
+    assert code == 0, err
+    assert out == ""
+    assert "sentences are asked for." in err
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 6
+    assert all(row["seed"] in SEEDS for row in rows)
+    refused(jaxsp_command(*asked, "--out", file), "is there already", "--overwrite")
+    code, out, _ = jaxsp_command(*asked)
+    assert (code, out) == (0, file.read_text())
+    code, _, err = compress(queries=file)
+    assert code == 0, err
+
+
+def test_a_document_alone_is_enough(jaxsp_command, job, calm_directory, easily, tmp_path):
+    alone = ("--model", calm_directory, "--dtype", "float32", "--out", tmp_path / "out", *FAST[:-2])
+    code, _, err = jaxsp_command("compress", job["context"], *alone)
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["study"]["given"] == 0
+    assert report["train"]["queries"] > 3
+    refused(
+        jaxsp_command("compress", job["context"], *alone[:-2], "--overwrite", "--study", "off"), "two queries"
+    )

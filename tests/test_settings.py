@@ -99,6 +99,7 @@ def test_a_new_setting_is_forgotten_by_no_key(part, calm_model):
     """Whatever is kept for reuse is kept apart for each value of it, and for nothing else."""
     from jaxsp.data.documents import Query
     from jaxsp.runs.runner import bracket_key
+    from jaxsp.study import study_key
     from tests.conftest import CONTEXT
 
     def keys(value, **options):
@@ -106,6 +107,7 @@ def test_a_new_setting_is_forgotten_by_no_key(part, calm_model):
         job = problem.tokenize(calm_model, CONTEXT, [Query("a?")], [Query("b?")], settings)
         sigma = {"embeddings": calm_model.embed(job.context_ids[:4])}
         return {
+            "study": study_key(calm_model, CONTEXT, [], [], settings),
             "teacher": problem.teacher_key(calm_model, job, settings.teacher),
             "brackets": bracket_key(calm_model, job, settings, sigma),
             "run": decides_result(settings),
@@ -114,7 +116,8 @@ def test_a_new_setting_is_forgotten_by_no_key(part, calm_model):
 
     changed = {
         "prompt": {"brackets", "run", "side by side"},
-        "teacher": {"teacher", "brackets", "run"},
+        "study": {"study", "run"},
+        "teacher": {"study", "teacher", "brackets", "run"},
         "training": {"run", "side by side"},
         "devices": {"side by side"},
     }

@@ -29,10 +29,10 @@ FLOORS = [
     ["teacher"],
     ["artifact"],
     ["training", "evaluation", "export"],
-    ["plan"],
+    ["plan", "study"],
     ["runs", "demo"],
     ["api"],
-    ["console"],
+    ["console", "options"],
     ["cli"],
     ["__main__", "__init__"],
 ]
@@ -44,7 +44,7 @@ ONLY_IN = {
     "transformers": {"models/lazy_tokenizer.py", "models/load.py", "models/gguf/convert.py"},
     "jinja2": {"evaluation/report.py"},
     "rich": {"progress.py", "console.py", "cli.py"},
-    "tyro": {"arguments.py", "cli.py"},
+    "tyro": {"arguments.py", "cli.py", "options.py"},
     "flax": {"models/decoder.py", "models/layers.py", "models/weights.py"},
     "torch": set(),
 }

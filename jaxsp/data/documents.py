@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxsp.typing import UserError
 
@@ -20,11 +21,18 @@ class Query:
       text: the query.
       answer: to train towards, if the user gives one (else the teacher's).
       expect: texts that a right answer contains, where that is known; the report counts them.
+      seed: form in which the document itself gave it (see ``jaxsp.study``); empty for the user's own.
     """
 
     text: str
     answer: str | None = None
     expect: tuple[str, ...] = ()
+    seed: str = ""
+
+    def as_row(self) -> dict[str, Any]:
+        """The query as a line of JSONL, without what it doesn't have."""
+        row = {"query": self.text, "answer": self.answer, "expect": list(self.expect), "seed": self.seed}
+        return {key: value for key, value in row.items() if value}
 
 
 def read_text(path: str | Path) -> str:
@@ -148,8 +156,10 @@ def _from_dict(row: object, where: str) -> Query:
     expect = [expect] if isinstance(expect, str) else expect
     if not (isinstance(expect, list | tuple) and all(isinstance(e, str) and e.strip() for e in expect)):
         raise UserError(f"{where}: expect must be a text, or a list of texts, that a right answer contains.")
-    if unknown := sorted(set(row) - {"query", "answer", "expect"}):
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; the keys are query, answer and expect.")
+    if unknown := sorted(set(row) - {"query", "answer", "expect", "seed"}):
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; the keys are query, answer, expect and seed.")
     if not row["query"].strip():
         raise UserError(f"{where}: the query is empty.")
-    return Query(row["query"].strip(), answer and answer.strip(), tuple(expect))
+    if not isinstance(seed := row.get("seed", ""), str):
+        raise UserError(f"{where}: the seed must be a text, not {seed!r}.")
+    return Query(row["query"].strip(), answer and answer.strip(), tuple(expect), seed)

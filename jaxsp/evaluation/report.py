@@ -124,6 +124,7 @@ def _queries(
         kl = {name: positions[name]["kl"][i] for name in TRAINED}
         row = {
             "query": query.text,
+            "seed": query.seed,
             "split": "train" if problem.job.is_train[i] else "held_out",
             "kl": float(kl["prompt"].sum() / mask[i].sum()),
             "kl_no_context": float(kl["no_context"].sum() / mask[i].sum()),
@@ -243,6 +244,8 @@ def _verdict(report: dict[str, Any], kind: str) -> dict[str, Any]:
         )
     if brackets["prompt"]["kl"] >= brackets["truncated_context"]["kl"]:
         text += " It is no better than the context cut to its length: don't use it."
+    if all(q.get("seed") for q in held_out):
+        text += " These are questions that the model itself wrote: measure on yours with --held-out."
     suggestions = []  # the one that brings most first
     if not good:
         if kind == "embedding":

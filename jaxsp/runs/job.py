@@ -38,8 +38,8 @@ class Job:
     Attributes:
       id: names its folder and its row in the table.
       context: the text.
-      train: queries to train on.
-      held_out: queries to measure on.
+      train: queries to train on; none where the document is to give all.
+      held_out: queries to measure on; none as well.
       settings: those of the run, but for what the row says otherwise.
       tokens: tokens of a query with its answer, about, as far as is known before the teacher speaks.
     """
@@ -51,6 +51,11 @@ class Job:
     settings: Settings
     tokens: float
 
+    @property
+    def is_studied(self) -> bool:
+        """Whether the document gives queries."""
+        return self.settings.study.study == "on" or not self.train
+
     def tokenized(self, model: LanguageModel) -> TokenizedJob:
         """Its texts as token ids, which take more memory than the texts."""
         return tokenize(model, self.context, self.train, self.held_out, self.settings)
@@ -60,7 +65,7 @@ class Job:
         return {
             **decides_result(self.settings),
             **model_identity(model),
-            "context": digest(self.tokenized(model).context_ids.tolist()),
+            "context": digest(model.encode_context(self.context).tolist()),
             "queries": digest([dataclasses.astuple(query) for query in self.train]),
             "held_out": digest([dataclasses.astuple(query) for query in self.held_out]),
         }
@@ -101,6 +106,7 @@ def check_settings(settings: Settings) -> None:
         ("artifact dtype", settings.prompt.artifact_dtype, storage.DTYPES),
         ("parallel", settings.devices.parallel, DRIVERS),
         ("keep", settings.training.keep, ("best", "last")),
+        ("study", settings.study.study, ("auto", "on", "off")),
     ):
         if value is not None and value not in table:
             raise UserError(f"Unknown {name} {value!r}; choose one of {', '.join(table)}.")
@@ -171,10 +177,11 @@ def make_job(model: LanguageModel, row: Any, defaults: Mapping[str, Any]) -> Job
         raise UserError(f"there is text that is no Unicode ({error.reason})") from error
     if not isinstance(row, Mapping):
         raise UserError(f"expected an object with the keys {', '.join(_KEYS)}; got {row!r:.60}")
-    for key in _KEYS[:3]:
+    for key in _KEYS[:2]:
         if key not in row:
             raise UserError(f"the key {key!r} is missing")
-    name, context, held_out = row["id"], row["context"], row.get("held_out", 0.2)
+    name, context, queries = row["id"], row["context"], row.get("queries", [])
+    held_out = row.get("held_out", 0.2)
     good = isinstance(name, str) and re.fullmatch(r"\w[\w.-]{0,99}", name)
     if not good or name.casefold().split(".")[0] in ("run", "results"):
         raise UserError(
@@ -192,13 +199,21 @@ def make_job(model: LanguageModel, row: Any, defaults: Mapping[str, Any]) -> Job
     settings = make_settings({**defaults, **own})
     check_settings(settings)
     settings = with_defaults(settings)
-    train, held_out = split_queries(
-        as_queries(row["queries"]),
-        float(held_out) if isinstance(held_out, float | int) else as_queries(held_out),
-        settings.training.seed,
-    )
-    tokenized = tokenize(model, context, train, held_out, settings)
+    train, held_out = _split(queries, held_out, settings)
+    sample = train or [Query("What does the text say?")]  # the document's own will be no longer
+    tokenized = tokenize(model, context, sample, held_out, settings)
     usual = settings.teacher.max_answer_tokens / 2
     answers = [usual if ids is None else len(ids) for ids in tokenized.given_ids]
     tokens = float(np.mean([*map(len, tokenized.query_ids)]) + np.mean(answers))
     return Job(name, context, train, held_out, settings, tokens)
+
+
+def _split(queries: Any, held_out: Any, settings: Settings) -> tuple[list[Query], list[Query]]:
+    """Queries to train on and to measure on, as far as the user gives them."""
+    given, fraction = as_queries(queries), isinstance(held_out, float | int)
+    if given or settings.study.study == "off":
+        held_out = float(held_out) if fraction else as_queries(held_out)
+        return split_queries(given, held_out, settings.training.seed)
+    if fraction:
+        return [], []
+    return [], split_queries([Query("")], as_queries(held_out), 0)[1]

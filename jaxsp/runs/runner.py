@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -26,8 +26,9 @@ from jaxsp.models.sharding import DATA, local
 from jaxsp.progress import Display
 from jaxsp.runs.folder import Result, RunFolder
 from jaxsp.runs.job import Job, groups
+from jaxsp.runs.problems import Kept, Problems
 from jaxsp.settings import Settings, plain
-from jaxsp.teacher.problem import Problem, TokenizedJob, read_preamble, run_teacher, teacher_key
+from jaxsp.teacher.problem import Problem, TokenizedJob, read_preamble, teacher_key
 from jaxsp.training.drivers import DRIVERS, Driver, mesh_of
 from jaxsp.training.loop import Block
 from jaxsp.training.slots import Callback, Step, TrainingJob, TrainingResult
@@ -39,14 +40,9 @@ from jaxsp.typing import Interrupted, PyTree, UserError, ceil_div
 if TYPE_CHECKING:
     from jaxsp.training.checkpoint import Checkpoints
 
-T = TypeVar("T")
-
 STEP_TOKENS = {"cpu": 2048}
 """Tokens of one step, of all prompts together; a CPU gains nothing from more."""
 ACCELERATOR_STEP_TOKENS = 32768
-
-KEPT = 128
-"""Contexts whose problem and brackets are kept in memory, for other jobs on the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +96,9 @@ class Runner:
         self.jobs, self.folder, self.single = list(jobs), start.folder, single
         self.at_once, self.callbacks, self.display = start.at_once, start.callbacks, start.display
         self.preamble = read_preamble(self.model)
-        self.problems = _Kept[Problem]()
-        self.brackets = _Kept[dict[str, Measured]]()
-        self.prefills = _Kept[float]()  # seconds of the whole context
+        self.problems = Problems(self.model, self.preamble, self.folder and self.folder.teachers)
+        self.brackets = Kept[dict[str, Measured]]()
+        self.prefills = Kept[float]()  # seconds of the whole context
         self.running: dict[str, tuple[Problem, PyTree]] = {}  # with σ before training
         # They keep the seconds of each job under way.
         self.displays = collections.defaultdict[str, Display](lambda: Display(visible=False))
@@ -296,7 +292,7 @@ class Runner:
         """The number of prompts that train in one step."""
         if self.single:
             return 1
-        problem, settings = self._problem(jobs[0]), jobs[0].settings
+        problem, settings = self.problems.of(jobs[0], self.displays[jobs[0].id]), jobs[0].settings
         packing = Packing.of(problem.rows.lengths, settings.training.batch_size)
         parts = 1 if self.mesh is None else self.mesh.shape[DATA]
         if settings.devices.parallel == "pmap":
@@ -319,7 +315,7 @@ class Runner:
 
     def _training_job(self, job: Job, *, fresh: bool = True) -> TrainingJob:
         """The job as training takes it, once the teacher has spoken; its folder is made ready."""
-        problem = self._problem(job)
+        problem = self.problems.of(job, self.displays[job.id])
         self.displays.setdefault(job.id, Display(visible=False))
         folder, settings = self._folder(job), job.settings
         if folder is not None and fresh and processes.is_first():
@@ -333,20 +329,6 @@ class Runner:
         return TrainingJob(job.id, state, *rows, packing, settings.training.patience, metrics)
 
     # Teacher and evaluation
-
-    def _problem(self, job: Job) -> Problem:
-        """The job with what the teacher said, which other jobs that ask the same share."""
-        tokenized = job.tokenized(self.model)
-        key = teacher_key(self.model, tokenized, job.settings.teacher)
-        file = self.folder and self.folder.teachers / f"{key}.safetensors"
-        split = tokenized.is_train.tobytes()
-        known = self.problems.get((key, split))
-        if known is not None:
-            return known
-        problem = run_teacher(
-            self.model, tokenized, job.settings.teacher, self.preamble, self.displays[job.id], file
-        )
-        return self.problems.keep((key, split), problem)
 
     def _finish(self, job: Job, trained: TrainingResult) -> Result:
         """The result of a job whose training has ended, saved if there is a folder."""
@@ -376,10 +358,12 @@ class Runner:
                 **measured["held_out"]["brackets"]["prompt"],
             }
             report |= measured
+        studied = self.problems.study(job)
+        report["study"] = studied and studied.summary()
         display.add("load", self.model.load_seconds)
         display.add("compile", trained.compile_seconds)
         display.add("train", sum(line.get("seconds", 0.0) for line in trained.lines))
-        order = ("load", "answers", "signals", "compile", "train", "evaluate")
+        order = ("load", "questions", "answers", "signals", "coverage", "compile", "train", "evaluate")
         seconds = {name: display.seconds.get(name, 0.0) for name in order}
         report |= {"seconds": {**seconds, "total": sum(seconds.values())}, "environment": environment()}
         result = Result(prompt, report, trained.lines)
@@ -419,24 +403,6 @@ def bracket_key(
     start = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(initial))
     split = job.is_train.tobytes()
     return teacher_key(model, job, settings.teacher), split, tuple(plain(settings.prompt).items()), start
-
-
-class _Kept(Generic[T]):
-    """Things by their keys; the ones not used for longest go."""
-
-    def __init__(self) -> None:
-        self._things: collections.OrderedDict[Any, T] = collections.OrderedDict()
-
-    def get(self, key: Any) -> T | None:
-        if key in self._things:
-            self._things.move_to_end(key)
-        return self._things.get(key)
-
-    def keep(self, key: Any, thing: T) -> T:
-        self._things[key] = thing
-        while len(self._things) > KEPT:
-            self._things.popitem(last=False)
-        return thing
 
 
 def _summary(result: Result) -> str:

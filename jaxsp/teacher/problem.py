@@ -80,6 +80,25 @@ class Problem:
     def packing(self) -> Packing:
         return Packing.for_all(self.rows.lengths)
 
+    def take(self, index: Sequence[int], train: int | None = None) -> Problem:
+        """The problem of these queries, in their order.
+
+        Args:
+          index: numbers of the queries.
+          train: how many of them, the first ones, are to train on; by default those that were.
+        """
+        job = self.job
+
+        def some(things: Sequence[Any]) -> list[Any]:
+            return [things[i] for i in index]
+
+        is_train = job.is_train[list(index)] if train is None else np.arange(len(index)) < train
+        queries, query_ids, given_ids = some(job.queries), some(job.query_ids), some(job.given_ids)
+        job = dataclasses.replace(
+            job, queries=queries, is_train=is_train, query_ids=query_ids, given_ids=given_ids
+        )
+        return Problem(job, self.preamble, self.rows.take(index), some(self.answers))
+
     @property
     def train(self) -> Rows:
         """The rows to train on."""
@@ -158,16 +177,21 @@ def run_teacher(
     if file is not None and file.is_file():
         return Problem(job, preamble, *targets.read(file))
     count = len(job.queries)
-    with display.phase("answers", f"Answers to {count} queries") as note:
+    # What the document itself answers, nobody compares with the teacher's own words.
+    known = {i: ids for i, ids in enumerate(job.given_ids) if ids is not None and job.queries[i].seed}
+    open_ones = [i for i in range(count) if i not in known]
+    with display.phase("answers", f"Answers to {len(open_ones)} queries") as note:
         context = decoder.read_long(model.params, model.config, job.context_ids[None], preamble)
-        answers = answer_ids(
+        made = answer_ids(
             model,
             context,
-            [job.query_ids[i] for i in processes.strided_shard(count)],
+            [job.query_ids[open_ones[i]] for i in processes.strided_shard(len(open_ones))],
             max_tokens=settings.max_answer_tokens,
             on_batch=lambda done: note(f"{done} done"),
         )
-        answers = processes.gather_strided(answers, count)
+        made = processes.gather_strided(made, len(open_ones))
+        found = known | dict(zip(open_ones, made, strict=True))
+        answers = [found[i] for i in range(count)]
     with display.phase("signals", "Teacher's distributions"):
         pairs = zip(job.given_ids, answers, strict=True)
         rows = make_rows(job.query_ids, [given or own for given, own in pairs])
@@ -176,7 +200,13 @@ def run_teacher(
             signal = targets.compute(model, context, own, packing, name)
             whole = jax.tree.map(lambda leaf: processes.gather_strided(leaf, count), signal)
             rows = rows.with_targets(**{name: whole})
-        if file is not None and processes.is_first():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            targets.write(file, rows, answers)
-    return Problem(job, preamble, rows, answers)
+    problem = Problem(job, preamble, rows, answers)
+    if file is not None and processes.is_first():
+        keep(problem, file)
+    return problem
+
+
+def keep(problem: Problem, file: Path) -> None:
+    """Keeps what the teacher said, for ``run_teacher`` to read."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    targets.write(file, problem.rows, problem.answers)

@@ -134,11 +134,16 @@ def test_without_the_wheel(monkeypatch):
 
 @pytest.mark.slow
 def test_the_small_setting(tmp_path, monkeypatch):
-    """Two contexts, two objectives, stopped after the first context and gone on with; a token is a byte."""
+    """Two contexts, two objectives, stopped after the first context and gone on with.
+
+    A token is a byte: beginnings of the passages are long enough.
+    """
     directory = tiny.write(tmp_path / "model", gain=1.0, max_position_embeddings=8192)
     model = jaxsp.load_model(directory, dtype="float32")
     monkeypatch.setattr("jaxsp.load_model", lambda: model)
     monkeypatch.setattr(experiment, "AT_A_TIME", 1)
+    beginnings = [p._replace(text=p.text[:400]) for p in experiment.passages()]
+    monkeypatch.setattr(experiment, "passages", lambda: beginnings)
     whole, calls = experiment.jaxsp.compress_many, []
 
     def stopped(*args, **options):

@@ -15,8 +15,8 @@ import pytest
 
 import jaxsp
 from jaxsp import plan
-from jaxsp.prompts import DEFAULT_KIND, PROMPT_KINDS
-from jaxsp.runs import runner
+from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.runs import problems, runner
 from jaxsp.training.drivers import JitDriver
 from jaxsp.typing import EMPTY, UserError
 from tests.conftest import CONTEXT, QUERIES, assert_same_sigma
@@ -173,8 +173,7 @@ def test_killed_and_resumed(calm_directory, calm_model, tmp_path):
     """Killed in the middle of a block, twice: what was finished stays, the rest is the same to the bit."""
     file = tmp_path / "contexts.jsonl"
     jobs = [job(f"j{i}", f"{CONTEXT} No. {i}.", seed=i, steps=30 + 7 * i) for i in range(4)]
-    others = [kind for kind in PROMPT_KINDS if kind != DEFAULT_KIND]  # a group each, after the default's
-    jobs += [job(f"k{i}", kind=kind, steps=30) for i, kind in enumerate(others)]
+    jobs.append(job("other", kind="embedding", steps=30))  # a group of its own, after the default's
     file.write_text("\n".join(json.dumps(row) for row in jobs))
     settings = {**OPTIONS, "checkpoint_every": 5, "at_once": 2}
     options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
@@ -188,8 +187,7 @@ def test_killed_and_resumed(calm_directory, calm_model, tmp_path):
         return lines.read_bytes().count(b"\n") - 1 if lines.exists() else 0
 
     compress_many(calm_model, jobs, out=tmp_path / "whole", **settings)
-    stops = [("j1", 12), ("j2", 11), *((f"k{i}", 12) for i in range(len(others)))]
-    for number, (name, steps) in enumerate(stops):
+    for number, (name, steps) in enumerate([("j1", 12), ("j2", 11), ("other", 12)]):
         more = ["--resume"] if number else []
         process = subprocess.Popen([*command, *more], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         while steps_done(name) < steps and process.poll() is None:
@@ -198,7 +196,7 @@ def test_killed_and_resumed(calm_directory, calm_model, tmp_path):
         assert process.wait() == -signal.SIGKILL
     first = tmp_path / "pieces" / "j0" / "report.json"
     written = first.stat().st_mtime_ns
-    assert not (tmp_path / "pieces" / stops[-1][0] / "report.json").exists()
+    assert not (tmp_path / "pieces" / "other" / "report.json").exists()
     compress_many(calm_model, jobs, out=tmp_path / "pieces", resume=True, **settings)
     assert (tmp_path / "pieces" / "results.parquet").is_file()
     assert first.stat().st_mtime_ns == written
@@ -284,8 +282,8 @@ def test_a_prompt_is_evaluated_on_longer_queries_than_its_own(calm_model, result
 
 @pytest.mark.slow
 def test_the_same_context_is_taught_once(calm_model, monkeypatch):
-    calls, run_teacher = [], runner.run_teacher
-    monkeypatch.setattr(runner, "run_teacher", lambda *a: calls.append(1) or run_teacher(*a))
+    calls, run_teacher = [], problems.run_teacher
+    monkeypatch.setattr(problems, "run_teacher", lambda *a: calls.append(1) or run_teacher(*a))
     held_out = ["What is left?"]
     jobs = [job(f"{o}-{s}", objective=o, seed=s, held_out=held_out) for o in ("kl", "nll") for s in (0, 1)]
     found = compress_many(calm_model, jobs, steps=4)
@@ -365,7 +363,9 @@ GOOD = job("good")
         (job("x", queries="What?"), "queries must be a list of queries, not 'What?'"),
         (job("x", queries=0.3), "queries must be a list of queries, not 0.3"),
         (job("x", queries=["What?"]), "At least two queries are needed"),
-        (job("x", queries=[]), "At least two queries are needed"),
+        (job("x", queries=[], study="off"), "At least two queries are needed"),
+        (job("x", study="of"), "Unknown study 'of'; choose one of auto, on, off"),
+        (job("x", "*** ---", queries=[]), "The prompt must be shorter than the context"),
         (job("x", held_out=[]), "There is no query to hold out"),
         (job("x", held_out=QUERIES[:1]), "is both for training and held out"),
         (job("x", colour="red"), "Unknown setting 'colour'"),
@@ -388,7 +388,7 @@ def test_a_bad_job_is_an_error_before_any_work_or_skipped(
     calm_model, tmp_path, monkeypatch, capsys, row, message
 ):
     calls = []
-    monkeypatch.setattr(runner, "run_teacher", lambda *a: calls.append(1))
+    monkeypatch.setattr(problems, "run_teacher", lambda *a: calls.append(1))
     with pytest.raises(UserError) as caught:
         compress_many(calm_model, [GOOD, row], out=tmp_path / "out")
     assert message in str(caught.value)

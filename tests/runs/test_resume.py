@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -12,6 +13,11 @@ import jax
 import pytest
 
 import jaxsp
+from jaxsp.prompts import PROMPT_KINDS
+from jaxsp.runs import problems
+from jaxsp.study import coverage, questions
+from jaxsp.training.slots import Step
+from jaxsp.typing import Interrupted
 from tests.conftest import CONTEXT, QUERIES, assert_same_sigma
 
 STEPS = 160
@@ -66,7 +72,7 @@ def whole(tiny_model, tmp_path_factory):
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(command, whole, tiny_model, tmp_path):
-    """The default kind; ``test_many.py`` kills a run of every kind."""
+    """The default kind; every kind is interrupted below, without a process of its own."""
     out = tmp_path / "pieces"
     stop_after(command(out), out, 43, signal.SIGKILL)
     code, err = stop_after(command(out, "--resume"), out, 90, signal.SIGINT)
@@ -77,6 +83,25 @@ def test_killed_and_resumed_equals_uninterrupted(command, whole, tiny_model, tmp
 
     assert_same_sigma(pieces.prompt.sigma, whole.prompt.sigma)
     assert [line["step"] for line in pieces.lines] == list(range(STEPS + 1))
+    for a, b in zip(whole.lines, pieces.lines, strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PROMPT_KINDS)
+def test_every_kind_goes_on_where_it_was_interrupted(kind, tiny_model, tmp_path):
+    """Also the parts of σ that are drawn at every step, and those that are not trained."""
+
+    def stop(step: Step) -> None:
+        if step.number == 8:
+            raise KeyboardInterrupt
+
+    out, settings = tmp_path / "pieces", {**SETTINGS, "kind": kind, "steps": 12}
+    whole = jaxsp.compress(tiny_model, CONTEXT, QUERIES, out=tmp_path / "whole", progress=False, **settings)
+    with pytest.raises(Interrupted):
+        jaxsp.compress(tiny_model, CONTEXT, QUERIES, out=out, progress=False, callbacks=[stop], **settings)
+    pieces = jaxsp.compress(tiny_model, CONTEXT, QUERIES, out=out, progress=False, resume=True, **settings)
+    assert_same_sigma(pieces.prompt.sigma, whole.prompt.sigma)
     for a, b in zip(whole.lines, pieces.lines, strict=True):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
@@ -107,3 +132,31 @@ def test_pmap_compresses_like_jit(calm_model):
 
     assert gap("pmap") == pytest.approx(gap("jit"), abs=1e-5)
     assert jax.local_device_count() == 8
+
+
+def test_the_queries_of_a_document_are_made_once(calm_model, tmp_path, monkeypatch):
+    """A run without queries goes on with those that it made; its report tells of them."""
+    monkeypatch.setattr(questions, "MATTERS", 0.0)
+    monkeypatch.setattr(coverage, "CHANGED", 0.0)
+    settings = {**SETTINGS, "max_answer_tokens": 48, "steps": 8}
+
+    def stop(step: Step) -> None:
+        if step.number == 6:
+            raise KeyboardInterrupt
+
+    def run(out: str, **more) -> jaxsp.Result:
+        return jaxsp.compress(calm_model, CONTEXT, out=tmp_path / out, progress=False, **settings, **more)
+
+    whole = run("whole")
+    with pytest.raises(Interrupted):
+        run("pieces", callbacks=[stop])
+    monkeypatch.setattr(problems, "study", None)
+    pieces = run("pieces", resume=True)
+    assert_same_sigma(pieces.prompt.sigma, whole.prompt.sigma)
+    assert pieces.report["study"] == whole.report["study"]
+    assert pieces.report["study"]["given"] == 0
+    assert pieces.report["held_out"]["queries"] >= 1
+    assert "sentences are asked for" in (tmp_path / "pieces" / "report.md").read_text()
+    texts = [(tmp_path / out / "report.json").read_text() for out in ("whole", "pieces")]
+    kept = [[query["query"] for query in json.loads(text)["queries"]] for text in texts]
+    assert kept[0] == kept[1]

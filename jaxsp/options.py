@@ -1,0 +1,88 @@
+"""Options that several commands share, in the groups that --help shows (tyro)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from jaxsp.settings import PromptSettings, Settings
+
+# What computes is imported where a command runs: --help and a misspelt option need not wait for it.
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from jaxsp.models.language_model import LanguageModel
+
+EMBEDDED = "smollm2-135m-instruct"
+
+File = Annotated[str, tyro.conf.arg(metavar="FILE")]
+Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptOptions(PromptSettings):
+    """The prompt σ, and where it starts."""
+
+    prompt_length: Annotated[int, tyro.conf.arg(aliases=["--length"])] = PromptSettings.prompt_length
+    """K, the number of slots that stand in for the context."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AllOptions(Settings):
+    """All settings of a compression."""
+
+    prompt: PromptOptions = PromptOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """The frozen language model."""
+
+    model: str = EMBEDDED
+    """A directory, a .gguf file, a hub id, or the name of the embedded model."""
+    dtype: str | None = None
+    """Dtype of weights and activations: bfloat16, float32 or float16; by default bfloat16 where the hardware
+    computes it, else float32."""
+    quantization: Literal["none", "int8"] = "none"
+    """Quantization of the layers' matrices; int8 halves bfloat16's memory and rounds them."""
+
+    def load(self, mesh: Mesh | None = None) -> LanguageModel:
+        from jaxsp.models.load import load_model
+
+        return load_model(self.model, dtype=self.dtype, quantization=self.quantization, mesh=mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Addresses by which the processes of a run find each other; those of a TPU pod need none."""
+
+    coordinator: str | None = None
+    """host:port at which process 0 listens."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+    num_processes: int | None = None
+    """Number of processes."""
+
+    def join(self) -> bool:
+        """Joins the others, before jax is used; says whether there are any."""
+        given = self.coordinator, self.process_id, self.num_processes
+        if given == (None, None, None) and "," not in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+            return False
+        from jaxsp import processes
+
+        return processes.join(*given)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """The folder of the run."""
+
+    out: Folder
+    """Folder for all that is written."""
+    resume: bool = False
+    """Go on with the interrupted run in --out."""
+    overwrite: bool = False
+    """Replace an earlier run in --out."""

@@ -1,0 +1,102 @@
+"""The problems of a run: each studied, and put to the teacher, once."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from jaxsp import processes
+from jaxsp.models.language_model import LanguageModel
+from jaxsp.progress import Display
+from jaxsp.runs.job import Job
+from jaxsp.study import Study, study, study_key
+from jaxsp.teacher.problem import Problem, keep, run_teacher, teacher_key
+from jaxsp.typing import KeyValues
+
+T = TypeVar("T")
+
+KEPT = 128
+"""Contexts whose problem and brackets are kept in memory, for other jobs on the same."""
+
+
+class Kept(Generic[T]):
+    """Things by their keys; the ones not used for longest go."""
+
+    def __init__(self) -> None:
+        self._things: collections.OrderedDict[Any, T] = collections.OrderedDict()
+
+    def get(self, key: Any) -> T | None:
+        if key in self._things:
+            self._things.move_to_end(key)
+        return self._things.get(key)
+
+    def keep(self, key: Any, thing: T) -> T:
+        self._things[key] = thing
+        while len(self._things) > KEPT:
+            self._things.popitem(last=False)
+        return thing
+
+
+class Problems:
+    """The problems of jobs; those that ask the same share one.
+
+    Args:
+      model: the teacher.
+      preamble: the prefix before a context.
+      folder: where what it said is kept; ``None`` to keep nothing.
+    """
+
+    def __init__(self, model: LanguageModel, preamble: KeyValues, folder: Path | None) -> None:
+        self.model, self.preamble, self.folder = model, preamble, folder
+        self._problems, self._studies = Kept[Problem](), Kept[Study]()
+
+    def of(self, job: Job, display: Display) -> Problem:
+        """The job with what the teacher said."""
+        asked, found, made = job, None, None
+        if job.is_studied:
+            found, made = self._studied(job, display)
+            job = dataclasses.replace(job, train=found.train, held_out=found.held_out)
+        tokenized = job.tokenized(self.model)
+        key = teacher_key(self.model, tokenized, job.settings.teacher), tokenized.is_train.tobytes()
+        if (known := self._problems.get(key)) is not None:
+            return known
+        file = self.folder and self.folder / f"{key[0]}.safetensors"
+        if made is None:
+            made = run_teacher(self.model, tokenized, job.settings.teacher, self.preamble, display, file)
+        elif file is not None:
+            keep(made, file)
+        if found is not None and self.folder is not None and processes.is_first():
+            found.write(self.folder / self._study_file(asked))  # last: who finds it, finds what was said
+        return self._problems.keep(key, made)
+
+    def study(self, job: Job) -> Study | None:
+        """The queries that a job's document gave; ``None`` if it was not asked for any."""
+        return self._studies.get(self._key(job)) if job.is_studied else None
+
+    def _key(self, job: Job) -> str:
+        return study_key(self.model, job.context, job.train, job.held_out, job.settings)
+
+    def _study_file(self, job: Job) -> str:
+        return f"{self._key(job)}.study.json"
+
+    def _studied(self, job: Job, display: Display) -> tuple[Study, Problem | None]:
+        """The queries that a job's document gives, and their problem, if this process has just made it."""
+        key, made = self._key(job), None
+        file = self.folder and self.folder / self._study_file(job)
+        if (found := self._studies.get(key)) is not None:
+            return found, None
+        if file is not None and file.is_file():
+            return self._studies.keep(key, Study.read(file)), None
+
+        def make() -> dict[str, Any]:
+            nonlocal made
+            with processes.alone():
+                asked = job.context, job.train, job.held_out, job.settings
+                found, made = study(self.model, *asked, display)
+            return found.as_json()
+
+        found = self._studies.keep(key, Study.from_json(processes.on_first_process(make)))
+        # Several processes share the teacher's work: what all must do together, none leaves out.
+        return found, None if processes.are_several() else made

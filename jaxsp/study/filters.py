@@ -1,0 +1,79 @@
+"""What makes a query fit to train on: its text, its answer, and that the document matters to it."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterable
+
+from jaxsp.study.text import words
+
+FEWEST_WORDS, MOST_WORDS = 3, 40
+
+ALIKE = 0.75
+"""Overlap of two queries' pairs of words from which one of them is left out."""
+
+MATTERS = 1.0
+"""KL of an answer without the document, in nats a token, from which the document matters to it."""
+
+_REFUSAL = re.compile(
+    r"\b(i'?m sorry|i am sorry|i can(?:'t|not)|as an ai|i do(?:n't| not) (?:know|have)|"
+    r"(?:text|document|context|passage) does(?:n't| not) (?:say|mention|provide|specify|state|contain))",
+    re.IGNORECASE,
+)
+
+
+class Seen:
+    """The queries there are, to tell whether another one is new.
+
+    Example:
+      >>> seen = Seen(["How long is the cable?"])
+      >>> seen.is_new("How long is the cable"), seen.is_new("How long is the warranty?")
+      (False, True)
+    """
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        self._pairs: list[set[tuple[str, str]]] = []
+        for text in texts:
+            self.add(text)
+
+    def add(self, text: str) -> None:
+        self._pairs.append(_pairs(text))
+
+    def is_new(self, text: str) -> bool:
+        """Whether no query there is has nearly the same words in the same order."""
+        own = _pairs(text)
+        return all(len(own & other) < ALIKE * len(own | other) for other in self._pairs)
+
+
+def _pairs(text: str) -> set[tuple[str, str]]:
+    own = ["", *words(text), ""]
+    return set(itertools.pairwise(own))
+
+
+def is_sane(text: str, document: str) -> bool:
+    """Whether a query has the length of one, and no letters of a script that the document doesn't have.
+
+    Example:
+      >>> is_sane("How long is it?", "It is long."), is_sane("Сколько?", "It is long."), is_sane("", "It")
+      (True, False, False)
+    """
+    count = len(words(text))
+    long_enough = FEWEST_WORDS <= count <= MOST_WORDS or (count and not text.isascii())
+    return bool(long_enough) and scripts(text) <= scripts(document) | {"LATIN"}
+
+
+def scripts(text: str) -> set[str]:
+    """The scripts of a text's letters, by the first word of their names in Unicode."""
+    return {unicodedata.name(letter, "?").split()[0] for letter in set(text) if letter.isalpha()}
+
+
+def is_answer(text: str) -> bool:
+    """Whether an answer says something, and doesn't refuse to.
+
+    Example:
+      >>> is_answer("It is 90 cm long."), is_answer("I'm sorry, but I can't say."), is_answer(" ")
+      (True, False, False)
+    """
+    return bool(words(text)) and not _REFUSAL.search(text)

@@ -1,0 +1,48 @@
+"""Seeds of training queries: each describes a form and never a content, and is a file and a line here.
+
+A seed has a function ``drafts(document, chunk)``, which gives its drafts of queries about a chunk, and a
+``WEIGHT``: how often a sentence is asked for by it, beside the others.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from jaxsp.study.seeds import (
+    about,
+    complete,
+    facts,
+    mention,
+    question,
+    quote,
+    reword,
+    summary,
+    true_or_false,
+    use_case,
+)
+from jaxsp.study.seeds.draft import Draft as Draft
+from jaxsp.study.text import Chunk, Document
+
+
+class Seed(Protocol):
+    """A form of queries."""
+
+    WEIGHT: int
+
+    def drafts(self, document: Document, chunk: Chunk) -> list[Draft]:
+        """Drafts about a chunk of the document."""
+        ...
+
+
+SEEDS: dict[str, Seed] = {
+    "question": question,
+    "use_case": use_case,
+    "quote": quote,
+    "complete": complete,
+    "mention": mention,
+    "about": about,
+    "reword": reword,
+    "true_or_false": true_or_false,
+    "facts": facts,
+    "summary": summary,
+}

@@ -1,0 +1,232 @@
+"""The document in pieces: its sentences, each where it stands, and chunks of them under their headings."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import markdown_it
+import sentencex
+
+_BLOCKS = markdown_it.MarkdownIt("commonmark").enable("table")
+_MARKS = re.compile(r"^\s*(?:(?:[-*+>#]+|\d+[.)])\s+)*")
+"""Marks of Markdown before the words of a line: of lists, quotes, headings."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentence:
+    """A sentence, an item of a list, a row of a table or a line of code.
+
+    Attributes:
+      text: its words, on one line, without the marks of Markdown before them.
+      start: where it begins in the document.
+      end: where what follows begins: ``document[:start] + document[end:]`` is the document without it.
+      headings: the headings above it, the outermost first.
+      block: number of the paragraph, list or table that it is part of.
+      columns: the head of its table, where it is a row of one.
+    """
+
+    text: str
+    start: int
+    end: int
+    headings: tuple[str, ...] = ()
+    block: int = 0
+    columns: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Sentences that stand together under the same headings.
+
+    Attributes:
+      text: their text as it stands in the document, with the headings above it.
+      sentences: their numbers in the document's list of sentences.
+      headings: the headings above them, the outermost first.
+    """
+
+    text: str
+    sentences: tuple[int, ...]
+    headings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A document, and its pieces.
+
+    Attributes:
+      text: the whole.
+      sentences: all of them, in their order.
+      chunks: all of them, each of some sentences.
+    """
+
+    text: str
+    sentences: list[Sentence]
+    chunks: list[Chunk]
+
+    @classmethod
+    def of(cls, text: str, tokens: Callable[[str], int], most: int = 160) -> Document:
+        """A document in chunks of up to ``most`` tokens, which ``tokens`` counts in a text."""
+        found = sentences(text)
+        return cls(text, found, chunks(text, found, tokens, most))
+
+    @functools.cached_property
+    def _counts(self) -> collections.Counter[str]:
+        return collections.Counter(words(self.text))
+
+    def count(self, word: str) -> int:
+        """How often it has a word, in lower case."""
+        return self._counts[word]
+
+    @functools.cached_property
+    def is_english(self) -> bool:
+        """Whether it has the commonest words of English as often as English has."""
+        common = sum(self._counts[word] for word in ENGLISH)
+        return common > 0.15 * sum(self._counts.values())
+
+    def rare_words(self, sentence: int) -> list[str]:
+        """The words of a sentence that the document has once, the longest first; none that is very short."""
+        here = re.findall(r"[^\W_][\w'’.@-]*[^\W_]", self.sentences[sentence].text)
+        once = [w for w in dict.fromkeys(here) if len(w) > 2 and all(self._counts[p] == 1 for p in words(w))]
+        return sorted(once, key=len, reverse=True)
+
+    def false_variant(self, sentence: int) -> str:
+        """The sentence with another sentence's figure in place of its first; empty if it can't be."""
+        here = self.sentences[sentence].text
+        found = re.search(FIGURE, here)
+        if not found:
+            return ""
+        others = [other.text for i, other in enumerate(self.sentences) if i != sentence]
+        after = others[sentence:] + others[:sentence]
+        figures = [figure for text in after for figure in re.findall(FIGURE, text)]
+        other = next((figure for figure in figures if figure not in here), "")
+        return other and here[: found.start()] + other + here[found.end() :]
+
+    def with_heading(self, sentence: int) -> str:
+        """A sentence after its heading, and of a table after the table's head."""
+        here = self.sentences[sentence]
+        return ": ".join(filter(None, [*here.headings[-1:], here.columns, here.text]))
+
+    def name_of(self, chunk: Chunk) -> str:
+        """The name of a chunk's part of the document."""
+        if chunk.headings:
+            return f'the part "{chunk.headings[-1]}"'
+        return f'the part that begins with "{" ".join(self.sentences[chunk.sentences[0]].text.split()[:6])}"'
+
+
+ENGLISH = ("the", "of", "and", "to", "a", "in", "is", "that", "it", "for", "was", "on", "with", "are", "be")
+FIGURE = r"(?<![\w.])\d+(?:[.,:]\d+)*(?![\w])"
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case."""
+    return re.findall(r"[^\W_]+", text.casefold())
+
+
+def first_words(sentence: str, part: float) -> str:
+    """The first part of a sentence, in whole words; empty if it has too few."""
+    own = list(re.finditer(r"\S+", sentence))
+    count = max(2, round(part * len(own)))
+    return sentence[: own[count - 1].end()] if count < len(own) else ""
+
+
+def sentences(document: str) -> list[Sentence]:
+    """The sentences of a document in Markdown or plain text, in their order; headings are none.
+
+    Example:
+      >>> found = sentences("# Cups\\n\\nA cup holds 0.2 l. It is red.\\n\\n- Price: 3 euros\\n")
+      >>> [(s.text, s.headings) for s in found][1:3]
+      [('It is red.', ('Cups',)), ('Price: 3 euros', ('Cups',))]
+    """
+    lines = document.splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    found: list[Sentence] = []
+    headings: list[tuple[int, str]] = []
+    columns, top = "", 0
+    for token in _BLOCKS.parse(document):
+        top += token.level == 0 and token.nesting >= 0
+        if token.map is None:
+            continue
+        first, last = starts[token.map[0]], starts[min(token.map[1], len(lines))]
+        if token.type == "heading_open":
+            level = int(token.tag[1:])
+            headings = [h for h in headings if h[0] < level] + [(level, _plain(document[first:last]))]
+        elif token.type == "thead_open":
+            columns = _plain(document[first:last])
+        elif token.type == "tr_open" and _plain(document[first:last]) != columns:
+            found += _whole(document, first, last, headings, top, columns)
+        elif token.type == "paragraph_open":
+            found += _split(document, first, last, headings, top)
+        elif token.type in ("fence", "code_block", "html_block"):
+            for start, end in itertools.pairwise(starts):
+                if first <= start < last and not document[start:end].lstrip().startswith(("```", "~~~")):
+                    found += _whole(document, start, end, headings, top, "")
+    return found
+
+
+def _split(
+    document: str, first: int, last: int, headings: list[tuple[int, str]], block: int
+) -> Iterator[Sentence]:
+    pieces = sentencex.segment("en", document[first:last])
+    start = first
+    for i, piece in enumerate(pieces):
+        end = start + len(piece)
+        if pieces[1:]:  # what is left stays a line of its own
+            marks = _MARKS.match(piece) if i == 0 else None
+            here, there = start + (marks.end() if marks else 0), start + len(piece.rstrip("\n"))
+            yield from _whole(document, here, there, headings, block, "")
+        else:
+            yield from _whole(document, start, end, headings, block, "")
+        start = end
+
+
+def _whole(
+    document: str, start: int, end: int, headings: list[tuple[int, str]], block: int, columns: str
+) -> Iterator[Sentence]:
+    text = _plain(document[start:end])
+    if re.search(r"\w", text):
+        yield Sentence(text, start, end, tuple(text for _, text in headings), block, columns)
+
+
+def _plain(text: str) -> str:
+    """The words on one line; of a table's row without the lines around its cells."""
+    text = " ".join(_MARKS.sub("", text).split()).rstrip("#").strip()
+    if text.startswith("|"):
+        text = " | ".join(cell.strip() for cell in text.strip("|").split("|"))
+    return text
+
+
+def chunks(document: str, found: Sequence[Sentence], tokens: Callable[[str], int], most: int) -> list[Chunk]:
+    """Chunks of whole sentences, none across a heading.
+
+    Args:
+      document: the text.
+      found: its sentences.
+      tokens: counts the tokens of a text.
+      most: tokens of a chunk, headings included; a single sentence may have more.
+    """
+    groups: list[list[int]] = []
+    size = 0
+    for i, sentence in enumerate(found):
+        own = tokens(sentence.text)
+        new = not groups or found[groups[-1][-1]].headings != sentence.headings or size + own > most
+        if new:
+            groups.append([])
+            size = tokens("\n".join(sentence.headings))
+        groups[-1].append(i)
+        size += own
+    return [_chunk(document, found, group) for group in groups]
+
+
+def _chunk(document: str, found: Sequence[Sentence], group: list[int]) -> Chunk:
+    first, last = found[group[0]], found[group[-1]]
+    head = list(first.headings)
+    if first.columns:
+        head.append(first.columns)
+    body = document[first.start : last.end].strip("\n")
+    return Chunk("\n".join([*head, body]), tuple(group), first.headings)

@@ -1,0 +1,88 @@
+"""The drafts completed: the model writes the rest of each, at a temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from jaxsp.models import decoder
+from jaxsp.models.chat import encode
+from jaxsp.models.generation import Sampling, generate
+from jaxsp.models.language_model import LanguageModel
+from jaxsp.study.seeds import Draft
+from jaxsp.study.text import words
+from jaxsp.typing import Array, KeyValues
+
+SLOTS = 64
+MOST_TOKENS = 24
+"""Tokens of a query that the model writes; one without an end by then is left out."""
+
+TEMPERATURE, TOP_P = 0.3, 0.95
+
+EXAMPLES = """\
+Text: The bridge over the Aare was built in 1932 and is 210 metres long.
+Question: When was the bridge over the Aare built?
+
+Text: Dogs must stay outside, but cats are welcome.
+Question: Are dogs allowed inside?
+
+"""
+"""Two texts with a question each: by them models know what is wanted that follow no instructions, too."""
+FOREIGN = {"bridge", "aare", "dog", "dogs", "cat", "cats"}
+"""Their own words: a query that has one is not about the document."""
+
+
+def completed(
+    model: LanguageModel,
+    preamble: KeyValues,
+    drafts: Sequence[Draft],
+    document: str,
+    key: Array,
+    on_written: Callable[[], None] = lambda: None,
+) -> list[str | None]:
+    """The text of each draft; ``None`` where the model came to no end, or wrote about the examples.
+
+    Args:
+      model: the model that writes.
+      preamble: the prefix before a context.
+      drafts: those complete stay as they are.
+      document: what they are about.
+      key: random key of the draws.
+      on_written: called as each is finished.
+    """
+    texts: list[str | None] = [draft.text for draft in drafts]
+    unfinished = [i for i, draft in enumerate(drafts) if draft.source]
+    if not unfinished:
+        return texts
+    tokenizer = model.tokenizer
+    assert tokenizer is not None  # it has encoded the context
+    examples = model.encode_context(EXAMPLES)
+    prefix = decoder.read_long(model.params, model.config, examples[None], preamble)
+
+    def request(draft: Draft) -> list[int]:
+        text = f"Text: {draft.source}\nQuestion: {draft.text}".rstrip()
+        return model.check_ids(encode(tokenizer, text, control=False)).tolist()
+
+    sampling = Sampling(
+        temperature=TEMPERATURE,
+        top_p=TOP_P,
+        stop_ids=model.stop_ids,
+        stop_strings=("?", "\n"),
+        max_tokens=MOST_TOKENS,
+    )
+    written = generate(
+        model.params,
+        model.config,
+        prefix,
+        [request(drafts[i]) for i in unfinished],
+        sampling,
+        slots=SLOTS,
+        key=key,
+        decode=lambda ids: str(tokenizer.decode(ids)),
+        on_finished=lambda index, ids: on_written(),
+    )
+    foreign = FOREIGN - set(words(document))
+    for i, ids in zip(unfinished, written, strict=True):
+        text = f"{drafts[i].text}{tokenizer.decode(ids, skip_special_tokens=True)}".strip(" \n\"'*-")
+        good = len(ids) < MOST_TOKENS and text and not foreign & set(words(text))
+        texts[i] = f"{text}?" if good else None
+    return texts

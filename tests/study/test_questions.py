@@ -1,0 +1,173 @@
+"""jaxsp.study.questions: which queries a document gives, and that they ask for all of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import jaxsp
+from jaxsp.data.documents import Query
+from jaxsp.progress import Display
+from jaxsp.settings import make_settings
+from jaxsp.study import Study, coverage, questions, seeds, study, study_key
+from jaxsp.study.seeds import SEEDS, Draft
+from jaxsp.study.text import Document, words
+from jaxsp.typing import UserError
+
+TEXT = """# The K7
+
+The tank of the K7 holds 1.2 litres. Its cable is 90 centimetres long. The lid is made of steel.
+
+## Prices
+
+- The machine costs 249 euros
+- A filter costs 9 euros
+"""
+
+
+FORMS = {"the", "of", "is", "it", "its", "a", "with", "in"}
+"""Words of the text that forms have, too."""
+
+
+@pytest.fixture
+def easily(monkeypatch):
+    """Small models with random weights hardly heed a document."""
+    monkeypatch.setattr(questions, "MATTERS", 0.0)
+    monkeypatch.setattr(coverage, "CHANGED", 0.0)
+
+
+def made(model, given=(), held_out=(), **settings):
+    chosen = make_settings({"prompt_length": 2, "max_answer_tokens": 48, **settings})
+    return study(model, TEXT, list(given), list(held_out), chosen, Display(visible=False))
+
+
+def document():
+    return Document.of(TEXT, lambda text: len(text.split()))
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_a_seed_asks_for_sentences_of_its_chunk(name):
+    whole = document()
+    for chunk in whole.chunks:
+        drafts = SEEDS[name].drafts(whole, chunk)
+        assert drafts, "every form has something to ask for here"
+        for draft in drafts:
+            assert draft.sentences
+            assert set(draft.sentences) <= set(chunk.sentences)
+            assert draft.source or draft.text.strip()
+            if draft.answer is not None:
+                assert any(draft.answer in whole.sentences[i].text for i in draft.sentences)
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_a_seed_describes_a_form_and_no_content(name):
+    """In two documents without a common word, only the words of the form are common."""
+    other = "Ravens nest 3 times yearly. Owls hunt by night near 4 barns. Geese fly south."
+    documents = document(), Document.of(other, lambda text: len(text.split()))
+    ours, theirs = (
+        {word for draft in SEEDS[name].drafts(d, d.chunks[0]) for word in words(draft.text)}
+        for d in documents
+    )
+    assert not ours & theirs & (set(words(TEXT)) | set(words(other))) - FORMS
+
+
+def test_queries_cover_the_document_and_are_no_other_ones(calm_model, easily):
+    found, problem = made(calm_model)
+    assert found.uncovered == []
+    assert {query.seed for query in found.train} <= set(SEEDS)
+    assert len({query.text for query in found.train}) == len(found.train)
+    assert found.held_out
+    assert not {q.text for q in found.held_out} & {q.text for q in found.train}
+    assert problem.job.queries == [*found.train, *found.held_out]
+    assert problem.job.is_train.sum() == len(found.train)
+    assert len(problem.rows) == len(problem.answers) == len(problem.job.queries)
+
+
+def test_the_problem_is_that_of_a_teacher_who_hears_its_queries_alone(calm_model, easily):
+    from jaxsp.teacher.problem import read_preamble, run_teacher, tokenize
+
+    settings = make_settings({"prompt_length": 2, "max_answer_tokens": 48})
+    found, problem = made(calm_model)
+    job = tokenize(calm_model, TEXT, found.train, found.held_out, settings)
+    alone = run_teacher(calm_model, job, settings.teacher, read_preamble(calm_model), Display(visible=False))
+    assert alone.answers == problem.answers
+    mask = alone.rows.mask
+    for name in ("tokens", "hidden"):
+        ours = problem.rows.targets[name][:, : mask.shape[1]]
+        np.testing.assert_allclose(ours[mask], alone.rows.targets[name][mask], atol=1e-5)
+
+
+def test_given_queries_stay_and_the_document_adds_what_they_lack(calm_model, easily):
+    given, held_out = [Query("How much does the tank hold?")], [Query("What does the filter cost?")]
+    found, problem = made(calm_model, given, held_out)
+    assert found.train[0] == given[0]
+    assert found.held_out == held_out
+    assert found.train[1:]
+    assert found.summary()["given"] == 1
+    assert len(found.train) < len(made(calm_model)[0].train)
+    assert problem.job.queries[-1] == held_out[0]
+
+
+def test_as_many_as_asked_for(calm_model, easily):
+    assert len(made(calm_model, study_queries=7)[0].train) == 7
+
+
+def test_the_seed_decides(calm_model, easily):
+    assert made(calm_model, seed=1)[0] == made(calm_model, seed=1)[0]
+    assert made(calm_model, seed=1)[0] != made(calm_model, seed=2)[0]
+
+
+def test_a_document_that_does_not_matter_gives_nothing(calm_model, monkeypatch):
+    monkeypatch.setattr(questions, "MATTERS", 1e9)
+    with pytest.raises(UserError, match="none is fit to train on"):
+        made(calm_model)
+
+
+def test_a_document_without_a_sentence(calm_model):
+    settings = make_settings({"prompt_length": 1})
+    with pytest.raises(UserError, match="no sentence to ask about; give questions with --queries"):
+        study(calm_model, "--- *** ---", [], [], settings, Display(visible=False))
+
+
+def test_kept_and_read_back(calm_model, easily, tmp_path):
+    found, _ = made(calm_model)
+    found.write(tmp_path / "study.json")
+    assert Study.read(tmp_path / "study.json") == found
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(UserError, match=r"study\.json is damaged"):
+        Study.read(tmp_path / "study.json")
+
+
+def test_its_key_is_that_of_all_that_decides_it(calm_model):
+    settings = make_settings({})
+    key = study_key(calm_model, TEXT, [], [], settings)
+    assert key == study_key(calm_model, TEXT, [], [], make_settings({"steps": 3, "objective": "nll"}))
+    for changed in ({"seed": 1}, {"max_answer_tokens": 9}, {"study_queries": 9}):
+        assert key != study_key(calm_model, TEXT, [], [], make_settings(changed))
+    assert key != study_key(calm_model, TEXT, [Query("What?")], [], settings)
+    assert key != study_key(calm_model, TEXT + "!", [], [], settings)
+
+
+def test_a_seed_is_one_entry(calm_model, easily, monkeypatch):
+    """A new form is a file and a line."""
+
+    class Own:
+        WEIGHT = 1
+
+        @staticmethod
+        def drafts(document, chunk):
+            return [Draft(f"Say it: {i}", (i,), answer="Yes.") for i in chunk.sentences]
+
+    monkeypatch.setattr(seeds, "SEEDS", {"own": Own})
+    monkeypatch.setattr(questions, "SEEDS", {"own": Own})
+    found, _ = made(calm_model)
+    assert {query.seed for query in found.train} == {"own"}
+
+
+def test_the_interface_of_python(calm_model, easily):
+    found = jaxsp.questions(calm_model, TEXT, count=5, max_answer_tokens=48, progress=False)
+    assert len(found.train) == 5
+    assert found.held_out == []
+    assert dataclasses.asdict(found.train[0])["seed"]

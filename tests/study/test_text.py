@@ -1,0 +1,104 @@
+"""jaxsp.study.text: sentences where they stand, and chunks under their headings."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, strategies as st
+
+from jaxsp.study.text import Document, first_words, sentences
+
+MARKDOWN = """# Cups and plates
+
+A cup holds 0.2 l, i.e. little. It is red.
+
+## Prices
+
+- Price of a cup: 3 euros
+- Price of a plate:
+  5 euros. Postage is extra!
+
+| size | weight |
+|------|--------|
+| S    | 100 g  |
+| L    | 250 g  |
+
+```
+first = 1
+second = 2
+```
+"""
+
+
+def count(text: str) -> int:
+    return len(text.split())
+
+
+def test_sentences_items_rows_and_lines_each_with_its_headings():
+    found = sentences(MARKDOWN)
+    assert [s.text for s in found] == [
+        "A cup holds 0.2 l, i.e. little.",
+        "It is red.",
+        "Price of a cup: 3 euros",
+        "Price of a plate: 5 euros.",
+        "Postage is extra!",
+        "S | 100 g",
+        "L | 250 g",
+        "first = 1",
+        "second = 2",
+    ]
+    assert found[1].headings == ("Cups and plates",)
+    assert all(s.headings == ("Cups and plates", "Prices") for s in found[2:])
+    assert [s.columns for s in found[5:7]] == ["size | weight"] * 2
+
+
+@pytest.mark.parametrize("number", range(9))
+def test_a_document_without_a_sentence_lacks_it_and_nothing_else(number):
+    one = sentences(MARKDOWN)[number]
+    without = MARKDOWN[: one.start] + MARKDOWN[one.end :]
+    assert "".join(one.text.split()) not in "".join(without.replace("|", "").split())
+    others = [s.text for i, s in enumerate(sentences(MARKDOWN)) if i != number]
+    assert [s.text for s in sentences(without)] == others
+
+
+@given(st.text(alphabet="aB.!? \n#-|>`1é語", max_size=80))
+def test_any_text_has_sentences_that_stand_in_it_in_order(text):
+    found = sentences(text)
+    assert all(0 <= s.start < s.end <= len(text) for s in found)
+    assert all(a.end <= b.start for a, b in itertools.pairwise(found))
+
+
+def test_chunks_are_whole_sentences_under_one_heading():
+    document = Document.of(MARKDOWN, count, most=14)
+    assert [i for chunk in document.chunks for i in chunk.sentences] == list(range(9))
+    for chunk in document.chunks:
+        headings = {document.sentences[i].headings for i in chunk.sentences}
+        assert headings == {chunk.headings}
+        assert all(heading in chunk.text for heading in chunk.headings)
+    assert len(document.chunks) > 3
+    table = next(c for c in document.chunks if document.sentences[c.sentences[0]].columns)
+    assert "size | weight" in table.text
+
+
+def test_a_false_variant_has_the_figure_of_another_sentence():
+    document = Document.of("It costs 3 euros. It weighs 5 kilograms. It is red.", count)
+    assert document.false_variant(0) == "It costs 5 euros."
+    assert document.false_variant(2) == ""
+
+
+def test_rare_words_stand_once_in_the_document():
+    document = Document.of("The red kettle is here. The red cup is there.", count)
+    assert document.rare_words(0) == ["kettle", "here"]
+
+
+def test_first_words():
+    assert first_words("one two three four five six", 1 / 3) == "one two"
+    assert first_words("one two", 1 / 2) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "english"), [("The cat is in the house of a man.", True), ("Die Katze ist im Haus.", False)]
+)
+def test_english_is_known_by_its_commonest_words(text, english):
+    assert Document.of(text, count).is_english is english
