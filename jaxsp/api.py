@@ -190,7 +190,6 @@ def questions(
     context: str,
     *,
     count: int | None = None,
-    seed: int = 0,
     progress: bool = True,
     **settings: Unpack[Options],
 ) -> Study:
@@ -199,10 +198,9 @@ def questions(
     Args:
       model: writes them, and answers them with the document before it.
       context: the document.
-      count: number of queries; by default as many as the document has sentences for.
-      seed: seed of the model's writing.
+      count: number of queries; by default four a sentence.
       progress: whether to show what is going on, on standard error.
-      **settings: fields of ``Settings`` that decide the answers, such as ``max_answer_tokens``.
+      **settings: fields of ``Settings`` that decide them: ``seed`` and ``max_answer_tokens``.
 
     Returns:
       The study: ``train`` are queries that ``compress`` takes, ``uncovered`` sentences that none asks for.
@@ -212,13 +210,12 @@ def questions(
 
     Example:
       >>> import jaxsp
-      >>> text = "The tank of the red machine holds 1.2 litres. Its cable is 90 centimetres long."
-      >>> study = jaxsp.questions("smollm2-135m-instruct", text, max_answer_tokens=16, progress=False)
-      >>> study.uncovered, all(query.seed for query in study.train)
-      ([], True)
+      >>> text = "The tank holds 1.2 litres. It is made of steel. The cable is long."
+      >>> study = jaxsp.questions("smollm2-135m-instruct", text, count=3, progress=False)
+      >>> len(study.train), all(query.seed for query in study.train)
+      (3, True)
     """
-    own = {**settings, "study": "on", "study_queries": count, "seed": seed, "prompt_length": 1}
-    checked = make_settings(own)
+    checked = make_settings({**settings, "study_queries": count, "prompt_length": 1})
     model, display = as_model(model), Display(visible=progress)
     return study(model, context, [], [], checked, display, measure=False)[0]
 

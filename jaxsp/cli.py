@@ -138,7 +138,7 @@ class Questions:
     context: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DOCUMENT")]]
     """The document: a .txt or .md file, or - for standard input."""
     count: int | None = None
-    """Number of questions; by default as many as the document has sentences for."""
+    """Number of questions; by default four a sentence."""
     out: File = "-"
     """JSONL file to write, or - for standard output."""
     seed: int = 0

@@ -179,6 +179,15 @@ def bounded_memory():
 
 
 @pytest.fixture
+def heeded(monkeypatch: pytest.MonkeyPatch):
+    """Small models with random weights hardly heed a document: let it matter to every query."""
+    from jaxsp.study import coverage, questions
+
+    monkeypatch.setattr(questions, "MATTERS", 0.0)
+    monkeypatch.setattr(coverage, "CHANGED", 0.0)
+
+
+@pytest.fixture
 def unchecked():
     """Arrays of a wrong shape or type reach jaxsp's own checks."""
     jaxtyping.config.update("jaxtyping_disable", True)

@@ -721,17 +721,8 @@ def test_a_prompt_without_its_context(jaxsp_command, finished, tmp_path, job):
     refused(jaxsp_command("evaluate", tmp_path / "copy", "--queries", job["queries"]), "without its context")
 
 
-@pytest.fixture
-def easily(monkeypatch):
-    """Small models with random weights hardly heed a document."""
-    from jaxsp.study import coverage, questions
-
-    monkeypatch.setattr(questions, "MATTERS", 0.0)
-    monkeypatch.setattr(coverage, "CHANGED", 0.0)
-
-
 def test_questions_are_written_to_look_at_and_compress_takes_them(
-    jaxsp_command, compress, job, calm_directory, easily, tmp_path
+    jaxsp_command, compress, job, calm_directory, heeded, tmp_path
 ):
     file = tmp_path / "z.jsonl"
     asked = ("questions", job["context"], "--model", calm_directory, "--dtype", "float32", "--count", 6)
@@ -749,7 +740,7 @@ def test_questions_are_written_to_look_at_and_compress_takes_them(
     assert code == 0, err
 
 
-def test_a_document_alone_is_enough(jaxsp_command, job, calm_directory, easily, tmp_path):
+def test_a_document_alone_is_enough(jaxsp_command, job, calm_directory, heeded, tmp_path):
     alone = ("--model", calm_directory, "--dtype", "float32", "--out", tmp_path / "out", *FAST[:-2])
     code, _, err = jaxsp_command("compress", job["context"], *alone)
     assert code == 0, err

@@ -28,7 +28,7 @@ ON_A_TINY_MODEL = {"jaxsp.api", "jaxsp.training", "jaxsp.training.drivers"}
 
 
 @pytest.fixture
-def tiny_instead(calm_model, monkeypatch):
+def tiny_instead(calm_model, heeded, monkeypatch):
     """The embedded model's name gives a tiny one."""
     _only(dataclasses.replace(calm_model, name="smollm2-135m-instruct"), monkeypatch)
 

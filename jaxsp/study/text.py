@@ -137,7 +137,7 @@ def sentences(document: str) -> list[Sentence]:
     """The sentences of a document in Markdown or plain text, in their order; headings are none.
 
     Example:
-      >>> found = sentences("# Cups\\n\\nA cup holds 0.2 l. It is red.\\n\\n- Price: 3 euros\\n")
+      >>> found = sentences("# Cups\\n\\nA cup is small. It is red.\\n\\n- Price: 3 euros\\n")
       >>> [(s.text, s.headings) for s in found][1:3]
       [('It is red.', ('Cups',)), ('Price: 3 euros', ('Cups',))]
     """
@@ -172,7 +172,8 @@ def sentences(document: str) -> list[Sentence]:
 def _split(
     document: str, first: int, last: int, headings: list[tuple[int, str]], block: int
 ) -> Iterator[Sentence]:
-    pieces = sentencex.segment("en", document[first:last])
+    # Compiled, without types.
+    pieces = sentencex.segment("en", document[first:last])  # pyright: ignore[reportAttributeAccessIssue]
     start = first
     for i, piece in enumerate(pieces):
         end = start + len(piece)

@@ -365,7 +365,6 @@ GOOD = job("good")
         (job("x", queries=["What?"]), "At least two queries are needed"),
         (job("x", queries=[], study="off"), "At least two queries are needed"),
         (job("x", study="of"), "Unknown study 'of'; choose one of auto, on, off"),
-        (job("x", "*** ---", queries=[]), "The prompt must be shorter than the context"),
         (job("x", held_out=[]), "There is no query to hold out"),
         (job("x", held_out=QUERIES[:1]), "is both for training and held out"),
         (job("x", colour="red"), "Unknown setting 'colour'"),

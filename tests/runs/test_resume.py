@@ -15,7 +15,6 @@ import pytest
 import jaxsp
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.runs import problems
-from jaxsp.study import coverage, questions
 from jaxsp.training.slots import Step
 from jaxsp.typing import Interrupted
 from tests.conftest import CONTEXT, QUERIES, assert_same_sigma
@@ -134,10 +133,8 @@ def test_pmap_compresses_like_jit(calm_model):
     assert jax.local_device_count() == 8
 
 
-def test_the_queries_of_a_document_are_made_once(calm_model, tmp_path, monkeypatch):
+def test_the_queries_of_a_document_are_made_once(calm_model, tmp_path, heeded, monkeypatch):
     """A run without queries goes on with those that it made; its report tells of them."""
-    monkeypatch.setattr(questions, "MATTERS", 0.0)
-    monkeypatch.setattr(coverage, "CHANGED", 0.0)
     settings = {**SETTINGS, "max_answer_tokens": 48, "steps": 8}
 
     def stop(step: Step) -> None:

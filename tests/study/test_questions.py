@@ -11,7 +11,7 @@ import jaxsp
 from jaxsp.data.documents import Query
 from jaxsp.progress import Display
 from jaxsp.settings import make_settings
-from jaxsp.study import Study, coverage, questions, seeds, study, study_key
+from jaxsp.study import Study, questions, seeds, study, study_key
 from jaxsp.study.seeds import SEEDS, Draft
 from jaxsp.study.text import Document, words
 from jaxsp.typing import UserError
@@ -29,13 +29,6 @@ The tank of the K7 holds 1.2 litres. Its cable is 90 centimetres long. The lid i
 
 FORMS = {"the", "of", "is", "it", "its", "a", "with", "in"}
 """Words of the text that forms have, too."""
-
-
-@pytest.fixture
-def easily(monkeypatch):
-    """Small models with random weights hardly heed a document."""
-    monkeypatch.setattr(questions, "MATTERS", 0.0)
-    monkeypatch.setattr(coverage, "CHANGED", 0.0)
 
 
 def made(model, given=(), held_out=(), **settings):
@@ -73,7 +66,7 @@ def test_a_seed_describes_a_form_and_no_content(name):
     assert not ours & theirs & (set(words(TEXT)) | set(words(other))) - FORMS
 
 
-def test_queries_cover_the_document_and_are_no_other_ones(calm_model, easily):
+def test_queries_cover_the_document_and_are_no_other_ones(calm_model, heeded):
     found, problem = made(calm_model)
     assert found.uncovered == []
     assert {query.seed for query in found.train} <= set(SEEDS)
@@ -85,7 +78,7 @@ def test_queries_cover_the_document_and_are_no_other_ones(calm_model, easily):
     assert len(problem.rows) == len(problem.answers) == len(problem.job.queries)
 
 
-def test_the_problem_is_that_of_a_teacher_who_hears_its_queries_alone(calm_model, easily):
+def test_the_problem_is_that_of_a_teacher_who_hears_its_queries_alone(calm_model, heeded):
     from jaxsp.teacher.problem import read_preamble, run_teacher, tokenize
 
     settings = make_settings({"prompt_length": 2, "max_answer_tokens": 48})
@@ -99,7 +92,7 @@ def test_the_problem_is_that_of_a_teacher_who_hears_its_queries_alone(calm_model
         np.testing.assert_allclose(ours[mask], alone.rows.targets[name][mask], atol=1e-5)
 
 
-def test_given_queries_stay_and_the_document_adds_what_they_lack(calm_model, easily):
+def test_given_queries_stay_and_the_document_adds_what_they_lack(calm_model, heeded):
     given, held_out = [Query("How much does the tank hold?")], [Query("What does the filter cost?")]
     found, problem = made(calm_model, given, held_out)
     assert found.train[0] == given[0]
@@ -110,11 +103,11 @@ def test_given_queries_stay_and_the_document_adds_what_they_lack(calm_model, eas
     assert problem.job.queries[-1] == held_out[0]
 
 
-def test_as_many_as_asked_for(calm_model, easily):
+def test_as_many_as_asked_for(calm_model, heeded):
     assert len(made(calm_model, study_queries=7)[0].train) == 7
 
 
-def test_the_seed_decides(calm_model, easily):
+def test_the_seed_decides(calm_model, heeded):
     assert made(calm_model, seed=1)[0] == made(calm_model, seed=1)[0]
     assert made(calm_model, seed=1)[0] != made(calm_model, seed=2)[0]
 
@@ -131,7 +124,7 @@ def test_a_document_without_a_sentence(calm_model):
         study(calm_model, "--- *** ---", [], [], settings, Display(visible=False))
 
 
-def test_kept_and_read_back(calm_model, easily, tmp_path):
+def test_kept_and_read_back(calm_model, heeded, tmp_path):
     found, _ = made(calm_model)
     found.write(tmp_path / "study.json")
     assert Study.read(tmp_path / "study.json") == found
@@ -150,7 +143,7 @@ def test_its_key_is_that_of_all_that_decides_it(calm_model):
     assert key != study_key(calm_model, TEXT + "!", [], [], settings)
 
 
-def test_a_seed_is_one_entry(calm_model, easily, monkeypatch):
+def test_a_seed_is_one_entry(calm_model, heeded, monkeypatch):
     """A new form is a file and a line."""
 
     class Own:
@@ -166,7 +159,7 @@ def test_a_seed_is_one_entry(calm_model, easily, monkeypatch):
     assert {query.seed for query in found.train} == {"own"}
 
 
-def test_the_interface_of_python(calm_model, easily):
+def test_the_interface_of_python(calm_model, heeded):
     found = jaxsp.questions(calm_model, TEXT, count=5, max_answer_tokens=48, progress=False)
     assert len(found.train) == 5
     assert found.held_out == []

@@ -27,7 +27,10 @@ from jaxsp.study.text import Chunk, Document
 class Seed(Protocol):
     """A form of queries."""
 
-    WEIGHT: int
+    @property
+    def WEIGHT(self) -> int:
+        """How often a sentence is asked for by it, beside the others."""
+        ...
 
     def drafts(self, document: Document, chunk: Chunk) -> list[Draft]:
         """Drafts about a chunk of the document."""
