@@ -258,6 +258,7 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(results: Results) -> str:
     result = results["default"]
     peers = [row for row in result["rows"] if "reached" in row]
+    ours = [row["side"] for row in result["rows"] if row["side"] in OURS]
     return "\n\n".join(
         [
             markdown(
@@ -270,8 +271,8 @@ def table(results: Results) -> str:
                 ],
             ),
             markdown(
-                ["to the last KL of", *OURS],
-                [[row["side"], *(there(row["reached"].get(ours)) for ours in OURS)] for row in peers],
+                ["to the last KL of", *ours],
+                [[row["side"], *(there(row["reached"].get(name)) for name in ours)] for row in peers],
             ),
             markdown(
                 ["answers", "s", "again", "tokens/s, again", "same as jaxsp's", "peak (MiB)"],
@@ -303,15 +304,15 @@ def say(text: str) -> None:
 
 def result(results: Results) -> str:
     rows = {row["side"]: row for row in results["default"]["rows"]}
-    faster = []
+    ours, faster = "jaxsp" if "jaxsp" in rows else "jaxsp, template too", []
     for kind in ("online", "cached"):
-        point = rows[f"cartridge, {kind}"]["reached"].get("jaxsp")
+        point = rows[f"cartridge, {kind}"]["reached"].get(ours)
         faster.append(f"{point['faster']:.1f}×" if point else "not reached")
     peers = ("prompt tuning, cached", "cartridge, cached", "strong torch")
     ends = (f"{name.removesuffix(', cached')} {rows[name]['final_kl']:.3f}" for name in peers)
     return (
         f"to the last KL of PEFT's cartridge {faster[0]} as fast with the teacher online, {faster[1]} with"
-        f" cached logits; ends at {rows['jaxsp']['final_kl']:.3f} ({', '.join(ends)})"
+        f" cached logits; ends at {rows[ours]['final_kl']:.3f} ({', '.join(ends)})"
     )
 
 

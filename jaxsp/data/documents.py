@@ -27,7 +27,7 @@ class Query:
     text: str
     answer: str | None = None
     expect: tuple[str, ...] = ()
-    seed: str = ""
+    seed: str = dataclasses.field(default="", repr=False)
 
     def as_row(self) -> dict[str, Any]:
         """The query as a line of JSONL, without what it doesn't have."""

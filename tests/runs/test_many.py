@@ -226,6 +226,7 @@ def test_a_loss_that_is_not_finite_fails_alone(calm_model, tmp_path):
     assert again[0].error == found[0].error
 
 
+@pytest.mark.slow
 def test_a_failed_job_says_what_it_did_and_can_be_mended(calm_model, tmp_path, jaxsp_command):
     wild = {"learning_rate": 1e38, "max_grad_norm": 0.0}
     (failed,) = compress_many(calm_model, [job("a", **wild)], out=tmp_path / "out")

@@ -133,6 +133,7 @@ def test_pmap_compresses_like_jit(calm_model):
     assert jax.local_device_count() == 8
 
 
+@pytest.mark.slow
 def test_the_queries_of_a_document_are_made_once(calm_model, tmp_path, heeded, monkeypatch):
     """A run without queries goes on with those that it made; its report tells of them."""
     settings = {**SETTINGS, "max_answer_tokens": 48, "steps": 8}
