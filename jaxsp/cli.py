@@ -152,6 +152,9 @@ class Questions:
         from jaxsp.data.documents import read_context
         from jaxsp.files import atomic_write
 
+        if self.count is not None:
+            check_limits("count", self.count, at_least=1)
+        make_settings({"seed": self.seed})  # a mistake is found before the model is loaded
         file = None if self.out == "-" else Path(self.out)
         if file is not None and file.exists() and not self.overwrite:
             raise UserError(f"{file} is there already; replace it with --overwrite, or choose another --out.")

@@ -49,7 +49,7 @@ class StudySettings:
     study: str = "auto"
     """Queries from the document: auto (all of them, where none are given), on (beside those given, until each
     sentence is asked for) or off."""
-    study_queries: int | None = _setting(None, type=int, at_least=2, below=2**20)
+    study_queries: int | None = _setting(None, type=int, at_least=1)
     """Number of queries from the document; by default four a sentence."""
 
 

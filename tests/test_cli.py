@@ -734,6 +734,7 @@ def test_questions_are_written_to_look_at_and_compress_takes_them(
     assert len(rows) == 6
     assert all(row["seed"] in SEEDS for row in rows)
     refused(jaxsp_command(*asked, "--out", file), "is there already", "--overwrite")
+    refused(jaxsp_command("questions", job["context"], "--count", 0), "--count must be at least 1, not 0")
     code, out, _ = jaxsp_command(*asked)
     assert (code, out) == (0, file.read_text())
     code, _, err = compress(queries=file)

@@ -197,6 +197,7 @@ def _drafted(
     asked = [draft for _, draft in drafts]
     written = completed(model, read_preamble(model), asked, document.text, key, on_written)
     made, most = [], settings.teacher.max_answer_tokens
+    taken = len(model.preamble_ids) + len(model.encode_context(document.text)) + most
     for (name, draft), text in zip(drafts, written, strict=True):
         if text is None or text in texts or _tokens(model, draft.answer) > most:
             continue
@@ -205,6 +206,8 @@ def _drafted(
                 continue
             seen.add(text)
         texts.add(text)
+        if taken + len(model.encode_query(text)) > model.config.window:
+            continue
         made.append(_Candidate(Query(text, draft.answer, seed=name), draft.sentences))
     return made, dict(collections.Counter(name for name, *_ in drafts))
 

@@ -50,8 +50,7 @@ def completed(
       on_written: called as each is finished.
     """
     texts: list[str | None] = [draft.text for draft in drafts]
-    unfinished = [i for i, draft in enumerate(drafts) if draft.source]
-    if not unfinished:
+    if not any(draft.source for draft in drafts):
         return texts
     tokenizer = model.tokenizer
     assert tokenizer is not None  # it has encoded the context
@@ -62,6 +61,10 @@ def completed(
         text = f"Text: {draft.source}\nQuestion: {draft.text}".rstrip()
         return model.check_ids(encode(tokenizer, text, control=False)).tolist()
 
+    room = model.config.window - int(prefix.next_position[0]) - MOST_TOKENS
+    requests = {i: request(draft) for i, draft in enumerate(drafts) if draft.source}
+    texts = [None if i in requests else text for i, text in enumerate(texts)]
+    unfinished = [i for i, ids in requests.items() if len(ids) <= room]
     sampling = Sampling(
         temperature=TEMPERATURE,
         top_p=TOP_P,
@@ -73,7 +76,7 @@ def completed(
         model.params,
         model.config,
         prefix,
-        [request(drafts[i]) for i in unfinished],
+        [requests[i] for i in unfinished],
         sampling,
         slots=SLOTS,
         key=key,

@@ -118,6 +118,16 @@ def test_a_document_that_does_not_matter_gives_nothing(calm_model, monkeypatch):
         made(calm_model)
 
 
+def test_sentences_that_the_model_cannot_read_are_passed_over(calm_model, heeded):
+    """One as long as the window can be neither quoted nor written about; the others are."""
+    model = dataclasses.replace(calm_model, config=dataclasses.replace(calm_model.config, window=420))
+    settings = make_settings({"prompt_length": 2, "max_answer_tokens": 16})
+    text = f"{'very ' * 50}long. It is red. It is big."
+    found, _ = study(model, text, [], [], settings, Display(visible=False))
+    assert found.asked
+    assert found.sentences[0] in found.uncovered
+
+
 def test_a_document_without_a_sentence(calm_model):
     settings = make_settings({"prompt_length": 1})
     with pytest.raises(UserError, match="no sentence to ask about; give questions with --queries"):
