@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxsp.data.packing import Packing
+from jaxsp.evaluation.facts import words
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.models import decoder
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.study.text import Document, words
+from jaxsp.study.text import Document
 from jaxsp.teacher.problem import Problem
 from jaxsp.typing import ceil_div
 

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from jaxsp.study.text import words
+from jaxsp.evaluation.facts import words
 
 FEWEST_WORDS, MOST_WORDS = 3, 40
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import markdown_it
 import sentencex
 
+from jaxsp.evaluation.facts import words
+
 _BLOCKS = markdown_it.MarkdownIt("commonmark").enable("table")
 _MARKS = re.compile(r"^\s*(?:(?:[-*+>#]+|\d+[.)])\s+)*")
 """Marks of Markdown before the words of a line: of lists, quotes, headings."""
@@ -119,11 +121,6 @@ class Document:
 
 ENGLISH = ("the", "of", "and", "to", "a", "in", "is", "that", "it", "for", "was", "on", "with", "are", "be")
 FIGURE = r"(?<![\w.])\d+(?:[.,:]\d+)*(?![\w])"
-
-
-def words(text: str) -> list[str]:
-    """The words of a text in lower case."""
-    return re.findall(r"[^\W_]+", text.casefold())
 
 
 def first_words(sentence: str, part: float) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from jaxsp.evaluation.facts import words
 from jaxsp.models import decoder
 from jaxsp.models.chat import encode
 from jaxsp.models.generation import Sampling, generate
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.study.seeds import Draft
-from jaxsp.study.text import words
 from jaxsp.typing import Array, KeyValues
 
 SLOTS = 64
@@ -87,5 +87,6 @@ def completed(
     for i, ids in zip(unfinished, written, strict=True):
         text = f"{drafts[i].text}{tokenizer.decode(ids, skip_special_tokens=True)}".strip(" \n\"'*-")
         good = len(ids) < MOST_TOKENS and text and not foreign & set(words(text))
-        texts[i] = f"{text}?" if good else None
+        if good:
+            texts[i] = text if text.endswith((".", "!")) else f"{text}?"
     return texts

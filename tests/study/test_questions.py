@@ -9,11 +9,12 @@ import pytest
 
 import jaxsp
 from jaxsp.data.documents import Query
+from jaxsp.evaluation.facts import words
 from jaxsp.progress import Display
 from jaxsp.settings import make_settings
 from jaxsp.study import Study, questions, seeds, study, study_key
 from jaxsp.study.seeds import SEEDS, Draft
-from jaxsp.study.text import Document, words
+from jaxsp.study.text import Document
 from jaxsp.typing import UserError
 
 TEXT = """# The K7
