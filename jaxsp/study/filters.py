@@ -1,4 +1,4 @@
-"""What makes a query fit to train on: its text, its answer, and that the document matters to it."""
+"""Checks of queries to train on: that the text is sane and new, and the answer none that refuses."""
 
 from __future__ import annotations
 

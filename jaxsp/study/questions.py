@@ -25,7 +25,7 @@ from jaxsp.study.seeds import SEEDS
 from jaxsp.study.text import Document
 from jaxsp.study.writing import completed
 from jaxsp.teacher.problem import Problem, digest, read_preamble, run_teacher, tokenize
-from jaxsp.typing import UserError
+from jaxsp.typing import KeyValues, UserError
 
 A_SENTENCE = 4
 """Queries to train on for each sentence of the document, where the user gives none and asks for no number."""
@@ -55,7 +55,8 @@ class Study:
     @property
     def uncovered(self) -> list[str]:
         """The sentences that no training query depends on."""
-        return [text for i, text in enumerate(self.sentences) if i not in set(self.asked)]
+        asked = set(self.asked)
+        return [text for i, text in enumerate(self.sentences) if i not in asked]
 
     def summary(self) -> dict[str, Any]:
         """The report's part: what each seed gave, and what of the document is asked for."""
@@ -138,15 +139,16 @@ def study(
     Raises:
       UserError: the document has no sentence, or nothing that was made from it is fit to train on.
     """
+    preamble = read_preamble(model)
     document = Document.of(context, lambda text: len(model.encode_context(text)))
     if not document.sentences:
         raise UserError("The document has no sentence to ask about; give questions with --queries.")
     with display.phase("questions", "Questions from the document") as note:
-        made, drafted = _drafted(model, document, [*given, *held_out], settings, note)
+        made, drafted = _drafted(model, document, preamble, [*given, *held_out], settings, note)
     own = len(given)
     queries = [*given, *(candidate.query for candidate in made)]
     job = tokenize(model, context, queries, held_out, settings)
-    problem = run_teacher(model, job, settings.teacher, read_preamble(model), display)
+    problem = run_teacher(model, job, settings.teacher, preamble, display)
     with display.phase("coverage", "What the document decides"):
         fit = _fit(model, document, problem, range(own, len(queries)))
         # A query made from a sentence asks for it; of the user's own it is seen by taking sentences away.
@@ -176,7 +178,12 @@ def _nothing(made: int) -> str:
 
 
 def _drafted(
-    model: LanguageModel, document: Document, known: Sequence[Query], settings: Settings, note: Any
+    model: LanguageModel,
+    document: Document,
+    preamble: KeyValues,
+    known: Sequence[Query],
+    settings: Settings,
+    note: Any,
 ) -> tuple[list[_Candidate], dict[str, int]]:
     """Sane queries of every seed, none twice; and how many each seed drafted."""
     seen, texts = Seen(query.text for query in known), {query.text for query in known}
@@ -195,7 +202,7 @@ def _drafted(
 
     key = jax.random.fold_in(jax.random.key(settings.training.seed), 2)
     asked = [draft for _, draft in drafts]
-    written = completed(model, read_preamble(model), asked, document.text, key, on_written)
+    written = completed(model, preamble, asked, document.text, key, on_written)
     made, most = [], settings.teacher.max_answer_tokens
     taken = len(model.preamble_ids) + len(model.encode_context(document.text)) + most
     for (name, draft), text in zip(drafts, written, strict=True):
@@ -285,5 +292,6 @@ def _chosen(
         best = min(left[sentence], key=lambda i: (seen[queries[i].seed] + 1) / SEEDS[queries[i].seed].WEIGHT)
         chosen.append(best)
         choose(best)
-        left = {sentence: [i for i in some if i != best] for sentence, some in left.items()}
+        for sentence in depends[best]:
+            left[sentence].remove(best)
     return chosen

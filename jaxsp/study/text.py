@@ -80,7 +80,7 @@ class Document:
         return collections.Counter(words(self.text))
 
     def count(self, word: str) -> int:
-        """How often it has a word, in lower case."""
+        """Number of times that it has a word, in lower case."""
         return self._counts[word]
 
     @functools.cached_property

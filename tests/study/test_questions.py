@@ -90,6 +90,7 @@ def test_the_problem_is_that_of_a_teacher_who_hears_its_queries_alone(calm_model
     mask = alone.rows.mask
     for name in ("tokens", "hidden"):
         ours = problem.rows.targets[name][:, : mask.shape[1]]
+        # Packed with others, a row's sums have another order: equal but for float32's rounding.
         np.testing.assert_allclose(ours[mask], alone.rows.targets[name][mask], atol=1e-5)
 
 

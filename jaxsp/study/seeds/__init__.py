@@ -1,7 +1,7 @@
 """Seeds of training queries: each describes a form and never a content, and is a file and a line here.
 
 A seed has a function ``drafts(document, chunk)``, which gives its drafts of queries about a chunk, and a
-``WEIGHT``: how often a sentence is asked for by it, beside the others.
+``WEIGHT``: the times that a sentence is asked for by it, beside the other seeds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Seed(Protocol):
 
     @property
     def WEIGHT(self) -> int:
-        """How often a sentence is asked for by it, beside the others."""
+        """Times that a sentence is asked for by it, beside the other seeds."""
         ...
 
     def drafts(self, document: Document, chunk: Chunk) -> list[Draft]:
