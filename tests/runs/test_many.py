@@ -299,7 +299,7 @@ def test_what_the_teacher_said_is_kept_on_disk(calm_model, tmp_path, monkeypatch
 
     calls, answer_ids = [], problem.answer_ids
     monkeypatch.setattr(problem, "answer_ids", lambda *a, **k: calls.append(1) or answer_ids(*a, **k))
-    monkeypatch.setattr(runner, "KEPT", 1)
+    monkeypatch.setattr(problems, "KEPT", 1)
     jobs = [
         job(f"{context}-{objective}", f"{CONTEXT} No. {context}.", objective=objective)
         for objective in ("kl", "nll")
