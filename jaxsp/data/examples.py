@@ -84,6 +84,26 @@ class Rows:
         return rows
 
 
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of several, one after the other; ``T`` and ``A`` fit the longest.
+
+    Example:
+      >>> short, long = make_rows([[5]], [[8, 2]]), make_rows([[5, 6, 7]], [[8]])
+      >>> joined([short, long]).tokens.tolist()
+      [[5, 8, 0], [5, 6, 7]]
+    """
+
+    def stacked(*leaves: np.ndarray, fill: int = 0) -> np.ndarray:
+        most = max(leaf.shape[1] for leaf in leaves)
+        others = [(0, 0)] * (leaves[0].ndim - 2)
+        widths = [[(0, 0), (0, most - leaf.shape[1]), *others] for leaf in leaves]
+        padded = [np.pad(leaf, w, constant_values=fill) for leaf, w in zip(leaves, widths, strict=True)]
+        return np.concatenate(padded)
+
+    rows = jax.tree.map(stacked, *parts)
+    return dataclasses.replace(rows, offsets=stacked(*(part.offsets for part in parts), fill=EMPTY))
+
+
 def make_rows(queries: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Rows:
     """Rows of query and answer ids; ``T`` and ``A`` fit the longest.
 

@@ -372,6 +372,41 @@ def read_long(
     return room
 
 
+def read_again(
+    params: Params,
+    config: DecoderConfig,
+    ids: Int[np.ndarray, "1 c"],
+    prefix: KeyValues,
+    slot: int,
+    *,
+    longest: int = 64,
+) -> KeyValues:
+    """A prefix with other tokens from one of its slots on: what stands before it is not read again.
+
+    Args:
+      params: the parameter tree.
+      config: its hyper-parameters.
+      ids: token ids of one sequence, no longer than what they replace.
+      prefix: from ``read_long``.
+      slot: first slot that is replaced.
+      longest: tokens read at once.
+
+    Returns:
+      As ``read_long``, of one size whatever is replaced.
+    """
+    count = ids.shape[1]
+    kept = prefix.positions.at[:, slot:].set(EMPTY)
+    room = KeyValues(prefix.keys, prefix.values, kept, prefix.bias).append(empty_prefix(config, longest))
+    first = int(room.next_position[0])
+    for i in range(0, count, longest):
+        own = ids[:, i : i + longest].astype(np.int32)
+        offsets = i + np.arange(longest)[None]
+        positions = np.where(offsets < count, first + offsets, EMPTY).astype(np.int32)
+        padded = np.pad(own, ((0, 0), (0, longest - own.shape[1])))
+        room = _read_chunk(params, config, room, padded, positions, slot + i)
+    return room
+
+
 def round_size(count: int) -> int:
     """The next of the sizes in quarters of an octave: ..., 16, 20, 24, 28, 32, 40, ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,9 @@ from jaxsp.typing import KeyValues, UserError
 
 A_SENTENCE = 4
 """Queries to train on for each sentence of the document, where the user gives none and asks for no number."""
+
+ROUNDS = 2
+"""Times that the document is asked for what no query asks for yet."""
 
 HELD_OUT, MOST_HELD_OUT = 0.2, 16
 """Part of the questions to measure on, and their number at most, where the user gives none."""
@@ -139,35 +143,106 @@ def study(
     Raises:
       UserError: the document has no sentence, or nothing that was made from it is fit to train on.
     """
-    preamble = read_preamble(model)
     document = Document.of(context, lambda text: len(model.encode_context(text)))
     if not document.sentences:
         raise UserError("The document has no sentence to ask about; give questions with --queries.")
-    with display.phase("questions", "Questions from the document") as note:
-        made, drafted = _drafted(model, document, preamble, [*given, *held_out], settings, note)
-    own = len(given)
-    queries = [*given, *(candidate.query for candidate in made)]
-    job = tokenize(model, context, queries, held_out, settings)
-    problem = run_teacher(model, job, settings.teacher, preamble, display)
-    with display.phase("coverage", "What the document decides"):
-        fit = _fit(model, document, problem, range(own, len(queries)))
+    found = _Found(model, document, read_preamble(model), settings, display)
+    own, last = len(given), [*range(len(given), len(given) + len(held_out))]
+    if given or held_out:
+        problem = found.ask([*given, *held_out]).take(range(own))
+    if given:
+        with display.phase("coverage", "What the questions ask for"):
+            texts = zip(given, problem.answers, strict=True)
+            about = [candidates(document, query.text, _text(model, answer)) for query, answer in texts]
+            found.depends = dict(enumerate(covered(model, document, problem, about)))
+    seen = Seen(query.text for query in [*given, *held_out])
+    for number in range(ROUNDS):
+        with display.phase("questions", "Questions from the document") as note:
+            made = found.drafted(seen, number, note)
+        if not made:
+            break
+        first, problem = len(found), found.ask([candidate.query for candidate in made])
+        with display.phase("signals", "What the document decides"):
+            fit = _fit(model, document, problem)
         # A query made from a sentence asks for it; of the user's own it is seen by taking sentences away.
-        depends = {i: set(made[i - own].about) for i in fit}
-        if own:
-            about = [candidates(document, queries[i].text, _answer(model, problem, i)) for i in range(own)]
-            found = covered(model, document, problem.take(range(own)), about)
-            depends = dict(enumerate(found)) | depends
-    last = [*range(len(queries), len(queries) + len(held_out))]
+        found.depends |= {first + i: set(made[i].about) for i in fit}
+    depends = found.depends
     if measure and not last and depends:
-        last = _to_measure(depends, queries, own, settings)
+        last = _to_measure(depends, found.queries, own, settings)
         depends = {i: some for i, some in depends.items() if i not in set(last)}
-    chosen = _chosen(depends, queries, own, len(document.sentences), settings)
+    chosen = _chosen(depends, found.queries, own, len(document.sentences), settings)
     if not chosen or (measure and not last):
-        raise UserError(_nothing(len(made)))
+        raise UserError(_nothing(len(found) - own - len(held_out)))
     asked = sorted({sentence for i in chosen for sentence in depends[i]})
-    train, measured = ([problem.job.queries[i] for i in part] for part in (chosen, last))
+    train, measured = ([found.queries[i] for i in part] for part in (chosen, last))
     texts = [sentence.text for sentence in document.sentences]
-    return Study(train, measured, drafted, texts, asked), problem.take([*chosen, *last], train=len(chosen))
+    problem = Problem.joined(found.problems).take([*chosen, *last], train=len(chosen))
+    return Study(train, measured, dict(found.counts), texts, asked), problem
+
+
+class _Found:
+    """The queries asked so far, with what the teacher said, and the sentences that they depend on."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        document: Document,
+        preamble: KeyValues,
+        settings: Settings,
+        display: Display,
+    ) -> None:
+        self.model, self.document, self.preamble = model, document, preamble
+        self.settings, self.display = settings, display
+        self.problems: list[Problem] = []
+        self.depends: dict[int, set[int]] = {}
+        self.counts = collections.Counter[str]()
+        """Queries drafted, by seed."""
+
+    def __len__(self) -> int:
+        return sum(len(problem.answers) for problem in self.problems)
+
+    @property
+    def queries(self) -> list[Query]:
+        return [query for problem in self.problems for query in problem.job.queries]
+
+    def ask(self, queries: Sequence[Query]) -> Problem:
+        """More queries, which the teacher answers."""
+        job = tokenize(self.model, self.document.text, queries, [], self.settings)
+        self.problems.append(run_teacher(self.model, job, self.settings.teacher, self.preamble, self.display))
+        return self.problems[-1]
+
+    def drafted(self, seen: Seen, number: int, note: Any) -> list[_Candidate]:
+        """Sane queries, of every seed, for the sentences that nobody asks for yet; none twice."""
+        model, document, most = self.model, self.document, self.settings.teacher.max_answer_tokens
+        wanted = set(range(len(document.sentences))).difference(*self.depends.values())
+        drafts = [
+            (name, draft)
+            for name, seed in SEEDS.items()
+            for chunk in document.chunks
+            for draft in seed.drafts(document, chunk)
+            if wanted.issuperset(draft.sentences)
+        ]
+        count = itertools.count(1)
+        key = jax.random.fold_in(jax.random.key(self.settings.training.seed), 2 + number)
+        asked = [draft for _, draft in drafts]
+        written = completed(
+            model, self.preamble, asked, document.text, key, lambda: note(f"{next(count)} written")
+        )
+        made, texts = [], {query.text for query in self.queries}
+        taken = len(model.preamble_ids) + len(model.encode_context(document.text)) + most
+        for (name, draft), text in zip(drafts, written, strict=True):
+            if text is None or text in texts or _tokens(model, draft.answer) > most:
+                continue
+            if draft.source:
+                if not is_sane(text, document.text) or not seen.is_new(text):
+                    continue
+                seen.add(text)
+            texts.add(text)
+            if taken + len(model.encode_query(text)) > model.config.window:
+                continue
+            made.append(_Candidate(Query(text, draft.answer, seed=name), draft.sentences))
+        self.counts.update(name for name, _ in drafts)
+        return made
 
 
 def _nothing(made: int) -> str:
@@ -177,80 +252,36 @@ def _nothing(made: int) -> str:
     )
 
 
-def _drafted(
-    model: LanguageModel,
-    document: Document,
-    preamble: KeyValues,
-    known: Sequence[Query],
-    settings: Settings,
-    note: Any,
-) -> tuple[list[_Candidate], dict[str, int]]:
-    """Sane queries of every seed, none twice; and how many each seed drafted."""
-    seen, texts = Seen(query.text for query in known), {query.text for query in known}
-    drafts = [
-        (name, draft)
-        for name, seed in SEEDS.items()
-        for chunk in document.chunks
-        for draft in seed.drafts(document, chunk)
-    ]
-    count = 0
-
-    def on_written() -> None:
-        nonlocal count
-        count += 1
-        note(f"{count} written")
-
-    key = jax.random.fold_in(jax.random.key(settings.training.seed), 2)
-    asked = [draft for _, draft in drafts]
-    written = completed(model, preamble, asked, document.text, key, on_written)
-    made, most = [], settings.teacher.max_answer_tokens
-    taken = len(model.preamble_ids) + len(model.encode_context(document.text)) + most
-    for (name, draft), text in zip(drafts, written, strict=True):
-        if text is None or text in texts or _tokens(model, draft.answer) > most:
-            continue
-        if draft.source:
-            if not is_sane(text, document.text) or not seen.is_new(text):
-                continue
-            seen.add(text)
-        texts.add(text)
-        if taken + len(model.encode_query(text)) > model.config.window:
-            continue
-        made.append(_Candidate(Query(text, draft.answer, seed=name), draft.sentences))
-    return made, dict(collections.Counter(name for name, *_ in drafts))
-
-
 def _tokens(model: LanguageModel, text: str | None) -> int:
     return 0 if text is None else len(model.encode_context(text))
 
 
-def _fit(model: LanguageModel, document: Document, problem: Problem, index: range) -> list[int]:
+def _fit(model: LanguageModel, document: Document, problem: Problem) -> list[int]:
     """The queries made whose answers come from the document, and are others without it.
 
     Those whose answers are cut at their greatest length come last: a small model has few others.
     """
-    if not index:
-        return []
-    rows = problem.rows.take(index)
+    rows = problem.rows
     kl = at_positions(model, problem.preamble, rows, problem.packing, ("kl",))["kl"].sum(axis=1)
     kl /= rows.mask.sum(axis=1)
 
     def is_good(i: int) -> bool:
         if problem.job.given_ids[i] is not None:
             return True
-        answer = _answer(model, problem, i)
+        answer = _text(model, problem.answers[i])
         grounded = stands_in(answer, document.text, problem.job.queries[i].text) is not False
         return grounded and is_answer(answer)
 
     def is_cut(i: int) -> bool:
         return problem.answers[i][-1] not in model.stop_ids
 
-    fit = [i for i, own in zip(index, kl, strict=True) if own > MATTERS and is_good(i)]
+    fit = [i for i, own in enumerate(kl) if own > MATTERS and is_good(i)]
     return sorted(fit, key=is_cut)
 
 
-def _answer(model: LanguageModel, problem: Problem, i: int) -> str:
+def _text(model: LanguageModel, answer: Sequence[int]) -> str:
     tokenizer: Any = model.tokenizer  # there is one: it has encoded the context
-    return str(tokenizer.decode(problem.answers[i], skip_special_tokens=True))
+    return str(tokenizer.decode(answer, skip_special_tokens=True))
 
 
 def _to_measure(

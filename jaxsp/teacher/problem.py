@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxsp import processes
 from jaxsp.data.documents import Query
-from jaxsp.data.examples import Rows, make_rows
+from jaxsp.data.examples import Rows, joined, make_rows
 from jaxsp.data.packing import Packing
 from jaxsp.models import decoder
 from jaxsp.models.chat import ChatTexts, encode
@@ -98,6 +98,20 @@ class Problem:
             job, queries=queries, is_train=is_train, query_ids=query_ids, given_ids=given_ids
         )
         return Problem(job, self.preamble, self.rows.take(index), some(self.answers))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Problem]) -> Problem:
+        """The problem of all queries of several on one context, those of the first one first."""
+        jobs = [part.job for part in parts]
+        job = dataclasses.replace(
+            jobs[0],
+            queries=[query for job in jobs for query in job.queries],
+            is_train=np.concatenate([job.is_train for job in jobs]),
+            query_ids=[ids for job in jobs for ids in job.query_ids],
+            given_ids=[ids for job in jobs for ids in job.given_ids],
+        )
+        answers = [answer for part in parts for answer in part.answers]
+        return cls(job, parts[0].preamble, joined([part.rows for part in parts]), answers)
 
     @property
     def train(self) -> Rows:

@@ -132,6 +132,22 @@ def test_reading_in_chunks_equals_reading_at_once(model, length):
     np.testing.assert_array_equal(before.keys, kept)  # its buffer was not given away
 
 
+@pytest.mark.parametrize("slot", [3, 9, 22])
+def test_reading_again_from_a_slot_equals_reading_anew(model, slot):
+    params, config = model
+    ids, others = np.random.RandomState(5).randint(0, config.vocab_size, (2, 1, 19))
+    before = decoder.prefill(params, config, decoder.embed(params, config, IDS[:, :3]))
+    whole = decoder.read_long(params, config, ids, before)
+    kept, changed = np.array(whole.keys), others[:, slot : slot + 10]
+    again = decoder.read_again(params, config, changed, whole, slot, longest=8)
+    anew = decoder.read_long(params, config, np.hstack([ids[:, : slot - 3], changed]), before)
+    used, expected = (np.flatnonzero(np.asarray(p.positions[0]) != EMPTY) for p in (again, anew))
+    np.testing.assert_array_equal(again.positions[:, used], anew.positions[:, expected])
+    np.testing.assert_allclose(again.keys[:, :, used], anew.keys[:, :, expected], atol=1e-5)
+    np.testing.assert_allclose(again.values[:, :, used], anew.values[:, :, expected], atol=1e-5)
+    np.testing.assert_array_equal(whole.keys, kept)  # its buffer was not given away
+
+
 def test_memory_of_reading_a_long_document():
     """Beside its keys and values, a document of 32k tokens needs what its chunks need."""
     config = smollm2_shape("float32")
