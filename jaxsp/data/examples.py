@@ -74,7 +74,7 @@ class Rows:
 
     def take(self, index: Sequence[int] | np.ndarray) -> Rows:
         """The rows of these indices, in their order; one beyond the last gives an empty row."""
-        index = np.asarray(index)
+        index = np.asarray(index, int)
         blank = index >= len(self)
         rows = jax.tree.map(lambda leaf: leaf[np.where(blank, 0, index)], self)
         rows.offsets[blank] = EMPTY

@@ -14,8 +14,9 @@ FEWEST_WORDS, MOST_WORDS = 3, 40
 ALIKE = 0.75
 """Overlap of two queries' pairs of words from which one of them is left out."""
 
-MATTERS = 1.0
-"""KL of an answer without the document, in nats a token, from which the document matters to it."""
+MATTERS = 5.0
+"""KL of a whole answer without the document, in nats, from which the document matters to it. A sum, as a fact
+may be one token of many."""
 
 _REFUSAL = re.compile(
     r"\b(i'?m sorry|i am sorry|i can(?:'t|not)|as an ai|i do(?:n't| not) (?:know|have)|"

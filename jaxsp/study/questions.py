@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jaxsp.data.documents import Query, as_queries
-from jaxsp.evaluation.facts import stands_in
+from jaxsp.evaluation.facts import stands_in, words
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.files import atomic_write
 from jaxsp.models.language_model import LanguageModel
@@ -22,7 +22,7 @@ from jaxsp.progress import Display
 from jaxsp.settings import Settings, plain
 from jaxsp.study.coverage import candidates, covered
 from jaxsp.study.filters import MATTERS, Seen, is_answer, is_sane
-from jaxsp.study.seeds import SEEDS
+from jaxsp.study.seeds import SEEDS, Draft
 from jaxsp.study.text import Document
 from jaxsp.study.writing import completed
 from jaxsp.teacher.problem import Problem, digest, read_preamble, run_teacher, tokenize
@@ -112,8 +112,7 @@ def study_key(
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
     query: Query
-    about: tuple[int, ...]
-    """Numbers of the sentences that it may depend on."""
+    draft: Draft
 
 
 def study(
@@ -149,12 +148,12 @@ def study(
     found = _Found(model, document, read_preamble(model), settings, display)
     own, last = len(given), [*range(len(given), len(given) + len(held_out))]
     if given or held_out:
-        problem = found.ask([*given, *held_out]).take(range(own))
+        problem = found.ask([*given, *held_out])
     if given:
         with display.phase("coverage", "What the questions ask for"):
-            texts = zip(given, problem.answers, strict=True)
+            texts = zip(given, problem.answers, strict=False)  # then those held out
             about = [candidates(document, query.text, _text(model, answer)) for query, answer in texts]
-            found.depends = dict(enumerate(covered(model, document, problem, about)))
+            found.depends = dict(enumerate(covered(model, document, problem.take(range(own)), about)))
     seen = Seen(query.text for query in [*given, *held_out])
     for number in range(ROUNDS):
         with display.phase("questions", "Questions from the document") as note:
@@ -163,9 +162,9 @@ def study(
             break
         first, problem = len(found), found.ask([candidate.query for candidate in made])
         with display.phase("signals", "What the document decides"):
-            fit = _fit(model, document, problem)
+            fit = _fit(model, document, problem, made)
         # A query made from a sentence asks for it; of the user's own it is seen by taking sentences away.
-        found.depends |= {first + i: set(made[i].about) for i in fit}
+        found.depends |= {first + i: set(made[i].draft.sentences) for i in fit}
     depends = found.depends
     if measure and not last and depends:
         last = _to_measure(depends, found.queries, own, settings)
@@ -233,6 +232,8 @@ class _Found:
         for (name, draft), text in zip(drafts, written, strict=True):
             if text is None or text in texts or _tokens(model, draft.answer) > most:
                 continue
+            if draft.expect and set(words(draft.expect)) <= set(words(text)):
+                continue  # it says what it asks for
             if draft.source:
                 if not is_sane(text, document.text) or not seen.is_new(text):
                     continue
@@ -240,7 +241,7 @@ class _Found:
             texts.add(text)
             if taken + len(model.encode_query(text)) > model.config.window:
                 continue
-            made.append(_Candidate(Query(text, draft.answer, seed=name), draft.sentences))
+            made.append(_Candidate(Query(text, draft.answer, seed=name), draft))
         self.counts.update(name for name, _ in drafts)
         return made
 
@@ -256,19 +257,20 @@ def _tokens(model: LanguageModel, text: str | None) -> int:
     return 0 if text is None else len(model.encode_context(text))
 
 
-def _fit(model: LanguageModel, document: Document, problem: Problem) -> list[int]:
+def _fit(model: LanguageModel, document: Document, problem: Problem, made: Sequence[_Candidate]) -> list[int]:
     """The queries made whose answers come from the document, and are others without it.
 
     Those whose answers are cut at their greatest length come last: a small model has few others.
     """
     rows = problem.rows
     kl = at_positions(model, problem.preamble, rows, problem.packing, ("kl",))["kl"].sum(axis=1)
-    kl /= rows.mask.sum(axis=1)
 
     def is_good(i: int) -> bool:
         if problem.job.given_ids[i] is not None:
             return True
         answer = _text(model, problem.answers[i])
+        if not set(words(made[i].draft.expect)) <= set(words(answer)):
+            return False
         grounded = stands_in(answer, document.text, problem.job.queries[i].text) is not False
         return grounded and is_answer(answer)
 

@@ -95,6 +95,26 @@ class Document:
         once = [w for w in dict.fromkeys(here) if len(w) > 2 and all(self._counts[p] == 1 for p in words(w))]
         return sorted(once, key=len, reverse=True)
 
+    def facts_of(self, sentence: int) -> list[str]:
+        """Parts of a sentence that a question may ask for: what stands after a colon or in a table's cells,
+        figures with their unit, names, then the words that the document has once.
+        """
+        here = self.sentences[sentence]
+        value = re.search(r":\s+(\S.*?)[.;]?$", here.text)
+        cells = here.text.split(" | ")[1:] if here.columns else []
+        figures = re.findall(rf"{FIGURE}(?:\s?(?:[^\W\d_]+|[%€$£°]))?", here.text)
+        codes = re.findall(r"(?=\S*\d)(?=\S*[^\W\d])[^\W_]\S*\w|\d[\d-]*-[\d-]*\d", here.text)
+        names = re.findall(r"(?<=[^.!?:]\s)[^\W\d_a-z][\w@-]*(?:\s[^\W\d_a-z][\w@-]*)*", here.text)
+        found = [*cells, *(value.groups() if value else ())]
+        found += [*codes, *figures, *names, *self.rare_words(sentence)]
+        new: list[str] = []
+        for fact in found:
+            own = set(words(fact))
+            is_rare = own and min(map(self.count, own)) <= RARE
+            if is_rare and not any(own & set(words(other)) for other in new):
+                new.append(fact)
+        return new
+
     def false_variant(self, sentence: int) -> str:
         """The sentence with another sentence's figure in place of its first; empty if it can't be."""
         here = self.sentences[sentence].text
@@ -118,6 +138,9 @@ class Document:
             return f'the part "{chunk.headings[-1]}"'
         return f'the part that begins with "{" ".join(self.sentences[chunk.sentences[0]].text.split()[:6])}"'
 
+
+RARE = 2
+"""Times that a document may have a word that tells one of its facts from others."""
 
 ENGLISH = ("the", "of", "and", "to", "a", "in", "is", "that", "it", "for", "was", "on", "with", "are", "be")
 FIGURE = r"(?<![\w.])\d+(?:[.,:]\d+)*(?![\w])"

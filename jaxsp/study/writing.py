@@ -20,14 +20,24 @@ TEMPERATURE, TOP_P = 0.3, 0.95
 
 EXAMPLES = """\
 Text: The bridge over the Aare was built in 1932 and is 210 metres long.
+Answer: 1932
 Question: When was the bridge over the Aare built?
 
+Text: The bridge over the Aare was built in 1932 and is 210 metres long.
+Answer: 210 metres
+Question: How long is the bridge?
+
+Text: Colour of the roof: red
+Answer: red
+Question: What colour is the roof?
+
 Text: Dogs must stay outside, but cats are welcome.
-Question: Are dogs allowed inside?
+Answer: cats
+Question: Which animals may come inside?
 
 """
-"""Two texts with a question each: by them models know what is wanted that follow no instructions, too."""
-FOREIGN = {"bridge", "aare", "dog", "dogs", "cat", "cats"}
+"""Texts with a question each: by them models know what is wanted that follow no instructions, too."""
+FOREIGN = {"bridge", "aare", "roof", "dog", "dogs", "cat", "cats", "animal", "animals"}
 """Their own words: a query that has one is not about the document."""
 
 
@@ -55,10 +65,12 @@ def completed(
     tokenizer = model.tokenizer
     assert tokenizer is not None  # it has encoded the context
     examples = model.encode_context(EXAMPLES)
+    if len(model.preamble_ids) + len(examples) + MOST_TOKENS > model.config.window:
+        return [None if draft.source else draft.text for draft in drafts]
     prefix = decoder.read_long(model.params, model.config, examples[None], preamble)
 
     def request(draft: Draft) -> list[int]:
-        text = f"Text: {draft.source}\nQuestion: {draft.text}".rstrip()
+        text = f"Text: {draft.source}\nAnswer: {draft.expect}\nQuestion: {draft.text}".rstrip()
         return model.check_ids(encode(tokenizer, text, control=False)).tolist()
 
     room = model.config.window - int(prefix.next_position[0]) - MOST_TOKENS

@@ -24,7 +24,7 @@ The tank of the K7 holds 1.2 litres. Its cable is 90 centimetres long. The lid i
 ## Prices
 
 - The machine costs 249 euros
-- A filter costs 9 euros
+- Price of a filter: 9 euros
 """
 
 
@@ -51,6 +51,7 @@ def test_a_seed_asks_for_sentences_of_its_chunk(name):
             assert draft.sentences
             assert set(draft.sentences) <= set(chunk.sentences)
             assert draft.source or draft.text.strip()
+            assert set(words(draft.expect)) <= set(words(chunk.text))
             if draft.answer is not None:
                 assert any(draft.answer in whole.sentences[i].text for i in draft.sentences)
 
@@ -103,6 +104,42 @@ def test_given_queries_stay_and_the_document_adds_what_they_lack(calm_model, hee
     assert found.summary()["given"] == 1
     assert len(found.train) < len(made(calm_model)[0].train)
     assert problem.job.queries[-1] == held_out[0]
+
+
+@pytest.mark.parametrize(("answer", "kept"), [("It holds 1.2 litres.", True), ("It holds 12 litres.", False)])
+def test_a_question_is_kept_if_its_answer_is_the_fact_that_it_was_made_for(
+    calm_model, heeded, monkeypatch, answer, kept
+):
+    class Own:
+        WEIGHT = 1
+
+        @staticmethod
+        def drafts(document, chunk):
+            return [Draft("How much does it hold?", (0,), expect="1.2 litres")]
+
+    monkeypatch.setattr(questions, "SEEDS", {"own": Own})
+    monkeypatch.setattr(questions, "_text", lambda *_: answer)
+    if kept:
+        assert made(calm_model, held_out=[Query("What?")])[0].train == [
+            Query("How much does it hold?", seed="own")
+        ]
+    else:
+        with pytest.raises(UserError, match="none is fit"):
+            made(calm_model, held_out=[Query("What?")])
+
+
+def test_a_query_does_not_say_what_it_asks_for(calm_model, heeded, monkeypatch):
+    class Own:
+        WEIGHT = 1
+
+        @staticmethod
+        def drafts(document, chunk):
+            return [Draft("Does it hold 1.2 litres?", (0,), expect="1.2 litres")]
+
+    monkeypatch.setattr(questions, "SEEDS", {"own": Own})
+    monkeypatch.setattr(questions, "_text", lambda *_: "It holds 1.2 litres.")
+    with pytest.raises(UserError, match="Of 0 queries"):
+        made(calm_model, held_out=[Query("What?")])
 
 
 def test_as_many_as_asked_for(calm_model, heeded):

@@ -102,3 +102,23 @@ def test_first_words():
 )
 def test_english_is_known_by_its_commonest_words(text, english):
     assert Document.of(text, count).is_english is english
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("- Weight of the press: 4.5 kilograms", ["4.5 kilograms", "Weight"]),
+        ("The order number is KF-208.", ["KF-208", "number"]),
+        ("Call 555-0142 on Mondays.", ["555-0142", "Mondays"]),
+        ("It was made by Ida Lund in 1932.", ["1932", "Ida Lund"]),
+        ("Der Tank fasst 1,2 Liter.", ["1,2 Liter", "Tank"]),
+        ("| size | weight |\n|---|---|\n| S | 100 g |", ["100 g"]),
+    ],
+)
+def test_the_facts_of_a_sentence_the_likeliest_to_be_asked_for_first(text, first):
+    assert Document.of(text, count).facts_of(0)[: len(first)] == first
+
+
+def test_what_stands_everywhere_is_no_fact_of_a_sentence():
+    document = Document.of("The K7 is red. The K7 is big. The K7 is new.", count)
+    assert document.facts_of(0) == ["red"]

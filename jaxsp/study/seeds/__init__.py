@@ -19,6 +19,7 @@ from jaxsp.study.seeds import (
     summary,
     true_or_false,
     use_case,
+    what_is,
 )
 from jaxsp.study.seeds.draft import Draft as Draft
 from jaxsp.study.text import Chunk, Document
@@ -39,6 +40,7 @@ class Seed(Protocol):
 
 SEEDS: dict[str, Seed] = {
     "question": question,
+    "what_is": what_is,
     "use_case": use_case,
     "quote": quote,
     "complete": complete,

@@ -1,4 +1,8 @@
-"""Questions about a sentence, which the model writes; each is begun for it with a question word."""
+"""Questions for a fact of a sentence, which the model writes.
+
+The answer is chosen before the question, and kept is a question to which the model, with the whole document,
+gives that answer: round-trip consistency (Alberti et al. 2019, arXiv:1906.05416).
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,12 @@ from jaxsp.study.text import Chunk, Document
 
 WEIGHT = 3
 
-OPENINGS = ("What", "How", "Which", "When", "Who", "Where")
-"""A begun question ends as one, also of a small model, and each word asks for something else."""
-A_SENTENCE = 4
+A_SENTENCE = 3
 
 
 def drafts(document: Document, chunk: Chunk) -> list[Draft]:
-    found = []
-    for i in chunk.sentences:
-        openings = [OPENINGS[(i * A_SENTENCE + n) % len(OPENINGS)] for n in range(A_SENTENCE)]
-        begun = openings if document.is_english else [""] * A_SENTENCE
-        found += [Draft(opening, (i,), document.with_heading(i)) for opening in begun]
-    return found
+    return [
+        Draft("", (i,), document.with_heading(i), expect=fact)
+        for i in chunk.sentences
+        for fact in document.facts_of(i)[:A_SENTENCE]
+    ]

@@ -7,9 +7,13 @@ from jaxsp.study.text import Chunk, Document
 
 WEIGHT = 1
 
-OPENINGS = ("Can I", "I would like to know")
+OPENINGS = ("How can I", "I would like to know")
 
 
 def drafts(document: Document, chunk: Chunk) -> list[Draft]:
     openings = OPENINGS if document.is_english else ("",)
-    return [Draft(o, (i,), document.with_heading(i)) for o, i in zip(openings, chunk.sentences, strict=False)]
+    return [
+        Draft(opening, (i,), document.with_heading(i), expect=fact)
+        for opening, i in zip(openings, chunk.sentences, strict=False)
+        for fact in document.facts_of(i)[:1]
+    ]
