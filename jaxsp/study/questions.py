@@ -164,7 +164,7 @@ def study(
         with display.phase("signals", "What the document decides"):
             fit = _fit(model, document, problem, made)
         # A query made from a sentence asks for it; of the user's own it is seen by taking sentences away.
-        found.depends |= {first + i: set(made[i].draft.sentences) for i in fit}
+        found.depends |= {first + i: set().union(*map(document.alike, made[i].draft.sentences)) for i in fit}
     depends = found.depends
     if measure and not last and depends:
         last = _to_measure(depends, found.queries, own, settings)

@@ -79,6 +79,17 @@ class Document:
     def _counts(self) -> collections.Counter[str]:
         return collections.Counter(words(self.text))
 
+    def alike(self, sentence: int) -> set[int]:
+        """The sentences with the same words: who asks for one asks for all."""
+        return self._alike[self.sentences[sentence].text]
+
+    @functools.cached_property
+    def _alike(self) -> dict[str, set[int]]:
+        found: dict[str, set[int]] = {}
+        for i, sentence in enumerate(self.sentences):
+            found.setdefault(sentence.text, set()).add(i)
+        return found
+
     def count(self, word: str) -> int:
         """Number of times that it has a word, in lower case."""
         return self._counts[word]
@@ -146,9 +157,18 @@ ENGLISH = ("the", "of", "and", "to", "a", "in", "is", "that", "it", "for", "was"
 FIGURE = r"(?<![\w.])\d+(?:[.,:]\d+)*(?![\w])"
 
 
+_SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+"""Letters of scripts that are written without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
+
+
 def first_words(sentence: str, part: float) -> str:
-    """The first part of a sentence, in whole words; empty if it has too few."""
-    own = list(re.finditer(r"\S+", sentence))
+    """The first part of a sentence, in whole words; empty if it has too few.
+
+    Example:
+      >>> first_words("The lid is made of steel.", 1 / 3), first_words("水箱容量为1.2升。", 1 / 2)
+      ('The lid', '水箱容量')
+    """
+    own = list(re.finditer(rf"[{_SPACELESS}]|[^\s{_SPACELESS}]+", sentence))
     count = max(2, round(part * len(own)))
     return sentence[: own[count - 1].end()] if count < len(own) else ""
 
