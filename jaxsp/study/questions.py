@@ -258,27 +258,27 @@ def _tokens(model: LanguageModel, text: str | None) -> int:
 
 
 def _fit(model: LanguageModel, document: Document, problem: Problem, made: Sequence[_Candidate]) -> list[int]:
-    """The queries made whose answers come from the document, and are others without it.
+    """The queries made whose answers come from the document, and are others without it; the best first.
 
-    Those whose answers are cut at their greatest length come last: a small model has few others.
+    The best have the answer that they were made for: round-trip consistency (Alberti et al. 2019,
+    arXiv:1906.05416). Others stay, too, as σ is to do what the model does, and so do those whose answers are
+    cut at their greatest length, as the last: a small model has few others.
     """
     rows = problem.rows
     kl = at_positions(model, problem.preamble, rows, problem.packing, ("kl",))["kl"].sum(axis=1)
+    texts = [_text(model, answer) for answer in problem.answers]
 
     def is_good(i: int) -> bool:
         if problem.job.given_ids[i] is not None:
             return True
-        answer = _text(model, problem.answers[i])
-        if not set(words(made[i].draft.expect)) <= set(words(answer)):
-            return False
-        grounded = stands_in(answer, document.text, problem.job.queries[i].text) is not False
-        return grounded and is_answer(answer)
+        grounded = stands_in(texts[i], document.text, problem.job.queries[i].text) is not False
+        return grounded and is_answer(texts[i])
 
-    def is_cut(i: int) -> bool:
-        return problem.answers[i][-1] not in model.stop_ids
+    def rank(i: int) -> tuple[bool, bool]:
+        is_other = not set(words(made[i].draft.expect)) <= set(words(texts[i]))
+        return problem.answers[i][-1] not in model.stop_ids, is_other
 
-    fit = [i for i, own in enumerate(kl) if own > MATTERS and is_good(i)]
-    return sorted(fit, key=is_cut)
+    return sorted((i for i, own in enumerate(kl) if own > MATTERS and is_good(i)), key=rank)
 
 
 def _text(model: LanguageModel, answer: Sequence[int]) -> str:

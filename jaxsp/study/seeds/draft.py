@@ -13,7 +13,7 @@ class Draft:
       text: the query, or its first words.
       sentences: numbers of the sentences that it may be about.
       source: the text that the rest is to be written about; empty if the query is complete.
-      expect: words of the document that it asks for: the query doesn't have them, its answer does.
+      expect: words of the document that it asks for: the query doesn't have them, and the best answers do.
       answer: the answer, where the document itself gives it; else the model answers.
     """
 

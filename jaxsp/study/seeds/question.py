@@ -1,7 +1,7 @@
-"""Questions for a fact of a sentence, which the model writes.
+"""Questions about a sentence, which the model writes.
 
-The answer is chosen before the question, and kept is a question to which the model, with the whole document,
-gives that answer: round-trip consistency (Alberti et al. 2019, arXiv:1906.05416).
+Some are for a fact of the sentence: the answer is chosen before the question (Alberti et al. 2019,
+arXiv:1906.05416). The others are begun with a question word, and each word asks for something else.
 """
 
 from __future__ import annotations
@@ -11,12 +11,18 @@ from jaxsp.study.text import Chunk, Document
 
 WEIGHT = 3
 
-A_SENTENCE = 3
+OPENINGS = ("What", "How", "Which", "When", "Who", "Where")
+"""A begun question ends as one, also of a small model."""
+FACTS, OPENED = 2, 3
+"""Questions of each kind for a sentence."""
 
 
 def drafts(document: Document, chunk: Chunk) -> list[Draft]:
-    return [
-        Draft("", (i,), document.with_heading(i), expect=fact)
-        for i in chunk.sentences
-        for fact in document.facts_of(i)[:A_SENTENCE]
-    ]
+    found = []
+    for i in chunk.sentences:
+        source = document.with_heading(i)
+        found += [Draft("", (i,), source, expect=fact) for fact in document.facts_of(i)[:FACTS]]
+        openings = [OPENINGS[(i * OPENED + n) % len(OPENINGS)] for n in range(OPENED)]
+        begun = openings if document.is_english else [""] * OPENED
+        found += [Draft(opening, (i,), source) for opening in begun]
+    return found
