@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from jaxsp.data.examples import make_rows
@@ -145,16 +146,18 @@ class Teacher:
         Raises:
           UserError: an answer is too long for the student's window.
         """
-        answers, rows = said.answers, said.rows
+        answers, rows, signals = said.answers, said.rows, {}
         if self.difference is None:
             ids = [row[mask].tolist() for row, mask in zip(rows.targets["tokens"], rows.mask, strict=True)]
             for answer in ids:
                 self.student.check_ids(answer)
             signals = {name: target for name, target in rows.targets.items() if name != "tokens"}
         else:
-            answers, signals = [self._encoded_again(answer) for answer in answers], {}
+            answers = [self._encoded_again(answer) for answer in answers]
             ids = [given or own for given, own in zip(job.given_ids, answers, strict=True)]
-        rows = make_rows(job.query_ids, ids).with_targets(**signals)
+        rows = make_rows(job.query_ids, ids)
+        # Of some of the queries that the teacher was asked, the longest answer may be shorter.
+        rows = rows.with_targets(**jax.tree.map(lambda leaf: leaf[:, : rows.mask.shape[1]], signals))
         taken = len(preamble.positions[0]) + settings.prompt.prompt_length + int(rows.lengths.max()) + 1
         if taken > (window := self.student.config.window):
             raise UserError(
