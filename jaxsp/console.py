@@ -76,7 +76,7 @@ def _taught_by(teacher: Mapping[str, Any] | None) -> dict[str, str]:
     """A row on the teacher, if it is another model."""
     if teacher is None:
         return {}
-    tokens_only = ", by its answers alone" if teacher["signal"] == "answers" else ""
+    tokens_only = ", tokens only" if teacher["signal"] == "answers" else ""
     return {"taught by": f"{teacher['name']} ({teacher['fingerprint'][:12]}{tokens_only})"}
 
 

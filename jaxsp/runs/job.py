@@ -204,6 +204,8 @@ def make_job(
     own = {key: value for key, value in row.items() if key not in _KEYS}
     if own.keys() & {"parallel", "mesh"}:
         raise UserError("a row can't have devices of its own; give parallel and mesh for the whole run")
+    if "teacher" in own:
+        raise UserError("a row can't have a teacher of its own; give teacher for the whole run")
     settings = make_settings({**defaults, **own})
     check_settings(settings)
     chosen, settings = settings.prompt.initial, with_defaults(settings)

@@ -112,10 +112,13 @@ class Teacher:
     @property
     def message(self) -> str:
         """The teacher in a sentence."""
-        name, who = self.model.name, f"Taught by {self.model.name}"
+        name = self.model.name
         if self.difference is None:
-            return f"{who}."
-        return f"{who}, by its answers alone: {name} has another vocabulary ({self.difference})."
+            return f"Taught by {name}."
+        return (
+            f"Taught by {name}, tokens only: it has another vocabulary ({self.difference}), so that only its"
+            " answers are used."
+        )
 
     def check(self, settings: Settings) -> None:
         """Raises ``UserError`` if the teacher can't give what the objective needs."""

@@ -216,6 +216,24 @@ def test_the_head_is_an_argument_of_the_program(student, problem):
     assert after[0] != before[0]
 
 
+def test_of_fewer_queries_the_longest_answer_is_shorter(student, other):
+    """What the teacher said of all that it was asked fits the rows of those that are kept."""
+    own = [
+        {"query": query, "answer": answer}
+        for query, answer in zip(QUERIES[:3], ("a b", "c", "d"), strict=True)
+    ]
+    teacher, made = Teacher(other, student), as_queries(own)
+    asked = tokenize(other, CONTEXT, made, [], SETTINGS, reader="teacher")
+    said = run_teacher(other, asked, SETTINGS.teacher, read_preamble(other), Display(visible=False)).take(
+        [1, 2]
+    )
+    kept = tokenize(student, CONTEXT, made[1:], [], SETTINGS, reader="student")
+    rows = teacher.taught(said, kept, read_preamble(student), SETTINGS).rows
+    assert rows.mask.shape[1] < said.rows.mask.shape[1]
+    batch = Packing(1, 100).pack(rows, np.arange(2))
+    assert batch.targets["hidden"].shape == (1, 100, other.config.width)
+
+
 def test_texts_and_ends_are_each_models_own(folder, student):
     """The teacher is asked in its own template; where its answers end, the student's do."""
     written = tiny.write(folder / "template", seed=2, gain=1.0, vocab_size=260, eos_token_id=1)
@@ -286,7 +304,7 @@ def test_another_vocabulary_is_refused_but_for_its_answers(student, foreign):
             with pytest.raises(UserError, match=r"another vocabulary than .* --objective nll"):
                 make_job(student, job(), {**FIRST, "objective": objective}, teacher)
         make_job(student, job(), {**FIRST, "objective": "nll"}, teacher)
-        assert "by its answers alone" in teacher.message
+        assert "tokens only" in teacher.message
 
 
 def test_answers_of_another_vocabulary_are_told_as_texts(student, foreign):
@@ -334,6 +352,8 @@ def test_refusals(folder, student, other):
     ):  # fmt: skip
         with pytest.raises(UserError, match=match):
             make_job(model, job(), {**FIRST, **options}, Teacher(theirs, model))
+    with pytest.raises(UserError, match="a row can't have a teacher of its own"):
+        make_job(student, job(teacher="x"), FIRST)
     with pytest.raises(UserError, match="was loaded without a tokenizer"):
         Teacher.of(student, bare)
     # Without a choice it starts with the context's first tokens, and as itself where it is read.
