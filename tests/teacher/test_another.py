@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from jaxsp.training.start import start_state
 from jaxsp.training.state import stack
 from jaxsp.training.update import Frozen, UpdateSettings, loss_totals
 from jaxsp.typing import UserError
-from tests import tiny
+from tests import programs, tiny
 from tests.conftest import CONTEXT, QUERIES, assert_same_sigma
 
 SETTINGS = make_settings(
@@ -70,8 +71,13 @@ def taught(student, other, settings=SETTINGS):
 
 
 @pytest.fixture(scope="module")
-def problem(student, other):
-    return taught(student, other)[1]
+def lesson(student, other):
+    return taught(student, other)
+
+
+@pytest.fixture(scope="module")
+def problem(lesson):
+    return lesson[1]
 
 
 def logits_of(model, preamble, job, rows):
@@ -88,10 +94,10 @@ def log_softmax(logits):
 
 
 @pytest.mark.parametrize("swapped", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_loss_and_gradient_are_those_of_the_teachers_own_logits(student, other, swapped):
+def test_loss_and_gradient_are_those_of_the_teachers_own_logits(student, other, lesson, swapped):
     """In float64, over the tokens that both have, whichever has more rows; softcap and width are its own."""
     ours, theirs = (other, student) if swapped else (student, other)
-    teacher, problem, said = taught(ours, theirs)
+    teacher, problem, said = taught(ours, theirs) if swapped else lesson
     assert problem.teacher_head is not None
     assert problem.teacher_head.softcap == theirs.config.logit_softcap
     rows, params, config = problem.rows, ours.params, ours.config
@@ -210,9 +216,9 @@ def test_the_head_is_an_argument_of_the_program(student, problem):
     head = problem.teacher_head
     assert head is not None
     _, before = steps(student, problem, head)
-    programs = sharded_update._cache_size()
+    compiled = programs.count(sharded_update)
     _, after = steps(student, problem, dataclasses.replace(head, unembedding=2 * head.unembedding))
-    assert sharded_update._cache_size() == programs
+    assert programs.count(sharded_update) == compiled
     assert after[0] != before[0]
 
 
@@ -243,9 +249,13 @@ def test_texts_and_ends_are_each_models_own(folder, student):
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
     other = jaxsp.load_model(written, dtype="float32")
     teacher, problem, said = taught(student, other)
-    assert other.tokenizer.decode(said.job.query_ids[0]).endswith("\nBOT: ")
+    tokenizer: Any = other.tokenizer
+    assert tokenizer.decode(said.job.query_ids[0]).endswith("\nBOT: ")
     assert problem.job.query_ids == tokenize(student, *TEXTS, SETTINGS).query_ids
-    assert problem.job.query_ids != said.job.query_ids
+    for one in (problem, said):
+        query = one.job.query_ids[0]
+        assert one.rows.tokens[0, : len(query)].tolist() == query
+    assert problem.job.query_ids[0] != said.job.query_ids[0]
     assert (problem.rows.mask == said.rows.mask).all()
     np.testing.assert_array_equal(problem.rows.targets["tokens"], said.rows.targets["tokens"])
     np.testing.assert_array_equal(problem.rows.targets["hidden"], said.rows.targets["hidden"])
@@ -259,7 +269,8 @@ def test_a_model_that_says_the_same_is_no_other_teacher(folder, student):
     assert Teacher.of(student, None) is None
     assert Teacher.of(student, student) is None
     assert Teacher.of(student, jaxsp.load_model(folder / "student", dtype="float32")) is None
-    for changes in ({"dtype": "bfloat16"}, {"dtype": "float32", "quantization": "int8"}):
+    options: list[dict[str, Any]] = [{"dtype": "bfloat16"}, {"dtype": "float32", "quantization": "int8"}]
+    for changes in options:
         assert Teacher.of(jaxsp.load_model(folder / "student", **changes), student) is not None
 
 
