@@ -17,6 +17,7 @@ from jaxsp.runs.folder import Result
 from jaxsp.runs.start import Start, open_run, run_one
 from jaxsp.settings import Options, make_settings, plain
 from jaxsp.study import Study, study
+from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import read_preamble, run_teacher, tokenize
 from jaxsp.training.slots import Callback
 from jaxsp.typing import NonFiniteLoss, UserError
@@ -30,6 +31,7 @@ def compress(
     context: str,
     queries: Queries = (),
     *,
+    teacher: LanguageModel | str | Path | None = None,
     held_out: Queries | float = 0.2,
     out: str | Path | None = None,
     resume: bool = False,
@@ -46,6 +48,9 @@ def compress(
       queries: inputs z to train on: texts, or dicts ``{"query": ..., "answer": optional}``; a given
         answer replaces the teacher's as ŷ. Without any the document gives them; with ``study="on"`` it
         adds to them what they don't ask for.
+      teacher: another model, or its name: it reads the whole context, gives the answers, and their
+        distributions by its own head. Of another vocabulary it gives the answers alone, for
+        ``objective="nll"``. By default the model itself.
       held_out: queries to measure on, never trained on; or the fraction of ``queries`` to hold out.
       out: a folder for the artifact, the report and the checkpoints; without one nothing is written.
       resume: go on with the run in ``out``, which must have the same settings.
@@ -82,7 +87,7 @@ def compress(
     """
     row = {"id": "prompt", "context": context, "queries": queries, "held_out": held_out}
     start = Start(out, resume, overwrite, Display(visible=progress), callbacks)
-    result = run_one(as_model(model), row, settings, start)
+    result = run_one(as_model(model), row, settings, start, _optional(teacher))
     if result.error:
         where = "" if out is None else f" The best prompt until then is saved in {out}."
         raise NonFiniteLoss(f"{result.error}{where}", result)
@@ -93,6 +98,7 @@ def compress_many(
     model: LanguageModel | str | Path,
     jobs: Iterable[Mapping[str, Any]],
     *,
+    teacher: LanguageModel | str | Path | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -112,6 +118,7 @@ def compress_many(
       model: as in ``compress``.
       jobs: dicts ``{"id", "context", "queries", "held_out"}``, with ``held_out`` as in ``compress``, and
         any field of ``Settings`` that is to differ from the run's.
+      teacher: as in ``compress``, for all jobs.
       out: a folder: one folder a job, and ``results.parquet`` with a row each. Several processes need one
         that all can reach; each does a part of the list, and gives all results.
       resume: go on with the run in ``out``; what is finished there is not done again.
@@ -145,7 +152,7 @@ def compress_many(
     """
     rows = [(f"job {i}", row) for i, row in enumerate(jobs, start=1)]
     start = Start(out, resume, overwrite, Display(visible=progress), callbacks, keep_going, at_once)
-    return open_run(as_model(model), rows, settings, start)
+    return open_run(as_model(model), rows, settings, start, _optional(teacher))
 
 
 @overload
@@ -226,6 +233,7 @@ def evaluate(
     queries: Queries,
     *,
     context: str | None = None,
+    teacher: LanguageModel | str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measures a saved prompt between its brackets, on queries of your choice.
@@ -235,13 +243,16 @@ def evaluate(
       prompt: the soft prompt, or its folder.
       queries: inputs z, preferably none that it was trained on.
       context: the text that the prompt stands for; by default the one saved with it.
+      teacher: the model that taught it, or its name; by default the one of the name it had then, of most
+        prompts the model itself.
       progress: whether to show what is going on, on standard error.
 
     Returns:
       The part of ``report.json`` that concerns held-out queries.
 
     Raises:
-      UserError: the prompt belongs to another model, or its context is not known.
+      UserError: the prompt belongs to another model, or was taught by another teacher; or its context is
+        not known.
     """
     prompt = prompt if isinstance(prompt, SoftPrompt) else SoftPrompt.load(prompt)
     model = as_model(model, prompt.quantization)
@@ -256,9 +267,37 @@ def evaluate(
     trained = prompt.manifest["training"]
     known = {name: value for name, value in trained.items() if name in plain(make_settings({}))}
     settings = make_settings({**known, "kind": prompt.kind, "prompt_length": prompt.prompt_length})
-    job = tokenize(model, context, [], asked, settings)
-    problem = run_teacher(model, job, settings.teacher, read_preamble(model), display)
+    other = _teacher_of(prompt, model, teacher)
+    texts = context, [], asked, settings
+    if other is None:
+        job = tokenize(model, *texts)
+        problem = run_teacher(model, job, settings.teacher, read_preamble(model), display)
+    else:
+        model, job = other.student, tokenize(other.model, *texts, reader="teacher")
+        said = run_teacher(other.model, job, settings.teacher, read_preamble(other.model), display)
+        own = tokenize(model, *texts, reader="student")
+        problem = other.taught(said, own, read_preamble(model), settings)
     with display.phase("evaluate", "Evaluation"):
         measured = brackets.measure_all(model, problem, {"prompt": prompt.sigma}, settings, known={})
-        summary = reports.summarise(model, problem, measured, context, settings)
-    return {**reports.report_header(model, prompt), **summary}
+        summary = reports.summarise(model, problem, measured, context, settings, other)
+    return {**reports.report_header(model, prompt), "taught_by": other and other.summary, **summary}
+
+
+def _optional(model: LanguageModel | str | Path | None) -> LanguageModel | None:
+    return None if model is None else as_model(model)
+
+
+def _teacher_of(
+    prompt: SoftPrompt, model: LanguageModel, given: LanguageModel | str | Path | None
+) -> Teacher | None:
+    """The teacher of a saved prompt, if that is another model, or else the one that is given."""
+    known = prompt.teacher
+    if known is None:
+        return Teacher.of(model, _optional(given))
+    found = as_model(given or known["name"], known["quantization"])
+    if found.fingerprint != known["fingerprint"]:
+        raise UserError(
+            f"This prompt was taught by {known['name']} ({known['fingerprint'][:12]}); {found.name} has other"
+            f" weights ({found.fingerprint[:12]}). Give the teacher that it was."
+        )
+    return Teacher.of(model, found)

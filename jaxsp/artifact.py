@@ -79,6 +79,16 @@ class SoftPrompt:
         return self.manifest["model"].get("quantization", "none")
 
     @property
+    def teacher(self) -> dict[str, Any] | None:
+        """The model that taught it, if that is another: name, fingerprint and more."""
+        return self.manifest.get("teacher")
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Token ids that end an answer beside the model's own: those of its teacher."""
+        return (self.teacher or {}).get("stop_ids", [])
+
+    @property
     def chat(self) -> ChatTexts:
         """The texts around the prompt and the query."""
         return ChatTexts(**{k: self.manifest["slots"][k] for k in ("before", "between", "after")})
@@ -152,6 +162,7 @@ class SoftPrompt:
           True
         """
         model = as_model(model or self.manifest["model"]["name"], self.quantization)
+        model = model.stopping_at(self.stop_ids)
         return "".join(model.stream_answer(self.prefix(model), question, self.chat, max_tokens=max_tokens))
 
     def save(self, directory: str | Path) -> None:
@@ -226,7 +237,14 @@ def _prefix(params: Params, config: DecoderConfig, ids: Array, sigma: PyTree, ki
 
 
 def make_artifact(
-    model: LanguageModel, job: TokenizedJob, settings: Settings, sigma: PyTree, context: str, *, steps: int
+    model: LanguageModel,
+    job: TokenizedJob,
+    settings: Settings,
+    sigma: PyTree,
+    context: str,
+    *,
+    steps: int,
+    teacher: dict[str, Any] | None = None,
 ) -> SoftPrompt:
     """A prompt as it is saved, with its manifest, but for the held-out figures.
 
@@ -237,6 +255,7 @@ def make_artifact(
       sigma: its arrays.
       context: the text it stands for.
       steps: updates done.
+      teacher: the teacher, if it is another model: ``Teacher.summary``.
     """
     manifest = {
         "format": FORMAT,
@@ -247,6 +266,7 @@ def make_artifact(
             "fingerprint": model.fingerprint,
             "quantization": model.config.quantization,
         },
+        "teacher": teacher,
         "tokenizer": {"fingerprint": tokenizer_fingerprint(model.tokenizer)},
         "slots": {
             **dataclasses.asdict(job.chat),

@@ -16,7 +16,7 @@ import tyro
 
 from jaxsp.arguments import parse, program
 from jaxsp.errors import Interrupted, UserError
-from jaxsp.options import EMBEDDED, AllOptions, File, Folder, ModelOptions, Output, Processes
+from jaxsp.options import EMBEDDED, AllOptions, File, Folder, ModelOptions, Output, Processes, WithTeacher
 from jaxsp.settings import Options, Settings, check_limits, make_settings, plain
 
 # What computes is imported where a command runs: --help and a misspelt option need not wait for it.
@@ -29,7 +29,7 @@ _STARTED = time.perf_counter()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run(AllOptions):
-    model: ModelOptions = ModelOptions()
+    model: WithTeacher = WithTeacher()
     output: Output
     processes: Processes = Processes()
 
@@ -43,10 +43,13 @@ class _Run(AllOptions):
             RunFolder(output.out).check(resume=output.resume, overwrite=output.overwrite)
         return settings
 
-    def load(self, settings: Settings) -> LanguageModel:
+    def load(self, settings: Settings) -> tuple[LanguageModel, LanguageModel | None]:
+        """The model and, if one is given, its teacher."""
         from jaxsp.training.drivers import mesh_of
 
-        return self.model.load(mesh_of(settings))
+        mesh = mesh_of(settings)
+        model = self.model.load(mesh)
+        return model, self.model.load_teacher(model, mesh)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,7 @@ class Compress(_Run):
       jaxsp compress manual.md --queries questions.txt --out prompt/
       jaxsp compress manual.md --queries questions.txt --prompt-length 32 --objective 'kl=0.7,nll=0.3'
       cat manual.md | jaxsp compress - --queries questions.jsonl --held-out other_questions.txt
+      jaxsp compress manual.md --teacher HuggingFaceTB/SmolLM2-1.7B-Instruct --out prompt/
       jaxsp compress manual.md --out prompt/ --resume
     """
     context: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DOCUMENT")]]
@@ -77,8 +81,8 @@ class Compress(_Run):
         context = read_context(self.context)
         queries = [] if self.queries is None else read_queries(self.queries)
         held_out = read_queries(self.held_out) if isinstance(self.held_out, str) else self.held_out
-        model, leads = self.load(settings), processes.is_first()
-        options = {**vars(self.output), **plain(settings)}
+        (model, teacher), leads = self.load(settings), processes.is_first()
+        options = {"teacher": teacher, **vars(self.output), **plain(settings)}
         result = api.compress(model, context, queries, held_out=held_out, progress=leads, **options)
         if leads:
             console.print_summary(result, self.output.out, _STARTED)
@@ -109,7 +113,8 @@ class CompressMany(_Run):
         if self.at_once is not None:
             check_limits("at_once", self.at_once, at_least=1)
         settings = self.begin()
-        jobs, model = read_rows(self.contexts), self.load(settings)
+        jobs = read_rows(self.contexts)
+        model, teacher = self.load(settings)
         start = Start(
             **vars(self.output),
             display=Display(visible=processes.is_first()),
@@ -117,7 +122,7 @@ class CompressMany(_Run):
             at_once=self.at_once,
         )
         rows, failed = [], []
-        for result in open_run(model, jobs, plain(settings), start):
+        for result in open_run(model, jobs, plain(settings), start, teacher):
             rows.append(console.result_row(result))
             failed += [result.report["id"]] if result.error else []
         if processes.is_first():
@@ -220,7 +225,7 @@ class _Saved:
 
     def load(self, prompt: SoftPrompt) -> LanguageModel:
         name = self.model or prompt.manifest["model"]["name"]
-        return ModelOptions(name, self.dtype, prompt.quantization).load()
+        return ModelOptions(name, self.dtype, prompt.quantization).load().stopping_at(prompt.stop_ids)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -272,6 +277,8 @@ class Evaluate(_Saved):
     """
     queries: File
     """A file with one query per line, or JSONL."""
+    teacher: str | None = None
+    """Where the teacher is now, if that was another model and is not where it was."""
     json: bool = False
     """Print everything as JSON on standard output."""
 
@@ -280,7 +287,7 @@ class Evaluate(_Saved):
         from jaxsp.data.documents import read_queries
 
         prompt, queries = self.prompt(), read_queries(self.queries)
-        report = api.evaluate(self.load(prompt), prompt, queries)
+        report = api.evaluate(self.load(prompt), prompt, queries, teacher=self.teacher)
         if self.json:
             print(json.dumps(report, indent=2, ensure_ascii=False))
         else:

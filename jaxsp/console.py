@@ -12,7 +12,7 @@ from rich.table import Table
 
 from jaxsp import prompts
 from jaxsp.artifact import SoftPrompt
-from jaxsp.evaluation.brackets import BRACKETS
+from jaxsp.evaluation.report import bracket_names
 from jaxsp.files import size
 from jaxsp.plan import Plan
 from jaxsp.prompts import storage
@@ -58,6 +58,7 @@ def print_prompt(prompt: SoftPrompt) -> None:
         **({"read at": f"{', '.join(map(str, lengths))} slots (--length)"} if lengths[1:] else {}),
         "stands for": f"{tokens} tokens ({tokens / prompt.prompt_length:.1f}×)",
         "model": f"{model['name']} ({model['fingerprint'][:12]})",
+        **_taught_by(prompt.teacher),
         "tokenizer": manifest["tokenizer"]["fingerprint"][:12],
         "position": manifest["slots"]["position_offset"],
         "text before": repr(manifest["slots"]["before"]),
@@ -71,15 +72,26 @@ def print_prompt(prompt: SoftPrompt) -> None:
     _print_pairs(rows)
 
 
+def _taught_by(teacher: Mapping[str, Any] | None) -> dict[str, str]:
+    """A row on the teacher, if it is another model."""
+    if teacher is None:
+        return {}
+    tokens_only = ", tokens only" if teacher["signal"] == "answers" else ""
+    return {"taught by": f"{teacher['name']} ({teacher['fingerprint'][:12]}{tokens_only})"}
+
+
 def print_brackets(report: Mapping[str, Any]) -> None:
     """Prints the held-out figures of every bracket, what the model itself can, and the verdict."""
     brackets = report["held_out"]["brackets"]
     columns = {"kl": "KL", "decisive_agreement": "decisive", "facts_right": "facts", "accuracy": "accuracy"}
     columns = {metric: title for metric, title in columns.items() if metric in brackets["prompt"]}
     columns |= {"zero_one": "0/1", "rouge_l": "ROUGE-L"}
+    names = bracket_names(report)
+    if (report.get("taught_by") or {}).get("signal") == "answers":
+        columns["kl"] = "NLL of the teacher's answers"
     table = Table("held-out queries", *columns.values(), box=None, padding=(0, 2, 0, 0))
     for name, row in brackets.items():
-        table.add_row(BRACKETS[name], *(f"{row[metric]:.3f}" for metric in columns))
+        table.add_row(names[name], *(f"{row[metric]:.3f}" for metric in columns))
     _print(table, *filter(None, [report["teacher"]["text"]]), report["verdict"]["text"])
 
 

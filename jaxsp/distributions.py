@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +22,12 @@ import numpy as np
 
 from jaxsp.data.examples import Rows
 from jaxsp.data.packing import Packing
+from jaxsp.losses import Objective, fused_objective
 from jaxsp.models import decoder
 from jaxsp.models.attention import AttentionInputs, Slots
 from jaxsp.models.attention.to_piece import attention_to
 from jaxsp.models.config import DecoderConfig
+from jaxsp.models.decoder import OutputHead
 from jaxsp.models.generation import Sampling, generate
 from jaxsp.prompts import DEFAULT_KIND, PROMPT_KINDS
 from jaxsp.prompts.initializers import Source, Start
@@ -248,6 +252,37 @@ def prompt_hidden(
     """The student's last hidden states: ``answer_hidden`` after ``prompt_prefix``."""
     prefix = prompt_prefix(params, config, sigma, preamble, kind)
     return answer_hidden(params, config, prefix, rows)
+
+
+def compare(
+    objective: str | Objective,
+    states: Float[Array, "*m b a d"],
+    head: OutputHead,
+    rows: Rows,
+    teacher_head: OutputHead | None = None,
+    metrics: Sequence[str] = (),
+) -> tuple[Float[Array, "*m b a"], dict[str, Array]]:
+    """Values of an objective, and of metrics, between what the teacher said and these last hidden states.
+
+    Args:
+      objective: its text, or itself; its gradient flows to ``states``.
+      states: last hidden states at the answer positions.
+      head: head of the model that they come from.
+      rows: with the teacher's targets.
+      teacher_head: head of the teacher, if it is another model; it has no more tokens than ``head``. Those
+        that it lacks, which no text has, are left out.
+      metrics: further objectives, as text.
+    """
+    unembedding, other = head.unembedding, {}
+    if teacher_head is not None:
+        tokens = teacher_head.unembedding.shape[0]
+        unembedding = unembedding if unembedding.shape[0] == tokens else unembedding[:tokens]
+        softcap = math.inf if teacher_head.softcap is None else teacher_head.softcap
+        other = {"teacher_unembedding": teacher_head.unembedding, "teacher_softcap": softcap}
+    mask, given = jnp.asarray(rows.mask), {**other, **rows.teacher_inputs}
+    return fused_objective(
+        objective, states, unembedding, mask, metrics=metrics, softcap=head.softcap, **given
+    )
 
 
 def log_probs(params: Params, config: DecoderConfig, prefix: KeyValues, rows: Rows) -> Float[Array, "b a v"]:

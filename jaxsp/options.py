@@ -56,6 +56,22 @@ class ModelOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class WithTeacher(ModelOptions):
+    """The frozen language model, and the one that teaches it."""
+
+    teacher: str | None = None
+    """Another model as the teacher, named as --model is: it reads the whole document, and the prompt learns
+    what it says. It is in --dtype, never quantized. With another vocabulary it needs --objective nll. By
+    default the model itself."""
+
+    def load_teacher(self, model: LanguageModel, mesh: Mesh | None = None) -> LanguageModel | None:
+        """The teacher: the model itself, where it has the same name and is not quantized."""
+        if self.teacher is None or (self.teacher == self.model and self.quantization == "none"):
+            return None if self.teacher is None else model
+        return dataclasses.replace(self, model=self.teacher, quantization="none").load(mesh)
+
+
+@dataclasses.dataclass(frozen=True)
 class Processes:
     """Addresses by which the processes of a run find each other; those of a TPU pod need none."""
 

@@ -23,6 +23,7 @@ from jaxsp.data.examples import Rows
 from jaxsp.data.packing import Packing
 from jaxsp.models import decoder, sharding
 from jaxsp.models.config import DecoderConfig
+from jaxsp.models.decoder import OutputHead
 from jaxsp.models.sharding import DATA, along
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.prompts.initializers import Source, Start
@@ -182,6 +183,7 @@ def prompts_at_once(
     *,
     most: int,
     memory_limit: int | None = None,
+    teacher_head: OutputHead | None = None,
 ) -> int:
     """Prompts, at most ``most``, that one step has room for: at least one for each part of ``data``.
 
@@ -192,6 +194,7 @@ def prompts_at_once(
       mesh: over whose axis ``data`` the prompts go.
       most: a multiple of that axis.
       memory_limit: bytes of a device; by default what it says of itself, and without that no limit.
+      teacher_head: head of the teacher, if it is another model.
     """
     limit = memory_limit or _memory_stats().get("bytes_limit", math.inf)
     parts = 1 if mesh is None else mesh.shape[DATA]
@@ -199,7 +202,7 @@ def prompts_at_once(
     @functools.cache
     @_or_infinite
     def size(prompts: int) -> float:
-        found: Any = compiled(config, settings, packing, mesh, prompts).memory_analysis()
+        found: Any = compiled(config, settings, packing, mesh, prompts, teacher_head).memory_analysis()
         return found.argument_size_in_bytes + found.temp_size_in_bytes  # the states are donated
 
     if limit == math.inf or size(most) <= FILL * limit:
@@ -223,7 +226,12 @@ def _or_infinite(size_of: Callable[[int], float]) -> Callable[[int], float]:
 
 
 def compiled(
-    config: DecoderConfig, settings: Settings, packing: Packing, mesh: Mesh | None, prompts: int = 1
+    config: DecoderConfig,
+    settings: Settings,
+    packing: Packing,
+    mesh: Mesh | None,
+    prompts: int = 1,
+    teacher_head: OutputHead | None = None,
 ) -> jax.stages.Compiled:
     """The update of so many prompts with batches of this shape, as a driver runs it, from shapes alone."""
     chosen = UpdateSettings.of(config, settings)
@@ -255,9 +263,10 @@ def compiled(
 
     preamble = jax.eval_shape(lambda: decoder.empty_prefix(config, PREAMBLE_TOKENS))
     params = decoder.parameter_shapes(config)
+    teacher_head = jax.eval_shape(lambda: teacher_head)
     states, batches = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((prompts, *leaf.shape), leaf.dtype),
-        (jax.eval_shape(start), _batch(config, packing)),
+        (jax.eval_shape(start), _batch(config, packing, teacher_head)),
     )
     cut = 0
     if mesh is not None:
@@ -269,9 +278,11 @@ def compiled(
 
         layout = sharding.layout(params, config, mesh)
         params = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), params, layout)
+        layout = sharding.head_layout(teacher_head, mesh)
+        teacher_head = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), teacher_head, layout)
         preamble, batches = lie(None, preamble), lie(cut, batches)
         states = lie(None if cut else 0, states)
-    frozen = Frozen(params, preamble)
+    frozen = Frozen(params, preamble, teacher_head)
     return sharded_update.lower(states, batches, frozen=frozen, settings=chosen, mesh=mesh, cut=cut).compile()
 
 
@@ -362,10 +373,13 @@ def largest(size_of: Callable[[int], float], limit: float, rows: int, *, multipl
     return max((n for n, size in known.items() if size <= limit), default=0)
 
 
-def _batch(config: DecoderConfig, packing: Packing) -> Rows:
+def _batch(config: DecoderConfig, packing: Packing, teacher_head: OutputHead | None) -> Rows:
     """The shapes of a packed batch with the teacher's hidden states."""
     shape = packing.rows, packing.length
     of: Any = jax.ShapeDtypeStruct  # stands for an array
     ids, live = of(shape, jnp.int32), of(shape, jnp.bool_)
-    targets = {"tokens": ids, "hidden": of((*shape, config.width), config.dtype)}
+    width, dtype = config.width, config.dtype
+    if teacher_head is not None:
+        width, dtype = teacher_head.unembedding.shape[1], teacher_head.unembedding.dtype
+    targets = {"tokens": ids, "hidden": of((*shape, width), dtype)}
     return Rows(ids, ids, ids, live, targets, ids)

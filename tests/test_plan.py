@@ -107,7 +107,7 @@ def programs(monkeypatch):
     """Instead of compiled programs, what was asked of them; 1000 bytes a row and part and prompt."""
     asked = []
 
-    def compiled(config, settings, packing, mesh, prompts=1):
+    def compiled(config, settings, packing, mesh, prompts=1, teacher_head=None):
         asked.append(packing)
         sizes = (10_000, 1000 * prompts * packing.rows // settings.devices.grad_accumulation, 500)
         names = ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes")

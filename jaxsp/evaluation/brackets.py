@@ -26,8 +26,11 @@ BRACKETS = {
     "prompt": "the trained soft prompt σ",
     "initial": "σ before training",
     "truncated_context": "the context cut to the length of σ",
+    "own_context": "the whole context, read by the model itself",
     "no_context": "nothing where the context stood",
 }
+"""In the order of the report. Where another model teaches, the full context is what that one said; beside it
+is the model's own reading, if its window has room."""
 
 TRAINED = ("prompt", "no_context")
 """Conditions measured on the training queries, too, as the verdict compares them there; their answers to the
@@ -72,7 +75,19 @@ def measure_all(
     if "full_context" not in known:
         positions = _positions(model, None, problem, held_out_alone=True)
         measured["full_context"] = Measured(positions, problem.job.held_out(problem.answers))
+    if problem.has_other_teacher and _has_room(model, problem, settings) and "own_context" not in known:
+        # By itself: beside it the others would be as long.
+        own = {"own_context": _read_context(model, problem)}
+        measured |= measure(model, problem, own, settings.teacher.max_answer_tokens)
     return measured
+
+
+def _has_room(model: LanguageModel, problem: Problem, settings: Settings) -> bool:
+    return problem.job.fits(model.config.window, settings.teacher)
+
+
+def _read_context(model: LanguageModel, problem: Problem) -> KeyValues:
+    return decoder.read_long(model.params, model.config, problem.job.context_ids[None], problem.preamble)
 
 
 def storage_costs(
@@ -96,8 +111,10 @@ def storage_costs(
 
 def prefill_seconds(
     model: LanguageModel, problem: Problem, sigma: PyTree, settings: Settings, known: float | None = None
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Seconds to prepare the prefix, of σ and of the whole context; compiling and loading are not counted.
+
+    ``None`` for a context that the model has no room for.
 
     Args:
       model: the frozen model.
@@ -106,7 +123,6 @@ def prefill_seconds(
       settings: settings of the prompt.
       known: those of the whole context, where they were measured before.
     """
-    ids = problem.job.context_ids[None]
 
     def seconds(read: Callable[[], KeyValues]) -> float:
         jax.block_until_ready(read())  # may compile
@@ -114,8 +130,8 @@ def prefill_seconds(
         jax.block_until_ready(read())
         return time.perf_counter() - begun
 
-    if known is None:
-        known = seconds(lambda: decoder.read_long(model.params, model.config, ids, problem.preamble))
+    if known is None and _has_room(model, problem, settings):
+        known = seconds(lambda: _read_context(model, problem))
     own = seconds(lambda: _read(model, problem, sigma, settings.prompt.kind))
     return {"prompt": own, "full_context": known}
 
@@ -147,7 +163,7 @@ def _read(model: LanguageModel, problem: Problem, sigma: PyTree, kind: str) -> K
 
 def _held_out_kl(model: LanguageModel, problem: Problem, prefix: KeyValues) -> float:
     held_out = problem.held_out
-    kl = at_positions(model, prefix, held_out, problem.packing, ["kl"])["kl"]
+    kl = at_positions(model, prefix, held_out, problem.packing, ["kl"], problem.teacher_head)["kl"]
     return float(kl.sum() / held_out.mask.sum())
 
 
@@ -186,7 +202,8 @@ def _positions(
     model: LanguageModel, prefix: KeyValues | None, problem: Problem, *, held_out_alone: bool
 ) -> dict[str, np.ndarray]:
     index = np.flatnonzero(~problem.job.is_train) if held_out_alone else np.arange(len(problem.rows))
-    found = at_positions(model, prefix, problem.rows.take(index), problem.packing)
+    rows, head = problem.rows.take(index), problem.teacher_head
+    found = at_positions(model, prefix, rows, problem.packing, teacher_head=head)
     every = {name: np.full(problem.rows.mask.shape, np.nan, np.float32) for name in found}
     for name, values in found.items():
         every[name][index] = values

@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 from jaxsp import distributions
 from jaxsp.data.examples import Rows
 from jaxsp.data.packing import Packing
-from jaxsp.losses import Total, fused_objective, masked_sum
-from jaxsp.models import decoder, sharding
+from jaxsp.losses import OBJECTIVES, Objective, Total, masked_sum
+from jaxsp.models import sharding
 from jaxsp.models.config import DecoderConfig
+from jaxsp.models.decoder import OutputHead
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.typing import Array, Float, KeyValues, Params, PyTree
 
@@ -35,28 +36,43 @@ POSITION_METRICS = (
 )
 """Measured at every answer position, in every report: keys of ``jaxsp.losses.OBJECTIVES``."""
 
+
+def _misses(student_logits: Array, targets: Array, mask: Array) -> Array:
+    """1 where the most probable token is not the answer's, else 0."""
+    return jnp.where(mask, jnp.argmax(student_logits, axis=-1) != targets, False).astype(jnp.float32)
+
+
+_OF_TOKENS = ("student_logits", "targets")
+
+OF_ANSWERS = {
+    "kl": OBJECTIVES["nll"],
+    "nll": OBJECTIVES["nll"],
+    "zero_one": Objective(_misses, _OF_TOKENS, differentiable=False),
+}
+"""The metrics where of the teacher only its answers are known. It then counts as certain of them: the KL
+divergence from a distribution that is all on one token is that token's negative log-likelihood."""
+
 _RESAMPLES = 4000
 
 
 @functools.partial(jax.jit, static_argnames=("config", "names"))
 def _at_positions(
-    params: Params, config: DecoderConfig, prefix: KeyValues | None, rows: Rows, names: tuple[str, ...]
+    params: Params,
+    config: DecoderConfig,
+    prefix: KeyValues | None,
+    rows: Rows,
+    names: tuple[str, ...],
+    teacher_head: OutputHead | None,
 ) -> dict[str, Array]:
+    head = OutputHead.of(params, config)
     if prefix is None:
-        states = jnp.asarray(rows.targets["hidden"])
+        states, head = jnp.asarray(rows.targets["hidden"]), teacher_head or head
     else:
         states = distributions.answer_hidden(params, config, prefix, rows)
-    return _compare(params, config, states, rows, names)
-
-
-def _compare(
-    params: Params, config: DecoderConfig, states: Array, rows: Rows, names: tuple[str, ...]
-) -> dict[str, Array]:
+    if "hidden" not in rows.targets:
+        return {name: distributions.compare(OF_ANSWERS[name], states, head, rows)[0] for name in names}
     first, *others = names
-    head, mask = decoder.unembedding(params, config), jnp.asarray(rows.mask)
-    values, measured = fused_objective(
-        first, states, head, mask, metrics=others, softcap=config.logit_softcap, **rows.teacher_inputs
-    )
+    values, measured = distributions.compare(first, states, head, rows, teacher_head, others)
     return {first: values, **measured}
 
 
@@ -66,6 +82,7 @@ def at_positions(
     rows: Rows,
     packing: Packing,
     names: Sequence[str] = POSITION_METRICS,
+    teacher_head: OutputHead | None = None,
 ) -> dict[str, Float[np.ndarray, "n a"]]:
     """Each named objective between the teacher and the model after ``prefix``, at every position.
 
@@ -74,32 +91,45 @@ def at_positions(
       prefix: prefix of the bracket measured; ``None`` for the teacher's own last hidden states.
       rows: with the teacher's targets.
       packing: packing of the batches they are read in.
-      names: keys of ``jaxsp.losses.OBJECTIVES``.
+      names: keys of ``jaxsp.losses.OBJECTIVES``; those that compare hidden states of two widths are left
+        out, and without the teacher's distributions all but ``OF_ANSWERS``.
+      teacher_head: head of the teacher, if it is another model.
 
     Returns:
       By name, ``[N, A]`` float32; 0 under a False mask.
     """
     batches = packing.in_order(rows)
+    if "hidden" not in rows.targets:
+        names = [name for name in names if name in OF_ANSWERS]
+        if prefix is None:  # certain of its own answers
+            return {name: np.zeros(rows.mask.shape, np.float32) for name in names}
+    elif rows.targets["hidden"].shape[-1] != model.config.width:
+        names = [name for name in names if not OBJECTIVES[name].compares_hidden]
+    given = tuple(names), teacher_head
     parts = [
-        _at_positions(model.params, model.config, prefix, packing.pack(rows, index), tuple(names))
+        _at_positions(model.params, model.config, prefix, packing.pack(rows, index), *given)
         for index in batches
     ]
     return {name: packing.unpack([p[name] for p in parts], rows, batches) for name in names}
 
 
 def mean_kl_function(
-    model: LanguageModel, preamble: KeyValues, kind: str, mesh: Mesh | None = None
+    model: LanguageModel,
+    preamble: KeyValues,
+    kind: str,
+    mesh: Mesh | None = None,
+    teacher_head: OutputHead | None = None,
 ) -> Callable[[PyTree, Sequence[Rows]], Float[np.ndarray, " m"]]:
     """The figure that training watches: a function from M prompts and their packed batches to their mean KL.
 
     σ's arrays and those of every batch have a leading axis M, over a mesh's ``data`` if there is one; a
-    prompt without positions has KL NaN.
+    prompt without positions has KL NaN. The teacher has ``teacher_head``, if it is another model.
     """
 
     total_kl = _total_kl(model.config, kind, mesh)
 
     def mean_kl(sigmas: PyTree, batches: Sequence[Rows]) -> np.ndarray:
-        parts = [total_kl(model.params, preamble, sigmas, rows) for rows in batches]
+        parts = [total_kl((model.params, preamble, teacher_head), sigmas, rows) for rows in batches]
         total, count = np.sum([(np.asarray(p.total), np.asarray(p.count)) for p in parts], axis=0)
         with np.errstate(invalid="ignore"):
             return total / count
@@ -111,13 +141,16 @@ def mean_kl_function(
 def _total_kl(config: DecoderConfig, kind: str, mesh: Mesh | None) -> Callable[..., Total]:
     """The compiled sum of the KL of M prompts, one function for one choice."""
 
-    def total(params: Params, preamble: KeyValues, sigmas: PyTree, rows: Rows) -> Total:
+    def total(frozen: PyTree, sigmas: PyTree, rows: Rows) -> Total:
+        params, preamble, teacher_head = frozen
         read = functools.partial(distributions.prompt_hidden, params, config, kind=kind)
         states = jax.vmap(lambda sigma, rows: read(sigma, preamble, rows))(sigmas, rows)
-        values = _compare(params, config, states, rows, ("kl",))["kl"]
+        objective = "kl" if "hidden" in rows.targets else OF_ANSWERS["kl"]
+        head = OutputHead.of(params, config)
+        values, _ = distributions.compare(objective, states, head, rows, teacher_head)
         return jax.vmap(masked_sum)(values, jnp.asarray(rows.mask))
 
-    return jax.jit(sharding.over_data(total, mesh, (None, None, 0, 0), out=0))
+    return jax.jit(sharding.over_data(total, mesh, (None, 0, 0), out=0))
 
 
 @dataclasses.dataclass(frozen=True)

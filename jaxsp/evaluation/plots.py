@@ -12,6 +12,7 @@ _COLOURS = {
     "prompt": "#0b7a75",
     "initial": "#b0a990",
     "truncated_context": "#d98e04",
+    "own_context": "#5b7fa6",
     "no_context": "#b3261e",
 }
 _LABELS = {name: name.replace("_", " ") for name in BRACKETS} | {"prompt": "soft prompt σ"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from jaxsp.files import atomic_write, size
 from jaxsp.models import decoder
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.settings import Settings
+from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import Problem
 from jaxsp.typing import KeyValues
 
@@ -35,16 +36,23 @@ WEAK = 0.7
 
 
 def summarise(
-    model: LanguageModel, problem: Problem, measured: dict[str, Measured], context: str, settings: Settings
+    model: LanguageModel,
+    problem: Problem,
+    measured: dict[str, Measured],
+    context: str,
+    settings: Settings,
+    teacher: Teacher | None = None,
 ) -> dict[str, Any]:
     """The report's fields that come from the measurements.
 
     Args:
       model: whose tokenizer reads the answers.
       problem: the queries, and what the teacher said.
-      measured: by bracket, all of ``BRACKETS`` (but for ``initial``, if the start isn't known), in any order.
+      measured: by bracket, all of ``BRACKETS`` (but for ``initial``, if the start isn't known, and
+        ``own_context``, if the model teaches itself or has no room for it), in any order.
       context: the text that σ stands for.
       settings: settings of the prompt; the seed is that of the bootstrap, too.
+      teacher: the teacher, if it is another model.
 
     Returns:
       The report's ``gap_closed``, ``gap_closed_vs_truncated``, ``held_out``, ``train`` (if any query is for
@@ -88,7 +96,7 @@ def summarise(
     if is_train.any():
         report["train"] = part(is_train, TRAINED)
     report["queries"] = _queries(model, problem, positions, answers, decisive)
-    report["teacher"] = _teacher(report, context)
+    report["teacher"] = _teacher(report, context, teacher)
     report["verdict"] = _verdict(report, settings.prompt.kind)
     seen = np.maximum(mask[~is_train].sum(axis=0), 1)
     last = int(mask[~is_train].any(axis=0).sum())
@@ -152,6 +160,7 @@ def report_header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
         "model": model.name,
         "dtype": model.config.dtype,
         "quantization": model.config.quantization,
+        "taught_by": prompt.teacher,
         "context_tokens": tokens,
         "prompt_length": prompt.prompt_length,
         "compression": tokens / prompt.prompt_length,
@@ -206,12 +215,20 @@ def markdown(report: dict[str, Any]) -> str:
     environment.filters |= {"interval": _interval, "cell": _cell, "size": size}
     source = importlib.resources.files("jaxsp.evaluation").joinpath("report.md.jinja").read_text("utf-8")
     try:
-        return environment.from_string(source).render(report, bracket_names=BRACKETS)
+        return environment.from_string(source).render(report, bracket_names=bracket_names(report))
     except jinja2.UndefinedError as error:
         raise ValueError(str(error)) from error
 
 
-def _teacher(report: dict[str, Any], context: str) -> dict[str, Any]:
+def bracket_names(report: Mapping[str, Any]) -> dict[str, str]:
+    """What each bracket is, in the words for people."""
+    if not report.get("taught_by"):
+        return BRACKETS
+    name = report["taught_by"]["name"]
+    return {**BRACKETS, "full_context": f"the whole context, read by the teacher {name}: what σ should be"}
+
+
+def _teacher(report: dict[str, Any], context: str, teacher: Teacher | None) -> dict[str, Any]:
     """The teacher's own answers, by which σ is judged: those right, and those that stand in the document."""
     held_out = [q for q in report["queries"] if q["split"] == "held_out"]
     checked = {"right": [q["right"] for q in held_out if q["right"] is not None]}
@@ -223,9 +240,12 @@ def _teacher(report: dict[str, Any], context: str) -> dict[str, Any]:
     ]
     shares = [sum(found) / len(found) for found in checked.values() if found]
     weak = bool(shares) and shares[0] < WEAK
-    text = f"The model itself, with the whole context: {'; '.join(parts)}." if parts else ""
-    if weak:
+    who = "The model itself" if teacher is None else f"The teacher, {teacher.model.name}"
+    text = f"{who}, with the whole context: {'; '.join(parts)}." if parts else ""
+    if weak and teacher is None:
         text += " σ can be no better: take a larger model (`jaxsp plan MODEL` says what it takes)."
+    elif weak:
+        text += " σ learns from these: take a better teacher (--teacher)."
     return {"text": text, "weak": weak}
 
 

@@ -13,6 +13,8 @@ def row(report: dict[str, Any]) -> dict[str, Any]:
     """A report without its texts, flat: ``gap_closed``, ``prompt_kl``, ``no_context_kl``, ..."""
     flat = dict(report.get("settings", {}))
     flat |= {k: v for k, v in report.items() if isinstance(v, str | float | int | None)}
+    if report.get("taught_by"):
+        flat["taught_by"] = report["taught_by"]["name"]
     for name in ("gap_closed", "gap_closed_vs_truncated"):
         if name in report:
             gap = report[name]

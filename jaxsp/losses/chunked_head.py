@@ -50,7 +50,7 @@ class ChunkSettings:
       metrics: what is evaluated on the same logits.
       chunk: positions at a time.
       all_live: there was no mask.
-      softcap: softcap of both sides' logits.
+      softcaps: softcaps of the teacher's and of the student's logits.
       axis_name: over which the heads' rows are sharded.
     """
 
@@ -59,7 +59,7 @@ class ChunkSettings:
     metrics: tuple[tuple[str, Objective], ...]
     chunk: int
     all_live: bool
-    softcap: float | None
+    softcaps: tuple[float | None, float | None]
     axis_name: str | None
 
 
@@ -145,12 +145,13 @@ def _one_chunk(
         raw = jnp.where(live[:, None], _product("nd,vd->nv", hidden, head, hidden.dtype), 0)
         return raw if rule else vocabulary.gather(raw, axis)
 
-    def cap(raw: Array) -> Array:
-        return raw if settings.softcap is None else settings.softcap * jnp.tanh(raw / settings.softcap)
+    def cap(softcap: float | None, raw: Array) -> Array:
+        return raw if softcap is None else softcap * jnp.tanh(raw / softcap)
 
+    teacher_cap, own_cap = (functools.partial(cap, softcap) for softcap in settings.softcaps)
     if "teacher_hidden" in given:  # where nothing reads them, they are not computed
-        given["teacher_logits"] = cap(logits_of(given["teacher_hidden"], teacher_head))
-    given["student_logits"], uncap = jax.vjp(cap, logits_of(student, head))
+        given["teacher_logits"] = teacher_cap(logits_of(given["teacher_hidden"], teacher_head))
+    given["student_logits"], uncap = jax.vjp(own_cap, logits_of(student, head))
     measured = {name: entry(mask=live, **given) for name, entry in settings.metrics}
 
     if rule:

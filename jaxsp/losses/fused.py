@@ -144,6 +144,7 @@ def fused_objective(
     *,
     teacher_hidden: Float[AnyArray, "*b t e"] | None = None,
     teacher_unembedding: Float[AnyArray, "v e"] | None = None,
+    teacher_softcap: float | None = None,
     targets: Tokens | None = None,
     teacher_log_probs: Float[AnyArray, "*b t k"] | None = None,
     teacher_ids: Int[AnyArray, "*b t k"] | None = None,
@@ -161,11 +162,12 @@ def fused_objective(
       mask: ``[*b, t]``, True where a position counts; all if ``None``. Chunks of others are not computed.
       teacher_hidden: the teacher's last hidden states; no gradient flows to them.
       teacher_unembedding: the teacher's head ``[v, e]``, if it is another one.
+      teacher_softcap: softcap of the teacher's logits, ``inf`` for none; by default ``softcap``.
       targets: ``[*b, t]`` gold tokens.
       teacher_log_probs: ``[*b, t, k]``, see ``topk_kl_divergence``; by default from ``teacher_hidden``.
       teacher_ids: ``[*b, t, k]``.
       metrics: further objectives, as text, to evaluate on the same logits, without a gradient.
-      softcap: logits are c·tanh(x / c), on both sides (Gemma 2).
+      softcap: logits are c·tanh(x / c), on both sides if there is no ``teacher_softcap`` (Gemma 2).
       chunk_size: positions at a time; by default as many as fit a budget (256 MiB on a CPU, else 1 GiB).
       axis_name: the mapped axis over which the rows of the heads are sharded, in order and evenly. The KL
         divergence and the likelihood then reduce over it; for others each chunk's logits are gathered.
@@ -192,9 +194,8 @@ def fused_objective(
     measures = tuple((name, parse(name)) for name in metrics)
     teacher_head = unembedding if teacher_unembedding is None else teacher_unembedding
     tokens = _check_heads(student_hidden, unembedding, teacher_hidden, teacher_unembedding)
-    if softcap is not None:
-        softcap = checks.number("softcap", softcap)
-        checks.check_positive("softcap", softcap)
+    own_softcap = _checked_softcap("softcap", softcap)
+    other = own_softcap if teacher_softcap is None else _checked_softcap("teacher_softcap", teacher_softcap)
     if chunk_size is not None:
         checks.check_count("chunk_size", chunk_size)
     batch, everyone = student_hidden.shape[:-1], tokens * vocabulary.shards(axis_name)
@@ -216,7 +217,7 @@ def fused_objective(
             math.prod(batch), width, masked=mask is not None, metrics=len(measures)
         )
     settings = chunked_head.ChunkSettings(
-        objective, rule, measures, chunk_size, mask is None, softcap, axis_name
+        objective, rule, measures, chunk_size, mask is None, (other, own_softcap), axis_name
     )
     given = {name: jnp.reshape(array, (-1, *array.shape[len(batch) :])) for name, array in given.items()}
     flat = jnp.reshape(student_hidden, (-1, student_hidden.shape[-1]))
@@ -224,6 +225,15 @@ def fused_objective(
     results: Any = chunked_head.evaluate(settings, flat, given, (teacher_head, unembedding))
     values, measured = results
     return values.reshape(batch), {name: measured[name].reshape(batch) for name in metrics}
+
+
+def _checked_softcap(name: str, value: float | None) -> float | None:
+    """The softcap as a number; ``None`` for the teacher's infinite one, which changes nothing."""
+    value = None if value is None else checks.number(name, value)
+    if value is None or (name == "teacher_softcap" and value == math.inf):
+        return None
+    checks.check_positive(name, value)
+    return value
 
 
 def _check_given(given: dict[str, AnyArray], everyone: int, entries: Sequence[Objective]) -> None:

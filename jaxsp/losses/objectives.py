@@ -119,6 +119,11 @@ class Objective:
         """Things that the teacher must give, out of ``hidden``, ``top_k`` and ``tokens``, in this order."""
         return tuple(name for name, makes in _NEEDS.items() if makes.intersection(self.inputs))
 
+    @property
+    def compares_hidden(self) -> bool:
+        """Whether it compares hidden states: those of teacher and student must then be of one width."""
+        return set(_HIDDEN) <= set(self.inputs)
+
     def __call__(self, *, mask: Mask = None, **available: AnyArray | None) -> Losses:
         """The unreduced values ``[*b, t]`` of this objective, as they are reported.
 

@@ -306,6 +306,25 @@ def unembedding(params: Params, config: DecoderConfig) -> Float[Array, "v d"]:
     return params["embed_tokens" if config.tied_head else "lm_head"]["embedding"]
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["unembedding"], meta_fields=["softcap"])
+@dataclasses.dataclass(frozen=True)
+class OutputHead:
+    """The head of a model: with it last hidden states, which are after the final norm, give the logits.
+
+    Attributes:
+      unembedding: its matrix ``[V, D]``.
+      softcap: logits are c·tanh(x / c); static.
+    """
+
+    unembedding: Float[Array, "v d"]
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, params: Params, config: DecoderConfig) -> OutputHead:
+        """The head of a model with these weights."""
+        return cls(unembedding(params, config), config.logit_softcap)
+
+
 def prefill(
     params: Params, config: DecoderConfig, inputs: Float[AnyArray, "1 t d"], prefix: KeyValues | None = None
 ) -> KeyValues:

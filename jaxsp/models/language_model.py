@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,6 +199,11 @@ class LanguageModel:
         """
         own = sharding.local(mesh)
         return dataclasses.replace(self, params=sharding.place(self.params, self.config, own))
+
+    def stopping_at(self, ids: Iterable[int]) -> LanguageModel:
+        """The same model, whose answers end at these tokens, too."""
+        ends = tuple(sorted({*self.stop_ids, *ids}))
+        return self if ends == self.stop_ids else dataclasses.replace(self, stop_ids=ends)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -8,6 +8,7 @@ Reference: Shoeybi et al. 2019, Megatron-LM (arXiv:1909.08053).
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -99,16 +100,21 @@ def shardings(config: DecoderConfig, mesh: Mesh) -> Callable[[str, tuple[int, ..
       UserError: as ``check``.
     """
     check(config, mesh)
+    return functools.partial(_sharding, mesh)
 
-    def of(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        spec: list[str | None] = [None] * len(shape)
-        for pattern, axis in SPLIT.items():
-            # A vocabulary that doesn't divide stays whole.
-            if re.search(f"{pattern}$", path) and shape[axis] % mesh.shape[MODEL] == 0:
-                spec[axis] = MODEL
-        return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return of
+def _sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    spec: list[str | None] = [None] * len(shape)
+    for pattern, axis in SPLIT.items():
+        # A vocabulary that doesn't divide stays whole.
+        if re.search(f"{pattern}$", path) and shape[axis] % mesh.shape[MODEL] == 0:
+            spec[axis] = MODEL
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def head_layout(head: PyTree, mesh: Mesh) -> PyTree:
+    """Where another model's output head goes, or its shapes: over ``model`` as the model's own."""
+    return jax.tree.map(lambda leaf: _sharding(mesh, "lm_head/embedding", leaf.shape), head)
 
 
 def layout(params: Params, config: DecoderConfig, mesh: Mesh) -> PyTree:

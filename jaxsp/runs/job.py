@@ -19,7 +19,8 @@ from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS, storage, with_defaults
 from jaxsp.prompts.initializers import INITIALIZERS
 from jaxsp.settings import Settings, decides_result, make_settings, side_by_side
-from jaxsp.teacher.problem import TokenizedJob, digest, tokenize
+from jaxsp.teacher.another import Teacher
+from jaxsp.teacher.problem import Reader, TokenizedJob, digest, tokenize
 from jaxsp.training.drivers import DRIVERS
 from jaxsp.training.optimizers import make_optimizer, parse_rates
 from jaxsp.typing import UserError
@@ -56,15 +57,15 @@ class Job:
         """Whether the document gives queries."""
         return self.settings.study.study == "on" or not self.train
 
-    def tokenized(self, model: LanguageModel) -> TokenizedJob:
+    def tokenized(self, model: LanguageModel, reader: Reader = "model") -> TokenizedJob:
         """Its texts as token ids, which take more memory than the texts."""
-        return tokenize(model, self.context, self.train, self.held_out, self.settings)
+        return tokenize(model, self.context, self.train, self.held_out, self.settings, reader=reader)
 
-    def identity(self, model: LanguageModel) -> dict[str, Any]:
+    def identity(self, model: LanguageModel, teacher: Teacher | None = None) -> dict[str, Any]:
         """Everything that decides the result: a resumed run must have the same."""
         return {
             **decides_result(self.settings),
-            **model_identity(model),
+            **model_identity(model, teacher),
             "context": digest(model.encode_context(self.context).tolist()),
             "queries": digest([dataclasses.astuple(query) for query in self.train]),
             "held_out": digest([dataclasses.astuple(query) for query in self.held_out]),
@@ -92,9 +93,10 @@ def groups(jobs: Sequence[Job]) -> dict[str, list[Job]]:
     return found
 
 
-def model_identity(model: LanguageModel) -> dict[str, Any]:
-    """The model, its weights and their dtype."""
-    return {"model": model.name, "weights": model.fingerprint, "dtype": model.config.dtype}
+def model_identity(model: LanguageModel, teacher: Teacher | None = None) -> dict[str, Any]:
+    """The model, its weights and their dtype; the same of its teacher, if that is another."""
+    found = {"model": model.name, "weights": model.fingerprint, "dtype": model.config.dtype}
+    return found | (teacher.identity if teacher else {})
 
 
 def check_settings(settings: Settings) -> None:
@@ -143,7 +145,10 @@ def read_rows(path: str | Path) -> list[tuple[str, Any]]:
 
 
 def check_jobs(
-    model: LanguageModel, rows: Iterable[tuple[str, Any]], defaults: Mapping[str, Any]
+    model: LanguageModel,
+    rows: Iterable[tuple[str, Any]],
+    defaults: Mapping[str, Any],
+    teacher: Teacher | None = None,
 ) -> tuple[list[Job], list[str]]:
     """The jobs that can be done, and what is wrong with the other rows, a sentence each.
 
@@ -152,12 +157,13 @@ def check_jobs(
       rows: mappings with ``id``, ``context``, ``queries``, ``held_out`` (queries, or a fraction; 0.2 if
         absent) and any field of ``Settings``, and where each comes from.
       defaults: settings of the rows that say nothing else.
+      teacher: the teacher, if it is another model.
     """
     jobs: dict[str, Job] = {}
     problems = []
     for where, row in rows:
         try:
-            job = make_job(model, row, defaults)
+            job = make_job(model, row, defaults, teacher)
             name = job.id.casefold()  # as some file systems see it
             if name in jobs:
                 raise UserError(f"the id {job.id!r} is given twice")
@@ -167,7 +173,9 @@ def check_jobs(
     return list(jobs.values()), problems
 
 
-def make_job(model: LanguageModel, row: Any, defaults: Mapping[str, Any]) -> Job:
+def make_job(
+    model: LanguageModel, row: Any, defaults: Mapping[str, Any], teacher: Teacher | None = None
+) -> Job:
     """The job of one row; raises ``UserError`` with what is wrong with it."""
     if isinstance(row, UserError):
         raise row
@@ -196,16 +204,43 @@ def make_job(model: LanguageModel, row: Any, defaults: Mapping[str, Any]) -> Job
     own = {key: value for key, value in row.items() if key not in _KEYS}
     if own.keys() & {"parallel", "mesh"}:
         raise UserError("a row can't have devices of its own; give parallel and mesh for the whole run")
+    if "teacher" in own:
+        raise UserError("a row can't have a teacher of its own; give teacher for the whole run")
     settings = make_settings({**defaults, **own})
     check_settings(settings)
-    settings = with_defaults(settings)
+    chosen, settings = settings.prompt.initial, with_defaults(settings)
     train, held_out = _split(queries, held_out, settings)
     sample = train or [Query("What does the text say?")]  # the document's own will be no longer
-    tokenized = tokenize(model, context, sample, held_out, settings)
+    texts = context, sample, held_out, settings
+    if teacher is None:
+        tokenized = tokenize(model, *texts)
+    else:
+        teacher.check(settings)
+        tokenize(teacher.model, *texts, reader="teacher")
+        tokenized = tokenize(model, *texts, reader="student")
+        if not tokenized.fits(model.config.window, settings.teacher):
+            settings = _started_without_context(model, settings, chosen)
     usual = settings.teacher.max_answer_tokens / 2
     answers = [usual if ids is None else len(ids) for ids in tokenized.given_ids]
     tokens = float(np.mean([*map(len, tokenized.query_ids)]) + np.mean(answers))
     return Job(name, context, train, held_out, settings, tokens)
+
+
+def _started_without_context(model: LanguageModel, settings: Settings, chosen: str | None) -> Settings:
+    """The settings of a context that only the teacher has room for, with a start that doesn't read it.
+
+    A fit to the part that the model has room for would keep nothing of the rest, and look like one to all of
+    it: what is chosen is refused; by default σ starts as the context's first tokens.
+    """
+    prompt = settings.prompt
+    if PROMPT_KINDS[prompt.kind].IS_READ or not hasattr(INITIALIZERS[str(prompt.initial)], "key_values"):
+        return settings
+    if chosen is not None:
+        raise UserError(
+            f"--initial {chosen} reads the whole context with the model, whose window of"
+            f" {model.config.window} has no room for it; choose another start, such as --initial first."
+        )
+    return make_settings({"initial": "first"}, base=settings)
 
 
 def _split(queries: Any, held_out: Any, settings: Settings) -> tuple[list[Query], list[Query]]:

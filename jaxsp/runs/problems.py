@@ -12,7 +12,8 @@ from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.runs.job import Job
 from jaxsp.study import Study, study, study_key
-from jaxsp.teacher.problem import Problem, keep, run_teacher, teacher_key
+from jaxsp.teacher.another import Teacher
+from jaxsp.teacher.problem import Problem, keep, read_preamble, run_teacher, teacher_key
 from jaxsp.typing import KeyValues
 
 T = TypeVar("T")
@@ -43,13 +44,18 @@ class Problems:
     """The problems of jobs; those that ask the same share one.
 
     Args:
-      model: the teacher.
-      preamble: the prefix before a context.
-      folder: where what it said is kept; ``None`` to keep nothing.
+      model: the frozen model, which is also the teacher if there is no other.
+      preamble: its prefix before a context.
+      folder: where what the teacher said is kept; ``None`` to keep nothing.
+      teacher: the teacher, if it is another model.
     """
 
-    def __init__(self, model: LanguageModel, preamble: KeyValues, folder: Path | None) -> None:
-        self.model, self.preamble, self.folder = model, preamble, folder
+    def __init__(
+        self, model: LanguageModel, preamble: KeyValues, folder: Path | None, teacher: Teacher | None = None
+    ) -> None:
+        self.model, self.preamble, self.folder, self.teacher = model, preamble, folder, teacher
+        self.asked = teacher.model if teacher else model  # who answers
+        self.before = read_preamble(teacher.model) if teacher else preamble
         self._problems, self._studies = Kept[Problem](), Kept[Study]()
 
     def of(self, job: Job, display: Display) -> Problem:
@@ -58,17 +64,20 @@ class Problems:
         if job.is_studied:
             found, made = self._studied(job, display)
             job = dataclasses.replace(job, train=found.train, held_out=found.held_out)
-        tokenized = job.tokenized(self.model)
-        key = teacher_key(self.model, tokenized, job.settings.teacher), tokenized.is_train.tobytes()
+        tokenized = job.tokenized(self.asked, "teacher" if self.teacher else "model")
+        key = teacher_key(self.asked, tokenized, job.settings.teacher), tokenized.is_train.tobytes()
         if (known := self._problems.get(key)) is not None:
             return known
         file = self.folder and self.folder / f"{key[0]}.safetensors"
         if made is None:
-            made = run_teacher(self.model, tokenized, job.settings.teacher, self.preamble, display, file)
+            made = run_teacher(self.asked, tokenized, job.settings.teacher, self.before, display, file)
         elif file is not None:
             keep(made, file)
         if found is not None and self.folder is not None and processes.is_first():
             found.write(self.folder / self._study_file(asked))  # last: who finds it, finds what was said
+        if self.teacher is not None:
+            own = job.tokenized(self.model, "student")
+            made = self.teacher.taught(made, own, self.preamble, job.settings)
         return self._problems.keep(key, made)
 
     def study(self, job: Job) -> Study | None:
@@ -76,7 +85,7 @@ class Problems:
         return self._studies.get(self._key(job)) if job.is_studied else None
 
     def _key(self, job: Job) -> str:
-        return study_key(self.model, job.context, job.train, job.held_out, job.settings)
+        return study_key(self.asked, job.context, job.train, job.held_out, job.settings)
 
     def _study_file(self, job: Job) -> str:
         return f"{self._key(job)}.study.json"
@@ -94,7 +103,7 @@ class Problems:
             nonlocal made
             with processes.alone():
                 asked = job.context, job.train, job.held_out, job.settings
-                found, made = study(self.model, *asked, display)
+                found, made = study(self.asked, *asked, display)
             return found.as_json()
 
         found = self._studies.keep(key, Study.from_json(processes.on_first_process(make)))

@@ -28,6 +28,7 @@ from jaxsp.runs.folder import Result, RunFolder
 from jaxsp.runs.job import Job, groups
 from jaxsp.runs.problems import Kept, Problems
 from jaxsp.settings import Settings, plain
+from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import Problem, TokenizedJob, read_preamble, teacher_key
 from jaxsp.training.drivers import DRIVERS, Driver, mesh_of
 from jaxsp.training.loop import Block
@@ -81,10 +82,17 @@ class Runner:
       jobs: all of them, also those that are finished.
       start: its folder, which is ready; who hears of it; how many prompts train in one step.
       single: the run is its only job, whose folder is the run's own.
+      teacher: the teacher, if it is another model.
     """
 
     def __init__(
-        self, model: LanguageModel, jobs: Sequence[Job], start: Start, *, single: bool = False
+        self,
+        model: LanguageModel,
+        jobs: Sequence[Job],
+        start: Start,
+        *,
+        single: bool = False,
+        teacher: Teacher | None = None,
     ) -> None:
         mesh = mesh_of(jobs[0].settings)
         # One job is done by all processes together; of many, each does some by itself.
@@ -92,11 +100,14 @@ class Runner:
         if self.divided and start.folder is None:
             raise UserError("Several processes need a folder that all can reach: pass out=....")
         self.mesh = local(mesh) if mesh is not None and self.divided else mesh
-        self.model = model if mesh is None else model.on(mesh)
+        self.teacher = teacher if teacher is None or mesh is None else teacher.on(mesh)
+        self.model = self.teacher.student if self.teacher else model if mesh is None else model.on(mesh)
         self.jobs, self.folder, self.single = list(jobs), start.folder, single
         self.at_once, self.callbacks, self.display = start.at_once, start.callbacks, start.display
         self.preamble = read_preamble(self.model)
-        self.problems = Problems(self.model, self.preamble, self.folder and self.folder.teachers)
+        teachers = self.folder and self.folder.teachers
+        self.problems = Problems(self.model, self.preamble, teachers, self.teacher)
+        self.teacher_head = self.teacher and self.teacher.head
         self.brackets = Kept[dict[str, Measured]]()
         self.prefills = Kept[float]()  # seconds of the whole context
         self.running: dict[str, tuple[Problem, PyTree]] = {}  # with σ before training
@@ -121,6 +132,8 @@ class Runner:
                 yield early.pop(job.id) if job.id in early else self._load(job)
 
         try:
+            if self.teacher is not None and to_do:
+                self.display.say(self.teacher.message)
             with processes.peer_failure_as_user_error(), self._progress(len(rows)) as (on_step, finished):
                 yield from next_ones()
                 done = self._train_all(own, on_step)
@@ -190,7 +203,7 @@ class Runner:
         if folder is None or not folder.report.is_file():
             return False
         try:
-            folder.check_same(job.identity(self.model))
+            folder.check_same(job.identity(self.model, self.teacher))
         except UserError:
             if self._load(job).error:
                 return False  # it failed, and is to be tried with other settings
@@ -259,7 +272,7 @@ class Runner:
         block = Block(
             queue,
             lambda slots: self._driver(settings, slots),
-            mean_kl_function(self.model, self.preamble, settings.prompt.kind, mesh),
+            mean_kl_function(self.model, self.preamble, settings.prompt.kind, mesh, self.teacher_head),
             slots=slots,
             evaluate_every=settings.training.evaluate_every,
             checkpoints=checkpoints,
@@ -302,14 +315,15 @@ class Runner:
             tokens = STEP_TOKENS.get(jax.default_backend(), ACCELERATOR_STEP_TOKENS)
             enough = min(max(1, tokens // (packing.rows * packing.length)), ceil_div(len(jobs), parts))
             at_once = plan.prompts_at_once(
-                self.model.config, settings, packing, self.mesh, most=parts * enough
-            )
+                self.model.config, settings, packing, self.mesh, most=parts * enough,
+                teacher_head=self.teacher_head,
+            )  # fmt: skip
         rounds = ceil_div(len(jobs), at_once)
         slots = ceil_div(len(jobs), rounds)  # as evenly filled as can be
         return ceil_div(slots, parts) * parts
 
     def _driver(self, settings: Settings, slots: int) -> Driver:
-        frozen = Frozen(self.model.params, self.preamble)
+        frozen = Frozen(self.model.params, self.preamble, self.teacher_head)
         chosen = UpdateSettings.of(self.model.config, settings)
         return DRIVERS[settings.devices.parallel](frozen, chosen, slots=slots, mesh=self.mesh)
 
@@ -320,7 +334,7 @@ class Runner:
         folder, settings = self._folder(job), job.settings
         if folder is not None and fresh and processes.is_first():
             if not self.single:
-                folder.start(job.identity(self.model))
+                folder.start(job.identity(self.model, self.teacher))
             folder.metrics.unlink(missing_ok=True)
         state, metrics = start_state(self.model, problem, settings), folder and folder.metrics
         self.running[job.id] = problem, state.sigma
@@ -335,8 +349,9 @@ class Runner:
         (problem, initial), display = self.running.pop(job.id), self.displays.pop(job.id)
         settings, state = job.settings, trained.state
         kept = state.sigma if settings.training.keep == "last" else state.best_sigma
+        steps, taught_by = trained.lines[-1]["step"], self.teacher and self.teacher.summary
         prompt = make_artifact(
-            self.model, problem.job, settings, kept, job.context, steps=trained.lines[-1]["step"]
+            self.model, problem.job, settings, kept, job.context, steps=steps, teacher=taught_by
         )
         report = {
             "id": job.id,
@@ -360,7 +375,8 @@ class Runner:
             report |= measured
         studied = self.problems.study(job)
         report["study"] = studied and studied.summary()
-        display.add("load", self.model.load_seconds)
+        models = [self.model] + ([self.teacher.model] if self.teacher else [])
+        display.add("load", sum(model.load_seconds for model in models))
         display.add("compile", trained.compile_seconds)
         display.add("train", sum(line.get("seconds", 0.0) for line in trained.lines))
         order = ("load", "questions", "answers", "signals", "coverage", "compile", "train", "evaluate")
@@ -382,9 +398,10 @@ class Runner:
         self.brackets.keep(key, {name: m for name, m in measured.items() if name != "prompt"})
         context = problem.job.context_ids.tobytes()
         prefill = brackets.prefill_seconds(model, problem, sigma, settings, self.prefills.get(context))
-        self.prefills.keep(context, prefill["full_context"])
+        if (seconds := prefill["full_context"]) is not None:
+            self.prefills.keep(context, seconds)
         return {
-            **reports.summarise(model, problem, measured, job.context, settings),
+            **reports.summarise(model, problem, measured, job.context, settings, self.teacher),
             "prefill_seconds": prefill,
             "by_length": brackets.length_curve(model, problem, sigma, settings),
         }

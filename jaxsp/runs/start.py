@@ -11,12 +11,17 @@ from jaxsp.runs.folder import Result, RunFolder
 from jaxsp.runs.job import check_jobs, make_job, model_identity
 from jaxsp.runs.runner import Runner, Start as Start
 from jaxsp.settings import check_limits, decides_result, make_settings
+from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import digest
 from jaxsp.typing import UserError
 
 
 def open_run(
-    model: LanguageModel, rows: Sequence[tuple[str, Any]], settings: Mapping[str, Any], start: Start
+    model: LanguageModel,
+    rows: Sequence[tuple[str, Any]],
+    settings: Mapping[str, Any],
+    start: Start,
+    teacher: LanguageModel | None = None,
 ) -> Iterator[Result]:
     """The results of many jobs, each in a folder of its own within ``start.out``.
 
@@ -25,6 +30,7 @@ def open_run(
       rows: the jobs, each with where it comes from.
       settings: those of the rows that say nothing else.
       start: the way to begin.
+      teacher: the model that teaches; by default the model itself.
 
     Raises:
       UserError: something is invalid; nothing is then done.
@@ -34,7 +40,8 @@ def open_run(
     _check_folder(start)
     if not rows:
         raise UserError("There is no context to compress; give at least one.")
-    jobs, problems = check_jobs(model, rows, settings)
+    other = Teacher.of(model, teacher)
+    jobs, problems = check_jobs(model, rows, settings, other)
     if problems and not start.keep_going:
         more = f" ({len(problems) - 1} more are wrong)" if problems[1:] else ""
         raise UserError(f"{problems[0]} Mend it{more}, or do the others alone with --keep-going.")
@@ -42,8 +49,8 @@ def open_run(
         start.display.say(f"Skipped: {problem}")
     if not jobs:
         raise UserError("None of the jobs can be done.")
-    runner = Runner(model, jobs, start)
-    identity = {**model_identity(model), "settings": decides_result(make_settings(settings))}
+    runner = Runner(model, jobs, start, teacher=other)
+    identity = {**model_identity(model, other), "settings": decides_result(make_settings(settings))}
     _open(start, identity, {**identity, "jobs": digest(jobs)})
     if (folder := start.folder) is not None and start.overwrite and processes.is_first():
         for job in jobs:  # no longer finished
@@ -52,7 +59,11 @@ def open_run(
 
 
 def run_one(
-    model: LanguageModel, row: Mapping[str, Any], settings: Mapping[str, Any], start: Start
+    model: LanguageModel,
+    row: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    start: Start,
+    teacher: LanguageModel | None = None,
 ) -> Result:
     """The result of one job, whose folder is ``start.out`` itself.
 
@@ -60,13 +71,14 @@ def run_one(
       UserError: something is invalid; nothing is then done.
     """
     _check_folder(start)
+    other = Teacher.of(model, teacher)
     try:
-        job = make_job(model, row, settings)
+        job = make_job(model, row, settings, other)
     except UserError as error:
         message = str(error).rstrip(".")
         raise UserError(f"{message[0].upper()}{message[1:]}.") from error
-    runner = Runner(model, [job], start, single=True)
-    identity = job.identity(model)
+    runner = Runner(model, [job], start, single=True, teacher=other)
+    identity = job.identity(model, other)
     _open(start, identity, identity)
     (result,) = runner.results()
     return result

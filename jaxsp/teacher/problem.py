@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from jaxsp.data.examples import Rows, joined, make_rows
 from jaxsp.data.packing import Packing
 from jaxsp.models import decoder
 from jaxsp.models.chat import ChatTexts, encode
+from jaxsp.models.decoder import OutputHead
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.settings import Settings, TeacherSettings, plain
@@ -24,6 +25,10 @@ from jaxsp.teacher import targets
 from jaxsp.teacher.answers import answer_ids
 from jaxsp.teacher.signals import SIGNALS
 from jaxsp.typing import Bool, Int, KeyValues, UserError
+
+Reader = Literal["model", "teacher", "student"]
+"""A model that teaches itself; or one of two: the student, to which another is the teacher, need not have
+room for the context."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,6 +57,10 @@ class TokenizedJob:
         """The things of the held-out queries, out of one for each query."""
         return [thing for thing, train in zip(things, self.is_train, strict=True) if not train]
 
+    def fits(self, window: int, settings: TeacherSettings) -> bool:
+        """Whether a window has room for the whole context with a query and its answer."""
+        return len(self.preamble_ids) + len(self.context_ids) + self.longest(settings) < window
+
     def longest(self, settings: TeacherSettings) -> int:
         """Tokens that a query with its answer may take."""
         room = (max(settings.max_answer_tokens, len(given or ())) for given in self.given_ids)
@@ -68,6 +77,7 @@ class Problem:
       preamble: the prefix before the context, and before σ.
       rows: all queries with their answers and targets, in the order of the job's.
       answers: the teacher's own answer to each query, as token ids.
+      teacher_head: head of the teacher, if it is another model.
       packing: shape of the batches in which all rows are read once.
     """
 
@@ -75,6 +85,12 @@ class Problem:
     preamble: KeyValues
     rows: Rows
     answers: list[list[int]]
+    teacher_head: OutputHead | None = None
+
+    @property
+    def has_other_teacher(self) -> bool:
+        """Whether another model is the teacher: one with its own head, or one that gave its answers alone."""
+        return self.teacher_head is not None or "hidden" not in self.rows.targets
 
     @property
     def packing(self) -> Packing:
@@ -97,7 +113,8 @@ class Problem:
         job = dataclasses.replace(
             job, queries=queries, is_train=is_train, query_ids=query_ids, given_ids=given_ids
         )
-        return Problem(job, self.preamble, self.rows.take(index), some(self.answers))
+        rows = self.rows.take(index)
+        return dataclasses.replace(self, job=job, rows=rows, answers=some(self.answers))
 
     @classmethod
     def joined(cls, parts: Sequence[Problem]) -> Problem:
@@ -125,9 +142,23 @@ class Problem:
 
 
 def tokenize(
-    model: LanguageModel, context: str, train: Sequence[Query], held_out: Sequence[Query], settings: Settings
+    model: LanguageModel,
+    context: str,
+    train: Sequence[Query],
+    held_out: Sequence[Query],
+    settings: Settings,
+    *,
+    reader: Reader = "model",
 ) -> TokenizedJob:
     """The job as token ids.
+
+    Args:
+      model: whose tokenizer and window these are.
+      context: the text.
+      train: queries to train on.
+      held_out: queries to measure on.
+      settings: settings of the compression.
+      reader: what the model is.
 
     Raises:
       UserError: it fits neither the model's window nor the prompt.
@@ -144,12 +175,16 @@ def tokenize(
         model.check_ids(ids)
     room = max(settings.teacher.max_answer_tokens, *(len(ids or ()) for ids in given_ids))
     longest, preamble = max(map(len, query_ids)), len(model.preamble_ids)
-    needed = preamble + len(context_ids) + longest + room
+    first, read = "context", len(context_ids)
+    if reader == "student":
+        reader, first, read = "model", "prompt", settings.prompt.prompt_length
+    needed = preamble + read + longest + room
     if needed > model.config.window:
+        shorten = f"Shorten the {first}" + (" (--prompt-length) or the queries" if first == "prompt" else "")
         raise UserError(
-            f"The context has {len(context_ids)} tokens; with the chat's text ({preamble}),"
+            f"The {first} has {read} tokens; with the chat's text ({preamble}),"
             f" the longest query ({longest}) and the answer ({room}) that is {needed}, more than the"
-            f" model's window of {model.config.window}. Shorten the context."
+            f" {reader}'s window of {model.config.window}. {shorten}."
         )
     if not settings.prompt.prompt_length < len(context_ids):
         raise UserError(

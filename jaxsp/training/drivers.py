@@ -184,7 +184,8 @@ class MeshDriver:
         own = sharding.local(mesh)
         params = sharding.place(frozen.params, settings.config, own)
         preamble = jax.device_put(frozen.preamble, NamedSharding(own, P()))
-        frozen = sharding.joined(Frozen(params, preamble), mesh)
+        teacher_head = jax.device_put(frozen.teacher_head, sharding.head_layout(frozen.teacher_head, own))
+        frozen = sharding.joined(Frozen(params, preamble, teacher_head), mesh)
         options = {"frozen": frozen, "settings": settings, "mesh": mesh, "cut": self._cut}
         self._step = functools.partial(sharded_update, **options)
 

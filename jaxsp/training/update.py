@@ -13,9 +13,9 @@ import optax
 
 from jaxsp import distributions, prompts
 from jaxsp.data.examples import Rows
-from jaxsp.losses import Objective, Total, as_objective, fused_objective, masked_sum
-from jaxsp.models import decoder
+from jaxsp.losses import Objective, Total, as_objective, masked_sum
 from jaxsp.models.config import DecoderConfig
+from jaxsp.models.decoder import OutputHead
 from jaxsp.prompts import with_defaults
 from jaxsp.settings import Settings
 from jaxsp.training.optimizers import make_optimizer
@@ -33,10 +33,12 @@ class Frozen:
     Attributes:
       params: the model's weights.
       preamble: the prefix before σ.
+      teacher_head: head of the teacher, if it is another model.
     """
 
     params: Params
     preamble: KeyValues
+    teacher_head: OutputHead | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +81,9 @@ def loss_totals(sigmas: PyTree, frozen: Frozen, batches: Rows, settings: UpdateS
     config = settings.config
     read = functools.partial(distributions.prompt_hidden, frozen.params, config, kind=settings.kind)
     states = jax.vmap(lambda sigma, rows: read(sigma, frozen.preamble, rows))(sigmas, batches)
-    mask = jnp.asarray(batches.mask)
-    head = decoder.unembedding(frozen.params, config)
-    values, _ = fused_objective(
-        settings.objective, states, head, mask, softcap=config.logit_softcap, **batches.teacher_inputs
-    )
-    return jax.vmap(masked_sum)(settings.objective.cost(values), mask)
+    head = OutputHead.of(frozen.params, config)
+    values, _ = distributions.compare(settings.objective, states, head, batches, frozen.teacher_head)
+    return jax.vmap(masked_sum)(settings.objective.cost(values), jnp.asarray(batches.mask))
 
 
 def update(

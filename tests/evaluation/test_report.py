@@ -130,6 +130,32 @@ def test_all_held_out_answers_are_shown_and_the_last_prompt_is_named(report):
     assert "\n\nThe σ kept is that of the last step.\n\n" in text
 
 
+def test_another_teacher_is_named(report):
+    report["taught_by"] = {
+        "name": "big", "dtype": "bfloat16", "quantization": "none", "fingerprint": "0123456789abcdef",
+        "signal": "distributions",
+    }  # fmt: skip
+    report["held_out"]["brackets"]["full_context"] = ROW
+    text = markdown(report)
+    assert "\n- taught by: big (bfloat16, quantization: none, weights 0123456789ab)\n" in text
+    assert "| the whole context, read by the teacher big: what σ should be | 0.250" in text
+    assert "tokens only" not in text
+    report["taught_by"]["signal"] = "answers"
+    assert "\n- **tokens only**: the teacher has another vocabulary" in markdown(report)
+    report["prefill_seconds"]["full_context"] = None
+    assert "takes 0.010 s, and the model has no room for the whole context\n" in markdown(report)
+
+
+def test_sentences_that_no_query_depends_on_are_listed(report):
+    report["study"] = {
+        "given": 0, "sentences": ["One.", "Two.", "Three."], "asked": [1], "coverage": 1 / 3,
+        "seeds": {"quote": {"drafted": 2, "kept": 1}},
+    }  # fmt: skip
+    text = markdown(report)
+    assert "No query depends on these sentences:\n\n- One.\n- Three.\n" in text
+    assert "- Two." not in text
+
+
 def test_a_start_that_is_the_truncated_context_is_one_row_with_it(report):
     brackets = {name: {**ROW, "kl": i / 10} for i, name in enumerate(BRACKETS)}
     report["held_out"]["brackets"] = {**brackets, "initial": brackets["truncated_context"]}
