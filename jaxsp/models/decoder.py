@@ -334,6 +334,7 @@ def read_long(
     prefix: KeyValues | None = None,
     *,
     longest: int = 2048,
+    skipped: int = 0,
 ) -> KeyValues:
     """``prefill`` of token ids a chunk at a time: memory beside the result does not grow with them.
 
@@ -346,6 +347,7 @@ def read_long(
       ids: token ids of one sequence.
       prefix: prefix that stands before it, if anything.
       longest: tokens read at once.
+      skipped: positions left free after ``prefix``.
 
     Returns:
       ``prefix`` followed by the tokens; slots at its end may be ``EMPTY``, so that contexts of other
@@ -360,7 +362,7 @@ def read_long(
         return prefix
     chunks = ceil_div(count, longest)
     size = min(longest, round_size(ceil_div(count, chunks)))
-    first, slot = int(prefix.next_position[0]), prefix.positions.shape[1]
+    first, slot = int(prefix.next_position[0]) + skipped, prefix.positions.shape[1]
     config.check_length(first + count)
     room = prefix.append(empty_prefix(config, chunks * size))
     padded = np.pad(ids.astype(np.int32), ((0, 0), (0, chunks * size - count)))

@@ -19,7 +19,7 @@ from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS, storage, with_defaults
 from jaxsp.prompts.initializers import INITIALIZERS
 from jaxsp.settings import Settings, decides_result, make_settings, side_by_side
-from jaxsp.teacher.problem import TokenizedJob, digest, tokenize
+from jaxsp.teacher.problem import SAMPLE, TokenizedJob, digest, tokenize
 from jaxsp.training.drivers import DRIVERS
 from jaxsp.training.optimizers import make_optimizer, parse_rates
 from jaxsp.typing import UserError
@@ -200,8 +200,7 @@ def make_job(model: LanguageModel, row: Any, defaults: Mapping[str, Any]) -> Job
     check_settings(settings)
     settings = with_defaults(settings)
     train, held_out = _split(queries, held_out, settings)
-    sample = train or [Query("What does the text say?")]  # the document's own will be no longer
-    tokenized = tokenize(model, context, sample, held_out, settings)
+    tokenized = tokenize(model, context, train or [SAMPLE], held_out, settings)
     usual = settings.teacher.max_answer_tokens / 2
     answers = [usual if ids is None else len(ids) for ids in tokenized.given_ids]
     tokens = float(np.mean([*map(len, tokenized.query_ids)]) + np.mean(answers))

@@ -22,8 +22,8 @@ GUESSES = 4
 """Sentences that a query of which only the text is known is tried on."""
 
 MOST_TOKENS = 65536
-"""Tokens to read, of documents with one sentence removed; where it takes more, what a query was made from
-counts as covered."""
+"""Tokens to read, of documents with one sentence removed; where it takes more, and in documents of several
+parts, what a query was made from counts as covered."""
 
 
 def candidates(document: Document, *texts: str) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ def covered(
     for query, some in enumerate(about):
         for sentence in some:
             asked.setdefault(sentence, []).append(query)
-    if len(asked) * len(problem.job.context_ids) > MOST_TOKENS:
+    if len(problem.job.parts) > 1 or len(asked) * len(problem.job.context_ids) > MOST_TOKENS:
         return [set(some) for some in about]
     found: list[set[int]] = [set() for _ in about]
     lengths, whole = problem.rows.lengths, problem.packing

@@ -24,7 +24,7 @@ from jaxsp.study.filters import MATTERS, Seen, is_answer, is_sane
 from jaxsp.study.seeds import SEEDS
 from jaxsp.study.text import Document
 from jaxsp.study.writing import completed
-from jaxsp.teacher.problem import Problem, digest, read_preamble, run_teacher, tokenize
+from jaxsp.teacher.problem import SAMPLE, Problem, digest, read_preamble, run_teacher, tokenize
 from jaxsp.typing import KeyValues, UserError
 
 A_SENTENCE = 4
@@ -125,7 +125,7 @@ def study(
     """Makes the queries that a document lacks, and has the teacher answer all.
 
     Args:
-      model: writes the queries, and answers them with the whole document before it.
+      model: writes the queries, and answers them with the document before it.
       context: the document.
       given: the user's own queries to train on; there may be none.
       held_out: those to measure on.
@@ -143,18 +143,27 @@ def study(
     document = Document.of(context, lambda text: len(model.encode_context(text)))
     if not document.sentences:
         raise UserError("The document has no sentence to ask about; give questions with --queries.")
+    cut = tokenize(model, context, [*given, SAMPLE], held_out, settings)
+    longest = max(len(part.ids) for part in cut.parts)
     with display.phase("questions", "Questions from the document") as note:
-        made, drafted = _drafted(model, document, preamble, [*given, *held_out], settings, note)
+        made, drafted = _drafted(model, document, preamble, [*given, *held_out], longest, settings, note)
     own = len(given)
     queries = [*given, *(candidate.query for candidate in made)]
     job = tokenize(model, context, queries, held_out, settings)
     problem = run_teacher(model, job, settings.teacher, preamble, display)
     with display.phase("coverage", "What the document decides"):
-        fit = _fit(model, document, problem, range(own, len(queries)))
+        fit = _fit(model, problem, range(own, len(queries)))
         # A query made from a sentence asks for it; of the user's own it is seen by taking sentences away.
         depends = {i: set(made[i - own].about) for i in fit}
         if own:
-            about = [candidates(document, queries[i].text, _answer(model, problem, i)) for i in range(own)]
+            about = [
+                [
+                    sentence
+                    for sentence in candidates(document, queries[i].text, _answer(model, problem, i))
+                    if problem.job.part(i).shared(document.span([sentence]))
+                ]
+                for i in range(own)
+            ]
             found = covered(model, document, problem.take(range(own)), about)
             depends = dict(enumerate(found)) | depends
     last = [*range(len(queries), len(queries) + len(held_out))]
@@ -182,10 +191,14 @@ def _drafted(
     document: Document,
     preamble: KeyValues,
     known: Sequence[Query],
+    longest: int,
     settings: Settings,
     note: Any,
 ) -> tuple[list[_Candidate], dict[str, int]]:
-    """Sane queries of every seed, none twice; and how many each seed drafted."""
+    """Sane queries of every seed, none twice; and how many each seed drafted.
+
+    There is room for each beside the longest part of the document.
+    """
     seen, texts = Seen(query.text for query in known), {query.text for query in known}
     drafts = [
         (name, draft)
@@ -204,7 +217,7 @@ def _drafted(
     asked = [draft for _, draft in drafts]
     written = completed(model, preamble, asked, document.text, key, on_written)
     made, most = [], settings.teacher.max_answer_tokens
-    taken = len(model.preamble_ids) + len(model.encode_context(document.text)) + most
+    taken = len(model.preamble_ids) + longest + most
     for (name, draft), text in zip(drafts, written, strict=True):
         if text is None or text in texts or _tokens(model, draft.answer) > most:
             continue
@@ -215,7 +228,8 @@ def _drafted(
         texts.add(text)
         if taken + len(model.encode_query(text)) > model.config.window:
             continue
-        made.append(_Candidate(Query(text, draft.answer, seed=name), draft.sentences))
+        span = document.span(draft.sentences)
+        made.append(_Candidate(Query(text, draft.answer, seed=name, span=span), draft.sentences))
     return made, dict(collections.Counter(name for name, *_ in drafts))
 
 
@@ -223,7 +237,7 @@ def _tokens(model: LanguageModel, text: str | None) -> int:
     return 0 if text is None else len(model.encode_context(text))
 
 
-def _fit(model: LanguageModel, document: Document, problem: Problem, index: range) -> list[int]:
+def _fit(model: LanguageModel, problem: Problem, index: range) -> list[int]:
     """The queries made whose answers come from the document, and are others without it.
 
     Those whose answers are cut at their greatest length come last: a small model has few others.
@@ -238,7 +252,7 @@ def _fit(model: LanguageModel, document: Document, problem: Problem, index: rang
         if problem.job.given_ids[i] is not None:
             return True
         answer = _answer(model, problem, i)
-        grounded = stands_in(answer, document.text, problem.job.queries[i].text) is not False
+        grounded = stands_in(answer, problem.job.part(i).text, problem.job.queries[i].text) is not False
         return grounded and is_answer(answer)
 
     def is_cut(i: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 
 from jaxsp import distributions
 from jaxsp.models.language_model import LanguageModel
@@ -15,11 +16,13 @@ from jaxsp.training.state import TrainState, initial_state
 
 def start_state(model: LanguageModel, problem: Problem, settings: Settings) -> TrainState:
     """The state that the settings ask for: σ, optimizer, schedule, key."""
-    key, context_ids = jax.random.key(settings.training.seed), problem.job.context_ids
+    key, job = jax.random.key(settings.training.seed), problem.job
+    parts = [part.ids for part in job.parts]
     own = jax.random.fold_in(key, 1)
     settings = with_defaults(settings)
     sigma = distributions.initial_prompt(
-        model.params, model.config, context_ids, problem.preamble, key=own, rows=problem.train,
+        model.params, model.config, np.concatenate(parts), problem.preamble, key=own, rows=problem.train,
+        part_lengths=[len(ids) for ids in parts], part_of=job.part_of[job.is_train],
         prompt_length=settings.prompt.prompt_length, initial=settings.prompt.initial,
         kind=settings.prompt.kind, rank=settings.prompt.rank,
     )  # fmt: skip
