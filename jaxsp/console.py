@@ -12,7 +12,7 @@ from rich.table import Table
 
 from jaxsp import prompts
 from jaxsp.artifact import SoftPrompt
-from jaxsp.evaluation.brackets import BRACKETS
+from jaxsp.evaluation.report import bracket_names
 from jaxsp.files import size
 from jaxsp.plan import Plan
 from jaxsp.prompts import storage
@@ -79,7 +79,7 @@ def print_brackets(report: Mapping[str, Any]) -> None:
     columns |= {"zero_one": "0/1", "rouge_l": "ROUGE-L"}
     table = Table("held-out queries", *columns.values(), box=None, padding=(0, 2, 0, 0))
     for name, row in brackets.items():
-        table.add_row(BRACKETS[name], *(f"{row[metric]:.3f}" for metric in columns))
+        table.add_row(bracket_names(report)[name], *(f"{row[metric]:.3f}" for metric in columns))
     _print(table, *filter(None, [report["teacher"]["text"]]), report["verdict"]["text"])
 
 

@@ -170,10 +170,9 @@ class _Context:
 
     def part(self, i: int) -> KeyValues:
         """A part. All end at one place, after which z stands: it is as far from z as it was in its turn."""
-        skipped = max(map(len, self.parts)) - len(self.parts[i])
-        ids = self.parts[i][None]
-        read = decoder.read_long(self.params, self.config, ids, self.preamble, skipped=skipped)
-        return _without(self.preamble, read)
+        ids, room = self.parts[i][None], max(map(len, self.parts))
+        read = functools.partial(decoder.read_long, room=room, skipped=room - ids.shape[1])
+        return _without(self.preamble, read(self.params, self.config, ids, self.preamble))
 
     def at(self, places: Int[np.ndarray, " n"]) -> KeyValues:
         """The slots of some tokens, by their places in the parts one after the other, ascending."""

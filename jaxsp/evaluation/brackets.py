@@ -18,16 +18,22 @@ from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS, storage
 from jaxsp.settings import Settings
 from jaxsp.teacher.answers import answer_ids
-from jaxsp.teacher.problem import Problem
-from jaxsp.typing import EMPTY, KeyValues, PyTree
+from jaxsp.teacher.problem import Problem, TokenizedJob, read_part
+from jaxsp.typing import EMPTY, Int, KeyValues, PyTree
 
 BRACKETS = {
     "full_context": "the whole context: what σ should be",
     "prompt": "the trained soft prompt σ",
     "initial": "σ before training",
     "truncated_context": "the context cut to the length of σ",
+    "retrieved_part": "the part of the context that the query's words are found in",
+    "first_part": "the first part of the context alone",
     "no_context": "nothing where the context stood",
 }
+"""Those of parts are there where the context has several."""
+
+IN_PARTS = {"full_context": "the part of the context that the query is taught by: what σ should be"}
+"""Names of brackets that are others where the context has several parts."""
 
 TRAINED = ("prompt", "no_context")
 """Conditions measured on the training queries, too, as the verdict compares them there; their answers to the
@@ -52,6 +58,9 @@ def measure_all(
 ) -> dict[str, Measured]:
     """Measures every bracket; the full context is what the teacher said, and not read again.
 
+    Of a context in parts it is the part of each query. Beside it stand the first part, and the part that a
+    search finds; where the teacher's parts were found by this search, it is the teacher himself, and left out.
+
     Args:
       model: the frozen model.
       problem: the queries, and what the teacher said.
@@ -72,7 +81,37 @@ def measure_all(
     if "full_context" not in known:
         positions = _positions(model, None, problem, held_out_alone=True)
         measured["full_context"] = Measured(positions, problem.job.held_out(problem.answers))
+    for name, part_of in _parts_read(problem.job).items():
+        if name not in known:
+            measured[name] = _after_parts(model, problem, part_of, settings.teacher.max_answer_tokens)
     return measured
+
+
+def _parts_read(job: TokenizedJob) -> dict[str, Int[np.ndarray, " n"]]:
+    """The part that each query is read after, by the brackets of a context in parts."""
+    if len(job.parts) == 1:
+        return {}
+    first = {"first_part": np.zeros_like(job.part_of)}
+    searched = not any(query.span for query in job.held_out(job.queries))
+    return first if searched else {"retrieved_part": job.found, **first}
+
+
+def _after_parts(
+    model: LanguageModel, problem: Problem, part_of: Int[np.ndarray, " n"], max_tokens: int
+) -> Measured:
+    """The held-out queries, each after one part: the teacher himself where it is his, and else read anew."""
+    job = problem.job
+    positions = _positions(model, None, problem, held_out_alone=True)
+    answers = {i: problem.answers[i] for i in np.flatnonzero(~job.is_train).tolist()}
+    others = [i for i in answers if part_of[i] != job.part_of[i]]
+    for part in np.unique(part_of[others]).tolist():
+        some = [i for i in others if part_of[i] == part]
+        prefix = read_part(model, job, part, problem.preamble)
+        for name, values in at_positions(model, prefix, problem.rows.take(some), problem.packing).items():
+            positions[name][some] = values
+        queries = [job.query_ids[i] for i in some]
+        answers |= zip(some, answer_ids(model, prefix, queries, max_tokens=max_tokens), strict=True)
+    return Measured(positions, list(answers.values()))
 
 
 def storage_costs(
@@ -97,7 +136,7 @@ def storage_costs(
 def prefill_seconds(
     model: LanguageModel, problem: Problem, sigma: PyTree, settings: Settings, known: float | None = None
 ) -> dict[str, float]:
-    """Seconds to prepare the prefix, of σ and of the whole context; compiling and loading are not counted.
+    """Seconds to prepare the prefix, of σ and of the context, or its longest part; compiling and loading are not counted.
 
     Args:
       model: the frozen model.
@@ -106,7 +145,7 @@ def prefill_seconds(
       settings: settings of the prompt.
       known: those of the whole context, where they were measured before.
     """
-    ids = problem.job.context_ids[None]
+    ids = problem.job.longest_part.ids[None]
 
     def seconds(read: Callable[[], KeyValues]) -> float:
         jax.block_until_ready(read())  # may compile

@@ -12,6 +12,8 @@ _COLOURS = {
     "prompt": "#0b7a75",
     "initial": "#b0a990",
     "truncated_context": "#d98e04",
+    "retrieved_part": "#6a4c93",
+    "first_part": "#3d7ea6",
     "no_context": "#b3261e",
 }
 _LABELS = {name: name.replace("_", " ") for name in BRACKETS} | {"prompt": "soft prompt σ"}

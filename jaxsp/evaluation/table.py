@@ -13,7 +13,7 @@ def row(report: dict[str, Any]) -> dict[str, Any]:
     """A report without its texts, flat: ``gap_closed``, ``prompt_kl``, ``no_context_kl``, ..."""
     flat = dict(report.get("settings", {}))
     flat |= {k: v for k, v in report.items() if isinstance(v, str | float | int | None)}
-    for name in ("gap_closed", "gap_closed_vs_truncated"):
+    for name in ("gap_closed", "gap_closed_vs_truncated", "gap_closed_vs_first_part"):
         if name in report:
             gap = report[name]
             flat |= {name: gap["value"], f"{name}_low": gap["low"], f"{name}_high": gap["high"]}

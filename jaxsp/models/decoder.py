@@ -335,6 +335,7 @@ def read_long(
     *,
     longest: int = 2048,
     skipped: int = 0,
+    room: int = 0,
 ) -> KeyValues:
     """``prefill`` of token ids a chunk at a time: memory beside the result does not grow with them.
 
@@ -348,6 +349,7 @@ def read_long(
       prefix: prefix that stands before it, if anything.
       longest: tokens read at once.
       skipped: positions left free after ``prefix``.
+      room: tokens to have slots for at least, so that shorter contexts share the programs of the longest.
 
     Returns:
       ``prefix`` followed by the tokens; slots at its end may be ``EMPTY``, so that contexts of other
@@ -360,8 +362,8 @@ def read_long(
     count = ids.shape[1]
     if count == 0:
         return prefix
-    chunks = ceil_div(count, longest)
-    size = min(longest, round_size(ceil_div(count, chunks)))
+    chunks = ceil_div(max(count, room), longest)
+    size = min(longest, round_size(ceil_div(max(count, room), chunks)))
     first, slot = int(prefix.next_position[0]) + skipped, prefix.positions.shape[1]
     config.check_length(first + count)
     room = prefix.append(empty_prefix(config, chunks * size))

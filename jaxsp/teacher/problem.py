@@ -73,6 +73,11 @@ class TokenizedJob:
         """The part of the context that a query is taught by."""
         return self.parts[self.part_of[query]]
 
+    @property
+    def longest_part(self) -> Part:
+        """The part with most tokens."""
+        return max(self.parts, key=lambda part: len(part.ids))
+
     def held_out(self, things: Sequence[Any]) -> list[Any]:
         """The things of the held-out queries, out of one for each query."""
         return [thing for thing, train in zip(things, self.is_train, strict=True) if not train]
@@ -219,7 +224,8 @@ def read_preamble(model: LanguageModel) -> KeyValues:
 
 def read_part(model: LanguageModel, job: TokenizedJob, part: int, preamble: KeyValues) -> KeyValues:
     """The prefix that a part of the context is."""
-    return decoder.read_long(model.params, model.config, job.parts[part].ids[None], preamble)
+    ids, room = job.parts[part].ids[None], len(job.longest_part.ids)
+    return decoder.read_long(model.params, model.config, ids, preamble, room=room)
 
 
 def teacher_key(model: LanguageModel, job: TokenizedJob, settings: TeacherSettings) -> str:
