@@ -14,7 +14,7 @@ def vectors(source: Source) -> Float[Array, "k d"]:
 
 
 def key_values(source: Source) -> KeyValues:
-    """Their keys and values where they stand in the context, which has read all before them."""
+    """Their keys and values where they stand in the context, which has read all before them in its part."""
     return source.context(_places(source))
 
 
