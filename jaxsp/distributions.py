@@ -170,8 +170,8 @@ class _Context:
 
     def part(self, i: int) -> KeyValues:
         """A part. All end at one place, after which z stands: it is as far from z as it was in its turn."""
-        ids, room = self.parts[i][None], max(map(len, self.parts))
-        read = functools.partial(decoder.read_long, room=room, skipped=room - ids.shape[1])
+        ids, longest = self.parts[i][None], max(map(len, self.parts))
+        read = functools.partial(decoder.read_long, least=longest, skipped=longest - ids.shape[1])
         return _without(self.preamble, read(self.params, self.config, ids, self.preamble))
 
     def at(self, places: Int[np.ndarray, " n"]) -> KeyValues:
@@ -229,7 +229,8 @@ class _Context:
 
     def _thinned(self, i: int) -> KeyValues:
         """A part with as many slots as there is room for beside the others, matched to its own rows."""
-        assert self.rows is not None and self.part_of is not None
+        assert self.rows is not None
+        assert self.part_of is not None
         count, size = len(self.parts), len(self.parts[i])
         most = max(min(THINNED, THINNED_SLOTS // count), 8 * self.prompt_length // count)
         part, rows = self.part(i), self.rows.take(np.flatnonzero(self.part_of == i))

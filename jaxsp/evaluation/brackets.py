@@ -59,7 +59,7 @@ def measure_all(
     """Measures every bracket; the full context is what the teacher said, and not read again.
 
     Of a context in parts it is the part of each query. Beside it stand the first part, and the part that a
-    search finds; where the teacher's parts were found by this search, it is the teacher himself, and left out.
+    search finds; where the teacher's parts were found by this search, that is the full context itself.
 
     Args:
       model: the frozen model.
@@ -99,7 +99,7 @@ def _parts_read(job: TokenizedJob) -> dict[str, Int[np.ndarray, " n"]]:
 def _after_parts(
     model: LanguageModel, problem: Problem, part_of: Int[np.ndarray, " n"], max_tokens: int
 ) -> Measured:
-    """The held-out queries, each after one part: the teacher himself where it is his, and else read anew."""
+    """The held-out queries, each after one part: the teacher where it is his, else read anew."""
     job = problem.job
     positions = _positions(model, None, problem, held_out_alone=True)
     answers = {i: problem.answers[i] for i in np.flatnonzero(~job.is_train).tolist()}
@@ -136,7 +136,7 @@ def storage_costs(
 def prefill_seconds(
     model: LanguageModel, problem: Problem, sigma: PyTree, settings: Settings, known: float | None = None
 ) -> dict[str, float]:
-    """Seconds to prepare the prefix, of σ and of the context, or its longest part; compiling and loading are not counted.
+    """Seconds to prepare the prefix, of σ and of the context (its longest part); compiled and loaded.
 
     Args:
       model: the frozen model.

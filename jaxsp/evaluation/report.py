@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +214,7 @@ def write(report: dict[str, Any], lines: list[dict[str, Any]], directory: Path) 
     atomic_write(directory / "report.md", markdown(report))
 
 
-def bracket_names(report: dict[str, Any]) -> dict[str, str]:
+def bracket_names(report: Mapping[str, Any]) -> dict[str, str]:
     """The brackets in words, as a report has them."""
     return BRACKETS | (IN_PARTS if report.get("parts") else {})
 
@@ -254,8 +254,8 @@ def _teacher(report: dict[str, Any], read: dict[str, str]) -> dict[str, Any]:
     ]
     shares = [sum(found) / len(found) for found in checked.values() if found]
     weak = bool(shares) and shares[0] < WEAK
-    before = "with one part of the context for each query" if report.get("parts") else "with the whole context"
-    text = f"The model itself, {before}: {'; '.join(parts)}." if parts else ""
+    before = "one part of the context for each query" if report.get("parts") else "the whole context"
+    text = f"The model itself, with {before}: {'; '.join(parts)}." if parts else ""
     if weak:
         text += " σ can be no better: take a larger model (`jaxsp plan MODEL` says what it takes)."
     return {"text": text, "weak": weak}

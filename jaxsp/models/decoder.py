@@ -335,7 +335,7 @@ def read_long(
     *,
     longest: int = 2048,
     skipped: int = 0,
-    room: int = 0,
+    least: int = 0,
 ) -> KeyValues:
     """``prefill`` of token ids a chunk at a time: memory beside the result does not grow with them.
 
@@ -349,7 +349,7 @@ def read_long(
       prefix: prefix that stands before it, if anything.
       longest: tokens read at once.
       skipped: positions left free after ``prefix``.
-      room: tokens to have slots for at least, so that shorter contexts share the programs of the longest.
+      least: tokens to have slots for, so that shorter contexts share the programs of the longest.
 
     Returns:
       ``prefix`` followed by the tokens; slots at its end may be ``EMPTY``, so that contexts of other
@@ -362,8 +362,8 @@ def read_long(
     count = ids.shape[1]
     if count == 0:
         return prefix
-    chunks = ceil_div(max(count, room), longest)
-    size = min(longest, round_size(ceil_div(max(count, room), chunks)))
+    chunks = ceil_div(max(count, least), longest)
+    size = min(longest, round_size(ceil_div(max(count, least), chunks)))
     first, slot = int(prefix.next_position[0]) + skipped, prefix.positions.shape[1]
     config.check_length(first + count)
     room = prefix.append(empty_prefix(config, chunks * size))

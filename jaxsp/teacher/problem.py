@@ -28,7 +28,6 @@ from jaxsp.teacher.answers import answer_ids
 from jaxsp.teacher.signals import SIGNALS
 from jaxsp.typing import Bool, Int, KeyValues, PyTree, UserError
 
-
 QUERY_TOKENS = 128
 """Tokens of a query that the parts of a long document leave room for at least, in a window of four times as
 many: the cut does not depend on the queries that the document then gives."""
@@ -202,9 +201,9 @@ def _parts(
     most = min(most, left - max(longest, min(QUERY_TOKENS, window // 4)))
     if most < FEWEST:
         raise UserError(
-            f"The chat's text ({preamble} tokens), the longest query ({longest}) and the answer ({room}) leave"
-            f" no room for the context in the model's window of {window}. Shorten the query, or the answer"
-            " with --max-answer-tokens."
+            f"The chat's text ({preamble} tokens), the longest query ({longest}) and the answer ({room})"
+            f" leave no room for the context in the model's window of {window}. Shorten the query, or the"
+            " answer with --max-answer-tokens."
         )
     return cut(context, most, model.encode_context)
 
@@ -224,8 +223,8 @@ def read_preamble(model: LanguageModel) -> KeyValues:
 
 def read_part(model: LanguageModel, job: TokenizedJob, part: int, preamble: KeyValues) -> KeyValues:
     """The prefix that a part of the context is."""
-    ids, room = job.parts[part].ids[None], len(job.longest_part.ids)
-    return decoder.read_long(model.params, model.config, ids, preamble, room=room)
+    ids, least = job.parts[part].ids[None], len(job.longest_part.ids)
+    return decoder.read_long(model.params, model.config, ids, preamble, least=least)
 
 
 def teacher_key(model: LanguageModel, job: TokenizedJob, settings: TeacherSettings) -> str:

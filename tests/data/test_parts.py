@@ -20,7 +20,9 @@ def encode(text):
     return np.frombuffer(text.encode(), np.uint8)
 
 
-@given(st.lists(st.sampled_from(["word", "a", ". ", "\n", "é", "語", " ", "? Yes", "- "]), min_size=9), st.data())
+@given(
+    st.lists(st.sampled_from(["word", "a", ". ", "\n", "é", "語", " ", "? Yes", "- "]), min_size=9), st.data()
+)
 def test_every_character_is_in_a_part_and_none_is_too_long(words, data):
     text, most = "x" + "".join(words), data.draw(st.sampled_from([16, 20, 50]))
     parts = cut(text, most, encode)

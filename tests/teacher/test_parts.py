@@ -142,7 +142,12 @@ def test_everything_that_decides_what_the_teacher_says_is_in_the_key(calm_model,
         return teacher_key(calm_model, dataclasses.replace(job, **changes), settings)
 
     cut = dataclasses.replace(job.parts[0], ids=job.parts[0].ids[1:])
-    keys = [key(), key(part_of=job.part_of[::-1]), key(found=job.found[::-1]), key(parts=[cut, *job.parts[1:]])]
+    keys = [
+        key(),
+        key(part_of=job.part_of[::-1]),
+        key(found=job.found[::-1]),
+        key(parts=[cut, *job.parts[1:]]),
+    ]
     keys.append(teacher_key(calm_model, job, make_settings({"teacher_context": 65}).teacher))
     assert len(set(keys)) == 5
     names = [make_job(calm_model, row(), {"teacher_context": n}).identity(calm_model) for n in (64, 65)]

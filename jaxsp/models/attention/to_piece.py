@@ -33,9 +33,7 @@ class ToPiece(NamedTuple):
     own: Bool[Array, "n s"] | None = None
 
 
-def attention_to(
-    inputs: AttentionInputs, index: int, own_BS: Bool[Array, "b s"] | None = None
-) -> ToPiece:
+def attention_to(inputs: AttentionInputs, index: int, own_BS: Bool[Array, "b s"] | None = None) -> ToPiece:
     """The attention to ``inputs.slots[index]``, which all rows share.
 
     Args:

@@ -290,7 +290,7 @@ def weights(products: Products, there_K: Bool[Array, " k"], steps: int) -> Float
     ridge = 1e-6 * jnp.trace(gram_KK) / jnp.maximum(jnp.sum(there_K), 1) + 1e-20
     full_KK = gram_KK + jnp.diag(jnp.where(there_K, ridge, 1.0))
     start_K = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(full_KK), right_K * there_K)
-    # More slots than the queries tell apart: float32 finds no factor, and the gradient goes from the slots' own.
+    # With more slots than the queries tell apart float32 may find no factor: the gradient starts from 1.
     start_K = jnp.where(jnp.all(jnp.isfinite(start_K)), start_K, 1.0)
     start_K = jnp.clip(start_K, *MASS) * there_K
     largest = jnp.maximum(jnp.max(jnp.sum(jnp.abs(gram_KK), axis=0)), 1e-20)

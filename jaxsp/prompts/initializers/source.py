@@ -13,7 +13,7 @@ ABSENT = -1e9
 """Bias of a slot that a head does not have: no query gives it any weight. Finite, so that gradients are."""
 
 Own = Bool[Array, "n s"] | None
-"""The slots of each query's own part of the context, in its place of which K are to serve it; ``None``: all."""
+"""The slots of each query's own part of the context, which K slots are to replace for it; ``None``: all."""
 
 Fit = Callable[
     [Float[Array, "n s"], Float[Array, " n"], Float[Array, "s f"], Int[Array, ""], Own],
