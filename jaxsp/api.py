@@ -273,9 +273,9 @@ def evaluate(
         job = tokenize(model, *texts)
         problem = run_teacher(model, job, settings.teacher, read_preamble(model), display)
     else:
-        model, job = other.student, tokenize(other.model, *texts, reader="teacher")
+        model, job = other.student, tokenize(other.model, *texts)
         said = run_teacher(other.model, job, settings.teacher, read_preamble(other.model), display)
-        own = tokenize(model, *texts, reader="student")
+        own = tokenize(model, *texts)
         problem = other.taught(said, own, read_preamble(model), settings)
     with display.phase("evaluate", "Evaluation"):
         measured = brackets.measure_all(model, problem, {"prompt": prompt.sigma}, settings, known={})

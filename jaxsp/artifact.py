@@ -276,6 +276,7 @@ def make_artifact(
         "dtype": settings.prompt.artifact_dtype,
         "model_dtype": model.config.dtype,
         "context_tokens": len(job.context_ids),
+        "part_tokens": [len(part.ids) for part in job.parts],
         "training": {**plain(settings), "steps": steps},
         "versions": environment()["versions"],
     }

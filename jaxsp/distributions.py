@@ -27,12 +27,13 @@ from jaxsp.models import decoder
 from jaxsp.models.attention import AttentionInputs, Slots
 from jaxsp.models.attention.to_piece import attention_to
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.decoder import OutputHead
 from jaxsp.models.generation import Sampling, generate
+from jaxsp.models.output_head import OutputHead
 from jaxsp.prompts import DEFAULT_KIND, PROMPT_KINDS
 from jaxsp.prompts.initializers import Source, Start
+from jaxsp.prompts.initializers.match import fit_to
 from jaxsp.prompts.initializers.source import Fit, Probe
-from jaxsp.typing import EMPTY, AnyArray, Array, Float, Int, KeyValues, Params, PyTree
+from jaxsp.typing import EMPTY, AnyArray, Array, Bool, Float, Int, KeyValues, Params, PyTree
 
 
 def context_prefix(
@@ -70,6 +71,16 @@ MATCHED_TOKENS, PROBED_TOKENS = 1024, 512
 MATCHED_BYTES = 2**30
 """... and as many as have scores of this size in one layer."""
 
+PART_TOKENS = 128
+"""Tokens of the rows of each part of a context, in place of these, where it has many."""
+
+THINNED, THINNED_SLOTS = 512, 16384
+"""Slots that a part of a context is thinned to before all are matched together, and those of all of them,
+about: what is kept in memory does not grow with the parts."""
+
+_Own = Bool[Array, "b s"] | None
+"""The slots of the part that each row was taught by; ``None``: the context has one part."""
+
 read_prompt = jax.jit(prompt_prefix, static_argnames=("config", "kind"))
 """``prompt_prefix``, compiled."""
 
@@ -86,13 +97,15 @@ def initial_prompt(
     kind: str = DEFAULT_KIND,
     rank: int | None = None,
     rows: Rows | None = None,
+    part_lengths: Sequence[int] = (),
+    part_of: Int[np.ndarray, " n"] | None = None,
 ) -> PyTree:
     """σ before training.
 
     Args:
       params: the frozen weights.
       config: configuration of the model.
-      context_ids: token ids ``[C]`` of the context.
+      context_ids: token ids ``[C]`` of the context; of one in parts, theirs one after the other.
       preamble: prefix that stands before it.
       key: random key, for the initializers that draw.
       prompt_length: K.
@@ -100,6 +113,9 @@ def initial_prompt(
       kind: a key of ``jaxsp.prompts.PROMPT_KINDS``.
       rank: rank of a prompt of low rank; by default the one that takes half of the room.
       rows: rows to train on, for the initializers that are fitted to them.
+      part_lengths: tokens of each part of the context, where it has several: each is read by itself, and ends
+        where the longest does, so that z stands at one place after all of them.
+      part_of: ``[N]`` the part that each of the rows was taught by.
 
     Returns:
       A pytree of float32 arrays.
@@ -108,35 +124,22 @@ def initial_prompt(
       UserError: the initializer and the kind don't go together, or it needs rows.
     """
 
+    model = params, config, preamble
+    lengths = list(part_lengths) or [len(context_ids)]
+    parts = np.split(context_ids, np.cumsum(lengths)[:-1])
+    context = _Context(*model, parts, rows, part_of, key, prompt_length)
+
     def read(vectors: Array) -> KeyValues:
         inputs = vectors[None].astype(config.dtype)
         positions = preamble.next_position[:, None] + jnp.arange(prompt_length)[None]
         return decoder.hidden(params, config, inputs, positions, (preamble,))[1]
-
-    def context() -> KeyValues:
-        return _without(preamble, decoder.read_long(params, config, context_ids[None], preamble))
-
-    whole = functools.cache(context)
-
-    def some_rows(tokens: int) -> Rows:
-        assert rows is not None
-        room = MATCHED_BYTES // (4 * config.heads * whole().positions.shape[1])
-        return _few(rows, min(tokens, room), key)
-
-    def compacted(fit: Fit, counts: Int[AnyArray, "l g"]) -> KeyValues:
-        few = some_rows(MATCHED_TOKENS)
-        return _compacted(params, config, preamble, whole(), few, fit, jnp.asarray(counts))
-
-    def probed(probe: Probe) -> Array:
-        return _probed(params, config, preamble, whole(), some_rows(PROBED_TOKENS), probe)
-
-    has_rows = rows is not None and len(rows) > 0
 
     def written(ids: Array) -> np.ndarray:
         sampling = Sampling(temperature=1.0, max_tokens=prompt_length)
         (found,) = generate(params, config, decoder.empty_prefix(config), [ids], sampling, key=key)
         return np.array(found)
 
+    has_rows = rows is not None and len(rows) > 0
     source = Source(
         key=key,
         context_ids=context_ids,
@@ -145,19 +148,111 @@ def initial_prompt(
         embed=functools.partial(decoder.embed, params, config),
         vocab_size=config.vocab_size,
         read=read,
-        context=context,
+        context=context.at,
         written=written,
-        probed=probed if has_rows else None,
-        compacted=compacted if has_rows else None,
+        probed=context.probed if has_rows else None,
+        compacted=context.compacted if has_rows else None,
+        longest_part=max(lengths),
     )
     chosen = PROMPT_KINDS[kind]
     return chosen.initial(Start(initial or chosen.DEFAULTS["initial"], source, rank))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Context:
+    """The context as σ starts from it: each part read after the preamble by itself, and when it is needed."""
+
+    params: Params
+    config: DecoderConfig
+    preamble: KeyValues
+    parts: list[Int[np.ndarray, " _"]]
+    rows: Rows | None
+    part_of: Int[np.ndarray, " n"] | None
+    key: Array
+    prompt_length: int
+
+    def part(self, i: int) -> KeyValues:
+        """A part. All end at one place, after which z stands: it is as far from z as it was in its turn."""
+        ids, longest = self.parts[i][None], max(map(len, self.parts))
+        read = functools.partial(decoder.read_long, least=longest, skipped=longest - ids.shape[1])
+        return _without(self.preamble, read(self.params, self.config, ids, self.preamble))
+
+    def at(self, places: Int[np.ndarray, " n"]) -> KeyValues:
+        """The slots of some tokens, by their places in the parts one after the other, ascending."""
+        found, first = [decoder.empty_prefix(self.config)], 0
+        for i, ids in enumerate(self.parts):
+            own = places[(first <= places) & (places < first + len(ids))] - first
+            if len(own):
+                found.append(_slots(self.part(i), own))
+            first += len(ids)
+        return KeyValues.joined(found)
+
+    def probed(self, probe: Probe) -> Array:
+        """Findings of ``probe``."""
+        context, few, own_BS = self._some_rows(PROBED_TOKENS)
+        return _probed(self.params, self.config, self.preamble, context, few, probe, own_BS)
+
+    def compacted(self, fit: Fit, counts: Int[AnyArray, "l g"]) -> KeyValues:
+        """The slots that ``fit`` makes of all parts."""
+        context, few, own_BS = self._some_rows(MATCHED_TOKENS)
+        return self._fitted(context, few, fit, counts, own_BS)
+
+    def _fitted(
+        self, context: KeyValues, few: Rows, fit: Fit, counts: Int[AnyArray, "l g"], own_BS: _Own = None
+    ) -> KeyValues:
+        counts = jnp.asarray(counts)
+        return _compacted(self.params, self.config, self.preamble, context, few, fit, counts, own_BS)
+
+    def _room(self, slots: int) -> int:
+        """Tokens of the rows whose scores have room beside so many slots."""
+        return MATCHED_BYTES // (4 * self.config.heads * slots)
+
+    def _some_rows(self, tokens: int) -> tuple[KeyValues, Rows, _Own]:
+        """The slots that the rows are fitted to, some rows, and which slots each of them has read."""
+        assert self.rows is not None
+        context, part_S = self._whole
+        room = self._room(context.positions.shape[1])
+        if part_S is None:
+            return context, _few(self.rows, min(tokens, room), self.key), None
+        assert self.part_of is not None
+        tokens = min(max(tokens, PART_TOKENS * len(self.parts)), room)
+        few, part_B = _few_of_each(self.rows, self.part_of, tokens, self.key)
+        return context, few, jnp.asarray(part_B[:, None] == part_S)
+
+    @functools.cached_property
+    def _whole(self) -> tuple[KeyValues, Int[np.ndarray, " s"] | None]:
+        """All slots, and of a context in parts the part of each."""
+        if len(self.parts) == 1:
+            return self.part(0), None
+        found = [self._thinned(i) for i in range(len(self.parts))]
+        sizes = [kv.positions.shape[1] for kv in found]
+        spare = decoder.round_size(sum(sizes)) - sum(sizes)  # so that other contexts share the programs
+        joined = KeyValues.joined([*found, decoder.empty_prefix(self.config, spare)])
+        return joined, np.repeat([*range(len(sizes)), EMPTY], [*sizes, spare])
+
+    def _thinned(self, i: int) -> KeyValues:
+        """A part with as many slots as there is room for beside the others, matched to its own rows."""
+        assert self.rows is not None
+        assert self.part_of is not None
+        count, size = len(self.parts), len(self.parts[i])
+        most = max(min(THINNED, THINNED_SLOTS // count), 8 * self.prompt_length // count)
+        part, rows = self.part(i), self.rows.take(np.flatnonzero(self.part_of == i))
+        if size <= most or not len(rows):  # what no row has read is spread
+            return _slots(part, np.linspace(0, size - 1, min(size, most)).round().astype(int))
+        few = _few(rows, min(MATCHED_TOKENS, self._room(size)), self.key)
+        counts = np.full((self.config.layers, self.config.kv_heads), most)
+        return self._fitted(part, few, fit_to(most), counts)
 
 
 def _without(preamble: KeyValues, prefix: KeyValues) -> KeyValues:
     """The part of a prefix behind the preamble."""
     size = preamble.positions.shape[1]
     return KeyValues(prefix.keys[:, :, size:], prefix.values[:, :, size:], prefix.positions[:, size:])
+
+
+def _slots(prefix: KeyValues, index: Int[np.ndarray, " n"]) -> KeyValues:
+    """Some slots of a prefix."""
+    return KeyValues(prefix.keys[:, :, index], prefix.values[:, :, index], prefix.positions[:, index])
 
 
 def _few(rows: Rows, tokens: int, key: Array) -> Rows:
@@ -170,6 +265,20 @@ def _few(rows: Rows, tokens: int, key: Array) -> Rows:
     return packing.pack(dataclasses.replace(rows, targets=targets), order)
 
 
+def _few_of_each(
+    rows: Rows, part_of: Int[np.ndarray, " n"], tokens: int, key: Array
+) -> tuple[Rows, Int[np.ndarray, " b"]]:
+    """The same of every part alike, each in a row of its own; and the part of each row."""
+    lengths, order = rows.lengths, np.asarray(jax.random.permutation(key, len(rows)))
+    parts = np.unique(part_of)
+    each = [order[part_of[order] == part] for part in parts]
+    each = [o[: max(1, int((np.cumsum(lengths[o]) <= tokens // len(parts)).sum()))] for o in each]
+    packing = Packing(1, decoder.round_size(max(int(lengths[some].sum()) for some in each)))
+    rows = dataclasses.replace(rows, targets={"tokens": rows.targets["tokens"]})
+    packed = [packing.pack(rows, some) for some in each]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *packed), parts
+
+
 @functools.partial(jax.jit, static_argnames=("config", "fit"))
 def _compacted(
     params: Params,
@@ -179,14 +288,18 @@ def _compacted(
     rows: Rows,
     fit: Fit,
     counts_LG: Int[Array, "l g"],
+    own_BS: _Own = None,
 ) -> KeyValues:
     """The slots that ``fit`` makes of the context, as ``rows`` are read after it."""
     end = context.next_position[:, None]
 
     def rewrite(inputs: AttentionInputs, counts_G: Array) -> tuple[tuple[Slots, ...], Slots]:
-        *before, _, _ = inputs.slots
-        found = attention_to(inputs, len(before))
-        chosen_GK, bias_GK, values_GKF = jax.vmap(fit)(found.scores, found.weight, found.values, counts_G)
+        *before, piece, _ = inputs.slots
+        found = attention_to(inputs, len(before), own_BS)
+        of_heads = found.scores, found.weight, found.values, counts_G
+        chosen_GK, bias_GK, values_GKF = jax.vmap(fit, (0, 0, 0, 0, None))(*of_heads, found.own)
+        if piece.bias is not None:  # those that a slot stood for already
+            bias_GK += jnp.take_along_axis(piece.bias[0].T, chosen_GK, axis=1)
         keys_GKF = jnp.take_along_axis(found.keys, chosen_GK[..., None], axis=1)
         count = chosen_GK.shape[1]
         where = jnp.maximum(end - count + jnp.arange(count)[None], EMPTY)  # in every sliding window
@@ -200,15 +313,24 @@ def _compacted(
 
 @functools.partial(jax.jit, static_argnames=("config", "probe"))
 def _probed(
-    params: Params, config: DecoderConfig, preamble: KeyValues, context: KeyValues, rows: Rows, probe: Probe
+    params: Params,
+    config: DecoderConfig,
+    preamble: KeyValues,
+    context: KeyValues,
+    rows: Rows,
+    probe: Probe,
+    own_BS: _Own = None,
 ) -> Array:
     """The findings of ``probe`` in every head as ``rows`` are read after the context, ``[L, G, ...]``."""
 
     def rewrite(inputs: AttentionInputs, own: None) -> tuple[tuple[Slots, ...], Array]:
         del own
-        *before, _ = inputs.slots
-        found = attention_to(inputs, len(before) - 1)
-        return tuple(before), jax.vmap(probe)(found.scores, found.weight, found.values)
+        *before, piece, _ = inputs.slots
+        found = attention_to(inputs, len(before), own_BS)
+        if own_BS is not None:
+            piece = piece._replace(positions=jnp.where(own_BS, piece.positions, EMPTY))
+        probes = jax.vmap(probe, (0, 0, 0, None))(found.scores, found.weight, found.values, found.own)
+        return (*before, piece), probes
 
     return _rewritten(params, config, preamble, context, rows, rewrite)
 

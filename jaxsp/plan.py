@@ -23,7 +23,7 @@ from jaxsp.data.examples import Rows
 from jaxsp.data.packing import Packing
 from jaxsp.models import decoder, sharding
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.decoder import OutputHead
+from jaxsp.models.output_head import OutputHead
 from jaxsp.models.sharding import DATA, along
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.prompts.initializers import Source, Start
@@ -52,7 +52,8 @@ class Memory:
       arguments: the weights, the batch, and σ with its optimizer.
       temporaries: what the update holds beside them.
       output: σ with its optimizer after the step.
-      context: keys and values of the context, kept for the evaluation; as if whole on every device.
+      context: keys and values of the context, or of a part of it, as the teacher reads it; as if whole on
+        every device.
     """
 
     arguments: int
@@ -127,7 +128,10 @@ def plan(
             "--context-tokens must be at least 1 and --query-tokens at least 2; got"
             f" {context_tokens} and {query_tokens}."
         )
-    config.check_length(PREAMBLE_TOKENS + context_tokens + query_tokens)
+    config.check_length(PREAMBLE_TOKENS + query_tokens + 1)
+    # A longer context is read part by part.
+    most = min(config.window - PREAMBLE_TOKENS - query_tokens, settings.teacher.teacher_context or math.inf)
+    part_tokens = int(min(context_tokens, most))
     mesh = mesh_of(settings)
     if mesh is not None:
         shares, devices = mesh.shape[DATA], mesh.size
@@ -139,7 +143,7 @@ def plan(
         return Packing.of(np.array([query_tokens]), batch_size).over(parts, query_tokens)
 
     packing = packing_of(settings.training.batch_size)
-    context = jax.eval_shape(lambda: decoder.empty_prefix(config, PREAMBLE_TOKENS + context_tokens))
+    context = jax.eval_shape(lambda: decoder.empty_prefix(config, PREAMBLE_TOKENS + part_tokens))
     context_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(context))
 
     @functools.cache

@@ -55,10 +55,13 @@ class StudySettings:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSettings:
-    """The model that reads the whole context."""
+    """The model that reads the whole context, or a part of it."""
 
     max_answer_tokens: int = _setting(48, at_least=1)
     """Longest answer, in tokens."""
+    teacher_context: int | None = _setting(None, type=int, at_least=16)
+    """Tokens of the document that the teacher reads at once. A longer document is cut into parts that
+    overlap, and each query is taught by one of them. By default what the model's window has room for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +159,7 @@ class Options(TypedDict, total=False):
     study: str
     study_queries: int | None
     max_answer_tokens: int
+    teacher_context: int | None
     objective: Any
     steps: int | None
     batch_size: int

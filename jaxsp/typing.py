@@ -92,6 +92,11 @@ class KeyValues:
         return self._joined([self, other], slots=True)
 
     @staticmethod
+    def joined(several: Sequence[KeyValues]) -> KeyValues:
+        """Prefixes one after the other, along the slots."""
+        return KeyValues._joined(several, slots=True)
+
+    @staticmethod
     def side_by_side(several: Sequence[KeyValues]) -> KeyValues:
         """Prefixes of one size as the rows of one."""
         return KeyValues._joined(several, slots=False)

@@ -231,7 +231,7 @@ def test_unusable_queries(compress, tmp_path, lines, words):
         (("--warmup-fraction", 1.5), ("--warmup-fraction must be at least 0 and below 1, not 1.5.",)),
         (("--held-out", 1.5), ("fraction", "1.5")),
         (("--held-out", "nowhere.txt"), ("There is no file nowhere.txt",)),
-        (("--max-answer-tokens", 500), ("window of 512", "Shorten the context")),
+        (("--max-answer-tokens", 500), ("window of 512", "Shorten the query")),
         (("--resume",), ("no run to resume",)),
         (("--resume", "--overwrite"), ("not both",)),
     ],

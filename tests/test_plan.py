@@ -221,7 +221,7 @@ def test_what_cannot_be_planned(config, tmp_path):
             plan.plan(config, settings, context_tokens=context_tokens, query_tokens=query_tokens)
 
     refuses("at least 1 and --query-tokens at least 2; got 0 and 20", context_tokens=0)
-    refuses("window of 512", context_tokens=500)
+    refuses("window of 512", query_tokens=500)
     refuses("Unknown objective 'klx'", make_settings({"objective": "klx"}))
     refuses("takes 3 devices", make_settings({"parallel": "mesh", "mesh": "data=3"}))
     refuses("doesn't divide the model's", make_settings({"parallel": "mesh", "mesh": "model=8"}))

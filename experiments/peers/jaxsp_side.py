@@ -20,6 +20,7 @@ import jaxsp
 from experiments.peers.job import Job, end_turn
 from jaxsp.data.examples import Rows, make_rows
 from jaxsp.data.packing import Packing
+from jaxsp.data.parts import Part
 from jaxsp.evaluation.metrics import at_positions, mean_kl_function
 from jaxsp.models import decoder
 from jaxsp.models.chat import ChatTexts
@@ -111,7 +112,9 @@ def tokenized(job: Job) -> TokenizedJob:
     given: list[list[int] | None] = [*job.answers]
     preamble, context = np.array(job.preamble, np.int32), np.array(job.context, np.int32)
     is_train = np.arange(len(job.queries)) < job.train
-    return TokenizedJob(ChatTexts("", "", ""), preamble, context, [], is_train, job.queries, given)
+    whole, one = [Part(0, 0, "", context)], np.zeros(len(job.queries), np.int64)
+    chat = ChatTexts("", "", "")
+    return TokenizedJob(chat, preamble, context, whole, one, one, [], is_train, job.queries, given)
 
 
 def template_too(job: Job) -> Job:

@@ -22,16 +22,19 @@ class Query:
       answer: to train towards, if the user gives one (else the teacher's).
       expect: texts that a right answer contains, where that is known; the report counts them.
       seed: form in which the document itself gave it (see ``jaxsp.study``); empty for the user's own.
+      span: start and end, in the document, of what it was made from; ``None`` for the user's own.
     """
 
     text: str
     answer: str | None = None
     expect: tuple[str, ...] = ()
     seed: str = dataclasses.field(default="", repr=False)
+    span: tuple[int, int] | None = dataclasses.field(default=None, repr=False)
 
     def as_row(self) -> dict[str, Any]:
         """The query as a line of JSONL, without what it doesn't have."""
         row = {"query": self.text, "answer": self.answer, "expect": list(self.expect), "seed": self.seed}
+        row |= {"span": list(self.span or ())}
         return {key: value for key, value in row.items() if value}
 
 
@@ -156,10 +159,17 @@ def _from_dict(row: object, where: str) -> Query:
     expect = [expect] if isinstance(expect, str) else expect
     if not (isinstance(expect, list | tuple) and all(isinstance(e, str) and e.strip() for e in expect)):
         raise UserError(f"{where}: expect must be a text, or a list of texts, that a right answer contains.")
-    if unknown := sorted(set(row) - {"query", "answer", "expect", "seed"}):
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; the keys are query, answer, expect and seed.")
+    if unknown := sorted(set(row) - {"query", "answer", "expect", "seed", "span"}):
+        keys = "query, answer, expect, seed and span"
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; the keys are {keys}.")
     if not row["query"].strip():
         raise UserError(f"{where}: the query is empty.")
     if not isinstance(seed := row.get("seed", ""), str):
         raise UserError(f"{where}: the seed must be a text, not {seed!r}.")
-    return Query(row["query"].strip(), answer and answer.strip(), tuple(expect), seed)
+    span = row.get("span")
+    if span is not None and not (
+        isinstance(span, list | tuple) and len(span) == 2 and all(type(place) is int for place in span)
+    ):
+        raise UserError(f"{where}: the span must be two whole numbers, not {span!r}.")
+    own = None if span is None else (span[0], span[1])
+    return Query(row["query"].strip(), answer and answer.strip(), tuple(expect), seed, own)

@@ -13,13 +13,12 @@ import numpy as np
 
 from jaxsp import distributions, prompts
 from jaxsp.evaluation.metrics import at_positions
-from jaxsp.models import decoder
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS, storage
 from jaxsp.settings import Settings
 from jaxsp.teacher.answers import answer_ids
-from jaxsp.teacher.problem import Problem
-from jaxsp.typing import EMPTY, KeyValues, PyTree
+from jaxsp.teacher.problem import Problem, TokenizedJob, read_part
+from jaxsp.typing import EMPTY, Int, KeyValues, PyTree
 
 BRACKETS = {
     "full_context": "the whole context: what σ should be",
@@ -27,10 +26,15 @@ BRACKETS = {
     "initial": "σ before training",
     "truncated_context": "the context cut to the length of σ",
     "own_context": "the whole context, read by the model itself",
+    "retrieved_part": "the part of the context that the query's words are found in",
+    "first_part": "the first part of the context alone",
     "no_context": "nothing where the context stood",
 }
-"""In the order of the report. Where another model teaches, the full context is what that one said; beside it
-is the model's own reading, if its window has room."""
+"""In the order of the report. Those of parts are there where the context has several. Where another model
+teaches, the full context is what that one said; beside it is the model's own reading of a context in one."""
+
+IN_PARTS = {"full_context": "the part of the context that the query is taught by: what σ should be"}
+"""Names of brackets that are others where the context has several parts."""
 
 TRAINED = ("prompt", "no_context")
 """Conditions measured on the training queries, too, as the verdict compares them there; their answers to the
@@ -55,6 +59,9 @@ def measure_all(
 ) -> dict[str, Measured]:
     """Measures every bracket; the full context is what the teacher said, and not read again.
 
+    Of a context in parts it is the part of each query. Beside it stand the first part, and the part that a
+    search finds; where the teacher's parts were found by this search, that is the full context itself.
+
     Args:
       model: the frozen model.
       problem: the queries, and what the teacher said.
@@ -75,19 +82,42 @@ def measure_all(
     if "full_context" not in known:
         positions = _positions(model, None, problem, held_out_alone=True)
         measured["full_context"] = Measured(positions, problem.job.held_out(problem.answers))
-    if problem.has_other_teacher and _has_room(model, problem, settings) and "own_context" not in known:
+    job, most = problem.job, settings.teacher.max_answer_tokens
+    if problem.has_other_teacher and len(job.parts) == 1 and "own_context" not in known:
         # By itself: beside it the others would be as long.
-        own = {"own_context": _read_context(model, problem)}
-        measured |= measure(model, problem, own, settings.teacher.max_answer_tokens)
+        own = {"own_context": read_part(model, job, 0, problem.preamble)}
+        measured |= measure(model, problem, own, most)
+    for name, part_of in _parts_read(job).items():
+        if name not in known:
+            measured[name] = _after_parts(model, problem, part_of, most)
     return measured
 
 
-def _has_room(model: LanguageModel, problem: Problem, settings: Settings) -> bool:
-    return problem.job.fits(model.config.window, settings.teacher)
+def _parts_read(job: TokenizedJob) -> dict[str, Int[np.ndarray, " n"]]:
+    """The part that each query is read after, by the brackets of a context in parts."""
+    if len(job.parts) == 1:
+        return {}
+    first = {"first_part": np.zeros_like(job.part_of)}
+    searched = not any(query.span for query in job.held_out(job.queries))
+    return first if searched else {"retrieved_part": job.found, **first}
 
 
-def _read_context(model: LanguageModel, problem: Problem) -> KeyValues:
-    return decoder.read_long(model.params, model.config, problem.job.context_ids[None], problem.preamble)
+def _after_parts(
+    model: LanguageModel, problem: Problem, part_of: Int[np.ndarray, " n"], max_tokens: int
+) -> Measured:
+    """The held-out queries, each after one part: the teacher where it is his, else read anew."""
+    job = problem.job
+    positions = _positions(model, None, problem, held_out_alone=True)
+    answers = {i: problem.answers[i] for i in np.flatnonzero(~job.is_train).tolist()}
+    others = [i for i in answers if problem.has_other_teacher or part_of[i] != job.part_of[i]]
+    for part in np.unique(part_of[others]).tolist():
+        some = [i for i in others if part_of[i] == part]
+        prefix = read_part(model, job, part, problem.preamble)
+        for name, values in at_positions(model, prefix, problem.rows.take(some), problem.packing).items():
+            positions[name][some] = values
+        queries = [job.query_ids[i] for i in some]
+        answers |= zip(some, answer_ids(model, prefix, queries, max_tokens=max_tokens), strict=True)
+    return Measured(positions, list(answers.values()))
 
 
 def storage_costs(
@@ -111,10 +141,8 @@ def storage_costs(
 
 def prefill_seconds(
     model: LanguageModel, problem: Problem, sigma: PyTree, settings: Settings, known: float | None = None
-) -> dict[str, float | None]:
-    """Seconds to prepare the prefix, of σ and of the whole context; compiling and loading are not counted.
-
-    ``None`` for a context that the model has no room for.
+) -> dict[str, float]:
+    """Seconds to prepare the prefix, of σ and of the context (its longest part); compiled and loaded.
 
     Args:
       model: the frozen model.
@@ -123,6 +151,8 @@ def prefill_seconds(
       settings: settings of the prompt.
       known: those of the whole context, where they were measured before.
     """
+    job = problem.job
+    longest = job.parts.index(job.longest_part)
 
     def seconds(read: Callable[[], KeyValues]) -> float:
         jax.block_until_ready(read())  # may compile
@@ -130,8 +160,8 @@ def prefill_seconds(
         jax.block_until_ready(read())
         return time.perf_counter() - begun
 
-    if known is None and _has_room(model, problem, settings):
-        known = seconds(lambda: _read_context(model, problem))
+    if known is None:
+        known = seconds(lambda: read_part(model, job, longest, problem.preamble))
     own = seconds(lambda: _read(model, problem, sigma, settings.prompt.kind))
     return {"prompt": own, "full_context": known}
 

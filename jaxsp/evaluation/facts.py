@@ -7,16 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from jaxsp.data.documents import Query
-
-
-def words(text: str) -> list[str]:
-    """The words of a text in lower case, numbers whole.
-
-    Example:
-      >>> words("It holds 1.2 litres, KF-208.")
-      ['it', 'holds', '1.2', 'litres', 'kf', '208']
-    """
-    return re.findall(r"\d+(?:[.,]\d+)*|[^\W\d]+", text.casefold())
+from jaxsp.data.parts import words as words
 
 
 def says(answer: str, fact: str) -> bool:

@@ -18,8 +18,8 @@ from jaxsp.data.packing import Packing
 from jaxsp.losses import OBJECTIVES, Objective, Total, masked_sum
 from jaxsp.models import sharding
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.decoder import OutputHead
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.models.output_head import OutputHead
 from jaxsp.typing import Array, Float, KeyValues, Params, PyTree
 
 POSITION_METRICS = (

@@ -13,6 +13,8 @@ _COLOURS = {
     "initial": "#b0a990",
     "truncated_context": "#d98e04",
     "own_context": "#5b7fa6",
+    "retrieved_part": "#6a4c93",
+    "first_part": "#3d7ea6",
     "no_context": "#b3261e",
 }
 _LABELS = {name: name.replace("_", " ") for name in BRACKETS} | {"prompt": "soft prompt σ"}

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxsp import distributions
 from jaxsp.artifact import SoftPrompt
-from jaxsp.evaluation.brackets import BRACKETS, TRAINED, Measured
+from jaxsp.evaluation.brackets import BRACKETS, IN_PARTS, TRAINED, Measured
 from jaxsp.evaluation.facts import agrees, is_right, says, stands_in
 from jaxsp.evaluation.metrics import ANSWER_METRICS, Answer, gap_closed
 from jaxsp.files import atomic_write, size
@@ -22,7 +22,7 @@ from jaxsp.models import decoder
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.settings import Settings
 from jaxsp.teacher.another import Teacher
-from jaxsp.teacher.problem import Problem
+from jaxsp.teacher.problem import Problem, TokenizedJob
 from jaxsp.typing import KeyValues
 
 GOOD = 0.8
@@ -56,7 +56,8 @@ def summarise(
 
     Returns:
       The report's ``gap_closed``, ``gap_closed_vs_truncated``, ``held_out``, ``train`` (if any query is for
-      training), ``queries``, ``teacher`` and ``verdict``; ``by_position`` for the plot.
+      training), ``queries``, ``teacher`` and ``verdict``; ``by_position`` for the plot; of a context in parts
+      also ``parts``, and ``gap_closed_vs_first_part`` of the queries of the other parts, if there are any.
     """
     is_train, mask = problem.job.is_train, problem.rows.mask
     known = [name for name in BRACKETS if name in measured]
@@ -82,8 +83,8 @@ def summarise(
             found["decisive_agreement"] = float(1 - wrong.mean()) if wrong.size else 1.0
         return {"queries": int(split.sum()), "brackets": brackets}
 
-    def gap(bracket: str) -> dict[str, float]:
-        ours, theirs = ((kl[name][~is_train], counts[~is_train]) for name in ("prompt", bracket))
+    def gap(bracket: str, of: np.ndarray = ~is_train) -> dict[str, float]:
+        ours, theirs = ((kl[name][of], counts[of]) for name in ("prompt", bracket))
         return gap_closed(ours, theirs, settings.training.seed)
 
     report: dict[str, Any] = {
@@ -91,12 +92,16 @@ def summarise(
         "gap_closed_vs_truncated": gap("truncated_context"),
         "held_out": part(~is_train, known),
     }
+    if len(problem.job.parts) > 1:
+        report["parts"] = _parts(problem.job)
+        if (others := ~is_train & (problem.job.part_of > 0)).any():
+            report["gap_closed_vs_first_part"] = gap("first_part", others)
     for name, found in report["held_out"]["brackets"].items():
         found |= _of_answers(problem, answers["full_context"], answers[name])
     if is_train.any():
         report["train"] = part(is_train, TRAINED)
     report["queries"] = _queries(model, problem, positions, answers, decisive)
-    report["teacher"] = _teacher(report, context, teacher)
+    report["teacher"] = _teacher(report, _read_of(problem.job, context), teacher)
     report["verdict"] = _verdict(report, settings.prompt.kind)
     seen = np.maximum(mask[~is_train].sum(axis=0), 1)
     last = int(mask[~is_train].any(axis=0).sum())
@@ -106,6 +111,24 @@ def summarise(
         if name != "initial"
     }
     return report
+
+
+def _parts(job: TokenizedJob) -> dict[str, Any]:
+    """The parts of a context, and how queries were put to them: by their origin, or by a search."""
+    known = np.array([query.span is not None for query in job.queries])
+    return {
+        "tokens": [len(part.ids) for part in job.parts],
+        "queries": np.bincount(job.part_of, minlength=len(job.parts)).tolist(),
+        "by_origin": int(known.sum()),
+        "by_search": int((~known).sum()),
+        "origin_found": int((job.found == job.part_of)[known].sum()),
+    }
+
+
+def _read_of(job: TokenizedJob, context: str) -> dict[str, str]:
+    """The text that the teacher read for each query."""
+    several = len(job.parts) > 1
+    return {query.text: job.part(i).text if several else context for i, query in enumerate(job.queries)}
 
 
 def _of_answers(problem: Problem, full: dict[int, Answer], own: dict[int, Answer]) -> dict[str, float]:
@@ -140,6 +163,8 @@ def _queries(
             "decisive_tokens": int(decisive[i].sum()),
             "answer_full_context": _answer(model, problem.answers[i]).text,
         }
+        if len(problem.job.parts) > 1:
+            row["part"] = int(problem.job.part_of[i]) + 1
         if i in answers["prompt"]:
             ours, ids = answers["prompt"][i], rows.targets["tokens"][i, mask[i]]
             row |= {f"answer_{name}": answers[name][i].text for name in TRAINED}
@@ -156,6 +181,7 @@ def report_header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
     manifest, training = prompt.manifest, prompt.manifest["training"]
     params, config, nothing = model.params, model.config, decoder.empty_prefix(model.config)
     tokens = manifest["context_tokens"]
+    before = max(manifest.get("part_tokens", [tokens]))  # a query
     return {
         "model": model.name,
         "dtype": model.config.dtype,
@@ -169,7 +195,7 @@ def report_header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
             "prompt": _bytes(
                 lambda: distributions.prompt_prefix(params, config, prompt.sigma, nothing, prompt.kind)
             ),
-            "full_context": _bytes(lambda: decoder.empty_prefix(config, tokens)),
+            "full_context": _bytes(lambda: decoder.empty_prefix(config, before)),
         },
         "objective": training["objective"],
         "steps": training["steps"],
@@ -197,6 +223,14 @@ def write(report: dict[str, Any], lines: list[dict[str, Any]], directory: Path) 
     atomic_write(directory / "report.md", markdown(report))
 
 
+def bracket_names(report: Mapping[str, Any]) -> dict[str, str]:
+    """The brackets in words, as a report has them."""
+    names = BRACKETS | (IN_PARTS if report.get("parts") else {})
+    if teacher := report.get("taught_by"):
+        names["full_context"] = f"the context, read by the teacher {teacher['name']}: what σ should be"
+    return names
+
+
 def as_json(value: Any) -> str:
     """JSON for files that people look at, too."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -220,19 +254,11 @@ def markdown(report: dict[str, Any]) -> str:
         raise ValueError(str(error)) from error
 
 
-def bracket_names(report: Mapping[str, Any]) -> dict[str, str]:
-    """What each bracket is, in the words for people."""
-    if not report.get("taught_by"):
-        return BRACKETS
-    name = report["taught_by"]["name"]
-    return {**BRACKETS, "full_context": f"the whole context, read by the teacher {name}: what σ should be"}
-
-
-def _teacher(report: dict[str, Any], context: str, teacher: Teacher | None) -> dict[str, Any]:
-    """The teacher's own answers, by which σ is judged: those right, and those that stand in the document."""
+def _teacher(report: dict[str, Any], read: dict[str, str], teacher: Teacher | None) -> dict[str, Any]:
+    """The teacher's own answers, by which σ is judged: those right, and those that stand in what it read."""
     held_out = [q for q in report["queries"] if q["split"] == "held_out"]
     checked = {"right": [q["right"] for q in held_out if q["right"] is not None]}
-    standing = [stands_in(q["answer_full_context"], context, q["query"]) for q in held_out]
+    standing = [stands_in(q["answer_full_context"], read[q["query"]], q["query"]) for q in held_out]
     checked["standing"] = [there for there in standing if there is not None]
     words = {"right": "are right", "standing": "with figures or names have only those of the document"}
     parts = [
@@ -240,8 +266,10 @@ def _teacher(report: dict[str, Any], context: str, teacher: Teacher | None) -> d
     ]
     shares = [sum(found) / len(found) for found in checked.values() if found]
     weak = bool(shares) and shares[0] < WEAK
+    in_parts = report.get("parts") and teacher is None
+    before = "one part of the context for each query" if in_parts else "the whole context"
     who = "The model itself" if teacher is None else f"The teacher, {teacher.model.name}"
-    text = f"{who}, with the whole context: {'; '.join(parts)}." if parts else ""
+    text = f"{who}, with {before}: {'; '.join(parts)}." if parts else ""
     if weak and teacher is None:
         text += " σ can be no better: take a larger model (`jaxsp plan MODEL` says what it takes)."
     elif weak:
@@ -254,16 +282,26 @@ def _verdict(report: dict[str, Any], kind: str) -> dict[str, Any]:
     missed = [q for q in held_out if not q["captured"]]
     gap, brackets = report["gap_closed"], report["held_out"]["brackets"]
     good = not missed and gap["value"] >= GOOD
-    text = f"σ closes {_interval(gap)} of the gap between no context and the full context. "
+    several = len(report.get("parts", {}).get("tokens", []))
+    full = "one part of it, which the teacher reads for each query" if several else "the full context"
+    text = f"σ closes {_interval(gap)} of the gap between no context and {full}. "
     if not missed:
         text += f"Its answers to all {len(held_out)} held-out queries have what the context decides."
     else:
         text += (
             f"Its answers to {len(held_out) - len(missed)} of {len(held_out)} held-out queries have what the"
-            f" context decides; {len(missed)} lose it, and such questions need the whole document."
+            f" context decides; {len(missed)} lose it, and such questions need"
+            f" {'the part itself' if several else 'the whole document'}."
         )
     if brackets["prompt"]["kl"] >= brackets["truncated_context"]["kl"]:
         text += " It is no better than the context cut to its length: don't use it."
+    if several and brackets["prompt"]["kl"] >= brackets["first_part"]["kl"]:
+        text += " It is no better than the first part of the context alone."
+    if several:
+        text += (
+            f" The teacher of each query read one of the context's {several} parts: what only several parts"
+            " together answer is neither learnt nor measured."
+        )
     if all(q.get("seed") for q in held_out):
         text += " These are questions that the model itself wrote: measure on yours with --held-out."
     suggestions = []  # the one that brings most first

@@ -15,7 +15,7 @@ def row(report: dict[str, Any]) -> dict[str, Any]:
     flat |= {k: v for k, v in report.items() if isinstance(v, str | float | int | None)}
     if report.get("taught_by"):
         flat["taught_by"] = report["taught_by"]["name"]
-    for name in ("gap_closed", "gap_closed_vs_truncated"):
+    for name in ("gap_closed", "gap_closed_vs_truncated", "gap_closed_vs_first_part"):
         if name in report:
             gap = report[name]
             flat |= {name: gap["value"], f"{name}_low": gap["low"], f"{name}_high": gap["high"]}

@@ -306,25 +306,6 @@ def unembedding(params: Params, config: DecoderConfig) -> Float[Array, "v d"]:
     return params["embed_tokens" if config.tied_head else "lm_head"]["embedding"]
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["unembedding"], meta_fields=["softcap"])
-@dataclasses.dataclass(frozen=True)
-class OutputHead:
-    """The head of a model: with it last hidden states, which are after the final norm, give the logits.
-
-    Attributes:
-      unembedding: its matrix ``[V, D]``.
-      softcap: logits are c·tanh(x / c); static.
-    """
-
-    unembedding: Float[Array, "v d"]
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, params: Params, config: DecoderConfig) -> OutputHead:
-        """The head of a model with these weights."""
-        return cls(unembedding(params, config), config.logit_softcap)
-
-
 def prefill(
     params: Params, config: DecoderConfig, inputs: Float[AnyArray, "1 t d"], prefix: KeyValues | None = None
 ) -> KeyValues:
@@ -353,6 +334,8 @@ def read_long(
     prefix: KeyValues | None = None,
     *,
     longest: int = 2048,
+    skipped: int = 0,
+    least: int = 0,
 ) -> KeyValues:
     """``prefill`` of token ids a chunk at a time: memory beside the result does not grow with them.
 
@@ -365,6 +348,8 @@ def read_long(
       ids: token ids of one sequence.
       prefix: prefix that stands before it, if anything.
       longest: tokens read at once.
+      skipped: positions left free after ``prefix``.
+      least: tokens to have slots for, so that shorter contexts share the programs of the longest.
 
     Returns:
       ``prefix`` followed by the tokens; slots at its end may be ``EMPTY``, so that contexts of other
@@ -377,9 +362,9 @@ def read_long(
     count = ids.shape[1]
     if count == 0:
         return prefix
-    chunks = ceil_div(count, longest)
-    size = min(longest, round_size(ceil_div(count, chunks)))
-    first, slot = int(prefix.next_position[0]), prefix.positions.shape[1]
+    chunks = ceil_div(max(count, least), longest)
+    size = min(longest, round_size(ceil_div(max(count, least), chunks)))
+    first, slot = int(prefix.next_position[0]) + skipped, prefix.positions.shape[1]
     config.check_length(first + count)
     room = prefix.append(empty_prefix(config, chunks * size))
     padded = np.pad(ids.astype(np.int32), ((0, 0), (0, chunks * size - count)))

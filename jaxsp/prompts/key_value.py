@@ -31,7 +31,7 @@ def initial(start: Start) -> Sigma:
     found = start.key_values()
     keys, values = (leaf[:, 0].astype(jnp.float32) for leaf in (found.keys, found.values))
     bias = jnp.zeros(keys.shape[:3]) if found.bias is None else found.bias[:, 0]
-    length = jnp.float32(len(start.source.context_ids))
+    length = jnp.float32(start.source.context_length)
     return {"keys": keys, "values": values, "bias": bias, "context_length": length}
 
 

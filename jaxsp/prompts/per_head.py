@@ -41,7 +41,7 @@ def initial(start: Start) -> Sigma:
     def slots(leaf: Array) -> Array:
         return leaf[:, 0].astype(jnp.float32).swapaxes(1, 2).reshape(L * G * W, -1)[at_N]
 
-    length = jnp.float32(len(start.source.context_ids))
+    length = jnp.float32(start.source.context_length)
     return {
         "keys": slots(found.keys),
         "values": slots(found.values),

@@ -20,7 +20,7 @@ from jaxsp.prompts import PROMPT_KINDS, storage, with_defaults
 from jaxsp.prompts.initializers import INITIALIZERS
 from jaxsp.settings import Settings, decides_result, make_settings, side_by_side
 from jaxsp.teacher.another import Teacher
-from jaxsp.teacher.problem import Reader, TokenizedJob, digest, tokenize
+from jaxsp.teacher.problem import SAMPLE, TokenizedJob, digest, tokenize
 from jaxsp.training.drivers import DRIVERS
 from jaxsp.training.optimizers import make_optimizer, parse_rates
 from jaxsp.typing import UserError
@@ -57,9 +57,9 @@ class Job:
         """Whether the document gives queries."""
         return self.settings.study.study == "on" or not self.train
 
-    def tokenized(self, model: LanguageModel, reader: Reader = "model") -> TokenizedJob:
+    def tokenized(self, model: LanguageModel) -> TokenizedJob:
         """Its texts as token ids, which take more memory than the texts."""
-        return tokenize(model, self.context, self.train, self.held_out, self.settings, reader=reader)
+        return tokenize(model, self.context, self.train, self.held_out, self.settings)
 
     def identity(self, model: LanguageModel, teacher: Teacher | None = None) -> dict[str, Any]:
         """Everything that decides the result: a resumed run must have the same."""
@@ -208,39 +208,17 @@ def make_job(
         raise UserError("a row can't have a teacher of its own; give teacher for the whole run")
     settings = make_settings({**defaults, **own})
     check_settings(settings)
-    chosen, settings = settings.prompt.initial, with_defaults(settings)
+    settings = with_defaults(settings)
     train, held_out = _split(queries, held_out, settings)
-    sample = train or [Query("What does the text say?")]  # the document's own will be no longer
-    texts = context, sample, held_out, settings
-    if teacher is None:
-        tokenized = tokenize(model, *texts)
-    else:
+    texts = context, train or [SAMPLE], held_out, settings
+    tokenized = tokenize(model, *texts)
+    if teacher is not None:
         teacher.check(settings)
-        tokenize(teacher.model, *texts, reader="teacher")
-        tokenized = tokenize(model, *texts, reader="student")
-        if not tokenized.fits(model.config.window, settings.teacher):
-            settings = _started_without_context(model, settings, chosen)
+        tokenize(teacher.model, *texts)
     usual = settings.teacher.max_answer_tokens / 2
     answers = [usual if ids is None else len(ids) for ids in tokenized.given_ids]
     tokens = float(np.mean([*map(len, tokenized.query_ids)]) + np.mean(answers))
     return Job(name, context, train, held_out, settings, tokens)
-
-
-def _started_without_context(model: LanguageModel, settings: Settings, chosen: str | None) -> Settings:
-    """The settings of a context that only the teacher has room for, with a start that doesn't read it.
-
-    A fit to the part that the model has room for would keep nothing of the rest, and look like one to all of
-    it: what is chosen is refused; by default σ starts as the context's first tokens.
-    """
-    prompt = settings.prompt
-    if PROMPT_KINDS[prompt.kind].IS_READ or not hasattr(INITIALIZERS[str(prompt.initial)], "key_values"):
-        return settings
-    if chosen is not None:
-        raise UserError(
-            f"--initial {chosen} reads the whole context with the model, whose window of"
-            f" {model.config.window} has no room for it; choose another start, such as --initial first."
-        )
-    return make_settings({"initial": "first"}, base=settings)
 
 
 def _split(queries: Any, held_out: Any, settings: Settings) -> tuple[list[Query], list[Query]]:

@@ -64,7 +64,7 @@ class Problems:
         if job.is_studied:
             found, made = self._studied(job, display)
             job = dataclasses.replace(job, train=found.train, held_out=found.held_out)
-        tokenized = job.tokenized(self.asked, "teacher" if self.teacher else "model")
+        tokenized = job.tokenized(self.asked)
         key = teacher_key(self.asked, tokenized, job.settings.teacher), tokenized.is_train.tobytes()
         if (known := self._problems.get(key)) is not None:
             return known
@@ -76,7 +76,7 @@ class Problems:
         if found is not None and self.folder is not None and processes.is_first():
             found.write(self.folder / self._study_file(asked))  # last: who finds it, finds what was said
         if self.teacher is not None:
-            own = job.tokenized(self.model, "student")
+            own = job.tokenized(self.model)
             made = self.teacher.taught(made, own, self.preamble, job.settings)
         return self._problems.keep(key, made)
 

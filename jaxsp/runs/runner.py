@@ -396,7 +396,7 @@ class Runner:
         key = bracket_key(model, problem.job, settings, sigmas["initial"])
         measured = brackets.measure_all(model, problem, sigmas, settings, self.brackets.get(key) or {})
         self.brackets.keep(key, {name: m for name, m in measured.items() if name != "prompt"})
-        context = problem.job.context_ids.tobytes()
+        context = problem.job.longest_part.ids.tobytes()
         prefill = brackets.prefill_seconds(model, problem, sigma, settings, self.prefills.get(context))
         if (seconds := prefill["full_context"]) is not None:
             self.prefills.keep(context, seconds)

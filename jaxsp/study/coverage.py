@@ -25,8 +25,8 @@ TRIED = 3
 """Queries that a sentence is tried with, at most: one that depends on it is enough."""
 
 MOST_TOKENS = 65536
-"""Tokens to read, of documents with one sentence removed; where it takes more, the sentence that shares most
-with a query counts as covered by it."""
+"""Tokens to read, of documents with one sentence removed; where it takes more, and in documents of several
+parts, the sentence that shares most with a query counts as covered by it."""
 
 
 def candidates(document: Document, *texts: str) -> tuple[int, ...]:
@@ -55,6 +55,8 @@ def covered(
         for rank, sentence in enumerate(some):
             asked.setdefault(sentence, []).append((rank, query))
     tried = {sentence: [query for _, query in sorted(some)[:TRIED]] for sentence, some in asked.items()}
+    if len(problem.job.parts) > 1:
+        return [set(some[:1]) for some in about]
     whole_ids, parts = problem.job.context_ids, {}
     for sentence in tried:
         here = document.sentences[sentence]

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jaxsp.data.documents import Query, as_queries
+from jaxsp.data.parts import Part
 from jaxsp.evaluation.facts import stands_in, words
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.files import atomic_write
@@ -25,8 +26,8 @@ from jaxsp.study.filters import MATTERS, Seen, is_answer, is_sane
 from jaxsp.study.seeds import SEEDS, Draft
 from jaxsp.study.text import Document
 from jaxsp.study.writing import completed
-from jaxsp.teacher.problem import Problem, digest, read_preamble, run_teacher, tokenize
-from jaxsp.typing import KeyValues, UserError
+from jaxsp.teacher.problem import SAMPLE, Problem, digest, read_preamble, run_teacher, tokenize
+from jaxsp.typing import UserError
 
 A_SENTENCE = 4
 """Queries to train on for each sentence of the document, where the user gives none and asks for no number."""
@@ -128,7 +129,7 @@ def study(
     """Makes the queries that a document lacks, and has the teacher answer all.
 
     Args:
-      model: writes the queries, and answers them with the whole document before it.
+      model: writes the queries, and answers them with the document before it.
       context: the document.
       given: the user's own queries to train on; there may be none.
       held_out: those to measure on.
@@ -145,14 +146,23 @@ def study(
     document = Document.of(context, lambda text: len(model.encode_context(text)))
     if not document.sentences:
         raise UserError("The document has no sentence to ask about; give questions with --queries.")
-    found = _Found(model, document, read_preamble(model), settings, display)
+    parts = tokenize(model, context, [*given, SAMPLE], held_out, settings).parts
+    found = _Found(model, document, parts, settings, display)
     own, last = len(given), [*range(len(given), len(given) + len(held_out))]
-    if given or held_out:
-        problem = found.ask([*given, *held_out])
+    if not given and held_out:
+        found.ask(held_out)
     if given:
+        problem = found.ask([*given, *held_out])
         with display.phase("coverage", "What the questions ask for"):
             texts = zip(given, problem.answers, strict=False)  # then those held out
-            about = [candidates(document, query.text, _text(model, answer)) for query, answer in texts]
+            about = [
+                [
+                    sentence
+                    for sentence in candidates(document, query.text, _text(model, answer))
+                    if problem.job.part(i).shared(document.span([sentence]))
+                ]
+                for i, (query, answer) in enumerate(texts)
+            ]
             found.depends = dict(enumerate(covered(model, document, problem.take(range(own)), about)))
     seen = Seen(query.text for query in [*given, *held_out])
     for number in range(ROUNDS):
@@ -162,7 +172,7 @@ def study(
             break
         first, problem = len(found), found.ask([candidate.query for candidate in made])
         with display.phase("signals", "What the document decides"):
-            fit = _fit(model, document, problem, made)
+            fit = _fit(model, problem, made)
         # A query made from a sentence asks for it; of the user's own it is seen by taking sentences away.
         found.depends |= {first + i: set().union(*map(document.alike, made[i].draft.sentences)) for i in fit}
     depends = found.depends
@@ -186,11 +196,12 @@ class _Found:
         self,
         model: LanguageModel,
         document: Document,
-        preamble: KeyValues,
+        parts: list[Part],
         settings: Settings,
         display: Display,
     ) -> None:
-        self.model, self.document, self.preamble = model, document, preamble
+        self.model, self.document, self.parts = model, document, parts
+        self.preamble = read_preamble(model)
         self.settings, self.display = settings, display
         self.problems: list[Problem] = []
         self.depends: dict[int, set[int]] = {}
@@ -206,7 +217,7 @@ class _Found:
 
     def ask(self, queries: Sequence[Query]) -> Problem:
         """More queries, which the teacher answers."""
-        job = tokenize(self.model, self.document.text, queries, [], self.settings)
+        job = tokenize(self.model, self.document.text, queries, [], self.settings, self.parts)
         self.problems.append(run_teacher(self.model, job, self.settings.teacher, self.preamble, self.display))
         return self.problems[-1]
 
@@ -228,7 +239,8 @@ class _Found:
             model, self.preamble, asked, document.text, key, lambda: note(f"{next(count)} written")
         )
         made, texts = [], {query.text for query in self.queries}
-        taken = len(model.preamble_ids) + len(model.encode_context(document.text)) + most
+        longest = max(len(part.ids) for part in self.parts)
+        taken = len(model.preamble_ids) + longest + most
         for (name, draft), text in zip(drafts, written, strict=True):
             if text is None or text in texts or _tokens(model, draft.answer) > most:
                 continue
@@ -241,7 +253,8 @@ class _Found:
             texts.add(text)
             if taken + len(model.encode_query(text)) > model.config.window:
                 continue
-            made.append(_Candidate(Query(text, draft.answer, seed=name), draft))
+            span = document.span(draft.sentences)
+            made.append(_Candidate(Query(text, draft.answer, seed=name, span=span), draft))
         self.counts.update(name for name, _ in drafts)
         return made
 
@@ -257,7 +270,7 @@ def _tokens(model: LanguageModel, text: str | None) -> int:
     return 0 if text is None else len(model.encode_context(text))
 
 
-def _fit(model: LanguageModel, document: Document, problem: Problem, made: Sequence[_Candidate]) -> list[int]:
+def _fit(model: LanguageModel, problem: Problem, made: Sequence[_Candidate]) -> list[int]:
     """The queries made whose answers come from the document, and are others without it; the best first.
 
     The best have the answer that they were made for: round-trip consistency (Alberti et al. 2019,
@@ -271,8 +284,8 @@ def _fit(model: LanguageModel, document: Document, problem: Problem, made: Seque
     def is_good(i: int) -> bool:
         if problem.job.given_ids[i] is not None:
             return True
-        grounded = stands_in(texts[i], document.text, problem.job.queries[i].text) is not False
-        return grounded and is_answer(texts[i])
+        part, query = problem.job.part(i).text, problem.job.queries[i].text
+        return stands_in(texts[i], part, query) is not False and is_answer(texts[i])
 
     def rank(i: int) -> tuple[bool, bool]:
         is_other = not set(words(made[i].draft.expect)) <= set(words(texts[i]))

@@ -138,6 +138,11 @@ class Document:
         other = next((figure for figure in figures if figure not in here), "")
         return other and here[: found.start()] + other + here[found.end() :]
 
+    def span(self, numbers: Sequence[int]) -> tuple[int, int]:
+        """Where some of its sentences begin and end in it."""
+        some = [self.sentences[i] for i in numbers]
+        return min(s.start for s in some), max(s.end for s in some)
+
     def with_heading(self, sentence: int) -> str:
         """A sentence after its heading, and of a table after the table's head."""
         here = self.sentences[sentence]

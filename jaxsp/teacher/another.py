@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from jaxsp.data.examples import make_rows
 from jaxsp.losses import as_objective
 from jaxsp.models.chat import encode
-from jaxsp.models.decoder import OutputHead
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.models.output_head import OutputHead
 from jaxsp.settings import Settings
 from jaxsp.teacher.problem import Problem, TokenizedJob
 from jaxsp.typing import KeyValues, UserError

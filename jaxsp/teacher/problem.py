@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,20 +17,27 @@ from jaxsp import processes
 from jaxsp.data.documents import Query
 from jaxsp.data.examples import Rows, joined, make_rows
 from jaxsp.data.packing import Packing
+from jaxsp.data.parts import Part, cut, search
 from jaxsp.models import decoder
 from jaxsp.models.chat import ChatTexts, encode
-from jaxsp.models.decoder import OutputHead
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.models.output_head import OutputHead
 from jaxsp.progress import Display
 from jaxsp.settings import Settings, TeacherSettings, plain
 from jaxsp.teacher import targets
 from jaxsp.teacher.answers import answer_ids
 from jaxsp.teacher.signals import SIGNALS
-from jaxsp.typing import Bool, Int, KeyValues, UserError
+from jaxsp.typing import Bool, Int, KeyValues, PyTree, UserError
 
-Reader = Literal["model", "teacher", "student"]
-"""A model that teaches itself; or one of two: the student, to which another is the teacher, need not have
-room for the context."""
+QUERY_TOKENS = 128
+"""Tokens of a query that the parts of a long document leave room for at least, in a window of four times as
+many: the cut does not depend on the queries that the document then gives."""
+
+FEWEST = 16
+"""Tokens of a part that there must be room for."""
+
+SAMPLE = Query("What does the text say?", span=(0, 1))
+"""A query such as the document gives, in place of those that are not yet made."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +47,11 @@ class TokenizedJob:
     Attributes:
       chat: the texts around the context and the query.
       preamble_ids: what stands before the context.
-      context_ids: ``[C]``.
+      context_ids: ``[C]`` of the whole context.
+      parts: the parts of the context that the teacher reads; one, if the window has room for all of it.
+      part_of: ``[N]`` the part that each query is taught by: the one that it was made from, or else the one
+        found by its words.
+      found: ``[N]`` the part found by each query's words.
       queries: as texts.
       is_train: ``[N]`` True for those to train on, False for those held out.
       query_ids: token ids of each query, up to where the answer starts.
@@ -48,24 +61,26 @@ class TokenizedJob:
     chat: ChatTexts
     preamble_ids: Int[np.ndarray, " p"]
     context_ids: Int[np.ndarray, " c"]
+    parts: list[Part]
+    part_of: Int[np.ndarray, " n"]
+    found: Int[np.ndarray, " n"]
     queries: list[Query]
     is_train: Bool[np.ndarray, " n"]
     query_ids: list[list[int]]
     given_ids: list[list[int] | None]
 
+    def part(self, query: int) -> Part:
+        """The part of the context that a query is taught by."""
+        return self.parts[self.part_of[query]]
+
+    @property
+    def longest_part(self) -> Part:
+        """The part with most tokens."""
+        return max(self.parts, key=lambda part: len(part.ids))
+
     def held_out(self, things: Sequence[Any]) -> list[Any]:
         """The things of the held-out queries, out of one for each query."""
         return [thing for thing, train in zip(things, self.is_train, strict=True) if not train]
-
-    def fits(self, window: int, settings: TeacherSettings) -> bool:
-        """Whether a window has room for the whole context with a query and its answer."""
-        return len(self.preamble_ids) + len(self.context_ids) + self.longest(settings) < window
-
-    def longest(self, settings: TeacherSettings) -> int:
-        """Tokens that a query with its answer may take."""
-        room = (max(settings.max_answer_tokens, len(given or ())) for given in self.given_ids)
-        lengths = (len(ids) for ids in self.query_ids)
-        return max(map(sum, zip(lengths, room, strict=True))) - 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,25 +125,29 @@ class Problem:
 
         is_train = job.is_train[list(index)] if train is None else np.arange(len(index)) < train
         queries, query_ids, given_ids = some(job.queries), some(job.query_ids), some(job.given_ids)
+        part_of, found = job.part_of[list(index)], job.found[list(index)]
         job = dataclasses.replace(
-            job, queries=queries, is_train=is_train, query_ids=query_ids, given_ids=given_ids
-        )
+            job, queries=queries, is_train=is_train, query_ids=query_ids, given_ids=given_ids,
+            part_of=part_of, found=found,
+        )  # fmt: skip
         rows = self.rows.take(index)
         return dataclasses.replace(self, job=job, rows=rows, answers=some(self.answers))
 
     @classmethod
-    def joined(cls, parts: Sequence[Problem]) -> Problem:
+    def joined(cls, several: Sequence[Problem]) -> Problem:
         """The problem of all queries of several on one context, those of the first one first."""
-        jobs = [part.job for part in parts]
+        jobs = [problem.job for problem in several]
         job = dataclasses.replace(
             jobs[0],
             queries=[query for job in jobs for query in job.queries],
             is_train=np.concatenate([job.is_train for job in jobs]),
             query_ids=[ids for job in jobs for ids in job.query_ids],
             given_ids=[ids for job in jobs for ids in job.given_ids],
+            part_of=np.concatenate([job.part_of for job in jobs]),
+            found=np.concatenate([job.found for job in jobs]),
         )
-        answers = [answer for part in parts for answer in part.answers]
-        return cls(job, parts[0].preamble, joined([part.rows for part in parts]), answers)
+        answers = [answer for problem in several for answer in problem.answers]
+        return cls(job, several[0].preamble, joined([problem.rows for problem in several]), answers)
 
     @property
     def train(self) -> Rows:
@@ -147,8 +166,7 @@ def tokenize(
     train: Sequence[Query],
     held_out: Sequence[Query],
     settings: Settings,
-    *,
-    reader: Reader = "model",
+    parts: list[Part] | None = None,
 ) -> TokenizedJob:
     """The job as token ids.
 
@@ -158,10 +176,10 @@ def tokenize(
       train: queries to train on.
       held_out: queries to measure on.
       settings: settings of the compression.
-      reader: what the model is.
+      parts: parts of the context, where it is cut already.
 
     Raises:
-      UserError: it fits neither the model's window nor the prompt.
+      UserError: its queries and answers don't fit the model's window, or it is no longer than the prompt.
     """
     queries = [*train, *held_out]
     context_ids = model.encode_context(context)
@@ -173,26 +191,61 @@ def tokenize(
     ]
     for ids in filter(None, given_ids):
         model.check_ids(ids)
-    room = max(settings.teacher.max_answer_tokens, *(len(ids or ()) for ids in given_ids))
-    longest, preamble = max(map(len, query_ids)), len(model.preamble_ids)
-    first, read = "context", len(context_ids)
-    if reader == "student":
-        reader, first, read = "model", "prompt", settings.prompt.prompt_length
-    needed = preamble + read + longest + room
-    if needed > model.config.window:
-        shorten = f"Shorten the {first}" + (" (--prompt-length) or the queries" if first == "prompt" else "")
-        raise UserError(
-            f"The {first} has {read} tokens; with the chat's text ({preamble}),"
-            f" the longest query ({longest}) and the answer ({room}) that is {needed}, more than the"
-            f" {reader}'s window of {model.config.window}. {shorten}."
-        )
+    parts = parts or _parts(model, context, context_ids, queries, query_ids, given_ids, settings.teacher)
     if not settings.prompt.prompt_length < len(context_ids):
         raise UserError(
             f"The prompt must be shorter than the context: --prompt-length is"
             f" {settings.prompt.prompt_length}, the context has {len(context_ids)} tokens."
         )
     is_train = np.arange(len(queries)) < len(train)
-    return TokenizedJob(model.chat, model.preamble_ids, context_ids, queries, is_train, query_ids, given_ids)
+    found = search([part.text for part in parts], [query.text for query in queries])
+    part_of = np.array(
+        [_part_of(parts, query, own) for query, own in zip(queries, found.tolist(), strict=True)], np.int64
+    )
+    return TokenizedJob(
+        model.chat, model.preamble_ids, context_ids, parts, part_of, found, queries, is_train, query_ids,
+        given_ids,
+    )  # fmt: skip
+
+
+def _parts(
+    model: LanguageModel,
+    context: str,
+    context_ids: Int[np.ndarray, " c"],
+    queries: Sequence[Query],
+    query_ids: Sequence[Sequence[int]],
+    given_ids: Sequence[Sequence[int] | None],
+    settings: TeacherSettings,
+) -> list[Part]:
+    """The context as the window has room for it beside the longest query with its answer.
+
+    Queries that the document gives change nothing: they are no longer than the parts leave room for.
+    """
+    # The last token of an answer is predicted, never read.
+    room = max(settings.max_answer_tokens, *(len(ids or ()) - 1 for ids in given_ids))
+    lengths = [*map(len, query_ids)]
+    if any(query.span for query in queries):
+        lengths.append(len(model.encode_query(SAMPLE.text)))
+    longest, preamble, window = max(lengths), len(model.preamble_ids), model.config.window
+    left, most = window - preamble - room, settings.teacher_context or window
+    if len(context_ids) <= min(most, left - longest):
+        return [Part(0, len(context), context, context_ids)]
+    most = min(most, left - max(longest, min(QUERY_TOKENS, window // 4)))
+    if most < FEWEST:
+        raise UserError(
+            f"The chat's text ({preamble} tokens), the longest query ({longest}) and the answer ({room})"
+            f" leave no room for the context in the model's window of {window}. Shorten the query, or the"
+            " answer with --max-answer-tokens."
+        )
+    return cut(context, most, model.encode_context)
+
+
+def _part_of(parts: Sequence[Part], query: Query, found: int) -> int:
+    """The part that has most of what a query was made from; the one found, if that is not known."""
+    if query.span is None:
+        return found
+    shared = [part.shared(query.span) for part in parts]
+    return int(np.argmax(shared)) if any(shared) else found
 
 
 def read_preamble(model: LanguageModel) -> KeyValues:
@@ -200,10 +253,17 @@ def read_preamble(model: LanguageModel) -> KeyValues:
     return decoder.read_long(model.params, model.config, model.preamble_ids[None])
 
 
+def read_part(model: LanguageModel, job: TokenizedJob, part: int, preamble: KeyValues) -> KeyValues:
+    """The prefix that a part of the context is."""
+    ids, least = job.parts[part].ids[None], len(job.longest_part.ids)
+    return decoder.read_long(model.params, model.config, ids, preamble, least=least)
+
+
 def teacher_key(model: LanguageModel, job: TokenizedJob, settings: TeacherSettings) -> str:
     """Equal where the teacher says the same: of its weights, the texts, and all of its settings."""
     texts = job.preamble_ids.tolist(), job.context_ids.tolist(), job.query_ids, job.given_ids
-    return digest((model.fingerprint, model.config.dtype, *texts, plain(settings)))
+    parts = [part.ids.tolist() for part in job.parts], job.part_of.tolist(), job.found.tolist()
+    return digest((model.fingerprint, model.config.dtype, *texts, *parts, plain(settings)))
 
 
 def digest(value: Any) -> str:
@@ -229,30 +289,61 @@ def run_teacher(
     # What the document itself answers, nobody compares with the teacher's own words.
     known = {i: ids for i, ids in enumerate(job.given_ids) if ids is not None and job.queries[i].seed}
     open_ones = [i for i in range(count) if i not in known]
+    read = functools.lru_cache(maxsize=1)(lambda part: read_part(model, job, part, preamble))
+
+    def by_part(index: Sequence[int]) -> Iterator[tuple[KeyValues, list[int]]]:
+        """The queries of this process among some, with the prefix that they are read after."""
+        own = [index[i] for i in processes.strided_shard(len(index))]
+        for part in range(len(job.parts)):
+            some = [i for i in own if job.part_of[i] == part]
+            if some or (not own and part == 0):  # a process without queries joins in what all do
+                yield read(part), some
+
     with display.phase("answers", f"Answers to {len(open_ones)} queries") as note:
-        context = decoder.read_long(model.params, model.config, job.context_ids[None], preamble)
-        made = answer_ids(
-            model,
-            context,
-            [job.query_ids[open_ones[i]] for i in processes.strided_shard(len(open_ones))],
-            max_tokens=settings.max_answer_tokens,
-            on_batch=lambda done: note(f"{done} done"),
-        )
-        made = processes.gather_strided(made, len(open_ones))
-        found = known | dict(zip(open_ones, made, strict=True))
+        made, done = dict[int, list[int]](), itertools.count(1)
+        for context, some in by_part(open_ones):
+            answered = answer_ids(
+                model,
+                context,
+                [job.query_ids[i] for i in some],
+                max_tokens=settings.max_answer_tokens,
+                on_batch=lambda _: note(f"{next(done)} done"),
+            )
+            made |= zip(some, answered, strict=True)
+        gathered = processes.gather_strided([made[i] for i in sorted(made)], len(open_ones))
+        found = known | dict(zip(open_ones, gathered, strict=True))
         answers = [found[i] for i in range(count)]
     with display.phase("signals", "Teacher's distributions"):
         pairs = zip(job.given_ids, answers, strict=True)
         rows = make_rows(job.query_ids, [given or own for given, own in pairs])
-        own, packing = rows.take(processes.strided_shard(count)), Packing.for_all(rows.lengths)
-        for name in SIGNALS:
-            signal = targets.compute(model, context, own, packing, name)
+        own = list(processes.strided_shard(count))
+        signals: dict[str, PyTree] = {}
+        for context, some in by_part(range(count)):
+            index, taken = np.searchsorted(own, some), rows.take(some)
+            packing = Packing.for_all(rows.lengths)
+            if len(job.parts) > 1:
+                packing = Packing(Packing.for_all(taken.lengths).rows, packing.length)
+            for name in SIGNALS:
+                signal = targets.compute(model, context, taken, packing, name)
+                signals[name] = _put(signals.get(name), signal, index, len(own))
+        for name, signal in signals.items():
             whole = jax.tree.map(lambda leaf: processes.gather_strided(leaf, count), signal)
             rows = rows.with_targets(**{name: whole})
     problem = Problem(job, preamble, rows, answers)
     if file is not None and processes.is_first():
         keep(problem, file)
     return problem
+
+
+def _put(into: PyTree, values: PyTree, index: Int[np.ndarray, " n"], count: int) -> PyTree:
+    """The values at their places among so many, beside those that are there."""
+
+    def put(value: np.ndarray, there: np.ndarray | None = None) -> np.ndarray:
+        there = np.zeros((count, *value.shape[1:]), value.dtype) if there is None else there
+        there[index] = value
+        return there
+
+    return jax.tree.map(put, values) if into is None else jax.tree.map(put, values, into)
 
 
 def keep(problem: Problem, file: Path) -> None:

@@ -15,7 +15,7 @@ from jaxsp import distributions, prompts
 from jaxsp.data.examples import Rows
 from jaxsp.losses import Objective, Total, as_objective, masked_sum
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.decoder import OutputHead
+from jaxsp.models.output_head import OutputHead
 from jaxsp.prompts import with_defaults
 from jaxsp.settings import Settings
 from jaxsp.training.optimizers import make_optimizer

@@ -193,3 +193,102 @@ def test_without_a_preamble_and_with_little_room(calm_model, monkeypatch):
     rows = ROWS.with_targets(hidden=targets.compute(calm_model, context, ROWS, Packing(2, 12), "hidden"))
     assert np.isfinite(kl(calm_model, nothing, rows, 3, "match"))
     assert 0 < (read[0].offsets >= 0).sum() < rows.lengths.sum()
+
+
+# Contexts in parts
+
+PARTS, PART_OF = [4, 3], np.array([1, 0, 1])
+
+
+@pytest.fixture(scope="module")
+def parted(calm_model):
+    """The start from a context of two parts, and rows that were taught by one part each."""
+    preamble = distributions.context_prefix(calm_model.params, calm_model.config, np.array([[1, 50]]))
+    parts = np.split(CONTEXT, [PARTS[0]])
+    arguments = calm_model.params, calm_model.config, preamble
+    source = distributions._Context(*arguments, parts, ROWS, PART_OF, jax.random.key(0), 3)
+    read = [distributions.context_prefix(*arguments[:2], ids[None], preamble) for ids in parts]
+    hidden = [targets.compute(calm_model, prefix, ROWS, Packing(2, 12), "hidden") for prefix in read]
+    own = np.where((PART_OF == 0)[:, None, None], *hidden)
+    return source, preamble, ROWS.with_targets(hidden=own)
+
+
+def test_the_parts_end_at_one_place_and_do_not_see_each_other(calm_model, parted):
+    source, preamble, _ = parted
+    found = source.at(np.arange(7))
+    assert found.positions.tolist() == [[2, 3, 4, 5, 3, 4, 5]]
+    long = distributions.context_prefix(
+        calm_model.params, calm_model.config, CONTEXT[None, : PARTS[0]], preamble
+    )
+    np.testing.assert_allclose(found.keys[:, :, : PARTS[0]], long.keys[:, :, 2:], atol=1e-5)
+    np.testing.assert_array_equal(source.at(np.array([1, 5])).keys, found.keys[:, :, np.array([1, 5])])
+
+
+def test_rows_are_probed_after_their_own_part(calm_model, parted):
+    """In every layer: what the layers below read of the other part would show in those above."""
+    source, preamble, _ = parted
+
+    def weight_of(scores_NS, weight_N, values_SF, own_NS=None):
+        return weight_N
+
+    context, few, own_BS = source._some_rows(512)
+    both = distributions._probed(*_model(calm_model), preamble, context, few, weight_of, own_BS)
+    assert len(few) == 2
+    for part in range(2):
+        (here,) = np.flatnonzero(np.unique(PART_OF) == part)
+        rows = jax.tree.map(lambda leaf, here=here: leaf[here : here + 1], few)
+        alone = distributions._probed(*_model(calm_model), preamble, source.part(part), rows, weight_of)
+        ours = np.split(np.asarray(both), 2, axis=-1)[here]
+        np.testing.assert_allclose(ours, alone, atol=1e-5)
+        assert np.asarray(alone).max() > 0.01
+
+
+def _model(model):
+    return model.params, model.config
+
+
+def test_slots_of_other_parts_count_where_they_are_seen():
+    """Hidden from a query they are as if not there; loud ones, which would drown its own, are not taken."""
+    scores, weight, values = some_head()
+    own = jnp.asarray((np.arange(200) < 100)[:, None] == (np.arange(30) < 15))
+    hidden = jnp.where(own, scores, -1e30)
+    alike = [match.fit(hidden, weight, values, jnp.int32(6), *more, size=6) for more in ((), (own,))]
+    assert alike[0][0].tolist() == alike[1][0].tolist()
+    for plain, owned in zip(alike[0], alike[1], strict=True):
+        np.testing.assert_allclose(plain, owned, atol=1e-3)
+    loud = int(alike[0][0][0])
+    louder = jnp.where(own, scores, scores + 9 * (jnp.arange(30) == loud))
+    assert loud not in match.fit(louder, weight, values, jnp.int32(6), own, size=6)[0]
+    errors = [match.errors(hidden, weight, values, *more, levels=(2, 6)) for more in ((), (own,))]
+    np.testing.assert_allclose(*errors, rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind", slow_beside(["key_value", "per_head"], "per_head"))
+def test_parts_are_matched_together(calm_model, parted, kind, monkeypatch):
+    """The start is nearer to what each row was taught than tokens of the context, thinned or not."""
+    _, preamble, rows = parted
+
+    def kl(name, length=3):
+        sigma = distributions.initial_prompt(
+            *_model(calm_model), CONTEXT, preamble, key=jax.random.key(0), prompt_length=length,
+            initial=name, kind=kind, rows=rows, part_lengths=PARTS, part_of=PART_OF,
+        )  # fmt: skip
+        assert sigma["context_length"] == 4
+        prompt = distributions.prompt_prefix(*_model(calm_model), sigma, preamble, kind)
+        return float(at_positions(calm_model, prompt, rows, Packing(2, 12), ["kl"])["kl"].sum())
+
+    matched, first, spread = kl("match"), kl("first"), kl("spread")
+    assert matched < 0.8 * min(first, spread)
+    monkeypatch.setattr(distributions, "THINNED", 3)
+    assert kl("match", 1) < 0.9 * kl("first", 1)
+
+
+def test_more_slots_than_the_queries_tell_apart():
+    """Where no factor is found the masses stay finite, and within their bounds."""
+    scores, weight, values = some_head(queries=2, slots=30)
+    scores = jnp.broadcast_to(scores[:1], scores.shape)
+    _, bias, values = match.fit(scores, weight, values, jnp.int32(24), size=24)
+    assert np.isfinite(bias).all()
+    assert np.isfinite(values).all()
+    nothing = match.Products(jnp.full((4, 4), jnp.nan), jnp.ones(4))
+    assert match.weights(nothing, jnp.ones(4, bool), 0).tolist() == [1.0] * 4

@@ -360,7 +360,7 @@ GOOD = job("good")
         (job("run"), "the id 'run' can't name a folder"),
         (job(""), "the id '' can't name a folder"),
         (job("x", " "), "the context must be a text that is not empty"),
-        (job("x", CONTEXT * 60), "more than the model's window of 512"),
+        (job("x", queries=["What? " * 80, "Why?"]), "no room for the context in the model's window of 512"),
         (job("x", queries="What?"), "queries must be a list of queries, not 'What?'"),
         (job("x", queries=0.3), "queries must be a list of queries, not 0.3"),
         (job("x", queries=["What?"]), "At least two queries are needed"),

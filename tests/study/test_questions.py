@@ -117,7 +117,7 @@ def test_a_question_with_the_answer_that_it_was_made_for_comes_first(calm_model,
     monkeypatch.setattr(questions, "SEEDS", {"own": Own})
     monkeypatch.setattr(questions, "_text", lambda *_: "It holds 1.2 litres.")
     found, _ = made(calm_model, held_out=[Query("What?")], study_queries=1)
-    assert found.train[0] == Query("How b?", seed="own")
+    assert found.train[0].text == "How b?"
 
 
 def test_a_query_does_not_say_what_it_asks_for(calm_model, heeded, monkeypatch):

@@ -64,9 +64,9 @@ def taught(student, other, settings=SETTINGS):
     """The teacher, and the student's problem."""
     teacher = Teacher.of(student, other)
     assert teacher is not None
-    asked = tokenize(other, *TEXTS, settings, reader="teacher")
+    asked = tokenize(other, *TEXTS, settings)
     said = run_teacher(other, asked, settings.teacher, read_preamble(other), Display(visible=False))
-    own = tokenize(student, *TEXTS, settings, reader="student")
+    own = tokenize(student, *TEXTS, settings)
     return teacher, teacher.taught(said, own, read_preamble(teacher.student), settings), said
 
 
@@ -229,11 +229,11 @@ def test_of_fewer_queries_the_longest_answer_is_shorter(student, other):
         for query, answer in zip(QUERIES[:3], ("a b", "c", "d"), strict=True)
     ]
     teacher, made = Teacher(other, student), as_queries(own)
-    asked = tokenize(other, CONTEXT, made, [], SETTINGS, reader="teacher")
+    asked = tokenize(other, CONTEXT, made, [], SETTINGS)
     said = run_teacher(other, asked, SETTINGS.teacher, read_preamble(other), Display(visible=False)).take(
         [1, 2]
     )
-    kept = tokenize(student, CONTEXT, made[1:], [], SETTINGS, reader="student")
+    kept = tokenize(student, CONTEXT, made[1:], [], SETTINGS)
     rows = teacher.taught(said, kept, read_preamble(student), SETTINGS).rows
     assert rows.mask.shape[1] < said.rows.mask.shape[1]
     batch = Packing(1, 100).pack(rows, np.arange(2))
@@ -344,22 +344,14 @@ def test_answers_of_another_vocabulary_are_told_as_texts(student, foreign):
 
 def test_refusals(folder, student, other):
     """Before any work, with the value and what to do."""
-    teacher = Teacher(other, student)
-    small = dataclasses.replace(student, config=student.config.replace(window=120))
     smaller = dataclasses.replace(student, config=student.config.replace(window=40))
-    narrow = dataclasses.replace(other, config=other.config.replace(window=100))
+    narrow = dataclasses.replace(other, config=other.config.replace(window=40))
     bare = dataclasses.replace(other, tokenizer=None)
     for match, model, theirs, options in (
         ("hidden_mse compares hidden states, which have 48 entries in .* and 32 in", student, other,
          {"objective": "hidden_mse"}),
-        (r"The context has 87 tokens; .* than the teacher's window of 100\. Shorten the context", student,
-         narrow, {}),
-        (r"The prompt has 4 tokens; .* than the model's window of 40\. Shorten the prompt", smaller,
-         other, {}),
-        ("--initial match reads the whole context .* window of 120 .* --initial first", small, other,
-         {"initial": "match", "kind": "per_head"}),
-        ("--initial spread reads the whole context", small, other,
-         {"initial": "spread", "kind": "key_value"}),
+        (r"leave no room for the context in the model's window of 40\. Shorten", smaller, other, {}),
+        (r"leave no room for the context in the model's window of 40\. Shorten", student, narrow, {}),
     ):  # fmt: skip
         with pytest.raises(UserError, match=match):
             make_job(model, job(), {**FIRST, **options}, Teacher(theirs, model))
@@ -367,27 +359,23 @@ def test_refusals(folder, student, other):
         make_job(student, job(teacher="x"), FIRST)
     with pytest.raises(UserError, match="was loaded without a tokenizer"):
         Teacher.of(student, bare)
-    # Without a choice it starts with the context's first tokens, and as itself where it is read.
-    for kind, initial in (("per_head", "first"), ("embedding", "first")):
-        made = make_job(small, job(), {**FIRST, "kind": kind}, Teacher(other, small))
-        assert made.settings.prompt.initial == initial
-    chosen = {**FIRST, "kind": "embedding", "initial": "spread"}
-    assert make_job(small, job(), chosen, Teacher(other, small)).settings.prompt.initial == "spread"
-    assert make_job(student, job(), {**FIRST, "kind": "per_head"}, teacher).settings.prompt.initial == "match"
 
 
-def test_a_context_longer_than_the_students_window(student, other):
-    """σ stands within the window, with room behind it; the teacher has read all of the context."""
+@pytest.mark.parametrize("initial", ["first", "match"])
+def test_a_context_longer_than_the_students_window(student, other, initial):
+    """The teacher has read all of it; the student starts from parts, and z stands after the longest."""
     small = dataclasses.replace(student, config=student.config.replace(window=120))
-    settings = make_settings({"kind": "key_value", "initial": "first"}, base=SETTINGS)
+    settings = make_settings({"kind": "key_value", "initial": initial}, base=SETTINGS)
     _, problem, said = taught(small, other, settings)
     assert len(said.job.context_ids) == len(problem.job.context_ids) == 87
+    assert len(said.job.parts) == 1
+    assert len(problem.job.parts) > 1
     state = start_state(small, problem, settings)
     prefix = distributions.read_prompt(small.params, small.config, state.sigma, problem.preamble, "key_value")
     end = int(prefix.next_position[0])
-    assert len(problem.job.preamble_ids) + 4 <= end
-    assert end + problem.job.longest(settings.teacher) <= small.config.window
-    whole = start_state(student, problem, settings)
+    assert end == len(problem.job.preamble_ids) + len(problem.job.longest_part.ids)
+    assert end + problem.rows.lengths.max() <= small.config.window
+    whole = start_state(student, taught(student, other, settings)[1], settings)
     assert float(whole.sigma["context_length"]) == 87
 
 
@@ -405,13 +393,13 @@ def test_the_teacher_decides_a_run(student, other, folder, tmp_path, monkeypatch
     ):
         with pytest.raises(UserError, match=difference):
             run_one(student, job(), FIRST, again, teacher)
-    asked = tokenize(other, *TEXTS, SETTINGS, reader="teacher")
+    asked = tokenize(other, *TEXTS, SETTINGS)
     keys = {teacher_key(model, asked, SETTINGS.teacher) for model in (student, other, wider)}
     assert len(keys) == 3
     plainly = dataclasses.replace(start, out=tmp_path / "plain")
     run_one(student, job(), FIRST, plainly, student)  # which is none
     settings = json.loads((tmp_path / "plain" / "run" / "settings.json").read_text())
-    assert not any(name.startswith("teacher") for name in settings)
+    assert not {"teacher", "teacher_weights", "teacher_dtype"} & set(settings)
 
 
 def test_full_precision_teaches_an_int8_student(folder, student):

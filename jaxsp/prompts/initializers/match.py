@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp.prompts.initializers.source import ABSENT, Fit, Probe, Source
+from jaxsp.prompts.initializers.source import ABSENT, Fit, Own, Probe, Source
 from jaxsp.typing import Array, Bool, Float, Int, KeyValues, UserError
 
 MASS = math.exp(-3), math.exp(3)
@@ -33,6 +33,9 @@ HELD_OUT = 4  # every so many-th query decides
 
 CANDIDATES = 256
 """Slots that are chosen from at least: those with the most mass."""
+
+LOUDEST = 20.0
+"""Logarithm of a slot's mass in that of a query's own ones, at most: others may be far louder."""
 
 AT_ONCE = 8
 """A head's first slots are chosen one by one; beyond twice as many, one for every so many that it has."""
@@ -70,12 +73,13 @@ def uneven(source: Source, most: int) -> KeyValues:
 def _compacted(source: Source, size: int, counts_LG: Int[np.ndarray, "l g"]) -> KeyValues:
     if source.compacted is None:
         raise UserError(_NO_ROWS)
-    return source.compacted(_fit_to(size), counts_LG)
+    return source.compacted(fit_to(size), counts_LG)
 
 
 # One object for one number: what is compiled with it is compiled once.
 @functools.cache
-def _fit_to(size: int) -> Fit:
+def fit_to(size: int) -> Fit:
+    """``fit`` to so many slots."""
     return functools.partial(fit, size=size)
 
 
@@ -137,6 +141,7 @@ def fit(
     weight_N: Float[Array, " n"],
     values_SF: Float[Array, "s f"],
     count: Int[Array, ""],
+    own_NS: Own = None,
     *,
     size: int,
 ) -> tuple[Int[Array, " k"], Float[Array, " k"], Float[Array, "k f"]]:
@@ -147,19 +152,21 @@ def fit(
       weight_N: how much of a query's attention goes to these slots: what an error there costs.
       values_SF: values of the slots.
       count: slots that the head has, at most K.
+      own_NS: the slots in whose place a query is served; None: all. It will see those of other queries, too.
       size: K.
 
     Returns:
       The slots chosen, their biases, and their new values. Those that the head does not have come first.
     """
     with jax.default_matmul_precision("highest"):
-        part_NS = jax.nn.softmax(scores_NS, axis=-1)  # of the mass of all slots
-        chosen_K, products = choose(part_NS * weight_N[:, None], weight_N, size)
+        part_NS, norms_S = _parts(scores_NS, weight_N, own_NS)
+        chosen_K, products = choose(part_NS * weight_N[:, None], weight_N, size, norms_S)
         there_K = jnp.arange(size) < count
         bias_K = _bias(weights(products, there_K, 400), there_K)
         own_NK = jax.nn.softmax(scores_NS[:, chosen_K] + bias_K, axis=-1)
         near_KF = values_SF[chosen_K]
-        values_KF = near_KF + _changes(own_NK, part_NS @ values_SF - own_NK @ near_KF, weight_N)
+        target_NF = _of_own(part_NS, own_NS) @ values_SF
+        values_KF = near_KF + _changes(own_NK, target_NF - own_NK @ near_KF, weight_N)
     chosen_K, bias_K, values_KF = (jnp.roll(x, size - count, axis=0) for x in (chosen_K, bias_K, values_KF))
     return chosen_K, bias_K, values_KF
 
@@ -168,14 +175,16 @@ def errors(
     scores_NS: Float[Array, "n s"],
     weight_N: Float[Array, " n"],
     values_SF: Float[Array, "s f"],
+    own_NS: Own = None,
     *,
     levels: tuple[int, ...],
 ) -> Float[Array, " c"]:
     """The weighted squared error of a head's output at the queries left out, with each number of slots."""
     with jax.default_matmul_precision("highest"):
-        part_NS = jax.nn.softmax(scores_NS, axis=-1)
-        chosen_K, products = choose(part_NS * weight_N[:, None], weight_N, levels[-1])
-        target_NF, near_KF, scores_NK = part_NS @ values_SF, values_SF[chosen_K], scores_NS[:, chosen_K]
+        part_NS, norms_S = _parts(scores_NS, weight_N, own_NS)
+        chosen_K, products = choose(part_NS * weight_N[:, None], weight_N, levels[-1], norms_S)
+        target_NF = _of_own(part_NS, own_NS) @ values_SF
+        near_KF, scores_NK = values_SF[chosen_K], scores_NS[:, chosen_K]
         there_CK = jnp.arange(levels[-1]) < jnp.array(levels)[:, None]
         mass_CK = jax.vmap(lambda there_K: weights(products, there_K, CURVE_STEPS))(there_CK)
 
@@ -185,6 +194,23 @@ def errors(
             return left_out.error(every.without(left_out).solved(CURVE_RIDGE))
 
         return jax.lax.map(error, _bias(mass_CK, there_CK))
+
+
+def _parts(scores_NS: Array, weight_N: Array, own_NS: Own) -> tuple[Array, Array | None]:
+    """The mass of each slot in that of a query's own slots, and the size of the own ones' columns."""
+    if own_NS is None:
+        return jax.nn.softmax(scores_NS, axis=-1), None
+    whole_N1 = jax.nn.logsumexp(scores_NS, axis=-1, keepdims=True, where=own_NS)
+    part_NS = jnp.exp(jnp.minimum(scores_NS - whole_N1, LOUDEST))
+    return part_NS, _norms(_of_own(part_NS, own_NS) * weight_N[:, None])
+
+
+def _of_own(part_NS: Array, own_NS: Own) -> Array:
+    return part_NS if own_NS is None else jnp.where(own_NS, part_NS, 0)
+
+
+def _norms(columns_NS: Array) -> Array:
+    return jnp.sqrt(jnp.sum(columns_NS**2, axis=0))
 
 
 def _bias(mass: Array, there: Array) -> Array:
@@ -199,21 +225,26 @@ class Products(NamedTuple):
 
 
 def choose(
-    parts_NS: Float[Array, "n s"], target_N: Float[Array, " n"], count: int
+    parts_NS: Float[Array, "n s"],
+    target_N: Float[Array, " n"],
+    count: int,
+    sizes_S: Float[Array, " s"] | None = None,
 ) -> tuple[Int[Array, " k"], Products]:
     """Orthogonal matching pursuit: columns, one after the other, whose weighted sum is the target.
 
     Args:
       parts_NS: a column a slot.
-      target_N: the sum of all columns.
+      target_N: the sum of all columns, or of those that each query is to be served like.
       count: K.
+      sizes_S: sizes of the columns by which they are candidates; by default their norms.
 
     Returns:
       The columns' indices in the order chosen, and their products.
     """
-    norms_S = jnp.sqrt(jnp.sum(parts_NS**2, axis=0))
-    norms_C, candidates_C = jax.lax.top_k(norms_S, min(len(norms_S), max(CANDIDATES, 4 * count)))
-    parts_NC = parts_NS[:, candidates_C]
+    norms_S = _norms(parts_NS)
+    sizes_S = norms_S if sizes_S is None else sizes_S
+    candidates_C = jax.lax.top_k(sizes_S, min(len(sizes_S), max(CANDIDATES, 4 * count)))[1]
+    parts_NC, norms_C = parts_NS[:, candidates_C], norms_S[candidates_C]
     gram_CC, right_C = parts_NC.T @ parts_NC, target_N @ parts_NC
     starts, most = _chosen_at_once(count)
 
@@ -259,6 +290,8 @@ def weights(products: Products, there_K: Bool[Array, " k"], steps: int) -> Float
     ridge = 1e-6 * jnp.trace(gram_KK) / jnp.maximum(jnp.sum(there_K), 1) + 1e-20
     full_KK = gram_KK + jnp.diag(jnp.where(there_K, ridge, 1.0))
     start_K = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(full_KK), right_K * there_K)
+    # With more slots than the queries tell apart float32 may find no factor: the gradient starts from 1.
+    start_K = jnp.where(jnp.all(jnp.isfinite(start_K)), start_K, 1.0)
     start_K = jnp.clip(start_K, *MASS) * there_K
     largest = jnp.maximum(jnp.max(jnp.sum(jnp.abs(gram_KK), axis=0)), 1e-20)
 

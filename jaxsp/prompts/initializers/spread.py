@@ -14,9 +14,8 @@ def vectors(source: Source) -> Float[Array, "k d"]:
 
 
 def key_values(source: Source) -> KeyValues:
-    """Their keys and values where they stand in the context, which has read all before them."""
-    context, places = source.context(), _places(source)
-    return KeyValues(context.keys[:, :, places], context.values[:, :, places], context.positions[:, places])
+    """Their keys and values where they stand in the context, which has read all before them in its part."""
+    return source.context(_places(source))
 
 
 def _places(source: Source) -> Int[np.ndarray, " k"]:
