@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 NAMES = (
     "documents",
     "initialisation",
+    "instructions",
     "objectives",
     "peers",
     "precision",

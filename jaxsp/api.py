@@ -276,7 +276,7 @@ def evaluate(
         model, job = other.student, tokenize(other.model, *texts)
         said = run_teacher(other.model, job, settings.teacher, read_preamble(other.model), display)
         own = tokenize(model, *texts)
-        problem = other.taught(said, own, read_preamble(model), settings)
+        problem = other.problem(said, own, read_preamble(model), settings)
     with display.phase("evaluate", "Evaluation"):
         measured = brackets.measure_all(model, problem, {"prompt": prompt.sigma}, settings, known={})
         summary = reports.summarise(model, problem, measured, context, settings, other)
@@ -293,7 +293,11 @@ def _teacher_of(
     """The teacher of a saved prompt, if that is another model, or else the one that is given."""
     known = prompt.teacher
     if known is None:
-        return Teacher.of(model, _optional(given))
+        if other := Teacher.of(model, _optional(given)):
+            raise UserError(
+                f"This prompt was taught by its own model, not by {other.model.name}; leave the teacher out."
+            )
+        return None
     found = as_model(given or known["name"], known["quantization"])
     if found.fingerprint != known["fingerprint"]:
         raise UserError(

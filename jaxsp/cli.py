@@ -278,7 +278,7 @@ class Evaluate(_Saved):
     queries: File
     """A file with one query per line, or JSONL."""
     teacher: str | None = None
-    """Where the teacher is now, if that was another model and is not where it was."""
+    """The teacher, if that was another model and is not where it was."""
     json: bool = False
     """Print everything as JSON on standard output."""
 

@@ -18,7 +18,7 @@ from jaxsp.typing import Int, ceil_div
 Encode = Callable[[str], Int[np.ndarray, " c"]]
 
 OVERLAP = 8
-"""A part begins about one so-manieth of a part before the end of the one before it."""
+"""A part begins about an eighth (one part in so many) of its length before the end of the one before it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

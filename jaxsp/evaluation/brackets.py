@@ -17,7 +17,7 @@ from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS, storage
 from jaxsp.settings import Settings
 from jaxsp.teacher.answers import answer_ids
-from jaxsp.teacher.problem import Problem, TokenizedJob, read_part
+from jaxsp.teacher.problem import Problem, read_part
 from jaxsp.typing import EMPTY, Int, KeyValues, PyTree
 
 BRACKETS = {
@@ -87,25 +87,30 @@ def measure_all(
         # By itself: beside it the others would be as long.
         own = {"own_context": read_part(model, job, 0, problem.preamble)}
         measured |= measure(model, problem, own, most)
-    for name, part_of in _parts_read(job).items():
+    for name, part_of in _parts_read(problem).items():
         if name not in known:
             measured[name] = _after_parts(model, problem, part_of, most)
     return measured
 
 
-def _parts_read(job: TokenizedJob) -> dict[str, Int[np.ndarray, " n"]]:
-    """The part that each query is read after, by the brackets of a context in parts."""
+def _parts_read(problem: Problem) -> dict[str, Int[np.ndarray, " n"]]:
+    """The part that each query is read after, by the brackets of a context in parts.
+
+    Where the model teaches itself and all are searched for, the part found is the full context itself.
+    """
+    job = problem.job
     if len(job.parts) == 1:
         return {}
     first = {"first_part": np.zeros_like(job.part_of)}
     searched = not any(query.span for query in job.held_out(job.queries))
+    searched = searched and not problem.has_other_teacher
     return first if searched else {"retrieved_part": job.found, **first}
 
 
 def _after_parts(
     model: LanguageModel, problem: Problem, part_of: Int[np.ndarray, " n"], max_tokens: int
 ) -> Measured:
-    """The held-out queries, each after one part: the teacher where it is his, else read anew."""
+    """The held-out queries, each after one part: the teacher's own where it read that one, else read anew."""
     job = problem.job
     positions = _positions(model, None, problem, held_out_alone=True)
     answers = {i: problem.answers[i] for i in np.flatnonzero(~job.is_train).tolist()}
@@ -113,7 +118,8 @@ def _after_parts(
     for part in np.unique(part_of[others]).tolist():
         some = [i for i in others if part_of[i] == part]
         prefix = read_part(model, job, part, problem.preamble)
-        for name, values in at_positions(model, prefix, problem.rows.take(some), problem.packing).items():
+        rows, head = problem.rows.take(some), problem.teacher_head
+        for name, values in at_positions(model, prefix, rows, problem.packing, teacher_head=head).items():
             positions[name][some] = values
         queries = [job.query_ids[i] for i in some]
         answers |= zip(some, answer_ids(model, prefix, queries, max_tokens=max_tokens), strict=True)

@@ -92,16 +92,16 @@ def summarise(
         "gap_closed_vs_truncated": gap("truncated_context"),
         "held_out": part(~is_train, known),
     }
-    if len(problem.job.parts) > 1:
-        report["parts"] = _parts(problem.job)
-        if (others := ~is_train & (problem.job.part_of > 0)).any():
-            report["gap_closed_vs_first_part"] = gap("first_part", others)
+    if len(problem.read.parts) > 1:
+        report["parts"] = _parts(problem.read)
+    if (others := ~is_train & (problem.job.part_of > 0)).any():
+        report["gap_closed_vs_first_part"] = gap("first_part", others)
     for name, found in report["held_out"]["brackets"].items():
         found |= _of_answers(problem, answers["full_context"], answers[name])
     if is_train.any():
         report["train"] = part(is_train, TRAINED)
     report["queries"] = _queries(model, problem, positions, answers, decisive)
-    report["teacher"] = _teacher(report, _read_of(problem.job, context), teacher)
+    report["teacher"] = _teacher(report, _read_of(problem.read, context), teacher)
     report["verdict"] = _verdict(report, settings.prompt.kind)
     seen = np.maximum(mask[~is_train].sum(axis=0), 1)
     last = int(mask[~is_train].any(axis=0).sum())
@@ -163,8 +163,8 @@ def _queries(
             "decisive_tokens": int(decisive[i].sum()),
             "answer_full_context": _answer(model, problem.answers[i]).text,
         }
-        if len(problem.job.parts) > 1:
-            row["part"] = int(problem.job.part_of[i]) + 1
+        if len(problem.read.parts) > 1:
+            row["part"] = int(problem.read.part_of[i]) + 1
         if i in answers["prompt"]:
             ours, ids = answers["prompt"][i], rows.targets["tokens"][i, mask[i]]
             row |= {f"answer_{name}": answers[name][i].text for name in TRAINED}
@@ -181,13 +181,14 @@ def report_header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
     manifest, training = prompt.manifest, prompt.manifest["training"]
     params, config, nothing = model.params, model.config, decoder.empty_prefix(model.config)
     tokens = manifest["context_tokens"]
-    before = max(manifest.get("part_tokens", [tokens]))  # a query
+    parts = manifest.get("part_tokens", [tokens])
     return {
         "model": model.name,
         "dtype": model.config.dtype,
         "quantization": model.config.quantization,
         "taught_by": prompt.teacher,
         "context_tokens": tokens,
+        "context_parts": len(parts),
         "prompt_length": prompt.prompt_length,
         "compression": tokens / prompt.prompt_length,
         "kind": prompt.kind,
@@ -195,7 +196,7 @@ def report_header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
             "prompt": _bytes(
                 lambda: distributions.prompt_prefix(params, config, prompt.sigma, nothing, prompt.kind)
             ),
-            "full_context": _bytes(lambda: decoder.empty_prefix(config, before)),
+            "full_context": _bytes(lambda: decoder.empty_prefix(config, max(parts))),
         },
         "objective": training["objective"],
         "steps": training["steps"],
@@ -266,8 +267,7 @@ def _teacher(report: dict[str, Any], read: dict[str, str], teacher: Teacher | No
     ]
     shares = [sum(found) / len(found) for found in checked.values() if found]
     weak = bool(shares) and shares[0] < WEAK
-    in_parts = report.get("parts") and teacher is None
-    before = "one part of the context for each query" if in_parts else "the whole context"
+    before = "one part of the context for each query" if report.get("parts") else "the whole context"
     who = "The model itself" if teacher is None else f"The teacher, {teacher.model.name}"
     text = f"{who}, with {before}: {'; '.join(parts)}." if parts else ""
     if weak and teacher is None:

@@ -113,7 +113,7 @@ def _sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def head_layout(head: PyTree, mesh: Mesh) -> PyTree:
-    """Where another model's output head goes, or its shapes: over ``model`` as the model's own."""
+    """The place of another model's output head, or of its shapes: over ``model`` as the model's own."""
     return jax.tree.map(lambda leaf: _sharding(mesh, "lm_head/embedding", leaf.shape), head)
 
 

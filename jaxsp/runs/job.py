@@ -212,9 +212,17 @@ def make_job(
     train, held_out = _split(queries, held_out, settings)
     texts = context, train or [SAMPLE], held_out, settings
     tokenized = tokenize(model, *texts)
+    if not settings.prompt.prompt_length < (tokens := len(tokenized.context_ids)):
+        raise UserError(
+            f"The prompt must be shorter than the context: --prompt-length is"
+            f" {settings.prompt.prompt_length}, the context has {tokens} tokens."
+        )
     if teacher is not None:
         teacher.check(settings)
-        tokenize(teacher.model, *texts)
+        try:
+            tokenize(teacher.model, *texts)
+        except UserError as error:
+            raise UserError(f"The teacher {teacher.model.name}: {error}") from None
     usual = settings.teacher.max_answer_tokens / 2
     answers = [usual if ids is None else len(ids) for ids in tokenized.given_ids]
     tokens = float(np.mean([*map(len, tokenized.query_ids)]) + np.mean(answers))

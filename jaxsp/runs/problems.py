@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -55,7 +56,7 @@ class Problems:
     ) -> None:
         self.model, self.preamble, self.folder, self.teacher = model, preamble, folder, teacher
         self.asked = teacher.model if teacher else model  # who answers
-        self.before = read_preamble(teacher.model) if teacher else preamble
+        self.teacher_preamble = read_preamble(teacher.model) if teacher else preamble
         self._problems, self._studies = Kept[Problem](), Kept[Study]()
 
     def of(self, job: Job, display: Display) -> Problem:
@@ -70,14 +71,17 @@ class Problems:
             return known
         file = self.folder and self.folder / f"{key[0]}.safetensors"
         if made is None:
-            made = run_teacher(self.asked, tokenized, job.settings.teacher, self.before, display, file)
+            made = run_teacher(
+                self.asked, tokenized, job.settings.teacher, self.teacher_preamble, display, file
+            )
         elif file is not None:
             keep(made, file)
         if found is not None and self.folder is not None and processes.is_first():
             found.write(self.folder / self._study_file(asked))  # last: who finds it, finds what was said
+            shutil.rmtree(self.folder / self._study_folder(asked), ignore_errors=True)
         if self.teacher is not None:
             own = job.tokenized(self.model)
-            made = self.teacher.taught(made, own, self.preamble, job.settings)
+            made = self.teacher.problem(made, own, self.preamble, job.settings)
         return self._problems.keep(key, made)
 
     def study(self, job: Job) -> Study | None:
@@ -89,6 +93,10 @@ class Problems:
 
     def _study_file(self, job: Job) -> str:
         return f"{self._key(job)}.study.json"
+
+    def _study_folder(self, job: Job) -> str:
+        """Name of the folder for what is kept of a study until it ends."""
+        return f"{self._key(job)}.study"
 
     def _studied(self, job: Job, display: Display) -> tuple[Study, Problem | None]:
         """The queries that a job's document gives, and their problem, if this process has just made it."""
@@ -103,7 +111,9 @@ class Problems:
             nonlocal made
             with processes.alone():
                 asked = job.context, job.train, job.held_out, job.settings
-                found, made = study(self.asked, *asked, display)
+                found, made = study(
+                    self.asked, *asked, display, folder=self.folder and self.folder / self._study_folder(job)
+                )
             return found.as_json()
 
         found = self._studies.keep(key, Study.from_json(processes.on_first_process(make)))

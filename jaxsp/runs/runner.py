@@ -398,8 +398,7 @@ class Runner:
         self.brackets.keep(key, {name: m for name, m in measured.items() if name != "prompt"})
         context = problem.job.longest_part.ids.tobytes()
         prefill = brackets.prefill_seconds(model, problem, sigma, settings, self.prefills.get(context))
-        if (seconds := prefill["full_context"]) is not None:
-            self.prefills.keep(context, seconds)
+        self.prefills.keep(context, prefill["full_context"])
         return {
             **reports.summarise(model, problem, measured, job.context, settings, self.teacher),
             "prefill_seconds": prefill,

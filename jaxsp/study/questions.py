@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from jaxsp.study.filters import MATTERS, Seen, is_answer, is_sane
 from jaxsp.study.seeds import SEEDS, Draft
 from jaxsp.study.text import Document
 from jaxsp.study.writing import completed
-from jaxsp.teacher.problem import SAMPLE, Problem, digest, read_preamble, run_teacher, tokenize
+from jaxsp.teacher.problem import SAMPLE, Problem, digest, read_preamble, run_teacher, teacher_key, tokenize
 from jaxsp.typing import UserError
 
 A_SENTENCE = 4
@@ -125,6 +125,7 @@ def study(
     display: Display,
     *,
     measure: bool = True,
+    folder: Path | None = None,
 ) -> tuple[Study, Problem]:
     """Makes the queries that a document lacks, and has the teacher answer all.
 
@@ -136,6 +137,7 @@ def study(
       settings: settings of the compression.
       display: shows what goes on.
       measure: hold out some of the questions made, if none is given to measure on.
+      folder: for what is written and answered, so that a study that is interrupted goes on from there.
 
     Returns:
       The study, and the problem of its queries.
@@ -147,7 +149,7 @@ def study(
     if not document.sentences:
         raise UserError("The document has no sentence to ask about; give questions with --queries.")
     parts = tokenize(model, context, [*given, SAMPLE], held_out, settings).parts
-    found = _Found(model, document, parts, settings, display)
+    found = _Found(model, document, parts, settings, display, folder)
     own, last = len(given), [*range(len(given), len(given) + len(held_out))]
     if not given and held_out:
         found.ask(held_out)
@@ -199,14 +201,17 @@ class _Found:
         parts: list[Part],
         settings: Settings,
         display: Display,
+        folder: Path | None,
     ) -> None:
-        self.model, self.document, self.parts = model, document, parts
+        self.model, self.document, self.parts, self.folder = model, document, parts, folder
         self.preamble = read_preamble(model)
         self.settings, self.display = settings, display
         self.problems: list[Problem] = []
         self.depends: dict[int, set[int]] = {}
         self.counts = collections.Counter[str]()
         """Queries drafted, by seed."""
+        self.drafts = set[Draft]()
+        """Those complete as they were drafted: in another round they would be the same."""
 
     def __len__(self) -> int:
         return sum(len(problem.answers) for problem in self.problems)
@@ -218,8 +223,21 @@ class _Found:
     def ask(self, queries: Sequence[Query]) -> Problem:
         """More queries, which the teacher answers."""
         job = tokenize(self.model, self.document.text, queries, [], self.settings, self.parts)
-        self.problems.append(run_teacher(self.model, job, self.settings.teacher, self.preamble, self.display))
+        key = teacher_key(self.model, job, self.settings.teacher)
+        file = self.folder and self.folder / f"{key}.safetensors"
+        answered = run_teacher(self.model, job, self.settings.teacher, self.preamble, self.display, file)
+        self.problems.append(answered)
         return self.problems[-1]
+
+    def _kept(self, key: str, write: Callable[[], list[str | None]]) -> list[str | None]:
+        """The texts in the folder, or those that ``write`` gives, kept there."""
+        if self.folder is None:
+            return write()
+        file = self.folder / f"{key}.json"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(file, json.dumps(write(), ensure_ascii=False))
+        return json.loads(file.read_text("utf-8"))
 
     def drafted(self, seen: Seen, number: int, note: Any) -> list[_Candidate]:
         """Sane queries, of every seed, for the sentences that nobody asks for yet; none twice."""
@@ -230,13 +248,16 @@ class _Found:
             for name, seed in SEEDS.items()
             for chunk in document.chunks
             for draft in seed.drafts(document, chunk)
-            if wanted.issuperset(draft.sentences)
+            if wanted.issuperset(draft.sentences) and (draft.source or draft not in self.drafts)
         ]
         count = itertools.count(1)
         key = jax.random.fold_in(jax.random.key(self.settings.training.seed), 2 + number)
         asked = [draft for _, draft in drafts]
-        written = completed(
-            model, self.preamble, asked, document.text, key, lambda: note(f"{next(count)} written")
+        written = self._kept(
+            digest([number, *asked]),
+            lambda: completed(
+                model, self.preamble, asked, document.text, key, lambda: note(f"{next(count)} written")
+            ),
         )
         made, texts = [], {query.text for query in self.queries}
         longest = max(len(part.ids) for part in self.parts)
@@ -256,6 +277,7 @@ class _Found:
             span = document.span(draft.sentences)
             made.append(_Candidate(Query(text, draft.answer, seed=name, span=span), draft))
         self.counts.update(name for name, _ in drafts)
+        self.drafts.update(asked)
         return made
 
 

@@ -139,7 +139,7 @@ class Document:
         return other and here[: found.start()] + other + here[found.end() :]
 
     def span(self, numbers: Sequence[int]) -> tuple[int, int]:
-        """Where some of its sentences begin and end in it."""
+        """The place in it from the first to the last of some sentences."""
         some = [self.sentences[i] for i in numbers]
         return min(s.start for s in some), max(s.end for s in some)
 

@@ -137,7 +137,7 @@ class Teacher:
                 " with --objective kl."
             )
 
-    def taught(self, said: Problem, job: TokenizedJob, preamble: KeyValues, settings: Settings) -> Problem:
+    def problem(self, said: Problem, job: TokenizedJob, preamble: KeyValues, settings: Settings) -> Problem:
         """The student's problem.
 
         Args:
@@ -161,13 +161,15 @@ class Teacher:
         rows = make_rows(job.query_ids, ids)
         # Of some of the queries that the teacher was asked, the longest answer may be shorter.
         rows = rows.with_targets(**jax.tree.map(lambda leaf: leaf[:, : rows.mask.shape[1]], signals))
-        taken = len(preamble.positions[0]) + settings.prompt.prompt_length + int(rows.lengths.max()) + 1
+        # z stands behind the longest part, or behind more slots than that has tokens.
+        before = max(settings.prompt.prompt_length, len(job.longest_part.ids))
+        taken = int(preamble.next_position[0]) + before + int(rows.lengths.max())
         if taken > (window := self.student.config.window):
             raise UserError(
-                f"The longest answer with its query and the prompt takes {taken} tokens, more than the"
-                f" model's window of {window}. Lower --max-answer-tokens or --prompt-length."
+                f"The longest answer with its query, after the context, takes {taken} tokens, more than the"
+                f" model's window of {window}. Lower --max-answer-tokens."
             )
-        return Problem(job, preamble, rows, answers, self.head)
+        return Problem(job, preamble, rows, answers, self.head, said.job)
 
     def _encoded_again(self, answer: list[int]) -> list[int]:
         """The teacher's answer in the student's tokens, with its end of turn if the answer has one."""

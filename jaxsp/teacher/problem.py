@@ -36,7 +36,7 @@ many: the cut does not depend on the queries that the document then gives."""
 FEWEST = 16
 """Tokens of a part that there must be room for."""
 
-SAMPLE = Query("What does the text say?", span=(0, 1))
+SAMPLE = Query("What does the text say?", seed="question")
 """A query such as the document gives, in place of those that are not yet made."""
 
 
@@ -78,6 +78,23 @@ class TokenizedJob:
         """The part with most tokens."""
         return max(self.parts, key=lambda part: len(part.ids))
 
+    def take(self, index: Sequence[int], train: int | None = None) -> TokenizedJob:
+        """The job of these queries, in their order: see ``Problem.take``."""
+        numbers = np.asarray(index, int)
+
+        def some(things: Sequence[Any]) -> list[Any]:
+            return [things[i] for i in index]
+
+        return dataclasses.replace(
+            self,
+            part_of=self.part_of[numbers],
+            found=self.found[numbers],
+            queries=some(self.queries),
+            is_train=self.is_train[numbers] if train is None else np.arange(len(index)) < train,
+            query_ids=some(self.query_ids),
+            given_ids=some(self.given_ids),
+        )
+
     def held_out(self, things: Sequence[Any]) -> list[Any]:
         """The things of the held-out queries, out of one for each query."""
         return [thing for thing, train in zip(things, self.is_train, strict=True) if not train]
@@ -93,6 +110,7 @@ class Problem:
       rows: all queries with their answers and targets, in the order of the job's.
       answers: the teacher's own answer to each query, as token ids.
       teacher_head: head of the teacher, if it is another model.
+      teacher_job: the same queries with the context as the teacher read it, if it is another model.
       packing: shape of the batches in which all rows are read once.
     """
 
@@ -101,6 +119,12 @@ class Problem:
     rows: Rows
     answers: list[list[int]]
     teacher_head: OutputHead | None = None
+    teacher_job: TokenizedJob | None = None
+
+    @property
+    def read(self) -> TokenizedJob:
+        """The job as the teacher read it."""
+        return self.teacher_job or self.job
 
     @property
     def has_other_teacher(self) -> bool:
@@ -118,24 +142,17 @@ class Problem:
           index: numbers of the queries.
           train: how many of them, the first ones, are to train on; by default those that were.
         """
-        job = self.job
-
-        def some(things: Sequence[Any]) -> list[Any]:
-            return [things[i] for i in index]
-
-        is_train = job.is_train[list(index)] if train is None else np.arange(len(index)) < train
-        queries, query_ids, given_ids = some(job.queries), some(job.query_ids), some(job.given_ids)
-        part_of, found = job.part_of[list(index)], job.found[list(index)]
-        job = dataclasses.replace(
-            job, queries=queries, is_train=is_train, query_ids=query_ids, given_ids=given_ids,
-            part_of=part_of, found=found,
-        )  # fmt: skip
-        rows = self.rows.take(index)
-        return dataclasses.replace(self, job=job, rows=rows, answers=some(self.answers))
+        return dataclasses.replace(
+            self,
+            job=self.job.take(index, train),
+            rows=self.rows.take(index),
+            answers=[self.answers[i] for i in index],
+            teacher_job=self.teacher_job and self.teacher_job.take(index, train),
+        )
 
     @classmethod
     def joined(cls, several: Sequence[Problem]) -> Problem:
-        """The problem of all queries of several on one context, those of the first one first."""
+        """The problem of all queries of several on one context with one teacher, the first one's first."""
         jobs = [problem.job for problem in several]
         job = dataclasses.replace(
             jobs[0],
@@ -147,7 +164,8 @@ class Problem:
             found=np.concatenate([job.found for job in jobs]),
         )
         answers = [answer for problem in several for answer in problem.answers]
-        return cls(job, several[0].preamble, joined([problem.rows for problem in several]), answers)
+        rows = joined([problem.rows for problem in several])
+        return dataclasses.replace(several[0], job=job, rows=rows, answers=answers)
 
     @property
     def train(self) -> Rows:
@@ -179,7 +197,7 @@ def tokenize(
       parts: parts of the context, where it is cut already.
 
     Raises:
-      UserError: its queries and answers don't fit the model's window, or it is no longer than the prompt.
+      UserError: its queries and answers don't fit the model's window.
     """
     queries = [*train, *held_out]
     context_ids = model.encode_context(context)
@@ -192,11 +210,14 @@ def tokenize(
     for ids in filter(None, given_ids):
         model.check_ids(ids)
     parts = parts or _parts(model, context, context_ids, queries, query_ids, given_ids, settings.teacher)
-    if not settings.prompt.prompt_length < len(context_ids):
-        raise UserError(
-            f"The prompt must be shorter than the context: --prompt-length is"
-            f" {settings.prompt.prompt_length}, the context has {len(context_ids)} tokens."
-        )
+    read = len(model.preamble_ids) + max(len(part.ids) for part in parts)
+    for query, ids, given in zip(queries, query_ids, given_ids, strict=True):
+        needed = read + len(ids) + max(settings.teacher.max_answer_tokens, len(given or ()) - 1)
+        if needed > model.config.window:
+            raise UserError(
+                f"The query {query.text!r:.60}, its answer and what is before it take {needed} tokens, more"
+                f" than the model's window of {model.config.window}. Shorten it, or leave it out."
+            )
     is_train = np.arange(len(queries)) < len(train)
     found = search([part.text for part in parts], [query.text for query in queries])
     part_of = np.array(
@@ -219,12 +240,13 @@ def _parts(
 ) -> list[Part]:
     """The context as the window has room for it beside the longest query with its answer.
 
-    Queries that the document gives change nothing: they are no longer than the parts leave room for.
+    Queries that the document gives change nothing: the study leaves out those that there is no room for.
     """
+    users = [i for i, query in enumerate(queries) if not query.seed]
     # The last token of an answer is predicted, never read.
-    room = max(settings.max_answer_tokens, *(len(ids or ()) - 1 for ids in given_ids))
-    lengths = [*map(len, query_ids)]
-    if any(query.span for query in queries):
+    room = max([settings.max_answer_tokens, *(len(given_ids[i] or ()) - 1 for i in users)])
+    lengths = [len(query_ids[i]) for i in users]
+    if len(users) < len(queries):
         lengths.append(len(model.encode_query(SAMPLE.text)))
     longest, preamble, window = max(lengths), len(model.preamble_ids), model.config.window
     left, most = window - preamble - room, settings.teacher_context or window
@@ -263,7 +285,8 @@ def teacher_key(model: LanguageModel, job: TokenizedJob, settings: TeacherSettin
     """Equal where the teacher says the same: of its weights, the texts, and all of its settings."""
     texts = job.preamble_ids.tolist(), job.context_ids.tolist(), job.query_ids, job.given_ids
     parts = [part.ids.tolist() for part in job.parts], job.part_of.tolist(), job.found.tolist()
-    return digest((model.fingerprint, model.config.dtype, *texts, *parts, plain(settings)))
+    asked = [dataclasses.astuple(query) for query in job.queries]
+    return digest((model.fingerprint, model.config.dtype, *texts, *parts, asked, plain(settings)))
 
 
 def digest(value: Any) -> str:
@@ -321,7 +344,7 @@ def run_teacher(
         for context, some in by_part(range(count)):
             index, taken = np.searchsorted(own, some), rows.take(some)
             packing = Packing.for_all(rows.lengths)
-            if len(job.parts) > 1:
+            if len(job.parts) > 1 and some:
                 packing = Packing(Packing.for_all(taken.lengths).rows, packing.length)
             for name in SIGNALS:
                 signal = targets.compute(model, context, taken, packing, name)

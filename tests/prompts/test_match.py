@@ -284,7 +284,7 @@ def test_parts_are_matched_together(calm_model, parted, kind, monkeypatch):
 
 
 def test_more_slots_than_the_queries_tell_apart():
-    """Where no factor is found the masses stay finite, and within their bounds."""
+    """If no factor is found, the masses stay finite, and within their bounds."""
     scores, weight, values = some_head(queries=2, slots=30)
     scores = jnp.broadcast_to(scores[:1], scores.shape)
     _, bias, values = match.fit(scores, weight, values, jnp.int32(24), size=24)

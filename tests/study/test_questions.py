@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -172,6 +173,27 @@ def test_kept_and_read_back(calm_model, heeded, tmp_path):
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(UserError, match=r"study\.json is damaged"):
         Study.read(tmp_path / "study.json")
+
+
+def test_an_interrupted_study_goes_on(calm_model, heeded, tmp_path, monkeypatch):
+    """What was written and answered is there; the result is that of a study in one go."""
+    settings = make_settings({"prompt_length": 2, "max_answer_tokens": 48})
+    asked = calm_model, TEXT, [], [], settings, Display(visible=False)
+    expected, problem = study(*asked)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(questions, "_fit", stop)
+        with pytest.raises(KeyboardInterrupt):
+            study(*asked, folder=tmp_path / "study")
+    monkeypatch.setattr(questions, "completed", stop)
+    monkeypatch.setattr("jaxsp.teacher.problem.answer_ids", stop)
+    found, again = study(*asked, folder=tmp_path / "study")
+    assert found == expected
+    for ours, theirs in zip(jax.tree.leaves(again.rows), jax.tree.leaves(problem.rows), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_its_key_is_that_of_all_that_decides_it(calm_model):

@@ -7,6 +7,7 @@ import itertools
 import pytest
 from hypothesis import given, strategies as st
 
+from jaxsp.study.seeds import what_is
 from jaxsp.study.text import Document, first_words, sentences
 
 MARKDOWN = """# Cups and plates
@@ -117,6 +118,13 @@ def test_english_is_known_by_its_commonest_words(text, english):
 )
 def test_the_facts_of_a_sentence_the_likeliest_to_be_asked_for_first(text, first):
     assert Document.of(text, count).facts_of(0)[: len(first)] == first
+
+
+def test_a_table_whose_head_has_empty_cells_is_asked_for():
+    text = "| | size | |\n|---|---|---|\n| mug | 9 cm | red |\n| jug | 20 cm | |\n"
+    document = Document.of(text, count)
+    asked = [draft.text for chunk in document.chunks for draft in what_is.drafts(document, chunk)]
+    assert asked == ["What is the size of mug?", "What is the size of jug?"]
 
 
 def test_what_stands_everywhere_is_no_fact_of_a_sentence():

@@ -67,7 +67,7 @@ def taught(student, other, settings=SETTINGS):
     asked = tokenize(other, *TEXTS, settings)
     said = run_teacher(other, asked, settings.teacher, read_preamble(other), Display(visible=False))
     own = tokenize(student, *TEXTS, settings)
-    return teacher, teacher.taught(said, own, read_preamble(teacher.student), settings), said
+    return teacher, teacher.problem(said, own, read_preamble(teacher.student), settings), said
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_the_models_own_head_as_the_teachers_changes_no_bit(student):
     own = tokenize(student, *TEXTS, SETTINGS)
     alone = run_teacher(student, own, SETTINGS.teacher, read_preamble(student), Display(visible=False))
     teacher = Teacher(student, student)
-    problem = teacher.taught(alone, own, read_preamble(student), SETTINGS)
+    problem = teacher.problem(alone, own, read_preamble(student), SETTINGS)
     jax.tree.map(np.testing.assert_array_equal, problem.rows, alone.rows)
     with_head, plainly = (steps(student, alone, head) for head in (teacher.head, None))
     assert with_head[1] == plainly[1]
@@ -223,7 +223,7 @@ def test_the_head_is_an_argument_of_the_program(student, problem):
 
 
 def test_of_fewer_queries_the_longest_answer_is_shorter(student, other):
-    """What the teacher said of all that it was asked fits the rows of those that are kept."""
+    """The teacher's outputs for all that it was asked fit the rows of those that are kept."""
     own = [
         {"query": query, "answer": answer}
         for query, answer in zip(QUERIES[:3], ("a b", "c", "d"), strict=True)
@@ -234,7 +234,7 @@ def test_of_fewer_queries_the_longest_answer_is_shorter(student, other):
         [1, 2]
     )
     kept = tokenize(student, CONTEXT, made[1:], [], SETTINGS)
-    rows = teacher.taught(said, kept, read_preamble(student), SETTINGS).rows
+    rows = teacher.problem(said, kept, read_preamble(student), SETTINGS).rows
     assert rows.mask.shape[1] < said.rows.mask.shape[1]
     batch = Packing(1, 100).pack(rows, np.arange(2))
     assert batch.targets["hidden"].shape == (1, 100, other.config.width)
@@ -493,8 +493,14 @@ def test_the_teacher_studies_a_document_that_the_student_has_no_room_for(folder,
     found = jaxsp.compress(
         model, text, teacher=other, study_queries=6, out=tmp_path / "out", progress=False, **options
     )
-    assert found.report["settings"]["initial"] == "first"
-    assert found.report["prefill_seconds"]["full_context"] is None
-    assert "own_context" not in found.report["held_out"]["brackets"]
-    assert "no room for the whole context" in (tmp_path / "out" / "report.md").read_text()
+    assert found.report["settings"]["initial"] == "match"
+    assert found.report["context_parts"] > 1
+    assert "parts" not in found.report  # those of the teacher, which has read it whole
+    brackets = found.report["held_out"]["brackets"]
+    assert {"first_part", "retrieved_part"} <= set(brackets)
+    assert "own_context" not in brackets
+    assert found.report["prefill_seconds"]["full_context"] > 0
+    said = (tmp_path / "out" / "report.md").read_text()
+    assert "for the longest part of the context" in said
+    assert "parts together" not in said
     assert isinstance(found.ask("How long?", max_tokens=4), str)

@@ -9,7 +9,6 @@ from jaxsp.study.text import Chunk, Document
 
 WEIGHT = 2
 
-WORDINGS = "What is the {}?", "Please tell me the {}."
 LABEL = r"(?P<name>[^:.!?]{3,60}):\s+(?P<fact>\S.*?)[.;]?"
 STATEMENT = (
     r"(?:The|An?|Its|Our|Your)\s+(?P<name>(?:(?!,|that |which ).){3,60}?)\s+(?:is|are|was|were)\s+"
@@ -24,7 +23,7 @@ def drafts(document: Document, chunk: Chunk) -> list[Draft]:
         if here.columns:
             heads, cells = (row.split(" | ") for row in (here.columns, here.text))
             pairs = zip(heads[1:], cells[1:], strict=False)
-            named = [(f"{_as_word(head)} of {cells[0]}", cell) for head, cell in pairs]
+            named = [(f"{_as_word(head)} of {cells[0]}", cell) for head, cell in pairs if head and cell]
         else:
             match = re.fullmatch(LABEL, here.text) or re.fullmatch(STATEMENT, here.text)
             named = [(_as_word(match["name"]), match["fact"])] if match else []
@@ -35,7 +34,7 @@ def drafts(document: Document, chunk: Chunk) -> list[Draft]:
 
 
 def _fact(document: Document, sentence: int, text: str) -> str:
-    """What the answer must have: the first fact of the sentence that stands in this part of it."""
+    """Words that the answer must have: the first fact of the sentence that stands in this part of it."""
     return next((fact for fact in document.facts_of(sentence) if fact in text), text)
 
 
