@@ -114,4 +114,5 @@ EXPERIMENT = Experiment(
     table=table,
     result=result,
     settings=("json", "tickets", "persona"),
+    missing="It has not been run yet.",
 )

@@ -250,6 +250,8 @@ class _Found:
             for draft in seed.drafts(document, chunk)
             if wanted.issuperset(draft.sentences) and (draft.source or draft not in self.drafts)
         ]
+        if not drafts:
+            return []
         count = itertools.count(1)
         key = jax.random.fold_in(jax.random.key(self.settings.training.seed), 2 + number)
         asked = [draft for _, draft in drafts]

@@ -133,6 +133,16 @@ def test_the_cut_does_not_depend_on_queries_that_the_document_gives(calm_model):
     first, second = (tokenized(calm_model, make_settings(OPTIONS), q, text) for q in (QUERIES, more))
     assert len(first.parts) > 1
     assert [part.text for part in first.parts] == [part.text for part in second.parts]
+    # As long as there is room for beside the parts, and longer than what a cut of one's own would leave.
+    model, job = calm_model, first
+    room = model.config.window - len(job.preamble_ids) - len(job.longest_part.ids) - 6
+    length = room - len(model.encode_query("Say it!"))
+    long = [Query(f"Say it{'!' * length}!", seed="quote", span=(0, 9)), *more]
+    assert len(model.encode_query(long[0].text)) == room > 128
+    third = tokenized(model, make_settings(OPTIONS), long, text)
+    assert [part.text for part in first.parts] == [part.text for part in third.parts]
+    with pytest.raises(UserError, match="more than the model's window of 512"):
+        tokenized(model, make_settings(OPTIONS), [Query(f"{long[0].text}!", seed="quote")], text)
 
 
 def test_everything_that_decides_what_the_teacher_says_is_in_the_key(calm_model, problem):
@@ -183,7 +193,7 @@ def test_brackets_of_parts(calm_model, preamble, problem, measured):
         assert read["kl"].sum() > 0.1
         (own,) = answer_ids(calm_model, prefix, [problem.job.query_ids[other]], max_tokens=6)
         assert bracket.answers[other - 3] == own
-    searched = problem.take([0, 1, 3], train=2).job  # the teacher's part is the one found
+    searched = problem.take([0, 1, 3], train=2)  # the teacher's part is the one found
     assert set(brackets._parts_read(searched)) == {"first_part"}
 
 
