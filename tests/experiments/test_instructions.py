@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import types
 
 import pytest
 
-from experiments.instructions.experiment import ANSWERED, EXPERIMENT, FORMATS, measure, table
+import jaxsp
+from experiments.instructions.experiment import ANSWERED, EXPERIMENT, FORMATS, KEPT, measure, table
 from experiments.suite import HERE, Run
 from jaxsp.data.documents import read_context, read_queries
 
@@ -38,12 +40,25 @@ def test_an_order_has_the_keys_and_their_types(answer, kept):
     assert FORMATS["json"](answer) is kept
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
-def test_the_small_setting(tmp_path):
-    found = measure("json", Run(full=False, out=tmp_path))
-    assert found["held_out_queries"] == 4
-    for condition in ANSWERED:
-        assert 0 <= found[condition]["format"] <= 1
-        assert 0 <= found[condition]["right"] <= 1
-    assert "| json | " in table({"json": found})
+def test_answers_are_counted(monkeypatch, tmp_path):
+    """Those that keep the format, and those that are right, after the context, after σ and without."""
+
+    def compress(model, context, queries, held_out, **settings):
+        said = {
+            "full_context": '{{"item": "x", "count": {}, "urgent": true}}',
+            "prompt": "count {}",
+            "no_context": "",
+        }
+        rows = [
+            {"split": "held_out", "query": q.text}
+            | {f"answer_{name}": text.format(q.expect[0].split()[1]) for name, text in said.items()}
+            for q in held_out
+        ]
+        report = {**dict.fromkeys(KEPT, 1), "gap_closed": {"value": 0.5, "low": 0.4, "high": 0.6}}
+        return types.SimpleNamespace(report={**report, "queries": [*rows, {"split": "train"}]})
+
+    monkeypatch.setattr(jaxsp, "compress", compress)
+    found = measure("json", Run(full=True, out=tmp_path))
+    assert found["held_out_queries"] == 40
+    assert [(found[c]["format"], found[c]["right"]) for c in ANSWERED] == [(1, 1), (0, 1), (0, 0)]
+    assert "| 100% / 0% / 0% | 100% / 100% / 0% |" in table({"json": found})
