@@ -176,7 +176,7 @@ def test_kept_and_read_back(calm_model, heeded, tmp_path):
 
 
 def test_an_interrupted_study_goes_on(calm_model, heeded, tmp_path, monkeypatch):
-    """What was written and answered is there; the result is that of a study in one go."""
+    """All that was written and answered is there; the result is that of a study in one go."""
     settings = make_settings({"prompt_length": 2, "max_answer_tokens": 48})
     asked = calm_model, TEXT, [], [], settings, Display(visible=False)
     expected, problem = study(*asked)
