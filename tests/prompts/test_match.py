@@ -255,12 +255,12 @@ def test_slots_of_other_parts_count_where_they_are_seen():
     alike = [match.fit(hidden, weight, values, jnp.int32(6), *more, size=6) for more in ((), (own,))]
     assert alike[0][0].tolist() == alike[1][0].tolist()
     for plain, owned in zip(alike[0], alike[1], strict=True):
-        np.testing.assert_allclose(plain, owned, atol=1e-3)
+        np.testing.assert_allclose(plain, owned, atol=1e-5)
     loud = int(alike[0][0][0])
     louder = jnp.where(own, scores, scores + 9 * (jnp.arange(30) == loud))
     assert loud not in match.fit(louder, weight, values, jnp.int32(6), own, size=6)[0]
     errors = [match.errors(hidden, weight, values, *more, levels=(2, 6)) for more in ((), (own,))]
-    np.testing.assert_allclose(*errors, rtol=1e-2)
+    np.testing.assert_allclose(*errors, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", slow_beside(["key_value", "per_head"], "per_head"))
