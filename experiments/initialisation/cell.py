@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import jaxsp
 from experiments import suite
 from experiments.initialisation import variants
 from experiments.narrativeqa import passages
-from jaxsp import demo, distributions
+from jaxsp import demo, distributions, prompts
 from jaxsp.data.documents import as_queries
 from jaxsp.data.packing import Packing
 from jaxsp.evaluation.facts import agrees
@@ -30,6 +31,7 @@ from jaxsp.training import Frozen, JitDriver, UpdateSettings
 from jaxsp.training.loop import Block
 from jaxsp.training.slots import TrainingJob
 from jaxsp.training.start import start_state
+from jaxsp.typing import PyTree
 
 ASKED, HELD_OUT = 22, 8
 """Questions of a passage of NarrativeQA to train on, and to measure on."""
@@ -47,6 +49,8 @@ class Cell:
     rates: str = ""
     decay: float = 0.0
     """Strength of the decay towards the start."""
+    length: int | None = None
+    """Slots that are read, of a kind that holds shorter prompts; by default all."""
 
 
 def texts(name: str) -> tuple[str, list[Any], list[Any]]:
@@ -80,6 +84,7 @@ class Document:
         nothing = self._positions(self.problem.preamble)
         self.kl_no_context = nothing["kl"].sum(axis=1)
         self.decisive = self.problem.rows.mask & (nothing["zero_one"] > 0)
+        self._last = functools.lru_cache(maxsize=1)(self._trained)  # its other lengths need no other training
 
     def _positions(self, prefix: Any) -> dict[str, np.ndarray]:
         rows, packing = self.problem.rows, self.problem.packing
@@ -92,14 +97,27 @@ class Document:
           KL and decisive agreement on the training and the held-out queries, the share of held-out queries
           captured, and seconds: of the start, of a step (median), and of all.
         """
+        sigma, seconds = self._last(dataclasses.replace(cell, length=None))
+        kind = cell.kind
+        if cell.length is not None:
+            kind, sigma = prompts.cut(kind, sigma, cell.length)
         model, problem = self.model, self.problem
-        asked = dataclasses.asdict(cell)
-        decay = asked.pop("decay")
-        values = {name: value for name, value in asked.items() if value is not None}
+        prefix = distributions.read_prompt(model.params, model.config, sigma, problem.preamble, kind)
+        return {
+            **dataclasses.asdict(cell),
+            "context_tokens": len(problem.job.context_ids),
+            **self._found(prefix),
+            **seconds,
+        }
+
+    def _trained(self, cell: Cell) -> tuple[PyTree, dict[str, float]]:
+        """The σ of a cell, with the seconds that it took."""
+        model, problem = self.model, self.problem
+        values = {name: value for name, value in dataclasses.asdict(cell).items() if value is not None}
+        decay = values.pop("decay")
         settings = with_defaults(make_settings(values, base=self.settings))
-        if (
-            not cell.steps
-        ):  # what is compiled once serves all prompts of this length: no part of a start's cost
+        if not cell.steps:
+            # Compiled once for all prompts of this length: no part of what a start costs.
             jax.block_until_ready(start_state(model, problem, settings))
         begun = time.perf_counter()
         state = jax.block_until_ready(start_state(model, problem, settings))
@@ -124,13 +142,7 @@ class Document:
                 raise RuntimeError(f"{cell}: {trained.error}")
             state = trained.state
             steps = [line["seconds"] for line in trained.lines if "seconds" in line]
-        prefix = distributions.read_prompt(
-            model.params, model.config, state.sigma, problem.preamble, cell.kind
-        )
-        return {
-            **dataclasses.asdict(cell),
-            "context_tokens": len(problem.job.context_ids),
-            **self._found(prefix),
+        return state.sigma, {
             "start_seconds": start_seconds,
             "step_seconds": float(np.median(steps)) if steps else 0.0,
             "train_seconds": float(np.sum(steps)),

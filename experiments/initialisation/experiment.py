@@ -51,10 +51,13 @@ CLOSER: dict[str, dict[str, Any]] = {
 }
 """Changes that may narrow the gap between training and held-out queries, tried where learning rates are."""
 
+SHORTER = (1, 2, 4, 8, 16)
+"""Lengths at which a nested prompt is compared with prompts trained one by one."""
+
 UNFINISHED = Path("initialisation-out")
 """Folder in which a full run keeps the rows that it has, to go on after a stop."""
 
-SETTINGS = ("learning_rates", "closer", "0_steps", "25_steps", "100_steps", "400_steps")
+SETTINGS = ("learning_rates", "closer", "lengths", "0_steps", "25_steps", "100_steps", "400_steps")
 
 
 def cells(setting: str) -> list[Cell]:
@@ -67,6 +70,11 @@ def cells(setting: str) -> list[Cell]:
     if setting == "closer":
         base = Cell("key_value", "match", 16, 100, LEARNING_RATES["key_value"])
         return [dataclasses.replace(base, **changes) for changes in CLOSER.values()]
+    if setting == "lengths":
+        rate = LEARNING_RATES["key_value"]
+        apart = [Cell("key_value", "match", length, 100, rate) for length in SHORTER]
+        nested = [Cell("nested", "match", 16, 150, rate, length=length) for length in SHORTER]
+        return [*apart, *nested, Cell("low_rank", "match", 16, 100, rate)]
     steps = int(setting.removesuffix("_steps"))
     found = [(kind, BEST[kind], 16) for kind in BEST]
     if steps == 0:
@@ -88,7 +96,7 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
     Ctrl-C ends with the rows that are there. The same command goes on from them, and from committed ones.
     """
     names, wanted, folder = REPORTED, cells(setting), UNFINISHED
-    if setting in ("learning_rates", "closer"):
+    if setting in ("learning_rates", "closer", "lengths"):
         names = TUNED_ON
     if not run.full:
         names, folder = ("demo",), run.out
@@ -118,6 +126,11 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
 def cell_of(row: dict[str, Any]) -> Cell:
     """The cell that a row was measured in."""
     return Cell(**{field.name: row[field.name] for field in dataclasses.fields(Cell) if field.name in row})
+
+
+def slots_of(cell: Cell) -> str:
+    """The slots that are read, of how many."""
+    return f"{cell.prompt_length}" if cell.length is None else f"{cell.length} of {cell.prompt_length}"
 
 
 def gap(row: dict[str, Any], part: str = "held_out") -> float:
@@ -159,7 +172,7 @@ def table(results: Results) -> str:
                 f"{np.median([row['step_seconds'] for row in rows]):.2f}" if cell.steps else "–",
             )
             lines.append([
-                f"{cell.kind}, {cell.initial}{note}", f"{cell.prompt_length}", f"{cell.steps}",
+                f"{cell.kind}, {cell.initial}{note}", slots_of(cell), f"{cell.steps}",
                 f"{len(rows)}", spread(interval([gap(row) for row in rows])), *means,
             ])  # fmt: skip
     return markdown(head, lines)
