@@ -26,6 +26,7 @@ NAMES = (
     "documents",
     "initialisation",
     "instructions",
+    "study",
     "objectives",
     "peers",
     "precision",
@@ -72,7 +73,7 @@ class Experiment:
       draw: the pictures, into a folder.
       file: of the results, JSON or Parquet.
       options: what a full run needs on its command line.
-      missing: why there are no results yet.
+      missing: what has not been measured yet, and why.
     """
 
     question: str
@@ -113,6 +114,34 @@ def measure(name: str, setting: str, run: Run) -> None:
     write(file, results)
     if experiment.draw:
         experiment.draw(results, run.out)
+
+
+class KeptRows:
+    """The rows of an experiment that takes hours, each kept as it comes: after a stop it goes on from them.
+
+    A small run begins with none.
+
+    Attributes:
+      folder: where a full run that is not finished keeps what it has: ``NAME-out``.
+      rows: those committed, and those kept.
+    """
+
+    def __init__(self, name: str, setting: str, run: Run) -> None:
+        self.folder = Path(f"{name}-out") if run.full else run.out
+        self._file = self.folder / f"{setting}.jsonl"
+        self.rows: list[dict[str, Any]] = []
+        if run.full:
+            self.rows += committed(name).get(setting, {}).get("rows", [])
+        if self._file.is_file():
+            self.rows += [json.loads(line) for line in self._file.read_text("utf-8").splitlines()]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keeps a further row, with the commit of the code."""
+        row = {**row, "commit": commit()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+        self.rows.append(row)
 
 
 def environment() -> dict[str, Any]:
@@ -257,13 +286,14 @@ def spread(found: Mapping[str, float]) -> str:
 def summary(name: str) -> dict[str, str]:
     """The experiment as a row of the list."""
     experiment, results = load(name), committed(name)
+    left = f": {experiment.missing}" if experiment.missing else ""
     newest = max(results.values(), key=lambda record: record["date"], default={})
     return {
         "name": name,
         "question": experiment.question,
         "cost": experiment.cost,
         "command": f"python -m experiments {name} --full{' ' * bool(experiment.options)}{experiment.options}",
-        "result": experiment.result(results) if results else f"none yet: {experiment.missing}",
+        "result": f"{experiment.result(results) if results else 'none yet'}{left}",
         "date": newest.get("date", "–"),
         "commit": newest.get("commit", "–"),
     }

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import suite
 from experiments.initialisation.cell import Cell, Document, embedded
-from experiments.suite import Experiment, Results, Run, markdown, spread
+from experiments.suite import Experiment, KeptRows, Results, Run, markdown, spread
 from jaxsp.evaluation.metrics import interval
 
 TUNED_ON = ("demo", "narrativeqa--1")
@@ -54,9 +51,6 @@ CLOSER: dict[str, dict[str, Any]] = {
 SHORTER = (1, 2, 4, 8, 16)
 """Lengths at which a nested prompt is compared with prompts trained one by one."""
 
-UNFINISHED = Path("initialisation-out")
-"""Folder in which a full run keeps the rows that it has, to go on after a stop."""
-
 SETTINGS = ("learning_rates", "closer", "lengths", "0_steps", "25_steps", "100_steps", "400_steps")
 
 
@@ -95,30 +89,24 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
 
     Ctrl-C ends with the rows that are there. The same command goes on from them, and from committed ones.
     """
-    names, wanted, folder = REPORTED, cells(setting), UNFINISHED
+    names, wanted = REPORTED, cells(setting)
     if setting in ("learning_rates", "closer", "lengths"):
         names = TUNED_ON
     if not run.full:
-        names, folder = ("demo",), run.out
+        names = ("demo",)
         wanted = [dataclasses.replace(cell, steps=min(cell.steps, 2)) for cell in wanted[:2]]
-    folder.mkdir(parents=True, exist_ok=True)
-    file, model = folder / f"{setting}.jsonl", embedded()
-    rows = suite.committed("initialisation").get(setting, {}).get("rows", []) if run.full else []
-    if file.is_file():
-        rows += [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    kept, model = KeptRows("initialisation", setting, run), embedded()
     with contextlib.suppress(KeyboardInterrupt):
         for name in names:
-            done = [cell_of(row) for row in rows if row["document"] == name]
+            done = [cell_of(row) for row in kept.rows if row["document"] == name]
             left = [cell for cell in wanted if cell not in done]
-            document = Document(model, name, folder, small=not run.full) if left else None
+            document = Document(model, name, kept.folder, small=not run.full) if left else None
             for cell in left:
                 assert document is not None
-                row = {"document": name, "commit": suite.commit(), **document.measure(cell)}
-                with file.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(row) + "\n")
-                rows.append(row)
-                print(f"{name}: {cell} closes {gap(row):.3f}", flush=True)
-    there = {(row["document"], cell_of(row)): row for row in rows}  # a row both committed and kept is one
+                kept.add({"document": name, **document.measure(cell)})
+                print(f"{name}: {cell} closes {gap(kept.rows[-1]):.3f}", flush=True)
+    # A row may be committed and kept, too.
+    there = {(row["document"], cell_of(row)): row for row in kept.rows}
     asked = [row for (name, cell), row in there.items() if name in names and cell in wanted]
     return {"documents": list(names), "model": model.name, "dtype": model.config.dtype, "rows": asked}
 

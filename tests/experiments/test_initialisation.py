@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import suite
 from experiments.initialisation import experiment, variants
 from experiments.initialisation.cell import Cell
 from experiments.suite import Run
@@ -59,14 +60,14 @@ def test_it_goes_on_after_a_stop(tmp_path, monkeypatch):
             return {**FIGURES, **dataclasses.asdict(cell)}
 
     model = SimpleNamespace(name="tiny", config=SimpleNamespace(dtype="float32"))
-    monkeypatch.setattr(experiment, "UNFINISHED", tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(experiment, "Document", Document)
     monkeypatch.setattr(experiment, "embedded", lambda: model)
-    monkeypatch.setattr(experiment.suite, "committed", lambda name: {})
+    monkeypatch.setattr(suite, "committed", lambda name: {})
     some = experiment.measure("learning_rates", Run(full=True, out=tmp_path))["rows"]
     assert len(some) == 3
-    (tmp_path / "learning_rates.jsonl").unlink()  # they may be committed by now
-    monkeypatch.setattr(experiment.suite, "committed", lambda name: {"learning_rates": {"rows": some}})
+    (tmp_path / "initialisation-out/learning_rates.jsonl").unlink()  # they may be committed by now
+    monkeypatch.setattr(suite, "committed", lambda name: {"learning_rates": {"rows": some}})
     found = experiment.measure("learning_rates", Run(full=True, out=tmp_path))
     wanted = [(name, cell) for name in experiment.TUNED_ON for cell in experiment.cells("learning_rates")]
     assert [pair for pair in asked if pair] == wanted  # each once
