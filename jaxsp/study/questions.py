@@ -35,6 +35,9 @@ A_SENTENCE = 4
 ROUNDS = 2
 """Times that the document is asked for what no query asks for yet."""
 
+DRAFTS = 4
+"""Drafts for each query that is wanted, where their number is asked for: some give none that is fit."""
+
 HELD_OUT, MOST_HELD_OUT = 0.2, 16
 """Part of the questions to measure on, and their number at most, where the user gives none."""
 
@@ -167,7 +170,10 @@ def study(
             ]
             found.depends = dict(enumerate(covered(model, document, problem.take(range(own)), about)))
     seen = Seen(query.text for query in [*given, *held_out])
+    most, kept_back = settings.study.study_queries, HELD_OUT if measure and not held_out else 0.0
     for number in range(ROUNDS):
+        if most is not None and len(found.depends) - own >= most / (1 - kept_back):
+            break
         with display.phase("questions", "Questions from the document") as note:
             made = found.drafted(seen, number, note)
         if not made:
@@ -252,6 +258,10 @@ class _Found:
         ]
         if not drafts:
             return []
+        if (queries := self.settings.study.study_queries) is not None:
+            some = random.Random(f"{self.settings.training.seed} {number}")
+            index = some.sample(range(len(drafts)), min(len(drafts), DRAFTS * queries))
+            drafts = [drafts[i] for i in sorted(index)]
         count = itertools.count(1)
         key = jax.random.fold_in(jax.random.key(self.settings.training.seed), 2 + number)
         asked = [draft for _, draft in drafts]

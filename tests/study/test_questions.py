@@ -139,6 +139,17 @@ def test_as_many_as_asked_for(calm_model, heeded):
     assert len(made(calm_model, study_queries=7)[0].train) == 7
 
 
+def test_a_long_document_is_drafted_no_further_than_asked_for(calm_model, heeded):
+    """Drafts of all kinds, from the whole of the document."""
+    text = "\n\n".join(f"The tank of machine {i} holds {i + 10} litres." for i in range(30))
+    settings = make_settings({"prompt_length": 2, "max_answer_tokens": 48, "study_queries": 5})
+    found, _ = study(calm_model, text, [], [Query("What?")], settings, Display(visible=False))
+    assert len(found.train) == 5
+    assert sum(found.drafted.values()) <= questions.ROUNDS * questions.DRAFTS * 5
+    assert len([seed for seed, count in found.drafted.items() if count]) >= 5
+    assert found.asked[0] < 15 <= found.asked[-1]
+
+
 def test_the_seed_decides(calm_model, heeded):
     assert made(calm_model, seed=1)[0] == made(calm_model, seed=1)[0]
     assert made(calm_model, seed=1)[0] != made(calm_model, seed=2)[0]
