@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         UserError as UserError,
     )
     from jaxsp.losses import Objective as Objective
+    from jaxsp.models.chat import ChatOptions as ChatOptions
     from jaxsp.models.language_model import LanguageModel as LanguageModel
     from jaxsp.models.load import load_model as load_model
     from jaxsp.runs.folder import Result as Result
@@ -47,6 +48,7 @@ _NAMES = {
     "data.examples": ("make_rows",),
     "errors": ("Interrupted", "NonFiniteLoss", "UserError"),
     "losses": ("Objective",),
+    "models.chat": ("ChatOptions",),
     "models.language_model": ("LanguageModel",),
     "models.load": ("load_model",),
     "runs.folder": ("Result",),

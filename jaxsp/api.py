@@ -257,6 +257,7 @@ def evaluate(
     prompt = prompt if isinstance(prompt, SoftPrompt) else SoftPrompt.load(prompt)
     model = as_model(model, prompt.quantization)
     prompt.check(model)
+    model = model.with_chat(prompt.chat)
     context = prompt.context if context is None else context
     if context is None:
         raise UserError("The prompt was saved without its context; pass it to measure against it.")

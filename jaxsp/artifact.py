@@ -91,7 +91,8 @@ class SoftPrompt:
     @property
     def chat(self) -> ChatTexts:
         """The texts around the prompt and the query."""
-        return ChatTexts(**{k: self.manifest["slots"][k] for k in ("before", "between", "after")})
+        slots = self.manifest["slots"]
+        return ChatTexts(**{f.name: slots[f.name] for f in dataclasses.fields(ChatTexts) if f.name in slots})
 
     def prefix(self, model: LanguageModel) -> KeyValues:
         """The keys and values that the model attends to in place of the context.

@@ -16,7 +16,17 @@ import tyro
 
 from jaxsp.arguments import parse, program
 from jaxsp.errors import Interrupted, UserError
-from jaxsp.options import EMBEDDED, AllOptions, File, Folder, ModelOptions, Output, Processes, WithTeacher
+from jaxsp.options import (
+    EMBEDDED,
+    AllOptions,
+    File,
+    Folder,
+    ModelOptions,
+    Output,
+    Processes,
+    WithChat,
+    WithTeacher,
+)
 from jaxsp.settings import Options, Settings, check_limits, make_settings, plain
 
 # What computes is imported where a command runs: --help and a misspelt option need not wait for it.
@@ -150,7 +160,7 @@ class Questions:
     """Seed of the model's writing."""
     overwrite: bool = False
     """Replace the file."""
-    model: ModelOptions = ModelOptions()
+    model: WithChat = WithChat()
 
     def run(self) -> None:
         from jaxsp import api, console

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from jaxsp.errors import UserError
 from jaxsp.settings import PromptSettings, Settings
 
 # What computes is imported where a command runs: --help and a misspelt option need not wait for it.
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from jaxsp.models.chat import ChatOptions
     from jaxsp.models.language_model import LanguageModel
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -56,7 +59,48 @@ class ModelOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class WithTeacher(ModelOptions):
+class WithChat(ModelOptions):
+    """The frozen language model, and the layout of a chat with it."""
+
+    system: str | None = None
+    """Text of the chat's system turn; by default the template's own."""
+    slot: Literal["user", "system"] = "user"
+    """Turn of the chat that the document stands in."""
+    template_option: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """Further variables of the chat template, as enable_thinking=true (which is false by default)."""
+
+    @property
+    def chat(self) -> ChatOptions:
+        """The layout of a chat.
+
+        Raises:
+          UserError: a variable is not given as NAME=VALUE.
+        """
+        from jaxsp.models.chat import ChatOptions
+
+        return ChatOptions(self.system, self.slot, dict(map(_variable, self.template_option)))
+
+    def load(self, mesh: Mesh | None = None) -> LanguageModel:
+        from jaxsp.models.load import load_model
+
+        return load_model(
+            self.model, dtype=self.dtype, quantization=self.quantization, mesh=mesh, chat=self.chat
+        )
+
+
+def _variable(option: str) -> tuple[str, Any]:
+    """The name and the value of ``NAME=VALUE``; a value that is JSON is meant as such."""
+    name, sign, value = option.partition("=")
+    if not (sign and name.isidentifier()):
+        raise UserError(f"--template-option takes NAME=VALUE, as enable_thinking=true, not {option!r}.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+@dataclasses.dataclass(frozen=True)
+class WithTeacher(WithChat):
     """The frozen language model, and the one that teaches it."""
 
     teacher: str | None = None

@@ -42,7 +42,7 @@ ONLY_IN = {
     "matplotlib": {"evaluation/plots.py"},
     "orbax": {"training/checkpoint.py"},
     "transformers": {"models/lazy_tokenizer.py", "models/load.py", "models/gguf/convert.py"},
-    "jinja2": {"evaluation/report.py"},
+    "jinja2": {"evaluation/report.py", "models/chat_renderer.py"},
     "rich": {"progress.py", "console.py", "cli.py"},
     "tyro": {"arguments.py", "cli.py", "options.py"},
     "flax": {"models/decoder.py", "models/layers.py", "models/weights.py"},

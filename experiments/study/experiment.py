@@ -13,6 +13,7 @@ from experiments.narrativeqa import passages
 from experiments.suite import Experiment, KeptRows, Results, Run, markdown, spread
 from jaxsp.data.documents import Query, as_queries
 from jaxsp.evaluation.metrics import interval
+from jaxsp.settings import Options
 
 PASSAGES = 20
 ASKED, HELD_OUT = 22, 8
@@ -63,7 +64,7 @@ def compressed(
     model: jaxsp.LanguageModel, text: str, queries: Sequence[Query], held_out: Sequence[str], run: Run
 ) -> dict[str, Any]:
     """Compresses a text by these queries, and measures σ on people's."""
-    small = {} if run.full else {"max_answer_tokens": 8}
+    small: Options = {} if run.full else {"max_answer_tokens": 8}
     result = jaxsp.compress(
         model, text, queries, held_out=held_out[: None if run.full else 2], study="off", progress=False,
         prompt_length=PROMPT_LENGTH, steps=STEPS if run.full else 2, **small,

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsp.models import decoder, sharding
-from jaxsp.models.chat import ChatTexts, encode
+from jaxsp.models.chat import ChatOptions, ChatTexts
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation import Sampling, stream
 from jaxsp.models.weights import fingerprint, weight_files
@@ -41,6 +41,10 @@ class LanguageModel:
     """Token ids that end a turn or a text."""
     load_seconds: float = 0.0
     """The time that loading took, in seconds."""
+    chat_options: ChatOptions = ChatOptions()
+    """The layout of a chat, where the tokenizer's template leaves it open."""
+    saved_chat: ChatTexts | None = None
+    """The texts around a context and a query, if not those that the template gives now."""
 
     def embed(self, ids: Any) -> Float[Array, "*b t d"]:
         """Input vectors of token ids ``[*b, t]``: the space of a soft prompt.
@@ -80,7 +84,7 @@ class LanguageModel:
           >>> jaxsp.load_model("smollm2-135m-instruct").chat.after
           '<|im_end|>\\n<|im_start|>assistant\\n'
         """
-        return ChatTexts.of(self._tokenizer)
+        return self.saved_chat or ChatTexts.of(self._tokenizer, self.chat_options)
 
     @functools.cached_property
     def preamble_ids(self) -> Int[np.ndarray, " n"]:
@@ -109,7 +113,21 @@ class LanguageModel:
           >>> model.encode_context("The cable is long.").tolist()
           [504, 11045, 314, 986, 30]
         """
-        return self.check_ids(encode(self._tokenizer, text, control=False))
+        return self.check_ids(self.chat.context_ids(self._tokenizer, text))
+
+    def encode_answer(self, text: str) -> Int[np.ndarray, " a"]:
+        """Token ids int32 ``[A]`` of an answer that is given, with the token that ends it.
+
+        Raises:
+          UserError: as ``preamble_ids``.
+
+        Example:
+          >>> import jaxsp
+          >>> model = jaxsp.load_model("smollm2-135m-instruct")
+          >>> model.tokenizer.decode(model.encode_answer("Yes."))
+          'Yes.<|im_end|>'
+        """
+        return self.check_ids(self.chat.answer_ids(self._tokenizer, text))
 
     def encode_query(self, text: str, chat: ChatTexts | None = None) -> Int[np.ndarray, " z"]:
         """Token ids int32 ``[Z]`` of all that stands between the context and the answer.
@@ -199,6 +217,10 @@ class LanguageModel:
         """
         own = sharding.local(mesh)
         return dataclasses.replace(self, params=sharding.place(self.params, self.config, own))
+
+    def with_chat(self, chat: ChatTexts) -> LanguageModel:
+        """The same model with these texts around a context and a query: those of a saved prompt."""
+        return dataclasses.replace(self, saved_chat=chat)
 
     def stopping_at(self, ids: Iterable[int]) -> LanguageModel:
         """The same model, whose answers end at these tokens, too."""

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
 class LazyTokenizer:
     """A tokenizer in a folder of our own making, where ``tokenizer.json`` holds all of it.
 
@@ -45,7 +48,7 @@ class LazyTokenizer:
     def _whole(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        whole = AutoTokenizer.from_pretrained(self._directory)
+        whole = AutoTokenizer.from_pretrained(self._directory, trust_remote_code=False)
         self._backend = whole.backend_tokenizer  # so that both know a token that is added
         return whole
 
@@ -71,9 +74,44 @@ class LazyTokenizer:
         return self._backend.get_vocab_size(with_added_tokens=False)
 
     @property
+    def backend_tokenizer(self) -> tokenizers.Tokenizer:
+        return self._backend
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        if "_whole" in self.__dict__:
+            return self._whole.special_tokens_map
+        return {
+            name: word for name, word in self._settings.items() if name in _ROLES and isinstance(word, str)
+        }
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        found = (self._backend.token_to_id(word) for word in self.special_tokens_map.values())
+        return [i for i in found if i is not None]
+
+    @property
+    def bos_token(self) -> str | None:
+        return self.special_tokens_map.get("bos_token")
+
+    @property
     def eos_token_id(self) -> int | None:
-        word = self._settings.get("eos_token")
+        return self._id("eos_token")
+
+    @property
+    def unk_token_id(self) -> int | None:
+        return self._id("unk_token")
+
+    def _id(self, role: str) -> int | None:
+        word = self.special_tokens_map.get(role)
         return None if word is None else self._backend.token_to_id(word)
+
+    @property
+    def chat_template(self) -> Any:
+        if "_whole" in self.__dict__:
+            return self._whole.chat_template
+        file = self._directory / "chat_template.jinja"
+        return file.read_text("utf-8") if file.is_file() else self._settings.get("chat_template")
 
     def get_vocab(self) -> dict[str, int]:
         return self._backend.get_vocab()

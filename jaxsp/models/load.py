@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from jaxsp import compile_cache
 from jaxsp.models import sharding
+from jaxsp.models.chat import ChatOptions, turn_ends
 from jaxsp.models.config import DecoderConfig, Quantization
 from jaxsp.models.families import FAMILIES, Family
 from jaxsp.models.gguf import converted, is_converted
@@ -39,6 +40,14 @@ logging.getLogger("transformers").addFilter(lambda record: "PyTorch" not in reco
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+MOST_LAYERS, MOST = 10_000, 1 << 24
+"""Greatest number of layers, and greatest other size, that a configuration may have: beyond any model's."""
+_LAYERS = "num_hidden_layers", "n_layer"
+_WIDTHS = (
+    "hidden_size", "vocab_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "n_embd",
+    "n_inner", "n_head",
+)  # fmt: skip
+
 _LOADED: weakref.WeakSet[LanguageModel] = weakref.WeakSet()
 
 
@@ -49,6 +58,7 @@ def load_model(
     quantization: Quantization = "none",
     tokenizer: PreTrainedTokenizerBase | Literal["auto"] | None = "auto",
     mesh: Mesh | str | None = None,
+    chat: ChatOptions = ChatOptions(),
 ) -> LanguageModel:
     """Loads a frozen language model.
 
@@ -68,6 +78,8 @@ def load_model(
         of your own.
       mesh: devices to spread the weights over, as ``"data=2,model=4"`` or a ``Mesh`` with these axes: each
         device's part is read on its own (``jaxsp.models.sharding``). By default all is on the default device.
+      chat: the layout of a chat where the tokenizer's template leaves it open: a system text, the turn that
+        the context stands in, variables of the template.
 
     Returns:
       The model, its weights in place.
@@ -101,6 +113,7 @@ def load_model(
         tokenizer=tokenizer,
         directory=directory,
         stop_ids=stop_ids,
+        chat_options=chat,
         load_seconds=time.perf_counter() - started,
     )
     _LOADED.add(model)
@@ -262,10 +275,12 @@ def _hugging_face_config(directory: Path) -> PreTrainedConfig | SimpleNamespace:
         return SimpleNamespace(**_json(file))  # which has them
     from transformers import AutoConfig
 
+    content = _json(file)
+    _check_family(file, content.get("model_type"))
+    _check_sizes(file, content)
     try:
-        hf = AutoConfig.from_pretrained(file.parent)
+        hf = AutoConfig.from_pretrained(file.parent, trust_remote_code=False)
     except Exception as error:  # of many kinds, all about this file
-        _check_family(file, _json(file).get("model_type"))
         raise UserError(f"{file} is not a valid configuration ({error}).") from error
     # transformers may take a file for another type than it says: Mistral with layer_types is its Ministral.
     _check_family(file, hf.model_type)
@@ -275,6 +290,16 @@ def _hugging_face_config(directory: Path) -> PreTrainedConfig | SimpleNamespace:
             " use the original checkpoint, or a GGUF file."
         )
     return hf
+
+
+def _check_sizes(file: Path, content: dict[str, Any]) -> None:
+    """Sizes that no model has are refused before anything of that size is made."""
+    width = content.get("hidden_size") or MOST
+    sizes = {**dict.fromkeys(_LAYERS, MOST_LAYERS), **dict.fromkeys(_WIDTHS, MOST), "head_dim": width}
+    for name, most in sizes.items():
+        value = content.get(name)
+        if value is not None and (type(value) is not int or not 0 <= value <= most):
+            raise UserError(f"{file}: {name} is {value!r:.40}; it must be a whole number from 1 to {most}.")
 
 
 def _check_family(file: Path, model_type: Any) -> None:
@@ -312,7 +337,7 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             return cast("PreTrainedTokenizerBase", LazyTokenizer(directory))
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here
         raise UserError(
             f"{directory} holds no readable tokenizer ({error}); pass tokenizer=None to load the"
@@ -321,12 +346,13 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def _stop_ids(directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
-    own = getattr(tokenizer, "eos_token_id", None)
-    stops = {own} if isinstance(own, int) else set()
+    stops = set() if tokenizer is None or is_converted(directory) else {*turn_ends(tokenizer)}
+    if isinstance(own := getattr(tokenizer, "eos_token_id", None), int):
+        stops.add(own)
     for file in (directory / "config.json", directory / "generation_config.json"):
         ids = _json(file).get("eos_token_id") if file.is_file() else None
         for i in ids if isinstance(ids, list) else [] if ids is None else [ids]:
-            if not isinstance(i, int):
+            if type(i) is not int:  # true is none
                 raise UserError(f"{file}: eos_token_id must be a token id or a list of them, not {i!r}.")
             stops.add(i)
     return tuple(sorted(stops))

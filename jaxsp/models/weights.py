@@ -51,8 +51,11 @@ def weight_files(directory: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
             files = [directory / name for name in names]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            outside = [name for name in names if not _is_inside(directory, name)]
+        except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
             raise UserError(f"{index} is not a valid weight index; download it again.") from error
+        if outside:
+            raise UserError(f"{index} names the file {outside[0]!r:.120}, which is not in its folder.")
         if absent := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{directory} lacks the weight file {absent[0]} that its index names.")
         return files
@@ -63,6 +66,16 @@ def weight_files(directory: Path) -> list[Path]:
             " model.safetensors.index.json is there."
         )
     return [file]
+
+
+def _is_inside(directory: Path, name: str) -> bool:
+    """Whether a file of this name is the folder's own: no other folder's, and no link to one.
+
+    In a snapshot of the model hub files are links into the folder of blobs beside it.
+    """
+    own = directory.resolve()
+    homes = [own, own.parents[1] / "blobs"] if own.parent.name == "snapshots" else [own]
+    return Path(name).name == name and (directory / name).resolve().parent in homes
 
 
 @dataclasses.dataclass(frozen=True)

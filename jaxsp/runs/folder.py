@@ -171,13 +171,19 @@ class RunFolder:
                 " with --out."
             ) from error
 
+    def _settings(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.settings.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self.settings} is damaged ({error}); start anew with --overwrite.") from error
+
+    def chat(self) -> dict[str, Any] | None:
+        """The texts around a context and a query in the run here; ``None`` of one that kept none."""
+        return self._settings().get("chat")
+
     def check_same(self, settings: dict[str, Any]) -> None:
         """Raises ``UserError`` with the differences if the run here has other settings."""
-        file, folder = self.settings, self.directory
-        try:
-            before = json.loads(file.read_text("utf-8"))
-        except ValueError as error:
-            raise UserError(f"{file} is damaged ({error}); start anew with --overwrite.") from error
+        folder, before = self.directory, self._settings()
         if before.pop("version", 1) != VERSION:
             raise UserError(
                 f"The run in {folder} was made by another version of jaxsp, whose files this one can't go"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxsp import processes
+from jaxsp.models.chat import ChatTexts
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.runs.folder import Result, RunFolder
 from jaxsp.runs.job import check_jobs, make_job, model_identity
@@ -38,6 +39,7 @@ def open_run(
     if start.at_once is not None:
         check_limits("at_once", start.at_once, at_least=1)
     _check_folder(start)
+    model = _as_begun(model, start)
     if not rows:
         raise UserError("There is no context to compress; give at least one.")
     other = Teacher.of(model, teacher)
@@ -71,6 +73,7 @@ def run_one(
       UserError: something is invalid; nothing is then done.
     """
     _check_folder(start)
+    model = _as_begun(model, start)
     other = Teacher.of(model, teacher)
     try:
         job = make_job(model, row, settings, other)
@@ -89,6 +92,14 @@ def _check_folder(start: Start) -> None:
         processes.on_first_process(lambda: folder.check(resume=start.resume, overwrite=start.overwrite))
     elif start.resume or start.overwrite:
         raise UserError("resume and overwrite need a folder: pass out=....")
+
+
+def _as_begun(model: LanguageModel, start: Start) -> LanguageModel:
+    """The model with the chat's texts as the run began with them: a template may write today's date."""
+    if start.folder is None or not start.resume:
+        return model
+    chat = processes.on_first_process(start.folder.chat)
+    return model if chat is None else model.with_chat(ChatTexts(**chat))
 
 
 def _open(start: Start, identity: dict[str, Any], agreed: dict[str, Any]) -> None:

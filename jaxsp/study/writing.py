@@ -71,7 +71,7 @@ def completed(
 
     def request(draft: Draft) -> list[int]:
         text = f"Text: {draft.source}\nAnswer: {draft.expect}\nQuestion: {draft.text}".rstrip()
-        return model.check_ids(encode(tokenizer, text, control=False)).tolist()
+        return model.check_ids(encode(tokenizer, text, behind=model.chat.before)).tolist()
 
     room = model.config.window - int(prefix.next_position[0]) - MOST_TOKENS
     requests = {i: request(draft) for i, draft in enumerate(drafts) if draft.source}

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from jaxsp.data.examples import make_rows
 from jaxsp.losses import as_objective
-from jaxsp.models.chat import encode
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.output_head import OutputHead
 from jaxsp.settings import Settings
@@ -174,12 +173,11 @@ class Teacher:
     def _encoded_again(self, answer: list[int]) -> list[int]:
         """The teacher's answer in the student's tokens, with its end of turn if the answer has one."""
         theirs: Any = self.model.tokenizer
-        ours: Any = self.student.tokenizer
         text = str(theirs.decode(answer, skip_special_tokens=True))
-        ids = encode(ours, text, control=False)
-        if ours.eos_token_id is not None and (answer[-1] in self.model.stop_ids or not ids):
-            ids.append(ours.eos_token_id)
-        return self.student.check_ids(ids).tolist()
+        ids = self.student.encode_answer(text).tolist()
+        if text and answer[-1] not in self.model.stop_ids:  # it was cut at its greatest length
+            ids = ids[: len(ids) - len(self.student.chat.end_ids(self.student.tokenizer))]
+        return ids
 
 
 def _vocabulary(model: LanguageModel) -> Mapping[str, int]:

@@ -19,7 +19,7 @@ from jaxsp.data.examples import Rows, joined, make_rows
 from jaxsp.data.packing import Packing
 from jaxsp.data.parts import Part, cut, search
 from jaxsp.models import decoder
-from jaxsp.models.chat import ChatTexts, encode
+from jaxsp.models.chat import ChatTexts
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.output_head import OutputHead
 from jaxsp.progress import Display
@@ -202,13 +202,7 @@ def tokenize(
     queries = [*train, *held_out]
     context_ids = model.encode_context(context)
     query_ids = [model.encode_query(query.text).tolist() for query in queries]
-    tokenizer: Any = model.tokenizer
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    given_ids = [
-        None if q.answer is None else [*encode(tokenizer, q.answer, control=False), *end] for q in queries
-    ]
-    for ids in filter(None, given_ids):
-        model.check_ids(ids)
+    given_ids = [None if q.answer is None else model.encode_answer(q.answer).tolist() for q in queries]
     parts = parts or _parts(model, context, context_ids, queries, query_ids, given_ids, settings.teacher)
     read = len(model.preamble_ids) + max(len(part.ids) for part in parts)
     for query, ids, given in zip(queries, query_ids, given_ids, strict=True):

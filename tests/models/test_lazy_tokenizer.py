@@ -53,7 +53,7 @@ def test_it_gives_what_the_whole_tokenizer_gives(directory):
 
 
 def test_what_is_changed_holds_for_both(directory):
-    lazy = LazyTokenizer(directory)
+    lazy: Any = LazyTokenizer(directory)
     lazy.chat_template = "{{ messages[0].content }}!"
     assert lazy.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
     lazy.add_tokens(["<new>"])

@@ -189,7 +189,7 @@ def test_truncated_safetensors(tmp_path):
         ({"model_type": "qwen3", "layer_types": ["odd", "odd"]}, "odd"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse"),
         ({"hidden_act": "relu"}, "Activation 'relu'"),
-        ({"hidden_size": "many"}, "not a valid configuration"),
+        ({"hidden_size": "many"}, "hidden_size is 'many'; it must be a whole number"),
     ],
 )
 def test_unsupported_configurations(tmp_path, changes, message):
@@ -258,3 +258,64 @@ def test_hub_id_loads_what_was_downloaded(monkeypatch, tiny_directory):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tiny_directory))
     assert jaxsp.load_model("somebody/some-model").directory == tiny_directory
+
+
+EVIL = "import pathlib\npathlib.Path({marker!r}).touch()\n"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "stranger"])
+def test_a_folders_own_code_is_never_run(tmp_path, python, model_type):
+    """Neither the configuration's nor the tokenizer's, also where somebody answers y."""
+    directory, marker = tiny.write(tmp_path / "model"), tmp_path / "ran"
+    (directory / "evil.py").write_text(EVIL.format(marker=str(marker)) + "class Evil: pass\n")
+    own = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    config = {**tiny.config(), "model_type": model_type, "auto_map": own}
+    (directory / "config.json").write_text(json.dumps(config))
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    code = f"import jaxsp; jaxsp.load_model({str(directory)!r}, dtype='float32')"
+    done = python("-c", code, input="y\ny\ny\n")
+    assert not marker.exists()
+    expected = "UserError" if model_type == "stranger" else None
+    assert expected is None or "model_type 'stranger' is not supported" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 2147483648}, "num_hidden_layers is 2147483648; .* from 1 to 10000"),
+        ({"head_dim": 2147483648}, "head_dim is 2147483648; .* from 1 to 32"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"hidden_size": 1.5}, "hidden_size is 1.5"),
+        ({"intermediate_size": [1]}, r"intermediate_size is \[1\]"),
+    ],
+)
+def test_sizes_that_no_model_has(tmp_path, frugal, changes, message):
+    directory = tiny.write(tmp_path / "model")
+    (directory / "config.json").write_text(json.dumps({**tiny.config(), **changes}))
+    with pytest.raises(UserError, match=message):
+        jaxsp.load_model(directory, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "name", ["../other/model.safetensors", "/etc/passwd", "sub/model.safetensors", "link"]
+)
+def test_weights_outside_the_folder(tmp_path, name):
+    other, directory = tiny.write(tmp_path / "other"), tiny.write(tmp_path / "model")
+    (directory / "link").symlink_to(other / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(other / "model.safetensors"), name)}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="which is not in its folder"):
+        jaxsp.load_model(directory, dtype="float32")
+
+
+def test_a_snapshot_of_the_hub_has_links_to_its_blobs(tmp_path):
+    blobs = tmp_path / "models--a--b" / "blobs"
+    directory = tiny.write(tmp_path / "models--a--b" / "snapshots" / "rev")
+    blobs.mkdir()
+    (directory / "model.safetensors").rename(blobs / "abc")
+    (directory / "model.safetensors").symlink_to(blobs / "abc")
+    index = {"weight_map": dict.fromkeys(load_file(blobs / "abc"), "model.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert jaxsp.load_model(directory, dtype="float32").config.layers == 2

@@ -404,7 +404,7 @@ def test_the_teacher_decides_a_run(student, other, folder, tmp_path, monkeypatch
 
 def test_full_precision_teaches_an_int8_student(folder, student):
     """One model in two forms: reading the same text, the student is hardly off, and never right on."""
-    rounded = WithTeacher(str(folder / "student"), "float32", "int8", str(folder / "student"))
+    rounded = WithTeacher(str(folder / "student"), "float32", "int8", teacher=str(folder / "student"))
     model = rounded.load()
     whole = rounded.load_teacher(model)
     assert whole is not None

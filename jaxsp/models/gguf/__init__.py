@@ -12,7 +12,7 @@ from jaxsp.typing import UserError
 __all__ = ["converted", "is_converted"]
 
 _MARK = "converted_by_jaxsp"
-CONVERSION = 3  # raise when what is written changes: older conversions are then not reused
+CONVERSION = 4  # raise when what is written changes: older conversions are then not reused
 
 
 def converted(path: Path) -> Path:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
+from jaxsp.models.chat import turn_ends
 from jaxsp.models.families import FAMILIES
 from jaxsp.models.gguf import tokenizer
 from jaxsp.models.gguf.reader import Metadata, StoredTensor, read
@@ -102,7 +103,9 @@ def convert(path: Path, directory: Path) -> None:
         raise UserError(f"it is one of {parts} parts of a model; join them with llama-gguf-split")
     config, destinations = _described(_config(metadata, name, tensors))
     outputs = _outputs(name, config, tensors, destinations)
-    _tokenizer(metadata, config).save_pretrained(directory)
+    own = _tokenizer(metadata, config)
+    own.save_pretrained(directory)
+    config["eos_token_id"] = _stops(metadata, own)
     (directory / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
     _write_safetensors(directory / "model.safetensors", outputs)
 
@@ -148,7 +151,7 @@ def _config(metadata: Metadata, name: str, tensors: dict[str, StoredTensor]) -> 
         "rope_parameters": _rope(metadata, name, head, tensors.pop(_ROPE_FACTORS, None)),
         "tie_word_embeddings": _HEAD not in tensors,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": _stops(metadata, words),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
     }
     match name:
         case "llama":
@@ -238,9 +241,11 @@ def _positive(metadata: Metadata, field: str, default: float | None = None) -> f
     return float(str(np.float32(value)))  # 1e-05 and not the float32 next to it
 
 
-def _stops(metadata: Metadata, words: list[str]) -> int | list[int] | None:
-    ends = [*_TURN_ENDS, *(tokenizer.special_token(metadata, role) for role in ("eos", "eot"))]
-    stops = [i for i, word in enumerate(words) if word in ends]
+def _stops(metadata: Metadata, own: PreTrainedTokenizerFast) -> int | list[int] | None:
+    """The tokens that end a turn or a text, by the file, by their names, and by the chat template."""
+    named = [*_TURN_ENDS, *(tokenizer.special_token(metadata, role) for role in ("eos", "eot"))]
+    vocabulary = own.get_vocab()
+    stops = sorted({*(vocabulary[word] for word in named if word in vocabulary), *turn_ends(own)})
     return stops[0] if len(stops) == 1 else stops or None
 
 
