@@ -64,11 +64,11 @@ def compressed(
     model: jaxsp.LanguageModel, text: str, queries: Sequence[Query], held_out: Sequence[str], run: Run
 ) -> dict[str, Any]:
     """Compresses a text by these queries, and measures σ on people's."""
-    small: Options = {} if run.full else {"max_answer_tokens": 8}
-    result = jaxsp.compress(
-        model, text, queries, held_out=held_out[: None if run.full else 2], study="off", progress=False,
-        prompt_length=PROMPT_LENGTH, steps=STEPS if run.full else 2, **small,
-    )  # fmt: skip
+    options: Options = {"study": "off", "prompt_length": PROMPT_LENGTH, "steps": STEPS}
+    if not run.full:
+        options |= {"steps": 2, "max_answer_tokens": 8}
+        held_out = held_out[:2]
+    result = jaxsp.compress(model, text, queries, held_out=held_out, progress=False, **options)
     report = result.report
     brackets, verdict = report["held_out"]["brackets"], report["verdict"]
     return {
