@@ -28,6 +28,7 @@ from jaxsp.options import (
     WithTeacher,
 )
 from jaxsp.settings import Options, Settings, check_limits, make_settings, plain
+from jaxsp.terminal import visible, write_what_can_be_written
 
 # What computes is imported where a command runs: --help and a misspelt option need not wait for it.
 if TYPE_CHECKING:
@@ -262,7 +263,7 @@ class Ask(_Saved):
 
         def answer(question: str) -> None:
             for piece in model.stream_answer(prefix, question, prompt.chat, max_tokens=self.max_tokens):
-                print(piece, end="", flush=True)
+                print(visible(piece), end="", flush=True)
             print(flush=True)
 
         if self.question:
@@ -274,7 +275,7 @@ class Ask(_Saved):
                 try:
                     answer(question)
                 except UserError as error:
-                    print(error, file=sys.stderr)
+                    print(visible(str(error)), file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -387,6 +388,7 @@ COMMANDS: dict[str, type[Command]] = {
 
 def main() -> None:
     """Entry point of the console script ``jaxsp``."""
+    write_what_can_be_written()
     try:
         try:
             _run(parse(COMMANDS, sys.argv[1:]))
@@ -396,7 +398,7 @@ def main() -> None:
         # Who read it has gone (| head). Python would say so once more when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, KeyboardInterrupt) as error:
-        print(f"jaxsp: {str(error) or 'interrupted.'}", file=sys.stderr)
+        print(visible(f"jaxsp: {str(error) or 'interrupted.'}"), file=sys.stderr)
         if isinstance(error, Interrupted):
             arguments = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
             print(f"  {program()} {shlex.join([*arguments, '--resume'])}", file=sys.stderr)

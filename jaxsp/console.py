@@ -18,6 +18,7 @@ from jaxsp.plan import Plan
 from jaxsp.prompts import storage
 from jaxsp.runs.folder import Result
 from jaxsp.study import Study
+from jaxsp.terminal import visible
 
 
 def print_plan(plan: Plan, steps: int, advice: str) -> None:
@@ -117,7 +118,7 @@ def print_answers(report: Mapping[str, Any], most: int) -> None:
 def print_study(study: Study, file: Path | None) -> None:
     """Prints what a document gave, on standard error: the questions themselves may go to standard output."""
     rows = [(name, row["drafted"], row["kept"]) for name, row in study.summary()["seeds"].items()]
-    left = [f"No question asks for: {text}" for text in study.uncovered]
+    left = [visible(f"No question asks for: {text}") for text in study.uncovered]
     covered = f"{len(study.asked)} of {len(study.sentences)} sentences are asked for."
     where = [f"Questions: {file}"] if file else []
     console = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -147,10 +148,10 @@ def _print_pairs(rows: Mapping[str, object]) -> None:
 def _table(rows: Iterable[Iterable[object]], *columns: str, **options: Any) -> Table:
     table = Table(*columns, **options)
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(visible(str(thing)) for thing in row))
     return table
 
 
 def _print(*things: Table | str) -> None:
     console = Console(highlight=False, markup=False, emoji=False)  # a model's [text] is shown as it is
-    console.print(*things, sep="\n")
+    console.print(*(visible(thing) if isinstance(thing, str) else thing for thing in things), sep="\n")

@@ -11,6 +11,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from jaxsp.terminal import visible
 
 
 class Display:
@@ -29,7 +32,7 @@ class Display:
         self._training: Progress | None = None
 
     def say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(visible(text), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def phase(self, name: str, title: str) -> Iterator[Callable[[str], None]]:
@@ -37,10 +40,10 @@ class Display:
         if self._training is not None:
             self._training.stop()  # two can't be shown at once
         started, compiled = time.perf_counter(), compile_seconds()
-        spinner = self._console.status(title)
+        spinner = self._console.status(Text(title))
         # In a notebook a quiet console would still show an empty widget.
         with contextlib.nullcontext() if self._console.quiet else spinner:
-            yield lambda text: spinner.update(f"{title}: {text}")
+            yield lambda text: spinner.update(Text(visible(f"{title}: {text}")))
         seconds, compiled = time.perf_counter() - started, compile_seconds() - compiled
         self.add(name, seconds - compiled)
         self.add("compile", compiled)
@@ -83,11 +86,11 @@ class Display:
         progress = self._bar(
             TextColumn("{task.completed}/{task.total} prompts"),
             BarColumn(),
-            TextColumn("{task.description} ·"),
+            TextColumn("{task.description} ·", markup=False),
         )
         with progress:
             task = progress.add_task("", total=total, completed=done)
-            yield lambda more, text: progress.update(task, advance=more, description=text)
+            yield lambda more, text: progress.update(task, advance=more, description=visible(text))
 
     def _bar(self, *columns: Any) -> Progress:
         left = TimeRemainingColumn(), TextColumn("left")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 # Rooms by floor; a room imports from floors below its own, or from itself.
 FLOORS = [
-    ["errors", "files"],
+    ["errors", "files", "terminal"],
     ["typing", "arguments"],
     ["settings", "compile_cache"],
     ["models", "losses"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from jaxsp.models.language_model import LanguageModel
 from jaxsp.settings import Settings
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import Problem, TokenizedJob
+from jaxsp.terminal import visible
 from jaxsp.typing import KeyValues
 
 GOOD = 0.8
@@ -327,5 +329,6 @@ def _answer(model: LanguageModel, ids: list[int]) -> Answer:
 
 
 def _cell(text: str) -> str:
-    """A text in a cell of a table."""
-    return " ".join(text.split()).replace("|", r"\|") or "(empty)"
+    """A text of somebody's in a cell of a table, without Markdown's or HTML's meaning of its signs."""
+    words = " ".join(visible(text).split())
+    return re.sub(r"([\\`*_\[\]<>#|~!&])", r"\\\1", words) or "(empty)"

@@ -185,6 +185,8 @@ class LanguageModel:
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
                 yield text[len(shown) :]
                 shown = text
+        if rest := str(self._tokenizer.decode(answer, skip_special_tokens=True))[len(shown) :]:
+            yield rest  # the answer ends in the midst of a character
 
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:

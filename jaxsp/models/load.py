@@ -339,6 +339,13 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here
+        if (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file():
+            raise UserError(
+                f"{directory} has its tokenizer as tokenizer.model alone; jaxsp reads tokenizer.json. Save it"
+                " with transformers where sentencepiece is installed"
+                " (AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)), or pass tokenizer=None to load"
+                " the weights alone."
+            ) from error
         raise UserError(
             f"{directory} holds no readable tokenizer ({error}); pass tokenizer=None to load the"
             " weights alone."

@@ -86,7 +86,7 @@ The model itself is right.
 
 σ closes most of it.
 
-- model: tiny <i> & {{{{ 1 }}}} (float32, quantization: none)
+- model: tiny \\<i\\> \\& {{{{ 1 }}}} (float32, quantization: none)
 - σ: embedding, 4 slots for 87 tokens (21.8×)
 - keys and values in front of a query: 1.0 MiB for σ, 5.00 GiB for the whole context; preparing them\
  takes 0.010 s and 2.500 s
@@ -113,8 +113,8 @@ The σ kept is the one with the lowest held-out KL of those evaluated during tra
 
 | query | full context | σ | no context | captured | KL: σ / no context / worst token of σ |
 |---|---|---|---|---|---:|
-| <b>Far</b> & {{{{ verdict }}}}? | one <two> {{{{ 3 }}}} # | one <two> {{{{ 3 }}}} # |\
- one <two> {{{{ 3 }}}} # | **no** | 0.500 / 1.000 / 1.000 |
+| \\<b\\>Far\\</b\\> \\& {{{{ verdict }}}}? | one \\<two\\> {{{{ 3 }}}} \\# | one \\<two\\> {{{{ 3 }}}} \\# |\
+ one \\<two\\> {{{{ 3 }}}} \\# | **no** | 0.500 / 1.000 / 1.000 |
 | Near? | yes \\| no | yes \\| no | yes \\| no | yes | 0.250 / 1.000 / 0.500 |
 | As near? | (empty) | (empty) | (empty) | yes | 0.250 / 1.000 / 0.500 |
 

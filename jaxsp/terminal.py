@@ -1,0 +1,33 @@
+"""Texts of strangers on a terminal: what would move its cursor or change its colours is shown instead."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1, but for tabs and ends of lines
+
+
+def visible(text: str) -> str:
+    """The text with a sign in place of each control character.
+
+    Example:
+      >>> visible("one\\ttwo\\x1b[31m")
+      'one\\ttwo␛[31m'
+    """
+
+    def sign(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        if code < 32:
+            return chr(0x2400 + code)
+        return "\N{SYMBOL FOR DELETE}" if code == 127 else "\N{REPLACEMENT CHARACTER}"
+
+    return _CONTROL.sub(sign, text)
+
+
+def write_what_can_be_written() -> None:
+    """Makes standard output and error take any text: what their encoding lacks is spelled out."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
