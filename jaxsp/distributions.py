@@ -244,12 +244,14 @@ class _Context:
         return self._fitted(part, few, fit_to(most), counts)
 
 
+@jax.jit
 def _without(preamble: KeyValues, prefix: KeyValues) -> KeyValues:
     """The part of a prefix behind the preamble."""
     size = preamble.positions.shape[1]
     return KeyValues(prefix.keys[:, :, size:], prefix.values[:, :, size:], prefix.positions[:, size:])
 
 
+@jax.jit
 def _slots(prefix: KeyValues, index: Int[np.ndarray, " n"]) -> KeyValues:
     """Some slots of a prefix."""
     return KeyValues(prefix.keys[:, :, index], prefix.values[:, :, index], prefix.positions[:, index])

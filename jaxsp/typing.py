@@ -12,6 +12,7 @@ nothing attends to.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,19 +88,24 @@ class KeyValues:
         """The position of the token that comes next, ``[B]``."""
         return jnp.max(self.positions, axis=-1, initial=EMPTY) + 1
 
+    @property
+    def end(self) -> int:
+        """The position of the token that comes next, of the first row, as a number."""
+        return int(np.max(np.asarray(self.positions)[0], initial=EMPTY)) + 1
+
     def append(self, other: KeyValues) -> KeyValues:
         """This followed by ``other``, along the slots."""
-        return self._joined([self, other], slots=True)
+        return _joined([self, other], slots=True)
 
     @staticmethod
     def joined(several: Sequence[KeyValues]) -> KeyValues:
         """Prefixes one after the other, along the slots."""
-        return KeyValues._joined(several, slots=True)
+        return _joined(list(several), slots=True)
 
     @staticmethod
     def side_by_side(several: Sequence[KeyValues]) -> KeyValues:
         """Prefixes of one size as the rows of one."""
-        return KeyValues._joined(several, slots=False)
+        return _joined(list(several), slots=False)
 
     @staticmethod
     def alike(several: Sequence[KeyValues]) -> list[KeyValues]:
@@ -109,35 +115,40 @@ class KeyValues:
         """
         most = max(kv.positions.shape[1] for kv in several)
         biased = any(kv.bias is not None for kv in several)
-
-        def grown(kv: KeyValues) -> KeyValues:
-            more = most - kv.positions.shape[1]
-            bias = jnp.zeros(kv.keys.shape[:4]) if biased and kv.bias is None else kv.bias
-
-            def pad(x: Array, axis: int = 2, fill: int = 0) -> Array:
-                widths = [(0, more if i == axis else 0) for i in range(x.ndim)]
-                return jnp.pad(x, widths, constant_values=fill)
-
-            own = None if bias is None else pad(bias)
-            return KeyValues(pad(kv.keys), pad(kv.values), pad(kv.positions, 1, EMPTY), own)
-
-        return [grown(kv) for kv in several]
+        return [_grown(kv, most, biased) for kv in several]
 
     def rows(self, index: Int[Array, " n"]) -> KeyValues:
         """Those rows of it."""
         bias = None if self.bias is None else self.bias[:, index]
         return KeyValues(self.keys[:, index], self.values[:, index], self.positions[index], bias)
 
-    @staticmethod
-    def _joined(pieces: Sequence[KeyValues], *, slots: bool) -> KeyValues:
-        axis = 2 if slots else 1  # of keys, values and bias; positions have no layers
-        bias = None
-        if any(piece.bias is not None for piece in pieces):
-            each = [jnp.zeros(p.keys.shape[:4]) if p.bias is None else p.bias for p in pieces]
-            bias = jnp.concatenate(each, axis=axis)
-        return KeyValues(
-            jnp.concatenate([piece.keys for piece in pieces], axis=axis),
-            jnp.concatenate([piece.values for piece in pieces], axis=axis),
-            jnp.concatenate([piece.positions for piece in pieces], axis=axis - 1),
-            bias,
-        )
+
+# Compiled as one, each: outside of a program every operation would be one of its own.
+
+
+@functools.partial(jax.jit, static_argnames="slots", inline=True)
+def _joined(pieces: Sequence[KeyValues], slots: bool) -> KeyValues:
+    axis = 2 if slots else 1  # of keys, values and bias; positions have no layers
+    bias = None
+    if any(piece.bias is not None for piece in pieces):
+        each = [jnp.zeros(p.keys.shape[:4]) if p.bias is None else p.bias for p in pieces]
+        bias = jnp.concatenate(each, axis=axis)
+    return KeyValues(
+        jnp.concatenate([piece.keys for piece in pieces], axis=axis),
+        jnp.concatenate([piece.values for piece in pieces], axis=axis),
+        jnp.concatenate([piece.positions for piece in pieces], axis=axis - 1),
+        bias,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("most", "biased"), inline=True)
+def _grown(kv: KeyValues, most: int, biased: bool) -> KeyValues:
+    more = most - kv.positions.shape[1]
+    bias = jnp.zeros(kv.keys.shape[:4]) if biased and kv.bias is None else kv.bias
+
+    def pad(x: Array, axis: int = 2, fill: int = 0) -> Array:
+        widths = [(0, more if i == axis else 0) for i in range(x.ndim)]
+        return jnp.pad(x, widths, constant_values=fill)
+
+    own = None if bias is None else pad(bias)
+    return KeyValues(pad(kv.keys), pad(kv.values), pad(kv.positions, 1, EMPTY), own)

@@ -248,7 +248,7 @@ def _positions(
 
 def _key(prefix: KeyValues) -> bytes:
     """Equal for prefixes that are the same where they are attended to; empty slots may hold anything."""
-    there = np.asarray(prefix.positions[0] != EMPTY)
+    there = np.asarray(prefix.positions)[0] != EMPTY
     key = hashlib.sha256(np.asarray(prefix.positions)[:, there].tobytes())
     for array in jax.tree.leaves((prefix.keys, prefix.values, prefix.bias)):
         key.update(np.asarray(array)[:, :, there].tobytes())

@@ -226,6 +226,7 @@ def _apply(
     return Decoder(config, rewrite).apply({"params": params}, *arguments, method=method)
 
 
+@functools.partial(jax.jit, static_argnames="config", inline=True)
 def embed(params: Params, config: DecoderConfig, ids: Int[AnyArray, "*b t"]) -> Float[Array, "*b t d"]:
     """Input vectors of the token ids: the space in which a soft prompt lives."""
     return _apply(params, config, "embed", jnp.asarray(ids))
@@ -364,7 +365,7 @@ def read_long(
         return prefix
     chunks = ceil_div(max(count, least), longest)
     size = min(longest, round_size(ceil_div(max(count, least), chunks)))
-    first, slot = int(prefix.next_position[0]) + skipped, prefix.positions.shape[1]
+    first, slot = prefix.end + skipped, prefix.positions.shape[1]
     config.check_length(first + count)
     room = prefix.append(empty_prefix(config, chunks * size))
     padded = np.pad(ids.astype(np.int32), ((0, 0), (0, chunks * size - count)))
@@ -401,7 +402,7 @@ def read_again(
     count = ids.shape[1]
     kept = prefix.positions.at[:, slot:].set(EMPTY)
     room = KeyValues(prefix.keys, prefix.values, kept, prefix.bias).append(empty_prefix(config, longest))
-    first = int(room.next_position[0])
+    first = room.end
     for i in range(0, count, longest):
         own = ids[:, i : i + longest].astype(np.int32)
         offsets = i + np.arange(longest)[None]
@@ -436,6 +437,7 @@ def _read_chunk(
     )
 
 
+@functools.partial(jax.jit, static_argnames=("config", "slots"), inline=True)
 def empty_prefix(config: DecoderConfig, slots: int = 0) -> KeyValues:
     """A prefix that holds nothing, with room for ``slots`` tokens."""
     shape = (config.layers, 1, slots, config.kv_heads, config.head_width)

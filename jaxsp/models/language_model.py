@@ -170,7 +170,7 @@ class LanguageModel:
           'The capital of France is Paris.'
         """
         ids = self.encode_query(query, chat).tolist()
-        room = self.config.window - int(prefix.next_position[0]) - len(ids)
+        room = self.config.window - prefix.end - len(ids)
         if room < 1:
             raise UserError(
                 f"The question has {len(ids)} tokens, more than the model's window of {self.config.window}"

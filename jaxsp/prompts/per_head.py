@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxsp.prompts import key_value
@@ -31,7 +32,12 @@ Sigma = Mapping[str, Any]
 
 def initial(start: Start) -> Sigma:
     """σ that starts as these keys and values, float32."""
-    found = start.uneven(WIDEST * start.source.prompt_length)
+    return _packed(start.uneven(WIDEST * start.source.prompt_length), start.source.context_length)
+
+
+@jax.jit
+def _packed(found: KeyValues, context_length: int) -> Sigma:
+    """The slots that are there, one head after the other."""
     assert found.bias is not None
     bias_LWG = found.bias[:, 0].astype(jnp.float32)
     L, W, G = bias_LWG.shape
@@ -41,7 +47,7 @@ def initial(start: Start) -> Sigma:
     def slots(leaf: Array) -> Array:
         return leaf[:, 0].astype(jnp.float32).swapaxes(1, 2).reshape(L * G * W, -1)[at_N]
 
-    length = jnp.float32(start.source.context_length)
+    length = jnp.asarray(context_length, jnp.float32)
     return {
         "keys": slots(found.keys),
         "values": slots(found.values),

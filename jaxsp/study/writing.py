@@ -73,7 +73,7 @@ def completed(
         text = f"Text: {draft.source}\nAnswer: {draft.expect}\nQuestion: {draft.text}".rstrip()
         return model.check_ids(encode(tokenizer, text, behind=model.chat.before)).tolist()
 
-    room = model.config.window - int(prefix.next_position[0]) - MOST_TOKENS
+    room = model.config.window - prefix.end - MOST_TOKENS
     requests = {i: request(draft) for i, draft in enumerate(drafts) if draft.source}
     texts = [None if i in requests else text for i, text in enumerate(texts)]
     unfinished = [i for i, ids in requests.items() if len(ids) <= room]

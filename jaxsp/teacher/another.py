@@ -162,7 +162,7 @@ class Teacher:
         rows = rows.with_targets(**jax.tree.map(lambda leaf: leaf[:, : rows.mask.shape[1]], signals))
         # z stands behind the longest part, or behind more slots than that has tokens.
         before = max(settings.prompt.prompt_length, len(job.longest_part.ids))
-        taken = int(preamble.next_position[0]) + before + int(rows.lengths.max())
+        taken = preamble.end + before + int(rows.lengths.max())
         if taken > (window := self.student.config.window):
             raise UserError(
                 f"The longest answer with its query, after the context, takes {taken} tokens, more than the"

@@ -75,7 +75,12 @@ def initial_state(
 
 def stack(states: Sequence[TrainState]) -> TrainState:
     """The states of M prompts side by side, as ``update`` takes them."""
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *states)
+    return _stacked(list(states))
+
+
+@jax.jit
+def _stacked(states: list[TrainState]) -> TrainState:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
 @jax.jit

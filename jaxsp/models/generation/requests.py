@@ -13,7 +13,7 @@ import numpy as np
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation.sampling import Choices, Sampling, column, round_up, tabulate
 from jaxsp.models.generation.stop_strings import Decode
-from jaxsp.typing import AnyArray, Array, Int, KeyValues, UserError
+from jaxsp.typing import EMPTY, AnyArray, Array, Int, KeyValues, UserError
 
 TokenIds = Sequence[int] | AnyArray
 """Token ids of one sequence: a list, a tuple or an array."""
@@ -63,7 +63,8 @@ class Work:
                 raise UserError(
                     f"key must be one random key, as jax.random.key(0); got {self.key!r}."
                 ) from error
-        before_R = np.asarray(self.prefix.next_position)[self._rows()]
+        positions_RS = np.asarray(self.prefix.positions)
+        before_R = (positions_RS.max(axis=1, initial=EMPTY) + 1)[self._rows()]
         each = zip(self.requests, self.samplings, before_R, strict=True)
         for index, (request, sampling, before) in enumerate(each):
             _check_ids(f"Request {index}", request, vocab)

@@ -70,17 +70,22 @@ def make_rates(settings: Settings, sigma: PyTree) -> PyTree:
     Raises:
       UserError: the prompt has no such part.
     """
-    kind, factors = PROMPT_KINDS[settings.prompt.kind], parse_rates(settings.training.rates)
+    factors = parse_rates(settings.training.rates)
     parts = [name for name, part in sigma.items() if isinstance(part, Mapping) or np.ndim(part)]
     if unknown := factors.keys() - {"first", *parts}:
         raise UserError(
             f"--rates: a prompt of kind {settings.prompt.kind} has no part {min(unknown)!r}; its parts are"
             f" {', '.join(parts)}, and first (its first slot)."
         )
-    rates = kind.rates(sigma, factors)
+    rates = _rates(settings.prompt.kind, sigma, tuple(factors.items()))
     if isinstance(settings.training.optimizer, str):
         return rates
     return jax.tree.map(lambda rate: jnp.where(rate == 0, 0.0, 1.0), rates)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "factors"))
+def _rates(kind: str, sigma: PyTree, factors: tuple[tuple[str, float], ...]) -> PyTree:
+    return PROMPT_KINDS[kind].rates(sigma, dict(factors))
 
 
 def parse_rates(text: str) -> dict[str, float]:
