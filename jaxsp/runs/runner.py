@@ -26,6 +26,7 @@ from jaxsp.models.sharding import DATA, local
 from jaxsp.progress import Display
 from jaxsp.runs.folder import Result, RunFolder
 from jaxsp.runs.job import Job, groups
+from jaxsp.runs.on_policy import OnPolicyRows
 from jaxsp.runs.problems import Kept, Problems
 from jaxsp.settings import Settings, plain
 from jaxsp.teacher.another import Teacher
@@ -44,6 +45,11 @@ if TYPE_CHECKING:
 STEP_TOKENS = {"cpu": 2048}
 """Tokens of one step, of all prompts together; a CPU gains nothing from more."""
 ACCELERATOR_STEP_TOKENS = 32768
+
+PHASES = (
+    "load", "questions", "answers", "signals", "coverage", "compile", "on_policy", "train", "evaluate",
+)  # fmt: skip
+"""Whose seconds a report has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +303,7 @@ class Runner:
         (some, *_) = (job.state for job in jobs if job is not None)
         states = checkpoints.restore(stack([some] * len(jobs)))
         placed = [job and dataclasses.replace(job, state=unstack(states, i)) for i, job in enumerate(jobs)]
-        block.resume(placed, saved["tick"], Packing(*saved["packing"]))
+        block.resume(placed, saved["tick"], Packing(*saved["packing"]), saved.get("answers", ()))
         if self.single:
             self.display.say(f"Resuming after step {int(states.step[0])}.")
 
@@ -339,8 +345,12 @@ class Runner:
         state, metrics = start_state(self.model, problem, settings), folder and folder.metrics
         self.running[job.id] = problem, state.sigma
         packing = Packing.of(problem.rows.lengths, settings.training.batch_size)
-        rows = problem.train, problem.held_out
-        return TrainingJob(job.id, state, *rows, packing, settings.training.patience, metrics)
+        asked, preamble = self.problems.asked, self.problems.teacher_preamble
+        own = OnPolicyRows(self.model, asked, preamble, problem, settings, self.displays[job.id])
+        if policy := own.as_training_takes_it():
+            packing = packing.grown(np.array([policy.longest]))
+        rows, patience = (problem.train, problem.held_out), settings.training.patience
+        return TrainingJob(job.id, state, *rows, packing, patience, metrics, policy)
 
     # Teacher and evaluation
 
@@ -379,7 +389,17 @@ class Runner:
         display.add("load", sum(model.load_seconds for model in models))
         display.add("compile", trained.compile_seconds)
         display.add("train", sum(line.get("seconds", 0.0) for line in trained.lines))
-        order = ("load", "questions", "answers", "signals", "coverage", "compile", "train", "evaluate")
+        order = (
+            "load",
+            "questions",
+            "answers",
+            "signals",
+            "coverage",
+            "compile",
+            "on_policy",
+            "train",
+            "evaluate",
+        )
         seconds = {name: display.seconds.get(name, 0.0) for name in order}
         report |= {"seconds": {**seconds, "total": sum(seconds.values())}, "environment": environment()}
         result = Result(prompt, report, trained.lines)
