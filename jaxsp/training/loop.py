@@ -194,16 +194,20 @@ class Block:
         together = itertools.zip_longest(*own, fillvalue=blank)
         self.held_out = [_stacked(batches) for batches in together]
 
+    def _due(self) -> list[int]:
+        """The prompts that are to train on new answers of their own from here on."""
+        return [index for index, slot in enumerate(self.slots) if slot.answers_are_due]
+
     def _answer(self) -> None:
-        """Makes the own answers of the prompts that are to train on new ones from here on."""
-        if due := [index for index, slot in enumerate(self.slots) if slot.answers_are_due]:
+        """Makes these answers."""
+        if due := self._due():
             states = self.driver.fetch(self.states)
             for index in due:
                 self.slots[index].answer(unstack(states, index).sigma)
+            self.ahead = None  # it was drawn from the rows before
 
     def _batches(self) -> Rows:
         """The next batches of all prompts, stacked, in a shape that the driver's devices can share."""
-        self._answer()
         drawn = [(slot.job.train, slot.drawn()) for slot in self.slots]
         packing = self.packing
         for rows, index in drawn:
@@ -216,6 +220,7 @@ class Block:
 
     def _step(self) -> None:
         """One step of all prompts, and the evaluation if it is due."""
+        self._answer()
         batches = self._batches() if self.ahead is None else self.ahead
         started, compiled = time.perf_counter(), compile_seconds()
         self.recent.append(self.states)
@@ -238,7 +243,7 @@ class Block:
         if self.tick % self.checkpoint_every == 0 or any(slot.finished for slot in self._live()):
             self._save()
         self._tell(set(stepping) - set(due))
-        self.ahead = self._batches() if self._running() else None
+        self.ahead = self._batches() if self._running() and not self._due() else None
 
     def _fail(self, index: int, step: int, values: dict[str, float]) -> None:
         """Ends a prompt: σ before the step may be what was wrong, the one before that was good."""
