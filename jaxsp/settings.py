@@ -59,6 +59,9 @@ class TeacherSettings:
 
     max_answer_tokens: int = _setting(48, at_least=1)
     """Longest answer, in tokens."""
+    answers: str = "greedy"
+    """Answers of the teacher to a training query: greedy (of the most probable tokens) or sampled:N (that
+    one, and N - 1 drawn at temperature 1). Queries held out keep the greedy one alone."""
     teacher_context: int | None = _setting(None, type=int, at_least=16)
     """Tokens of the document that the teacher reads at once. A longer document is cut into parts that
     overlap, and each query is taught by one of them. By default what the model's window has room for."""
@@ -164,6 +167,7 @@ class Options(TypedDict, total=False):
     study: str
     study_queries: int | None
     max_answer_tokens: int
+    answers: str
     teacher_context: int | None
     objective: Any
     steps: int | None

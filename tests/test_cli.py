@@ -229,6 +229,7 @@ def test_unusable_queries(compress, tmp_path, lines, words):
         (("--batch-size", 0), ("--batch-size must be at least 1, not 0.",)),
         (("--steps", -3), ("--steps must be at least 0", "-3")),
         (("--warmup-fraction", 1.5), ("--warmup-fraction must be at least 0 and below 1, not 1.5.",)),
+        (("--answers", "sampled:1"), ("--answers must be greedy or sampled:N", "not 'sampled:1'")),
         (("--on-policy", 1.5), ("--on-policy must be at least 0 and at most 1, not 1.5.",)),
         (("--on-policy", 0.5, "--objective", "nll"), ("--on-policy 0.5 needs an objective", "not nll")),
         (("--held-out", 1.5), ("fraction", "1.5")),

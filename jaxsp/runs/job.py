@@ -20,6 +20,7 @@ from jaxsp.prompts import PROMPT_KINDS, storage, with_defaults
 from jaxsp.prompts.initializers import INITIALIZERS
 from jaxsp.runs import on_policy
 from jaxsp.settings import Settings, decides_result, make_settings, side_by_side
+from jaxsp.teacher import samples
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import SAMPLE, TokenizedJob, digest, tokenize
 from jaxsp.training.drivers import DRIVERS
@@ -104,6 +105,7 @@ def check_settings(settings: Settings) -> None:
     """Raises ``UserError`` on a name that is in none of the tables, or on parts that don't fit together."""
     as_objective(settings.training.objective)
     on_policy.check(settings)
+    samples.count(settings.teacher)
     for name, value, table in (
         ("kind", settings.prompt.kind, PROMPT_KINDS),
         ("initial", settings.prompt.initial, INITIALIZERS),

@@ -127,7 +127,8 @@ class OnPolicyRows:
 
     def _rows(self, answers: OwnAnswers) -> Rows:
         own, read = [row for row, ids in enumerate(answers) if ids is not None], self.problem.read
-        pieces, order = [self.problem.train], list(range(len(answers)))
+        pieces = [self.problem.train]
+        order = list(range(len(pieces[0])))
         signals = [name for name in pieces[0].targets if name != "tokens"]
         part_of = read.part_of[self._numbers[own]]
         for part in np.unique(part_of).tolist():

@@ -312,7 +312,7 @@ class Runner:
         if self.single:
             return 1
         problem, settings = self.problems.of(jobs[0], self.displays[jobs[0].id]), jobs[0].settings
-        packing = Packing.of(problem.rows.lengths, settings.training.batch_size)
+        packing = Packing.of(problem.lengths, settings.training.batch_size)
         parts = 1 if self.mesh is None else self.mesh.shape[DATA]
         if settings.devices.parallel == "pmap":
             parts = jax.local_device_count()
@@ -344,7 +344,7 @@ class Runner:
             folder.metrics.unlink(missing_ok=True)
         state, metrics = start_state(self.model, problem, settings), folder and folder.metrics
         self.running[job.id] = problem, state.sigma
-        packing = Packing.of(problem.rows.lengths, settings.training.batch_size)
+        packing = Packing.of(problem.lengths, settings.training.batch_size)
         asked, preamble = self.problems.asked, self.problems.teacher_preamble
         own = OnPolicyRows(self.model, asked, preamble, problem, settings, self.displays[job.id])
         if policy := own.as_training_takes_it():
