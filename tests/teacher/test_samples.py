@@ -19,7 +19,7 @@ from jaxsp.runs.problems import Problems
 from jaxsp.settings import make_settings
 from jaxsp.teacher import samples
 from jaxsp.teacher.another import Teacher
-from jaxsp.teacher.problem import read_part, read_preamble
+from jaxsp.teacher.problem import Problem, read_part, read_preamble
 from jaxsp.training.slots import Step
 from jaxsp.training.start import start_state
 from jaxsp.typing import UserError
@@ -48,10 +48,16 @@ def made(model, teacher=None, folder=None, **changed):
     return Problems(model, read_preamble(model), folder, found).of(job, Display(visible=False)), job.settings
 
 
+def drawn(problem) -> Problem:
+    """The sampled part of a problem."""
+    assert problem.samples is not None
+    return problem.samples
+
+
 def by_text(problem) -> dict[str, list[list[int]]]:
     """The sampled answers of each query."""
     found: dict[str, list[list[int]]] = {}
-    for query, ids in zip(problem.samples.job.queries, problem.samples.answers, strict=True):
+    for query, ids in zip(drawn(problem).job.queries, drawn(problem).answers, strict=True):
         found.setdefault(query.text, []).append(ids)
     return found
 
@@ -88,7 +94,7 @@ def test_they_are_more_rows_to_train_on_and_nothing_else(calm_model, problem):
 def test_the_targets_are_the_teachers_after_the_querys_part(calm_model, problem, parts):
     if parts:
         problem, _ = made(calm_model, teacher_context=48)
-    own = problem.samples
+    own = drawn(problem)
     assert (len(set(own.job.part_of)) > 1) == parts
     for i in range(0, len(own.rows), 2):
         context = read_part(calm_model, own.job, int(own.job.part_of[i]), problem.preamble)
@@ -119,14 +125,14 @@ def test_they_are_drawn_at_temperature_one(calm_model):
     """The mean surprise of many first tokens is the entropy of the teacher's distribution."""
     one = {"queries": QUERIES[:1], "max_answer_tokens": 1}
     problem, _ = made(calm_model, **one, answers="sampled:401")
-    hidden = problem.samples.rows.targets["hidden"][0, 0]
+    hidden = drawn(problem).rows.targets["hidden"][0, 0]
     logits = decoder.unembed(calm_model.params, calm_model.config, hidden)
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
-    drawn = -log_p[[ids[0] for ids in problem.samples.answers]]
+    surprise = -log_p[[ids[0] for ids in drawn(problem).answers]]
     entropy = -(np.exp(log_p) * log_p).sum()
-    deviation = np.sqrt((np.exp(log_p) * (log_p + entropy) ** 2).sum() / len(drawn))
-    assert len(drawn) == 400
-    assert abs(drawn.mean() - entropy) < 4 * deviation
+    deviation = np.sqrt((np.exp(log_p) * (log_p + entropy) ** 2).sum() / len(surprise))
+    assert len(surprise) == 400
+    assert abs(surprise.mean() - entropy) < 4 * deviation
 
 
 @pytest.mark.slow
@@ -177,18 +183,18 @@ def test_another_teachers_are_the_students_ids(calm_model, student):
     """Its own head's targets at the same ids; an answer with an id that the student lacks is left out."""
     found, _ = made(student, calm_model)
     assert found.teacher_head is not None
-    assert len(found.train) == 6 + len(found.samples.rows)
+    assert len(found.train) == 6 + len(drawn(found).rows)
     alone, _ = made(calm_model)
-    kept = [ids for ids in alone.samples.answers if max(ids) < 260]
-    assert found.samples.answers == kept
-    tokens = found.samples.rows.targets["tokens"][found.samples.rows.mask]
+    kept = [ids for ids in drawn(alone).answers if max(ids) < 260]
+    assert drawn(found).answers == kept
+    tokens = drawn(found).rows.targets["tokens"][drawn(found).rows.mask]
     assert tokens.tolist() == [i for ids in kept for i in ids]
     job, settings = make_job(calm_model, ROW, OPTIONS), make_settings(OPTIONS)
     given = calm_model, job.tokenized(calm_model), settings, alone.preamble, QUIET
-    least = sorted(max(ids) for ids in alone.samples.answers)[4]
+    least = sorted(max(ids) for ids in drawn(alone).answers)[4]
     index, fewer = samples.sample(*given, vocab_size=least + 1) or ([], None)
     assert fewer is not None
-    assert fewer.answers == [ids for ids in alone.samples.answers if max(ids) <= least]
+    assert fewer.answers == [ids for ids in drawn(alone).answers if max(ids) <= least]
     assert [fewer.job.queries[i].text for i in range(len(index))] == [TRAIN[i] for i in index]
     assert samples.sample(*given, vocab_size=1) is None
 

@@ -199,7 +199,8 @@ def test_own_answers_are_made_every_n_steps_and_saved_with_the_states(tmp_path):
     checkpoints.close()
 
     state = dataclasses.replace(result.state, step=jnp.int32(4))
-    read.clear(), seen.clear()
+    read.clear()
+    seen.clear()
     resumed = block([], driver, every=4)
     resumed.resume([job(8, state=state, on_policy=policy)], 4, Packing(*saved["packing"]), [[[9], None]])
     list(resumed.run())
