@@ -137,11 +137,12 @@ def test_they_are_drawn_at_temperature_one(calm_model):
 
 @pytest.mark.slow
 def test_a_run_reports_each_query_once_and_goes_on_with_what_was_drawn(calm_model, tmp_path, monkeypatch):
-    """With the start that is fitted to the rows; jobs that differ in the seed draw for themselves."""
-    jobs = [{**ROW, "id": f"{seed}", "seed": seed, "kind": "key_value"} for seed in (0, 1)]
+    """With the start that is fitted to the rows; jobs that differ in the seed, or in parts, draw anew."""
+    more = {"0": {}, "1": {"seed": 1}, "parts": {"teacher_context": 48}}
+    jobs = [{**ROW, "id": name, "kind": "key_value", **own} for name, own in more.items()]
 
     def run(out, **more):
-        given: dict[str, Any] = {**OPTIONS, "at_once": 2, "progress": False, **more}
+        given: dict[str, Any] = {**OPTIONS, "at_once": 3, "progress": False, **more}
         return list(jaxsp.compress_many(calm_model, jobs, out=tmp_path / out, **given))
 
     def stop(step: Step) -> None:
@@ -158,7 +159,7 @@ def test_a_run_reports_each_query_once_and_goes_on_with_what_was_drawn(calm_mode
         assert [query["query"] for query in ours.report["queries"]].count(QUERIES[0]) == 1
         assert len(ours.report["queries"]) == len(TRAIN) + len(HELD_OUT)
         assert ours.report["settings"]["answers"] == "sampled:3"
-    assert len(list((tmp_path / "whole" / "run" / "teachers").glob("*.samples.json"))) == 2
+    assert len(list((tmp_path / "whole" / "run" / "teachers").glob("*.samples.json"))) == 3
 
 
 def test_on_policy_answers_beside_them(calm_model, problem):
