@@ -389,18 +389,7 @@ class Runner:
         display.add("load", sum(model.load_seconds for model in models))
         display.add("compile", trained.compile_seconds)
         display.add("train", sum(line.get("seconds", 0.0) for line in trained.lines))
-        order = (
-            "load",
-            "questions",
-            "answers",
-            "signals",
-            "coverage",
-            "compile",
-            "on_policy",
-            "train",
-            "evaluate",
-        )
-        seconds = {name: display.seconds.get(name, 0.0) for name in order}
+        seconds = {name: display.seconds.get(name, 0.0) for name in PHASES}
         report |= {"seconds": {**seconds, "total": sum(seconds.values())}, "environment": environment()}
         result = Result(prompt, report, trained.lines)
         if (folder := self._folder(job)) is not None and processes.is_first():

@@ -72,6 +72,9 @@ def sample(
 
     Returns:
       The query's number in ``job`` of each answer, and the problem of these queries with these answers.
+
+    Raises:
+      UserError: a file in the folder is damaged.
     """
     several = count(settings.teacher)
     numbers = [i for i in np.flatnonzero(job.is_train).tolist() if job.given_ids[i] is None]
@@ -81,7 +84,10 @@ def sample(
     chosen = settings.training.seed, numbers, teacher_key(model, job, settings.teacher)
     file = folder and folder / f"{digest(chosen)}.samples.json"
     if file is not None and file.is_file():
-        answers = json.loads(file.read_text("utf-8"))
+        try:
+            answers = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise UserError(f"{file} is damaged ({error}); start anew with --overwrite.") from error
     else:
         with display.phase("answers", f"Sampled answers to {len(numbers)} queries"):
             own = [asked[i] for i in processes.strided_shard(len(asked))]

@@ -200,6 +200,14 @@ def test_another_teachers_are_the_students_ids(calm_model, student):
     assert samples.sample(*given, vocab_size=1) is None
 
 
+def test_a_damaged_file_is_one_sentence(calm_model, tmp_path):
+    made(calm_model, folder=tmp_path)
+    (file,) = tmp_path.glob("*.samples.json")
+    file.write_text("[[1, 2")
+    with pytest.raises(UserError, match=r"samples\.json is damaged .* start anew with --overwrite"):
+        made(calm_model, folder=tmp_path)
+
+
 def test_another_vocabulary_reads_them_as_texts(calm_model, student, monkeypatch):
     monkeypatch.setattr(Teacher, "difference", "2 tokens, not 3")
     found, _ = made(student, calm_model, objective="nll")
