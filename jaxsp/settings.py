@@ -13,7 +13,7 @@ from jaxsp.errors import UserError, suggestion
 
 
 def _setting(default: Any, *, type: Any = None, per_prompt: bool = False, **limits: float) -> Any:
-    """A field with its limits: ``at_least``, ``above``, ``below``.
+    """A field with its limits: ``at_least``, ``at_most``, ``above``, ``below``.
 
     ``type``: of one that is ``None`` where the prompt's kind decides.
     ``per_prompt``: prompts that train side by side in one step may differ in it.
@@ -59,6 +59,9 @@ class TeacherSettings:
 
     max_answer_tokens: int = _setting(48, at_least=1)
     """Longest answer, in tokens."""
+    answers: str = "greedy"
+    """Answers of the teacher to a training query: greedy (of the most probable tokens) or sampled:N (that
+    one, and N - 1 drawn at temperature 1). Queries held out keep the greedy one alone."""
     teacher_context: int | None = _setting(None, type=int, at_least=16)
     """Tokens of the document that the teacher reads at once. A longer document is cut into parts that
     overlap, and each query is taught by one of them. By default what the model's window has room for."""
@@ -74,6 +77,11 @@ class TrainingSettings:
     js(beta=0.3), or a mixture such as kl=0.7,nll=0.3. In Python also an Objective of your own."""
     steps: int | None = _setting(None, type=int, per_prompt=True, at_least=0, below=2**31)
     """Updates of the prompt; 0 keeps it as it starts. By default 100, for nested 150, for embedding 500."""
+    on_policy: float = _setting(0.0, per_prompt=True, at_least=0, at_most=1)
+    """Fraction of the training queries whose answer is the prompt's own at a time, in place of the teacher's:
+    the objective compares the two models' distributions on it. Queries with an answer given keep that."""
+    on_policy_every: int = _setting(25, per_prompt=True, at_least=1)
+    """Steps after which queries are drawn anew for --on-policy, and answered with the prompt as it is."""
     batch_size: int = _setting(8, at_least=1)
     """Queries an update, about: as many as fit in the tokens of so many of mean length."""
     optimizer: str | None = _setting(None, type=str)
@@ -159,9 +167,12 @@ class Options(TypedDict, total=False):
     study: str
     study_queries: int | None
     max_answer_tokens: int
+    answers: str
     teacher_context: int | None
     objective: Any
     steps: int | None
+    on_policy: float
+    on_policy_every: int
     batch_size: int
     optimizer: Any
     learning_rate: float | None
@@ -202,7 +213,7 @@ def make_settings(values: Mapping[str, Any], base: Settings | None = None) -> Se
 
 _NAMES = {int: "a whole number", float: "a number", str: "a text"}
 _OBJECTS = ("objective", "optimizer")  # a text, or an object that the tables of their room know
-_LIMITS = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt}
+_LIMITS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
@@ -226,7 +237,7 @@ def check_limits(name: str, value: Any, **limits: float) -> None:
     Args:
       name: name of the option, with underscores.
       value: given for it.
-      **limits: any of ``at_least``, ``above`` and ``below``.
+      **limits: any of ``at_least``, ``at_most``, ``above`` and ``below``.
 
     Example:
       >>> check_limits("at_once", 0, at_least=1)

@@ -105,21 +105,22 @@ def steps_done(out):
 
 @pytest.mark.slow
 def test_two_processes_are_one_whoever_dies(start, calm_model, tmp_path):
-    """One of two is killed; a single process goes on where they stopped, and so do two."""
+    """One of two is killed; a single process goes on where they stopped, and so do two; on own answers."""
     out, by_one = tmp_path / "out", tmp_path / "by-one"
-    settings = {**SETTINGS, "parallel": "mesh", "progress": False}
+    policy: dict[str, Any] = {"on_policy": 0.5, "on_policy_every": 5}
+    settings = {**SETTINGS, **policy, "parallel": "mesh", "progress": False}
     expected = jaxsp.compress(calm_model, CONTEXT, QUERIES, **settings)
     ours = expected.prompt.sigma
     kl = expected.report["held_out"]["brackets"]["prompt"]["kl"]
 
-    killed_after(2, two(start, out), out, victim=1)
+    killed_after(2, two(start, out, **policy), out, victim=1)
     shutil.copytree(out, by_one)
     alone = jaxsp.compress(
         calm_model, CONTEXT, QUERIES, out=by_one, resume=True, checkpoint_every=1, **settings
     )
     assert_same_sigma(alone.prompt.sigma, ours, within=1e-5)
 
-    results = finished(two(start, out, "--resume", "--mesh", "data=4,model=2"))
+    results = finished(two(start, out, "--resume", "--mesh", "data=4,model=2", **policy))
     assert [code for code, *_ in results] == [0, 0], results
     assert ["Report: " in shown for _, shown, _ in results] == [True, False]
     assert_same_sigma(sigma(out), ours, within=1e-5)

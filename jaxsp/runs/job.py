@@ -18,7 +18,9 @@ from jaxsp.losses import as_objective
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS, storage, with_defaults
 from jaxsp.prompts.initializers import INITIALIZERS
+from jaxsp.runs import on_policy
 from jaxsp.settings import Settings, decides_result, make_settings, side_by_side
+from jaxsp.teacher import samples
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import SAMPLE, TokenizedJob, digest, tokenize
 from jaxsp.training.drivers import DRIVERS
@@ -103,6 +105,8 @@ def model_identity(model: LanguageModel, teacher: Teacher | None = None) -> dict
 def check_settings(settings: Settings) -> None:
     """Raises ``UserError`` on a name that is in none of the tables, or on parts that don't fit together."""
     as_objective(settings.training.objective)
+    on_policy.check(settings)
+    samples.count(settings.teacher)
     for name, value, table in (
         ("kind", settings.prompt.kind, PROMPT_KINDS),
         ("initial", settings.prompt.initial, INITIALIZERS),
@@ -211,6 +215,8 @@ def make_job(
     check_settings(settings)
     settings = with_defaults(settings)
     train, held_out = _split(queries, held_out, settings)
+    if settings.study.study != "on":
+        on_policy.check(settings, train)
     texts = context, train or [SAMPLE], held_out, settings
     tokenized = tokenize(model, *texts)
     if not settings.prompt.prompt_length < (tokens := len(tokenized.context_ids)):

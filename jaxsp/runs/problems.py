@@ -15,6 +15,7 @@ from jaxsp.runs.job import Job
 from jaxsp.study import Study, study, study_key
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import Problem, keep, read_preamble, run_teacher, teacher_key
+from jaxsp.teacher.samples import count, sample
 from jaxsp.typing import KeyValues
 
 T = TypeVar("T")
@@ -66,7 +67,8 @@ class Problems:
             found, made = self._studied(job, display)
             job = dataclasses.replace(job, train=found.train, held_out=found.held_out)
         tokenized = job.tokenized(self.asked)
-        key = teacher_key(self.asked, tokenized, job.settings.teacher), tokenized.is_train.tobytes()
+        seed = job.settings.training.seed if count(job.settings.teacher) else None
+        key = teacher_key(self.asked, tokenized, job.settings.teacher), tokenized.is_train.tobytes(), seed
         if (known := self._problems.get(key)) is not None:
             return known
         file = self.folder and self.folder / f"{key[0]}.safetensors"
@@ -79,10 +81,14 @@ class Problems:
         if found is not None and self.folder is not None and processes.is_first():
             found.write(self.folder / self._study_file(asked))  # last: who finds it, finds what was said
             shutil.rmtree(self.folder / self._study_folder(asked), ignore_errors=True)
+        shared = self.model if self.teacher is None or self.teacher.difference is None else self.asked
+        sampled = self.asked, tokenized, job.settings, self.teacher_preamble, display, self.folder
+        index, samples = sample(*sampled, vocab_size=shared.config.vocab_size) or ([], None)
         if self.teacher is not None:
-            own = job.tokenized(self.model)
-            made = self.teacher.problem(made, own, self.preamble, job.settings)
-        return self._problems.keep(key, made)
+            own, more = job.tokenized(self.model), (self.preamble, job.settings)
+            made = self.teacher.problem(made, own, *more)
+            samples = samples and self.teacher.problem(samples, own.take(index), *more)
+        return self._problems.keep(key, dataclasses.replace(made, samples=samples))
 
     def study(self, job: Job) -> Study | None:
         """The queries that a job's document gave; ``None`` if it was not asked for any."""

@@ -26,6 +26,7 @@ from jaxsp.models.sharding import DATA, local
 from jaxsp.progress import Display
 from jaxsp.runs.folder import Result, RunFolder
 from jaxsp.runs.job import Job, groups
+from jaxsp.runs.on_policy import OnPolicyRows
 from jaxsp.runs.problems import Kept, Problems
 from jaxsp.settings import Settings, plain
 from jaxsp.teacher.another import Teacher
@@ -44,6 +45,11 @@ if TYPE_CHECKING:
 STEP_TOKENS = {"cpu": 2048}
 """Tokens of one step, of all prompts together; a CPU gains nothing from more."""
 ACCELERATOR_STEP_TOKENS = 32768
+
+PHASES = (
+    "load", "questions", "answers", "signals", "coverage", "compile", "on_policy", "train", "evaluate",
+)  # fmt: skip
+"""Whose seconds a report has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +303,7 @@ class Runner:
         (some, *_) = (job.state for job in jobs if job is not None)
         states = checkpoints.restore(stack([some] * len(jobs)))
         placed = [job and dataclasses.replace(job, state=unstack(states, i)) for i, job in enumerate(jobs)]
-        block.resume(placed, saved["tick"], Packing(*saved["packing"]))
+        block.resume(placed, saved["tick"], Packing(*saved["packing"]), saved.get("answers", ()))
         if self.single:
             self.display.say(f"Resuming after step {int(states.step[0])}.")
 
@@ -306,7 +312,7 @@ class Runner:
         if self.single:
             return 1
         problem, settings = self.problems.of(jobs[0], self.displays[jobs[0].id]), jobs[0].settings
-        packing = Packing.of(problem.rows.lengths, settings.training.batch_size)
+        packing = Packing.of(problem.lengths, settings.training.batch_size)
         parts = 1 if self.mesh is None else self.mesh.shape[DATA]
         if settings.devices.parallel == "pmap":
             parts = jax.local_device_count()
@@ -338,9 +344,13 @@ class Runner:
             folder.metrics.unlink(missing_ok=True)
         state, metrics = start_state(self.model, problem, settings), folder and folder.metrics
         self.running[job.id] = problem, state.sigma
-        packing = Packing.of(problem.rows.lengths, settings.training.batch_size)
-        rows = problem.train, problem.held_out
-        return TrainingJob(job.id, state, *rows, packing, settings.training.patience, metrics)
+        packing = Packing.of(problem.lengths, settings.training.batch_size)
+        asked, preamble = self.problems.asked, self.problems.teacher_preamble
+        own = OnPolicyRows(self.model, asked, preamble, problem, settings, self.displays[job.id])
+        if policy := own.as_training_takes_it():
+            packing = packing.grown(np.array([policy.longest]))
+        rows, patience = (problem.train, problem.held_out), settings.training.patience
+        return TrainingJob(job.id, state, *rows, packing, patience, metrics, policy)
 
     # Teacher and evaluation
 
@@ -379,8 +389,7 @@ class Runner:
         display.add("load", sum(model.load_seconds for model in models))
         display.add("compile", trained.compile_seconds)
         display.add("train", sum(line.get("seconds", 0.0) for line in trained.lines))
-        order = ("load", "questions", "answers", "signals", "coverage", "compile", "train", "evaluate")
-        seconds = {name: display.seconds.get(name, 0.0) for name in order}
+        seconds = {name: display.seconds.get(name, 0.0) for name in PHASES}
         report |= {"seconds": {**seconds, "total": sum(seconds.values())}, "environment": environment()}
         result = Result(prompt, report, trained.lines)
         if (folder := self._folder(job)) is not None and processes.is_first():

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxsp.models.generation import Sampling, generate
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.typing import KeyValues
+from jaxsp.typing import Array, KeyValues
 
 SLOTS = 64
 """Answers to questions about one text are nearly equally long: the more at once, the fewer steps."""
@@ -22,8 +22,9 @@ def answer_ids(
     max_tokens: int,
     after: Sequence[int] | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
+    keys: Array | None = None,
 ) -> list[list[int]]:
-    """Greedy answers, each with its end-of-turn token if it reached one.
+    """Greedy answers, or sampled ones, each with its end-of-turn token if it reached one.
 
     Args:
       model: the frozen model.
@@ -32,16 +33,19 @@ def answer_ids(
       max_tokens: longest answer.
       after: the row of ``prefix`` that each query is read after; needed if there are several.
       on_batch: called with the number of queries answered.
+      keys: a random key for each query: its answer is then sampled at temperature 1.
 
     Returns:
       One list of ids per query.
     """
     done = itertools.count(1)
-    sampling = Sampling(stop_ids=model.stop_ids, max_tokens=max_tokens)
+    temperature = 0.0 if keys is None else 1.0
+    sampling = Sampling(temperature=temperature, stop_ids=model.stop_ids, max_tokens=max_tokens)
 
     def finished(*_: Any) -> None:
         on_batch(next(done))
 
     return generate(
-        model.params, model.config, prefix, queries, sampling, slots=SLOTS, after=after, on_finished=finished
-    )
+        model.params, model.config, prefix, queries, sampling, slots=SLOTS, after=after, on_finished=finished,
+        key=keys,
+    )  # fmt: skip

@@ -111,6 +111,7 @@ class Problem:
       answers: the teacher's own answer to each query, as token ids.
       teacher_head: head of the teacher, if it is another model.
       teacher_job: the same queries with the context as the teacher read it, if it is another model.
+      samples: more rows to train on: queries of the job with other answers of the teacher (``samples.py``).
       packing: shape of the batches in which all rows are read once.
     """
 
@@ -120,6 +121,7 @@ class Problem:
     answers: list[list[int]]
     teacher_head: OutputHead | None = None
     teacher_job: TokenizedJob | None = None
+    samples: Problem | None = None
 
     @property
     def read(self) -> TokenizedJob:
@@ -136,7 +138,7 @@ class Problem:
         return Packing.for_all(self.rows.lengths)
 
     def take(self, index: Sequence[int], train: int | None = None) -> Problem:
-        """The problem of these queries, in their order.
+        """The problem of these queries, in their order, without samples.
 
         Args:
           index: numbers of the queries.
@@ -148,6 +150,7 @@ class Problem:
             rows=self.rows.take(index),
             answers=[self.answers[i] for i in index],
             teacher_job=self.teacher_job and self.teacher_job.take(index, train),
+            samples=None,
         )
 
     @classmethod
@@ -169,8 +172,20 @@ class Problem:
 
     @property
     def train(self) -> Rows:
-        """The rows to train on."""
-        return self.rows.take(np.flatnonzero(self.job.is_train))
+        """The rows to train on, one a query, and then the samples."""
+        rows = self.rows.take(np.flatnonzero(self.job.is_train))
+        return joined([rows, self.samples.rows]) if self.samples else rows
+
+    @property
+    def train_part_of(self) -> Int[np.ndarray, " n"]:
+        """The part that each of these rows is taught by."""
+        more = [self.samples.job.part_of] if self.samples else []
+        return np.concatenate([self.job.part_of[self.job.is_train], *more])
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " n"]:
+        """Tokens of all rows, those of samples last."""
+        return np.concatenate([self.rows.lengths, *([self.samples.rows.lengths] if self.samples else [])])
 
     @property
     def held_out(self) -> Rows:

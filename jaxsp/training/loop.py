@@ -23,7 +23,16 @@ from jaxsp.data.examples import Rows
 from jaxsp.data.packing import Packing
 from jaxsp.progress import compile_seconds
 from jaxsp.training.drivers import Driver
-from jaxsp.training.slots import Callback, Slot, Step, TrainingJob, TrainingResult, all_lengths, next_batches
+from jaxsp.training.slots import (
+    Callback,
+    OwnAnswers,
+    Slot,
+    Step,
+    TrainingJob,
+    TrainingResult,
+    all_lengths,
+    next_batches,
+)
 from jaxsp.training.state import TrainState, put, stack, unstack
 from jaxsp.typing import EMPTY, AnyArray, Float, Interrupted, PyTree
 
@@ -73,10 +82,18 @@ class Block:
         self.ahead: Rows | None = None  # the next batches
         self.held_out: list[Rows] = []  # side by side; none before there are prompts
 
-    def resume(self, jobs: Sequence[TrainingJob | None], tick: int, packing: Packing) -> None:
+    def resume(
+        self,
+        jobs: Sequence[TrainingJob | None],
+        tick: int,
+        packing: Packing,
+        answers: Sequence[OwnAnswers | None] = (),
+    ) -> None:
         """Goes on with a saved block, each prompt in its slot: the same programs on the same numbers."""
         (some, *_) = filter(None, jobs)
         self.slots = [Slot(job or some, left=job is None) for job in jobs]
+        for slot, own in zip(self.slots, answers, strict=False):
+            slot.go_on_with(own)
         self.tick, self.packing = tick, packing
         self.longest = max(int(all_lengths(slot).max()) for slot in self._live())
         self._put(stack([slot.job.state for slot in self.slots]))
@@ -177,6 +194,18 @@ class Block:
         together = itertools.zip_longest(*own, fillvalue=blank)
         self.held_out = [_stacked(batches) for batches in together]
 
+    def _due(self) -> list[int]:
+        """The prompts that are to train on new answers of their own from here on."""
+        return [index for index, slot in enumerate(self.slots) if slot.answers_are_due]
+
+    def _answer(self) -> None:
+        """Makes these answers."""
+        if due := self._due():
+            states = self.driver.fetch(self.states)
+            for index in due:
+                self.slots[index].answer(unstack(states, index).sigma)
+            self.ahead = None  # it was drawn from the rows before
+
     def _batches(self) -> Rows:
         """The next batches of all prompts, stacked, in a shape that the driver's devices can share."""
         drawn = [(slot.job.train, slot.drawn()) for slot in self.slots]
@@ -191,6 +220,7 @@ class Block:
 
     def _step(self) -> None:
         """One step of all prompts, and the evaluation if it is due."""
+        self._answer()
         batches = self._batches() if self.ahead is None else self.ahead
         started, compiled = time.perf_counter(), compile_seconds()
         self.recent.append(self.states)
@@ -213,7 +243,7 @@ class Block:
         if self.tick % self.checkpoint_every == 0 or any(slot.finished for slot in self._live()):
             self._save()
         self._tell(set(stepping) - set(due))
-        self.ahead = self._batches() if self._running() else None
+        self.ahead = self._batches() if self._running() and not self._due() else None
 
     def _fail(self, index: int, step: int, values: dict[str, float]) -> None:
         """Ends a prompt: σ before the step may be what was wrong, the one before that was good."""
@@ -258,6 +288,8 @@ class Block:
         if self.checkpoints is not None and self.held_out:  # else not all is in place
             ids = [None if slot.left else slot.job.id for slot in self.slots]
             block = {"jobs": ids, "tick": self.tick, "packing": dataclasses.astuple(self.packing)}
+            if any(slot.answers for slot in self.slots):
+                block["answers"] = [slot.answers for slot in self.slots]
             self.checkpoints.save(self.tick, self.driver.fetch(self.states), block)
 
     def _result(self, index: int, slot: Slot) -> TrainingResult:

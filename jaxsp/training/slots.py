@@ -17,6 +17,29 @@ from jaxsp.files import atomic_write
 from jaxsp.training.state import TrainState
 from jaxsp.typing import PyTree
 
+OwnAnswers = list[list[int] | None]
+"""The prompt's own answer to each training query, as token ids; ``None``: the teacher's is in use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OnPolicy:
+    """Training on the prompt's own answers, which are made anew from time to time.
+
+    Both functions give the same for the same arguments: a resumed run trains on the same rows.
+
+    Attributes:
+      every: steps that answers are in use.
+      longest: tokens of the longest sequence that there may be.
+      refreshed: from σ and the number of its steps to new answers, and the training rows with them: the
+        teacher's targets are those on these answers.
+      rows: from answers to the same rows.
+    """
+
+    every: int
+    longest: int
+    refreshed: Callable[[PyTree, int], tuple[OwnAnswers, Rows]]
+    rows: Callable[[OwnAnswers], Rows]
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingJob:
@@ -30,6 +53,7 @@ class TrainingJob:
       packing: the shape that decides what is drawn for each step.
       patience: evaluations without a better one after which it stops; 0: it goes on to the end.
       metrics: a JSON-lines file that gets one line a step; those of steps beyond ``state`` are dropped.
+      on_policy: the rule by which ``train`` changes; ``None``: it stays as it is.
     """
 
     id: str
@@ -39,6 +63,7 @@ class TrainingJob:
     packing: Packing
     patience: int = 0
     metrics: Path | None = None
+    on_policy: OnPolicy | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +124,8 @@ class Slot:
         self.error: str | None = None
         self.good = job.state  # of a failed one: the last state that was good
         self.compile_seconds = 0.0
+        self.answers: OwnAnswers | None = None  # those in use
+        self._answered = -1  # the step at which they were made
         self._written = len(self.lines)
         self._drawn: np.ndarray | None = None
         if self.fresh:
@@ -115,6 +142,29 @@ class Slot:
         if self.ended or "held_out_kl" not in self.lines[-1]:
             return self.ended
         return self.stopped or out_of_patience(self.lines, self.job.patience)
+
+    @property
+    def answers_are_due(self) -> bool:
+        """Whether its own answers are to be made before the next step."""
+        policy = self.job.on_policy
+        if policy is None or self.left or self.finished or self._answered == self.step:
+            return False
+        return self.step % policy.every == 0
+
+    def answer(self, sigma: PyTree) -> None:
+        """Makes its own answers, as σ is now, and trains on them from here on."""
+        if (policy := self.job.on_policy) is not None:
+            self._answered = self.step
+            self._train_on(*policy.refreshed(sigma, self.step))
+
+    def go_on_with(self, answers: OwnAnswers | None) -> None:
+        """Trains on the answers that it had when it was saved, if it had any."""
+        if answers is not None and (policy := self.job.on_policy) is not None:
+            self._train_on(answers, policy.rows(answers))
+
+    def _train_on(self, answers: OwnAnswers, rows: Rows) -> None:
+        self.answers, self._drawn = answers, None
+        self.job = dataclasses.replace(self.job, train=rows)
 
     def drawn(self) -> np.ndarray:
         """The rows of the next step, which its own shape decides; none if it has ended."""
@@ -141,8 +191,9 @@ class Slot:
 
 
 def all_lengths(slot: Slot) -> np.ndarray:
-    """The lengths of all of a prompt's sequences."""
-    return np.concatenate([slot.job.train.lengths, slot.job.held_out.lengths])
+    """The lengths of all of a prompt's sequences, and of the longest that may yet come."""
+    longest = [slot.job.on_policy.longest] if slot.job.on_policy else []
+    return np.concatenate([slot.job.train.lengths, slot.job.held_out.lengths, longest]).astype(int)
 
 
 def next_batches(slot: Slot, count: int = 8) -> Iterator[np.ndarray]:

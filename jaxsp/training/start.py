@@ -22,7 +22,7 @@ def start_state(model: LanguageModel, problem: Problem, settings: Settings) -> T
     settings = with_defaults(settings)
     sigma = distributions.initial_prompt(
         model.params, model.config, np.concatenate(parts), problem.preamble, key=own, rows=problem.train,
-        part_lengths=[len(ids) for ids in parts], part_of=job.part_of[job.is_train],
+        part_lengths=[len(ids) for ids in parts], part_of=problem.train_part_of,
         prompt_length=settings.prompt.prompt_length, initial=settings.prompt.initial,
         kind=settings.prompt.kind, rank=settings.prompt.rank,
     )  # fmt: skip

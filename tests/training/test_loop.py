@@ -16,7 +16,7 @@ from jaxsp.data.packing import Packing
 from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.loop import Block
 from jaxsp.training.optimizers import constant
-from jaxsp.training.slots import TrainingJob
+from jaxsp.training.slots import OnPolicy, TrainingJob
 from jaxsp.training.state import initial_state, stack, unstack
 from jaxsp.typing import Interrupted, UserError
 
@@ -168,6 +168,45 @@ def test_an_error_in_between_leaves_a_checkpoint_and_whole_lines(tmp_path):
     assert stored[5]["loss"] == 1.0
     assert checkpoints.latest == 9
     checkpoints.close()
+
+
+def test_own_answers_are_made_every_n_steps_and_saved_with_the_states(tmp_path):
+    """Those in use when it was saved come back with it; the next are made when they are due."""
+    asked, read = [], []
+
+    def refreshed(sigma, step):
+        asked.append((step, float(sigma["x"])))
+        return [[step + 7], *[None] * 4], rows([[step + 7]])
+
+    def rows(answers):
+        read.append(answers[0])
+        return make_rows([[3, 4]] * 5, [answers[0]] * 5)
+
+    policy = OnPolicy(every=3, longest=12, refreshed=refreshed, rows=rows)
+    driver, seen = CountingDriver(), []
+    step = driver.step
+    driver.step = lambda states, batches: (
+        seen.append(int(batches.targets["tokens"].max())) or step(states, batches)
+    )
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    (result,) = block([job(8, on_policy=policy)], driver, every=4, checkpoints=checkpoints).run()
+    assert asked == [(0, 0.0), (3, 3.0), (6, 6.0)]  # none after the last step
+    assert seen == [7, 7, 7, 10, 10, 10, 13, 13]
+    saved = checkpoints.block()
+    assert saved is not None
+    assert saved["answers"] == [[[13], None, None, None, None]]
+    assert saved["packing"][1] >= 12  # room for the longest that may come
+    checkpoints.close()
+
+    state = dataclasses.replace(result.state, step=jnp.int32(4))
+    read.clear()
+    seen.clear()
+    resumed = block([], driver, every=4)
+    resumed.resume([job(8, state=state, on_policy=policy)], 4, Packing(*saved["packing"]), [[[9], None]])
+    list(resumed.run())
+    assert read[0] == [9]
+    assert seen == [9, 9, 13, 13]
+    assert asked[3:] == [(6, 10.0)]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

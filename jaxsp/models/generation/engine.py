@@ -76,8 +76,9 @@ def generate(
 ) -> list[list[int]]:
     """Continues every request; requests wait in order for one of the slots.
 
-    An answer depends on its request, its place in ``requests`` and the key, not on the slots or on the
-    other requests; in bfloat16 up to rounding, by which a token that is nearly as probable can win.
+    An answer depends on its request, its place in ``requests`` and the key, or on its own key alone, not on
+    the slots or on the other requests; in bfloat16 up to rounding, by which a token that is nearly as
+    probable can win.
 
     Args:
       params: the frozen weights.
@@ -88,7 +89,7 @@ def generate(
       sampling: for all requests, or one for each.
       after: the row of ``prefix`` that each request is read after; needed if there are several.
       slots: number of sequences that decode together.
-      key: random key of the draws; needed if any temperature is above 0.
+      key: random key of the draws, or an array of one for each request; needed if any temperature is above 0.
       decode: the text of token ids; needed if there are stop strings.
       on_finished: called with the index and the tokens of each answer as it ends.
 

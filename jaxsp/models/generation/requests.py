@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.generation.sampling import Choices, Sampling, column, round_up, tabulate
+from jaxsp.models.generation.sampling import Choices, Sampling, are_keys, column, round_up, tabulate
 from jaxsp.models.generation.stop_strings import Decode
 from jaxsp.typing import EMPTY, AnyArray, Array, Int, KeyValues, UserError
 
@@ -57,11 +57,15 @@ class Work:
         if len(self.samplings) != len(self.requests):
             raise UserError(f"There are {len(self.requests)} requests, but {len(self.samplings)} samplings.")
         if self.key is not None:
+            several = are_keys(self.key)
             try:
-                jax.random.fold_in(self.key, 0)  # jax's own check
+                jax.random.fold_in(self.key[0] if several else self.key, 0)  # jax's own check
+                if several and self.key.shape != (len(self.requests),):
+                    raise ValueError
             except (TypeError, ValueError) as error:
                 raise UserError(
-                    f"key must be one random key, as jax.random.key(0); got {self.key!r}."
+                    "key must be one random key, as jax.random.key(0), or an array of one for each of the"
+                    f" {len(self.requests)} requests; got {self.key!r}."
                 ) from error
         positions_RS = np.asarray(self.prefix.positions)
         before_R = (positions_RS.max(axis=1, initial=EMPTY) + 1)[self._rows()]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,10 @@ class Choices(NamedTuple):
 
 
 def tabulate(samplings: Sequence[Sampling], rows: int, key: Array | None) -> Choices:
-    """The samplings as arrays, with empty rows up to ``rows``; each row draws from a key of its own."""
+    """The samplings as arrays, with empty rows up to ``rows``; each row draws from a key of its own.
+
+    It is the row's of ``key`` if that is an array of keys; else it is made from the key and the row's place.
+    """
     most_stops = max(1, *(len(s.stop_ids) for s in samplings))
     stops_BE = np.full((rows, round_up(most_stops, 8)), EMPTY, np.int32)
     for stops_E, sampling in zip(stops_BE, samplings, strict=False):
@@ -95,13 +98,24 @@ def tabulate(samplings: Sequence[Sampling], rows: int, key: Array | None) -> Cho
     if any(s.temperature or s.min_tokens for s in samplings):
         key = jax.random.key(0) if key is None else key  # nobody draws from it then
         draws = Draws(
-            key_B=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows)),
+            key_B=_each(key, rows),
             temperature_B=column([s.temperature for s in samplings], rows, np.float32),
             top_k_B=column([s.top_k for s in samplings], rows),
             top_p_B=column([s.top_p for s in samplings], rows, np.float32),
             min_B=column([s.min_tokens for s in samplings], rows),
         )
     return Choices(draws, jnp.asarray(stops_BE))
+
+
+def are_keys(key: Any) -> bool:
+    """Whether it is an array of random keys, not one."""
+    return bool(getattr(key, "ndim", 0)) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
+def _each(key: Array, rows: int) -> Array:
+    if are_keys(key):
+        return key[jnp.minimum(jnp.arange(rows), len(key) - 1)]
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
 def column(values: Sequence[float | np.integer], rows: int, dtype: type = np.int32) -> Array:

@@ -365,6 +365,17 @@ def test_samples_do_not_depend_on_slots_or_neighbours(run, streamed, sampling):
     assert streamed(requests[0], sampling, key=key) == expected[0]
 
 
+def test_a_key_for_each_request_makes_its_place_irrelevant(run):
+    keys, sampling = (
+        jax.random.split(jax.random.key(3), len(QUERIES)),
+        Sampling(temperature=0.8, max_tokens=16),
+    )
+    expected = run(QUERIES, sampling, slots=3, key=keys)
+    assert run(QUERIES[::-1], sampling, slots=3, key=keys[::-1]) == expected[::-1]
+    twice = run([QUERIES[0]] * 2, sampling, slots=3, key=keys[:2])
+    assert twice[0] == expected[0] != twice[1]
+
+
 # Stop strings.
 
 
@@ -408,7 +419,8 @@ def test_a_stop_string_frees_its_slot(run, slowly, steps):
     ([[4, -1]], Sampling(), {}, "Request 0 has the token id -1 at place 1"),
     ([4, 5], Sampling(), {}, "Request 0 must be a list of token ids; got 4"),
     ([[4.5]], Sampling(), {}, r"Request 0 must be a list of token ids; got \[4\.5\]"),
-    ([[4]], Sampling(), {"key": 0}, r"key must be one random key, as jax\.random\.key\(0\); got 0"),
+    ([[4]], Sampling(), {"key": 0}, r"key must be one random key, as jax\.random\.key\(0\), or .*; got 0"),
+    ([[4]], Sampling(), {"key": jax.random.split(jax.random.key(0))}, "one for each of the 1 requests"),
 ])  # fmt: skip
 def test_mistakes_are_found_before_any_work(run, steps, requests, sampling, options, message):
     with pytest.raises(UserError, match=message):
