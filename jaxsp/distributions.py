@@ -252,7 +252,7 @@ def _without(preamble: KeyValues, prefix: KeyValues) -> KeyValues:
 
 
 @jax.jit
-def _slots(prefix: KeyValues, index: Int[np.ndarray, " n"]) -> KeyValues:
+def _slots(prefix: KeyValues, index: Int[AnyArray, " n"]) -> KeyValues:
     """Some slots of a prefix."""
     return KeyValues(prefix.keys[:, :, index], prefix.values[:, :, index], prefix.positions[:, index])
 

@@ -32,12 +32,14 @@ Sigma = Mapping[str, Any]
 
 def initial(start: Start) -> Sigma:
     """σ that starts as these keys and values, float32."""
-    return _packed(start.uneven(WIDEST * start.source.prompt_length), start.source.context_length)
+    keys, values, bias = _packed(start.uneven(WIDEST * start.source.prompt_length))
+    length = jnp.float32(start.source.context_length)
+    return {"keys": keys, "values": values, "bias": bias, "context_length": length}
 
 
 @jax.jit
-def _packed(found: KeyValues, context_length: int) -> Sigma:
-    """The slots that are there, one head after the other."""
+def _packed(found: KeyValues) -> tuple[Array, Array, Array]:
+    """Keys and values of the slots that are there, one head after the other; and all biases."""
     assert found.bias is not None
     bias_LWG = found.bias[:, 0].astype(jnp.float32)
     L, W, G = bias_LWG.shape
@@ -47,13 +49,7 @@ def _packed(found: KeyValues, context_length: int) -> Sigma:
     def slots(leaf: Array) -> Array:
         return leaf[:, 0].astype(jnp.float32).swapaxes(1, 2).reshape(L * G * W, -1)[at_N]
 
-    length = jnp.asarray(context_length, jnp.float32)
-    return {
-        "keys": slots(found.keys),
-        "values": slots(found.values),
-        "bias": bias_LWG,
-        "context_length": length,
-    }
+    return slots(found.keys), slots(found.values), bias_LWG
 
 
 def _there(bias_LWG: Float[Array, "l w g"]) -> Bool[Array, "l w g"]:
