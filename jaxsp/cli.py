@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import tyro
 
 from jaxsp.arguments import parse, program
+from jaxsp.cache import Cache
 from jaxsp.errors import Interrupted, UserError
 from jaxsp.options import (
     EMBEDDED,
@@ -372,7 +373,7 @@ class Demo:
         print(f'Ask it yourself:  {program()} ask {shlex.quote(self.out)} "How long is the cable?"')
 
 
-Command = Compress | CompressMany | Questions | Plan | Ask | Evaluate | Inspect | Report | Demo
+Command = Compress | CompressMany | Questions | Plan | Ask | Evaluate | Inspect | Report | Cache | Demo
 COMMANDS: dict[str, type[Command]] = {
     "compress": Compress,
     "compress-many": CompressMany,
@@ -382,6 +383,7 @@ COMMANDS: dict[str, type[Command]] = {
     "evaluate": Evaluate,
     "inspect": Inspect,
     "report": Report,
+    "cache": Cache,
     "demo": Demo,
 }
 

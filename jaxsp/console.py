@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from jaxsp import prompts
 from jaxsp.artifact import SoftPrompt
@@ -18,6 +18,7 @@ from jaxsp.plan import Plan
 from jaxsp.prompts import storage
 from jaxsp.runs.folder import Result
 from jaxsp.study import Study
+from jaxsp.teacher.store import Entry
 from jaxsp.terminal import visible
 
 
@@ -141,11 +142,25 @@ def print_results(rows: Iterable[list[str]]) -> None:
     _print(_table(rows, "id", "objective", "K", "tokens", "gap closed", "σ: KL", "none: KL", box=None))
 
 
+def print_entries(entries: Sequence[Entry], folder: Path, now: float) -> None:
+    """Prints what a store holds, and when each was last used, seen from ``now`` (``time.time``)."""
+    rows = []
+    for entry in entries:
+        names = "kind", "model", "document", "queries", "tokens"
+        kind, model, document, *counts = (entry.about.get(name, "") for name in names)
+        texts = kind or "damaged", Path(model).name, " ".join(document.split())
+        age = f"{(now - entry.used) / 86400:.1f} days"
+        rows.append([entry.path.name, *texts, *counts, size(entry.size), age])
+    columns = Column("key", no_wrap=True), "kind", "model", "document", "queries", "tokens", "size", "used"
+    total = size(sum(entry.size for entry in entries))
+    _print(_table(rows, *columns, box=None), f"{len(rows)} entries, {total}: {folder}")
+
+
 def _print_pairs(rows: Mapping[str, object]) -> None:
     _print(_table(rows.items(), show_header=False, box=None, padding=(0, 2, 0, 0)))
 
 
-def _table(rows: Iterable[Iterable[object]], *columns: str, **options: Any) -> Table:
+def _table(rows: Iterable[Iterable[object]], *columns: str | Column, **options: Any) -> Table:
     table = Table(*columns, **options)
     for row in rows:
         table.add_row(*(visible(str(thing)) for thing in row))

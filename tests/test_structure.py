@@ -33,6 +33,7 @@ FLOORS = [
     ["runs", "demo"],
     ["api"],
     ["console", "options"],
+    ["cache"],
     ["cli"],
     ["__main__", "__init__"],
 ]
@@ -44,7 +45,7 @@ ONLY_IN = {
     "transformers": {"models/lazy_tokenizer.py", "models/load.py", "models/gguf/convert.py"},
     "jinja2": {"evaluation/report.py", "models/chat_renderer.py"},
     "rich": {"progress.py", "console.py", "cli.py"},
-    "tyro": {"arguments.py", "cli.py", "options.py"},
+    "tyro": {"arguments.py", "cache.py", "cli.py", "options.py"},
     "flax": {"models/decoder.py", "models/layers.py", "models/weights.py"},
     "torch": set(),
 }

@@ -26,7 +26,8 @@ from jaxsp.progress import Display
 from jaxsp.prompts import with_defaults
 from jaxsp.settings import make_settings
 from jaxsp.teacher.answers import answer_ids
-from jaxsp.teacher.problem import Problem, read_preamble, run_teacher, teacher_key, tokenize
+from jaxsp.teacher.problem import Problem, read_preamble, run_teacher, tokenize
+from jaxsp.teacher.store import Store
 from jaxsp.training import Frozen, JitDriver, UpdateSettings
 from jaxsp.training.loop import Block
 from jaxsp.training.slots import TrainingJob
@@ -76,10 +77,9 @@ class Document:
         if small:
             queries, held_out = queries[:6], held_out[:2]
         job = tokenize(model, text, queries, held_out, settings)
-        file = folder / f"{teacher_key(model, job, settings.teacher)}.safetensors"
         self.model, self.settings = model, settings
         self.problem: Problem = run_teacher(
-            model, job, settings.teacher, read_preamble(model), Display(visible=False), file
+            model, job, settings.teacher, read_preamble(model), Display(visible=False), Store(folder)
         )
         nothing = self._positions(self.problem.preamble)
         self.kl_no_context = nothing["kl"].sum(axis=1)

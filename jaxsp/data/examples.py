@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsp.data.ragged import Ragged
 from jaxsp.typing import EMPTY, Array, Bool, Int, PyTree
 
 # The arguments of ``fused_objective`` that each target gives, in the order of its leaves.
@@ -33,7 +35,8 @@ class Rows:
       answer_index: ``[B, A]`` the row index whose hidden state predicts each answer token.
       mask: ``[B, A]`` True where there is one.
       targets: what the teacher said there, by the names in ``Objective.needs``, each ``[B, A, ...]``:
-        ``tokens`` (the answer ŷ, always there), and what ``teacher.targets`` adds, such as ``hidden``.
+        ``tokens`` (the answer ŷ, always there), and what ``teacher.targets`` adds, such as ``hidden``; an
+        array, or a ``Ragged`` that is read as it is used.
       segment_ids: ``[B, T]`` which of its row's sequences a token belongs to, counted from 0, ``EMPTY`` for
         padding; ``None`` if every row is one sequence.
     """
@@ -48,7 +51,7 @@ class Rows:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
-    @property
+    @functools.cached_property
     def lengths(self) -> Int[np.ndarray, " b"]:
         """Tokens of each row."""
         return (self.offsets != EMPTY).sum(axis=-1)
@@ -93,7 +96,9 @@ def joined(parts: Sequence[Rows]) -> Rows:
       [[5, 8, 0], [5, 6, 7]]
     """
 
-    def stacked(*leaves: np.ndarray, fill: int = 0) -> np.ndarray:
+    def stacked(*leaves: Any, fill: int = 0) -> Any:
+        if isinstance(leaves[0], Ragged):
+            return Ragged.joined(leaves)
         most = max(leaf.shape[1] for leaf in leaves)
         others = [(0, 0)] * (leaves[0].ndim - 2)
         widths = [[(0, 0), (0, most - leaf.shape[1]), *others] for leaf in leaves]

@@ -13,11 +13,13 @@ import dataclasses
 import heapq
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxsp.data.examples import Rows, batch_indices
+from jaxsp.data.ragged import Ragged
 from jaxsp.models.decoder import round_size
 from jaxsp.typing import EMPTY, Int, ceil_div
 
@@ -184,7 +186,7 @@ class Packing:
             answer_index[row, answer] = here.start + rows.answer_index[i, live]
             mask[row, answer] = True
             for packed, leaf in zip(targets, given, strict=True):
-                packed[row, answer] = leaf[i, live]
+                packed[row, answer] = leaf[i, : answer.stop - answer.start]
         return Rows(tokens, offsets, answer_index, mask, jax.tree.unflatten(tree, targets), segment_ids)
 
     def in_order(self, rows: Rows) -> list[Int[np.ndarray, " n"]]:
@@ -205,10 +207,15 @@ class Packing:
         """
         out = np.zeros((*rows.mask.shape, *values[0].shape[2:]), values[0].dtype)
         for batch, index in zip(values, batches, strict=True):
-            packed = np.asarray(batch)
-            for i, row, _, answer in self._layout(rows, index):
-                out[i, rows.mask[i]] = packed[row, answer]
+            for i, value in zip(index, self.split(batch, rows, index).rows, strict=True):
+                out[i, rows.mask[i]] = value
         return out
+
+    def split(self, values: Any, rows: Rows, index: Int[np.ndarray, " n"]) -> Ragged:
+        """The values ``[rows, length, ...]`` of one batch as a row for each of its sequences."""
+        packed = np.asarray(values)
+        answers = [packed[row, answer].copy() for _, row, _, answer in self._layout(rows, index)]
+        return Ragged(answers, packed[0, :0])
 
     def _layout(self, rows: Rows, index: Int[np.ndarray, " n"]) -> Iterator[tuple[int, int, slice, slice]]:
         """Each sequence's index, its row, and where its tokens and its answer stand there."""

@@ -15,7 +15,7 @@ from jaxsp.evaluation import report as reports
 from jaxsp.files import atomic_write
 from jaxsp.typing import UserError
 
-VERSION = 2
+VERSION = 3
 """Version of the files in a run's folder; 0.1 wrote none."""
 
 REPORT, RESULTS = "report.json", "results.parquet"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -139,7 +140,8 @@ class OnPolicyRows:
             context = read_part(self.teacher, read, part, self.teacher_preamble)
             # The same shapes whatever was answered.
             packing = Packing.for_all(np.full(len(some), self._longest(asked)))
-            found = {name: targets.compute(self.teacher, context, rows, packing, name) for name in signals}
+            said = (targets.in_batches(self.teacher, context, rows, packing, name) for name in signals)
+            found = targets.in_order(itertools.chain.from_iterable(said))
             for place, row in enumerate(some, start=sum(map(len, pieces))):
                 order[row] = place
             student = make_rows([self.problem.job.query_ids[i] for i in numbers], ids)

@@ -14,8 +14,9 @@ from jaxsp.progress import Display
 from jaxsp.runs.job import Job
 from jaxsp.study import Study, study, study_key
 from jaxsp.teacher.another import Teacher
-from jaxsp.teacher.problem import Problem, keep, read_preamble, run_teacher, teacher_key
+from jaxsp.teacher.problem import FIRST_WORDS, Problem, keep, read_preamble, run_teacher, teacher_key
 from jaxsp.teacher.samples import count, sample
+from jaxsp.teacher.store import Store
 from jaxsp.typing import KeyValues
 
 T = TypeVar("T")
@@ -48,14 +49,14 @@ class Problems:
     Args:
       model: the frozen model, which is also the teacher if there is no other.
       preamble: its prefix before a context.
-      folder: where what the teacher said is kept; ``None`` to keep nothing.
+      store: where studies, and what the teacher said, are kept.
       teacher: the teacher, if it is another model.
     """
 
     def __init__(
-        self, model: LanguageModel, preamble: KeyValues, folder: Path | None, teacher: Teacher | None = None
+        self, model: LanguageModel, preamble: KeyValues, store: Store, teacher: Teacher | None = None
     ) -> None:
-        self.model, self.preamble, self.folder, self.teacher = model, preamble, folder, teacher
+        self.model, self.preamble, self.store, self.teacher = model, preamble, store, teacher
         self.asked = teacher.model if teacher else model  # who answers
         self.teacher_preamble = read_preamble(teacher.model) if teacher else preamble
         self._problems, self._studies = Kept[Problem](), Kept[Study]()
@@ -71,18 +72,15 @@ class Problems:
         key = teacher_key(self.asked, tokenized, job.settings.teacher), tokenized.is_train.tobytes(), seed
         if (known := self._problems.get(key)) is not None:
             return known
-        file = self.folder and self.folder / f"{key[0]}.safetensors"
         if made is None:
-            made = run_teacher(
-                self.asked, tokenized, job.settings.teacher, self.teacher_preamble, display, file
-            )
-        elif file is not None:
-            keep(made, file)
-        if found is not None and self.folder is not None and processes.is_first():
-            found.write(self.folder / self._study_file(asked))  # last: who finds it, finds what was said
-            shutil.rmtree(self.folder / self._study_folder(asked), ignore_errors=True)
+            texts = self.asked, tokenized, job.settings.teacher, self.teacher_preamble
+            made = run_teacher(*texts, display, self.store)
+        else:
+            made = keep(self.store, key[0], self.asked, made) or made
+        if found is not None and processes.is_first():
+            self._keep_study(asked, found)  # last: who finds it, finds what was said
         shared = self.model if self.teacher is None or self.teacher.difference is None else self.asked
-        sampled = self.asked, tokenized, job.settings, self.teacher_preamble, display, self.folder
+        sampled = self.asked, tokenized, job.settings, self.teacher_preamble, display, self.store
         index, samples = sample(*sampled, vocab_size=shared.config.vocab_size) or ([], None)
         if self.teacher is not None:
             own, more = job.tokenized(self.model), (self.preamble, job.settings)
@@ -97,29 +95,34 @@ class Problems:
     def _key(self, job: Job) -> str:
         return study_key(self.asked, job.context, job.train, job.held_out, job.settings)
 
-    def _study_file(self, job: Job) -> str:
-        return f"{self._key(job)}.study.json"
+    def _keep_study(self, job: Job, found: Study) -> None:
+        about = {
+            "kind": "study",
+            "model": self.asked.name,
+            "document": job.context[:FIRST_WORDS],
+            "queries": len(found.train) + len(found.held_out),
+        }
+        self.store.write(f"{self._key(job)}.study", about, found.write, Study.read)
+        if (folder := self._begun(job)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def _study_folder(self, job: Job) -> str:
-        """Name of the folder for what is kept of a study until it ends."""
-        return f"{self._key(job)}.study"
+    def _begun(self, job: Job) -> Path | None:
+        """The folder for what is kept of a study until it ends."""
+        return self.store.own and self.store.own / f"{self._key(job)}.begun"
 
     def _studied(self, job: Job, display: Display) -> tuple[Study, Problem | None]:
         """The queries that a job's document gives, and their problem, if this process has just made it."""
         key, made = self._key(job), None
-        file = self.folder and self.folder / self._study_file(job)
         if (found := self._studies.get(key)) is not None:
             return found, None
-        if file is not None and file.is_file():
-            return self._studies.keep(key, Study.read(file)), None
+        if (found := self.store.read(f"{key}.study", Study.read, "Questions from the document")) is not None:
+            return self._studies.keep(key, found), None
 
         def make() -> dict[str, Any]:
             nonlocal made
             with processes.alone():
                 asked = job.context, job.train, job.held_out, job.settings
-                found, made = study(
-                    self.asked, *asked, display, folder=self.folder and self.folder / self._study_folder(job)
-                )
+                found, made = study(self.asked, *asked, display, folder=self._begun(job))
             return found.as_json()
 
         found = self._studies.keep(key, Study.from_json(processes.on_first_process(make)))

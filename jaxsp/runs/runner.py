@@ -31,6 +31,7 @@ from jaxsp.runs.problems import Kept, Problems
 from jaxsp.settings import Settings, plain
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import Problem, TokenizedJob, read_preamble, teacher_key
+from jaxsp.teacher.store import Store
 from jaxsp.training.drivers import DRIVERS, Driver, mesh_of
 from jaxsp.training.loop import Block
 from jaxsp.training.slots import Callback, Step, TrainingJob, TrainingResult
@@ -111,8 +112,8 @@ class Runner:
         self.jobs, self.folder, self.single = list(jobs), start.folder, single
         self.at_once, self.callbacks, self.display = start.at_once, start.callbacks, start.display
         self.preamble = read_preamble(self.model)
-        teachers = self.folder and self.folder.teachers
-        self.problems = Problems(self.model, self.preamble, teachers, self.teacher)
+        store = Store.of_run(self.folder and self.folder.teachers, self.display.say)
+        self.problems = Problems(self.model, self.preamble, store, self.teacher)
         self.teacher_head = self.teacher and self.teacher.head
         self.brackets = Kept[dict[str, Measured]]()
         self.prefills = Kept[float]()  # seconds of the whole context

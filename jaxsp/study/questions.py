@@ -26,7 +26,8 @@ from jaxsp.study.filters import MATTERS, Seen, is_answer, is_sane
 from jaxsp.study.seeds import SEEDS, Draft
 from jaxsp.study.text import Document
 from jaxsp.study.writing import completed
-from jaxsp.teacher.problem import SAMPLE, Problem, digest, read_preamble, run_teacher, teacher_key, tokenize
+from jaxsp.teacher.problem import SAMPLE, Problem, digest, identity, read_preamble, run_teacher, tokenize
+from jaxsp.teacher.store import Store
 from jaxsp.typing import UserError
 
 A_SENTENCE = 4
@@ -40,6 +41,8 @@ DRAFTS = 4
 
 HELD_OUT, MOST_HELD_OUT = 0.2, 16
 """Part of the questions to measure on, and their number at most, where the user gives none."""
+
+_FILE = "study.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,21 +90,14 @@ class Study:
         """The study that ``as_json`` gave."""
         return cls(**{**found, **{part: as_queries(found[part]) for part in ("train", "held_out")}})
 
-    def write(self, file: Path) -> None:
-        """Keeps the study."""
-        atomic_write(file, json.dumps(self.as_json(), ensure_ascii=False))
+    def write(self, folder: Path) -> None:
+        """Puts the study into a folder."""
+        (folder / _FILE).write_text(json.dumps(self.as_json(), ensure_ascii=False), "utf-8")
 
     @classmethod
-    def read(cls, file: Path) -> Study:
-        """The study that ``write`` kept.
-
-        Raises:
-          UserError: the file is damaged.
-        """
-        try:
-            return cls.from_json(json.loads(file.read_text("utf-8")))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} is damaged ({error}); start anew with --overwrite.") from error
+    def read(cls, folder: Path) -> Study:
+        """The study that ``write`` put into a folder."""
+        return cls.from_json(json.loads((folder / _FILE).read_text("utf-8")))
 
 
 def study_key(
@@ -110,7 +106,7 @@ def study_key(
     """Equal where a study gives the same queries."""
     texts = [[dataclasses.astuple(query) for query in part] for part in (given, held_out)]
     chosen = plain(settings.study), plain(settings.teacher), settings.training.seed
-    return digest((model.fingerprint, model.config.dtype, context, texts, chosen))
+    return digest((*identity(model), context, texts, chosen))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,10 +225,8 @@ class _Found:
     def ask(self, queries: Sequence[Query]) -> Problem:
         """More queries, which the teacher answers."""
         job = tokenize(self.model, self.document.text, queries, [], self.settings, self.parts)
-        key = teacher_key(self.model, job, self.settings.teacher)
-        file = self.folder and self.folder / f"{key}.safetensors"
-        answered = run_teacher(self.model, job, self.settings.teacher, self.preamble, self.display, file)
-        self.problems.append(answered)
+        asked = self.model, job, self.settings.teacher, self.preamble, self.display
+        self.problems.append(run_teacher(*asked, Store(self.folder)))
         return self.problems[-1]
 
     def _kept(self, key: str, write: Callable[[], list[str | None]]) -> list[str | None]:

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from jaxsp.data.examples import make_rows
@@ -157,9 +156,7 @@ class Teacher:
         else:
             answers = [self._encoded_again(answer) for answer in answers]
             ids = [given or own for given, own in zip(job.given_ids, answers, strict=True)]
-        rows = make_rows(job.query_ids, ids)
-        # Of some of the queries that the teacher was asked, the longest answer may be shorter.
-        rows = rows.with_targets(**jax.tree.map(lambda leaf: leaf[:, : rows.mask.shape[1]], signals))
+        rows = make_rows(job.query_ids, ids).with_targets(**signals)
         # z stands behind the longest part, or behind more slots than that has tokens.
         before = max(settings.prompt.prompt_length, len(job.longest_part.ids))
         taken = preamble.end + before + int(rows.lengths.max())

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxsp.data.documents import Query
 from jaxsp.data.examples import Rows, joined, make_rows
 from jaxsp.data.packing import Packing
 from jaxsp.data.parts import Part, cut, search
+from jaxsp.data.ragged import Ragged
 from jaxsp.models import decoder
 from jaxsp.models.chat import ChatTexts
 from jaxsp.models.language_model import LanguageModel
@@ -27,7 +28,8 @@ from jaxsp.settings import Settings, TeacherSettings, plain
 from jaxsp.teacher import targets
 from jaxsp.teacher.answers import answer_ids
 from jaxsp.teacher.signals import SIGNALS
-from jaxsp.typing import Bool, Int, KeyValues, PyTree, UserError
+from jaxsp.teacher.store import VERSION, Store
+from jaxsp.typing import Bool, Int, KeyValues, UserError
 
 QUERY_TOKENS = 128
 """Tokens of a query that the parts of a long document leave room for at least, in a window of four times as
@@ -35,6 +37,9 @@ many: the cut does not depend on the queries that the document then gives."""
 
 FEWEST = 16
 """Tokens of a part that there must be room for."""
+
+FIRST_WORDS = 60
+"""Characters of a document that its entry in the store shows."""
 
 SAMPLE = Query("What does the text say?", seed="question")
 """A query such as the document gives, in place of those that are not yet made."""
@@ -291,11 +296,19 @@ def read_part(model: LanguageModel, job: TokenizedJob, part: int, preamble: KeyV
 
 
 def teacher_key(model: LanguageModel, job: TokenizedJob, settings: TeacherSettings) -> str:
-    """Equal where the teacher says the same: of its weights, the texts, and all of its settings."""
+    """Equal where the teacher says the same: of the model and where it stops, the texts, all of its settings.
+
+    Devices are no part of it: they differ in rounding alone.
+    """
     texts = job.preamble_ids.tolist(), job.context_ids.tolist(), job.query_ids, job.given_ids
     parts = [part.ids.tolist() for part in job.parts], job.part_of.tolist(), job.found.tolist()
     asked = [dataclasses.astuple(query) for query in job.queries]
-    return digest((model.fingerprint, model.config.dtype, *texts, *parts, asked, plain(settings)))
+    return digest((*identity(model), *texts, *parts, asked, plain(settings)))
+
+
+def identity(model: LanguageModel) -> tuple[Any, ...]:
+    """What decides what a model says, and how that is kept."""
+    return VERSION, model.fingerprint, dataclasses.astuple(model.config), model.stop_ids
 
 
 def digest(value: Any) -> str:
@@ -309,19 +322,21 @@ def run_teacher(
     settings: TeacherSettings,
     preamble: KeyValues,
     display: Display,
-    file: Path | None = None,
+    store: Store | None = None,
 ) -> Problem:
-    """The teacher's answers and signals; those kept in ``file`` are read, new ones kept there.
+    """The teacher's answers and signals; those in the store are read, new ones kept there as they come.
 
     Several processes share the work: each answers every n-th query.
     """
-    if file is not None and file.is_file():
-        return Problem(job, preamble, *targets.read(file))
+    key, store = teacher_key(model, job, settings), store or Store(None)
+    read = functools.partial(targets.read, rows_of=functools.partial(_rows, job))
+    if (kept := store.read(key, read, "Teacher's answers and signals")) is not None:
+        return Problem(job, preamble, *kept)
     count = len(job.queries)
     # What the document itself answers, nobody compares with the teacher's own words.
     known = {i: ids for i, ids in enumerate(job.given_ids) if ids is not None and job.queries[i].seed}
     open_ones = [i for i in range(count) if i not in known]
-    read = functools.lru_cache(maxsize=1)(lambda part: read_part(model, job, part, preamble))
+    prefix = functools.lru_cache(maxsize=1)(lambda part: read_part(model, job, part, preamble))
 
     def by_part(index: Sequence[int]) -> Iterator[tuple[KeyValues, list[int]]]:
         """The queries of this process among some, with the prefix that they are read after."""
@@ -329,7 +344,7 @@ def run_teacher(
         for part in range(len(job.parts)):
             some = [i for i in own if job.part_of[i] == part]
             if some or (not own and part == 0):  # a process without queries joins in what all do
-                yield read(part), some
+                yield prefix(part), some
 
     with display.phase("answers", f"Answers to {len(open_ones)} queries") as note:
         made, done = dict[int, list[int]](), itertools.count(1)
@@ -345,40 +360,72 @@ def run_teacher(
         gathered = processes.gather_strided([made[i] for i in sorted(made)], len(open_ones))
         found = known | dict(zip(open_ones, gathered, strict=True))
         answers = [found[i] for i in range(count)]
-    with display.phase("signals", "Teacher's distributions"):
-        pairs = zip(job.given_ids, answers, strict=True)
-        rows = make_rows(job.query_ids, [given or own for given, own in pairs])
-        own = list(processes.strided_shard(count))
-        signals: dict[str, PyTree] = {}
+    rows = _rows(job, answers)
+
+    def said() -> Iterator[targets.Said]:
         for context, some in by_part(range(count)):
-            index, taken = np.searchsorted(own, some), rows.take(some)
-            packing = Packing.for_all(rows.lengths)
+            taken, packing = rows.take(some), Packing.for_all(rows.lengths)
             if len(job.parts) > 1 and some:
                 packing = Packing(Packing.for_all(taken.lengths).rows, packing.length)
             for name in SIGNALS:
-                signal = targets.compute(model, context, taken, packing, name)
-                signals[name] = _put(signals.get(name), signal, index, len(own))
-        for name, signal in signals.items():
-            whole = jax.tree.map(lambda leaf: processes.gather_strided(leaf, count), signal)
-            rows = rows.with_targets(**{name: whole})
-    problem = Problem(job, preamble, rows, answers)
-    if file is not None and processes.is_first():
-        keep(problem, file)
+                for _, index, values in targets.in_batches(model, context, taken, packing, name):
+                    yield name, np.array(some, int)[index], values
+
+    with display.phase("signals", "Teacher's distributions"):
+        if not processes.are_several():
+            kept = keep(store, key, model, Problem(job, preamble, rows, answers), said)
+            return kept or Problem(job, preamble, rows.with_targets(**targets.in_order(said())), answers)
+        gathered = jax.tree.map(lambda leaf: _gathered(leaf, rows), targets.in_order(said()))
+    problem = Problem(job, preamble, rows.with_targets(**gathered), answers)
+    if processes.is_first():
+        keep(store, key, model, problem)
     return problem
 
 
-def _put(into: PyTree, values: PyTree, index: Int[np.ndarray, " n"], count: int) -> PyTree:
-    """The values at their places among so many, beside those that are there."""
-
-    def put(value: np.ndarray, there: np.ndarray | None = None) -> np.ndarray:
-        there = np.zeros((count, *value.shape[1:]), value.dtype) if there is None else there
-        there[index] = value
-        return there
-
-    return jax.tree.map(put, values) if into is None else jax.tree.map(put, values, into)
+def _rows(job: TokenizedJob, answers: Sequence[Sequence[int]]) -> Rows:
+    """The rows of the user's own answers, or else of the teacher's."""
+    if len(answers) != len(job.queries):
+        raise ValueError(f"it has {len(answers)} answers, not {len(job.queries)}")
+    return make_rows(job.query_ids, [given or own for given, own in zip(job.given_ids, answers, strict=True)])
 
 
-def keep(problem: Problem, file: Path) -> None:
-    """Keeps what the teacher said, for ``run_teacher`` to read."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    targets.write(file, problem.rows, problem.answers)
+def _gathered(values: Ragged, rows: Rows) -> Ragged:
+    """The rows of all processes."""
+    lengths = rows.mask.sum(axis=1).tolist()
+    padded = processes.gather_strided(values.padded(max(lengths)), len(lengths))
+    return Ragged([row[:length] for row, length in zip(padded, lengths, strict=True)])
+
+
+def keep(
+    store: Store,
+    key: str,
+    model: LanguageModel,
+    problem: Problem,
+    said: Callable[[], Iterable[targets.Said]] | None = None,
+) -> Problem | None:
+    """The problem with what the teacher said kept in the store; ``None`` if it can be kept nowhere.
+
+    Args:
+      store: where.
+      key: its ``teacher_key``.
+      model: the teacher.
+      problem: without signals if ``said`` gives them.
+      said: the signals, batch by batch; called again if they are to be written again.
+    """
+    job, rows, answers = problem.job, problem.rows, problem.answers
+    every = np.arange(len(rows))
+    given = [(name, every, target) for name, target in rows.targets.items() if name in SIGNALS]
+    about = {
+        "kind": "teacher",
+        "model": model.name,
+        "document": job.parts[0].text[:FIRST_WORDS],
+        "queries": len(rows),
+        "tokens": len(job.context_ids),
+    }
+
+    def write(folder: Path) -> None:
+        targets.write(folder, rows, answers, given if said is None else said())
+
+    read = functools.partial(targets.read, rows_of=functools.partial(_rows, job))
+    kept = store.write(key, about, write, read)
+    return kept and Problem(job, problem.preamble, *kept)

@@ -13,12 +13,20 @@ import jax
 import numpy as np
 
 from jaxsp import processes
-from jaxsp.files import atomic_write
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.settings import Settings, TeacherSettings
 from jaxsp.teacher.answers import answer_ids
-from jaxsp.teacher.problem import Problem, TokenizedJob, digest, read_part, run_teacher, teacher_key
+from jaxsp.teacher.problem import (
+    FIRST_WORDS,
+    Problem,
+    TokenizedJob,
+    digest,
+    read_part,
+    run_teacher,
+    teacher_key,
+)
+from jaxsp.teacher.store import Store
 from jaxsp.typing import AnyArray, Array, KeyValues, UserError
 
 _DRAW = 3
@@ -26,6 +34,9 @@ _DRAW = 3
 
 _FORM = "sampled"
 """The form of such a query, as the document's own have theirs: nobody compares it with the greedy answer."""
+
+
+_FILE = "samples.json"
 
 
 def count(settings: TeacherSettings) -> int:
@@ -52,7 +63,7 @@ def sample(
     settings: Settings,
     preamble: KeyValues,
     display: Display,
-    folder: Path | None = None,
+    store: Store,
     *,
     vocab_size: int,
 ) -> tuple[list[int], Problem] | None:
@@ -67,14 +78,14 @@ def sample(
       settings: settings of the compression.
       preamble: prefix before the context.
       display: shows that it goes on.
-      folder: where they are kept; ``None`` to keep nothing.
+      store: where they are kept.
       vocab_size: number of ids that the student has, too; an answer with another one is left out.
 
     Returns:
       The query's number in ``job`` of each answer, and the problem of these queries with these answers.
 
     Raises:
-      UserError: a file in the folder is damaged.
+      UserError: the run's own entry of them is damaged.
     """
     several = count(settings.teacher)
     numbers = [i for i in np.flatnonzero(job.is_train).tolist() if job.given_ids[i] is None]
@@ -82,20 +93,20 @@ def sample(
         return None
     asked = [(number, sample) for number in numbers for sample in range(several)]
     chosen = settings.training.seed, numbers, teacher_key(model, job, settings.teacher)
-    file = folder and folder / f"{digest(chosen)}.samples.json"
-    if file is not None and file.is_file():
-        try:
-            answers = json.loads(file.read_text("utf-8"))
-        except ValueError as error:
-            raise UserError(f"{file} is damaged ({error}); start anew with --overwrite.") from error
-    else:
+    key = digest(chosen)
+    if (answers := store.read(key, _read, "Sampled answers")) is None:
         with display.phase("answers", f"Sampled answers to {len(numbers)} queries"):
             own = [asked[i] for i in processes.strided_shard(len(asked))]
-            made = _answers(model, job, own, settings, preamble)
-            answers = processes.gather_strided(made, len(asked))
-        if file is not None and processes.is_first():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(file, json.dumps(answers))
+            answers = processes.gather_strided(_answers(model, job, own, settings, preamble), len(asked))
+        if processes.is_first():
+            about = {
+                "kind": "samples",
+                "model": model.name,
+                "document": job.parts[0].text[:FIRST_WORDS],
+                "queries": len(numbers),
+                "tokens": len(job.context_ids),
+            }
+            store.write(key, about, lambda folder: _write(folder, answers or []), _read)
     pairs = zip(asked, answers, strict=True)
     kept = [(number, ids) for (number, _), ids in pairs if max(ids) < vocab_size]
     if not kept:
@@ -104,10 +115,17 @@ def sample(
     taken = job.take(index)
     queries = [dataclasses.replace(query, seed=_FORM) for query in taken.queries]
     taken = dataclasses.replace(taken, queries=queries, given_ids=[ids for _, ids in kept])
-    file = folder and folder / f"{teacher_key(model, taken, settings.teacher)}.safetensors"
     with display.phase("signals", "Teacher's distributions on them"):
         quiet = Display(visible=False)
-        return index, run_teacher(model, taken, settings.teacher, preamble, quiet, file)
+        return index, run_teacher(model, taken, settings.teacher, preamble, quiet, store)
+
+
+def _write(folder: Path, answers: list[list[int]]) -> None:
+    (folder / _FILE).write_text(json.dumps(answers))
+
+
+def _read(folder: Path) -> list[list[int]]:
+    return json.loads((folder / _FILE).read_text())
 
 
 def _answers(

@@ -79,7 +79,7 @@ class Block:
         self.tick = 0
         self.longest = 0  # tokens of the longest sequence there has been
         self.recent: deque[TrainState] = deque(maxlen=2)  # before the last step, and the one before it
-        self.ahead: Rows | None = None  # the next batches
+        self.ahead: Rows | None = None  # the next batches, packed beforehand
         self.held_out: list[Rows] = []  # side by side; none before there are prompts
 
     def resume(
@@ -194,24 +194,27 @@ class Block:
         together = itertools.zip_longest(*own, fillvalue=blank)
         self.held_out = [_stacked(batches) for batches in together]
 
-    def _due(self) -> list[int]:
-        """The prompts that are to train on new answers of their own from here on."""
-        return [index for index, slot in enumerate(self.slots) if slot.answers_are_due]
-
     def _answer(self) -> None:
-        """Makes these answers."""
-        if due := self._due():
+        """Makes the answers of their own that prompts are to train on from here on."""
+        if due := [index for index, slot in enumerate(self.slots) if slot.answers_are_due]:
             states = self.driver.fetch(self.states)
             for index in due:
                 self.slots[index].answer(unstack(states, index).sigma)
             self.ahead = None  # it was drawn from the rows before
 
-    def _batches(self) -> Rows:
-        """The next batches of all prompts, stacked, in a shape that the driver's devices can share."""
-        drawn = [(slot.job.train, slot.drawn()) for slot in self.slots]
+    def _batches(self, later: int = 0) -> Rows | None:
+        """The next batches of all prompts, stacked, in a shape that the driver's devices can share.
+
+        Args:
+          later: 1 for those of the step after it, if all goes well; there are none if they have no place in
+            the shape of today.
+        """
+        drawn = [(slot.job.train, slot.drawn(later)) for slot in self.slots]
         packing = self.packing
         for rows, index in drawn:
             packing = packing.grown(rows.lengths[index])
+        if later and (packing != self.packing or not any(len(index) for _, index in drawn)):
+            return None
         if packing != self.packing:
             self.packing = packing
             self._pack_held_out()
@@ -222,9 +225,11 @@ class Block:
         """One step of all prompts, and the evaluation if it is due."""
         self._answer()
         batches = self._batches() if self.ahead is None else self.ahead
+        assert batches is not None
         started, compiled = time.perf_counter(), compile_seconds()
         self.recent.append(self.states)
         self.states, metrics = self.driver.step(self.states, batches)
+        self.ahead = self._batches(later=1)  # read and packed while the device works
         tokens_M = (batches.offsets != EMPTY).sum(axis=(1, 2)).tolist()
         stepping = [i for i, slot in enumerate(self.slots) if not slot.left and not slot.ended]
         values = jax.device_get(metrics)
@@ -243,7 +248,6 @@ class Block:
         if self.tick % self.checkpoint_every == 0 or any(slot.finished for slot in self._live()):
             self._save()
         self._tell(set(stepping) - set(due))
-        self.ahead = self._batches() if self._running() and not self._due() else None
 
     def _fail(self, index: int, step: int, values: dict[str, float]) -> None:
         """Ends a prompt: σ before the step may be what was wrong, the one before that was good."""

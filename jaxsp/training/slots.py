@@ -127,7 +127,7 @@ class Slot:
         self.answers: OwnAnswers | None = None  # those in use
         self._answered = -1  # the step at which they were made
         self._written = len(self.lines)
-        self._drawn: np.ndarray | None = None
+        self._drawn: dict[int, np.ndarray] = {}  # by cursor
         if self.fresh:
             self.lines.append({"step": self.step})
 
@@ -163,21 +163,27 @@ class Slot:
             self._train_on(answers, policy.rows(answers))
 
     def _train_on(self, answers: OwnAnswers, rows: Rows) -> None:
-        self.answers, self._drawn = answers, None
+        self.answers, self._drawn = answers, {}
         self.job = dataclasses.replace(self.job, train=rows)
 
-    def drawn(self) -> np.ndarray:
-        """The rows of the next step, which its own shape decides; none if it has ended."""
-        if self.left or self.ended:
+    def drawn(self, later: int = 0) -> np.ndarray:
+        """The rows of the next step, which its own shape decides; none if it has ended.
+
+        Args:
+          later: 1 for those of the step after it.
+        """
+        if self.left or self.error is not None or self.step + later >= self.steps:
             return np.zeros(0, int)
-        if self._drawn is None:
-            self._drawn = self.job.packing.draw(self.job.train.lengths, self.cursor, self.order)
-        return self._drawn
+        cursor = self.cursor + sum(len(self.drawn(before)) for before in range(later))
+        if cursor not in self._drawn:
+            self._drawn[cursor] = self.job.packing.draw(self.job.train.lengths, cursor, self.order)
+        return self._drawn[cursor]
 
     def advance(self, line: dict[str, Any]) -> None:
         """Notes that the step on the rows drawn is done."""
-        self.cursor += len(self.drawn())
-        self._drawn = None
+        rows = self.drawn()
+        del self._drawn[self.cursor]
+        self.cursor += len(rows)
         self.step += 1
         self.lines.append(line)
 

@@ -22,6 +22,7 @@ from jaxsp.runs.problems import Problems
 from jaxsp.settings import make_settings
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import read_part, read_preamble
+from jaxsp.teacher.store import Store
 from jaxsp.training.slots import Step
 from jaxsp.training.start import start_state
 from jaxsp.typing import UserError
@@ -54,7 +55,7 @@ def made(model, teacher=None, **changed):
     row = {"id": "a", "context": CONTEXT, "queries": queries, "held_out": held_out}
     found = Teacher.of(model, teacher)
     job = make_job(model, row, {**OPTIONS, **changed}, found)
-    problems, display = Problems(model, read_preamble(model), None, found), Display(visible=False)
+    problems, display = Problems(model, read_preamble(model), Store(None), found), Display(visible=False)
     problem = problems.of(job, display)
     own = OnPolicyRows(model, problems.asked, problems.teacher_preamble, problem, job.settings, display)
     return own, start_state(model, problem, job.settings).sigma
@@ -94,8 +95,8 @@ def test_the_teacher_speaks_on_the_prompts_own_answers(calm_model, other, case):
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
     for i in set(range(len(train))) - set(some):
         for name in ("tokens", "hidden"):
-            theirs = train.targets[name][i, train.mask[i]]
-            np.testing.assert_array_equal(rows.targets[name][i, rows.mask[i]], theirs)
+            theirs = np.asarray(train.targets[name])[i, train.mask[i]]
+            np.testing.assert_array_equal(np.asarray(rows.targets[name])[i, rows.mask[i]], theirs)
     jax.tree.map(np.testing.assert_array_equal, own.rows(answers), rows)
     assert "on_policy" in own.display.seconds
 

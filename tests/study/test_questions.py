@@ -91,9 +91,9 @@ def test_the_problem_is_that_of_a_teacher_who_hears_its_queries_alone(calm_model
     assert alone.answers == problem.answers
     mask = alone.rows.mask
     for name in ("tokens", "hidden"):
-        ours = problem.rows.targets[name][:, : mask.shape[1]]
+        ours, theirs = (np.asarray(p.rows.targets[name])[:, : mask.shape[1]] for p in (problem, alone))
         # Packed with others, a row's sums have another order: equal but for float32's rounding.
-        np.testing.assert_allclose(ours[mask], alone.rows.targets[name][mask], atol=1e-5)
+        np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-5)
 
 
 def test_given_queries_stay_and_the_document_adds_what_they_lack(calm_model, heeded):
@@ -179,11 +179,8 @@ def test_a_document_without_a_sentence(calm_model):
 
 def test_kept_and_read_back(calm_model, heeded, tmp_path):
     found, _ = made(calm_model)
-    found.write(tmp_path / "study.json")
-    assert Study.read(tmp_path / "study.json") == found
-    (tmp_path / "study.json").write_text("{")
-    with pytest.raises(UserError, match=r"study\.json is damaged"):
-        Study.read(tmp_path / "study.json")
+    found.write(tmp_path)
+    assert Study.read(tmp_path) == found
 
 
 def test_an_interrupted_study_goes_on(calm_model, heeded, tmp_path, monkeypatch):

@@ -101,6 +101,7 @@ def test_loss_and_gradient_are_those_of_the_teachers_own_logits(student, other, 
     assert problem.teacher_head is not None
     assert problem.teacher_head.softcap == theirs.config.logit_softcap
     rows, params, config = problem.rows, ours.params, ours.config
+    rows = rows.with_targets(hidden=np.asarray(rows.targets["hidden"]))
     sigma = {"embeddings": ours.embed(problem.job.context_ids[:4]).astype(jnp.float32)}
     frozen, chosen = Frozen(params, problem.preamble, teacher.head), UpdateSettings.of(config, SETTINGS)
 
@@ -143,7 +144,7 @@ def test_every_figure_is_by_the_teachers_head(student, other, problem):
     states = distributions.answer_hidden(student.params, student.config, prefix, problem.rows)
     ours = np.asarray(decoder.unembed(student.params, student.config, states), np.float64)
     theirs = np.asarray(
-        decoder.unembed(other.params, other.config, problem.rows.targets["hidden"]), np.float64
+        decoder.unembed(other.params, other.config, np.asarray(problem.rows.targets["hidden"])), np.float64
     )
     log_p, log_q, mask = log_softmax(theirs[..., :260]), log_softmax(ours), problem.rows.mask
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)

@@ -80,8 +80,8 @@ def test_each_query_is_taught_as_if_its_part_were_the_document(calm_model, probl
         alone = taught(calm_model, own, settings)
         assert alone.answers == [problem.answers[i] for i in index]
         mask = alone.rows.mask
-        hidden = problem.rows.targets["hidden"][index][:, : mask.shape[1]]
-        np.testing.assert_allclose(hidden[mask], alone.rows.targets["hidden"][mask], atol=1e-5)
+        hidden = np.asarray(problem.rows.targets["hidden"])[index][:, : mask.shape[1]]
+        np.testing.assert_allclose(hidden[mask], np.asarray(alone.rows.targets["hidden"])[mask], atol=1e-5)
 
 
 def test_a_document_that_fits_is_one_part_and_what_it_was(calm_model, preamble):

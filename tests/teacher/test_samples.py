@@ -20,6 +20,7 @@ from jaxsp.settings import make_settings
 from jaxsp.teacher import samples
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import Problem, read_part, read_preamble
+from jaxsp.teacher.store import Store
 from jaxsp.training.slots import Step
 from jaxsp.training.start import start_state
 from jaxsp.typing import UserError
@@ -45,7 +46,9 @@ def made(model, teacher=None, folder=None, **changed):
     """The problem of a job, and the job's settings."""
     found = Teacher.of(model, teacher)
     job = make_job(model, {**ROW, **changed}, OPTIONS, found)
-    return Problems(model, read_preamble(model), folder, found).of(job, Display(visible=False)), job.settings
+    return Problems(model, read_preamble(model), Store(folder), found).of(
+        job, Display(visible=False)
+    ), job.settings
 
 
 def drawn(problem) -> Problem:
@@ -86,8 +89,8 @@ def test_they_are_more_rows_to_train_on_and_nothing_else(calm_model, problem):
     rows, greedy = problem.train, plain.train
     for i, answer in enumerate(listed(sampled), start=6):
         assert rows.targets["tokens"][i, rows.mask[i]].tolist() == answer
-    theirs = greedy.targets["hidden"][greedy.mask]
-    np.testing.assert_array_equal(rows.targets["hidden"][:6][rows.mask[:6]], theirs)
+    theirs = np.asarray(greedy.targets["hidden"])[greedy.mask]
+    np.testing.assert_array_equal(np.asarray(rows.targets["hidden"])[:6][rows.mask[:6]], theirs)
 
 
 @pytest.mark.parametrize("parts", [False, True])
@@ -170,8 +173,8 @@ def test_on_policy_answers_beside_them(calm_model, problem):
     assert len(rows) == len(problem.train)
     assert [ids is not None for ids in answers] == [True] * 5 + [False]
     for name in ("tokens", "hidden"):
-        theirs = problem.train.targets[name][6:][problem.train.mask[6:]]
-        np.testing.assert_array_equal(rows.targets[name][6:][rows.mask[6:]], theirs)
+        theirs = np.asarray(problem.train.targets[name])[6:][problem.train.mask[6:]]
+        np.testing.assert_array_equal(np.asarray(rows.targets[name])[6:][rows.mask[6:]], theirs)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +194,7 @@ def test_another_teachers_are_the_students_ids(calm_model, student):
     tokens = drawn(found).rows.targets["tokens"][drawn(found).rows.mask]
     assert tokens.tolist() == [i for ids in kept for i in ids]
     job, settings = make_job(calm_model, ROW, OPTIONS), make_settings(OPTIONS)
-    given = calm_model, job.tokenized(calm_model), settings, alone.preamble, QUIET
+    given = calm_model, job.tokenized(calm_model), settings, alone.preamble, QUIET, Store(None)
     least = sorted(max(ids) for ids in drawn(alone).answers)[4]
     index, fewer = samples.sample(*given, vocab_size=least + 1) or ([], None)
     assert fewer is not None
@@ -202,9 +205,9 @@ def test_another_teachers_are_the_students_ids(calm_model, student):
 
 def test_a_damaged_file_is_one_sentence(calm_model, tmp_path):
     made(calm_model, folder=tmp_path)
-    (file,) = tmp_path.glob("*.samples.json")
+    (file,) = tmp_path.glob("*/samples.json")
     file.write_text("[[1, 2")
-    with pytest.raises(UserError, match=r"samples\.json is damaged .* start anew with --overwrite"):
+    with pytest.raises(UserError, match=r"is damaged: samples\.json .* Start anew with --overwrite"):
         made(calm_model, folder=tmp_path)
 
 

@@ -263,3 +263,30 @@ def test_a_checkpoint_keeps_every_bit(tmp_path):
         assert a.dtype == b.dtype
         assert (a == b).all()
     checkpoints.close()
+
+
+def test_the_next_batch_is_packed_while_the_device_works(monkeypatch):
+    """Before the figures of a step are waited for; after the last step there is none."""
+    order, pack, get = [], Packing.pack, jax.device_get
+
+    class Watched(CountingDriver):
+        def step(self, states, batches):
+            order.append("step")
+            return super().step(states, batches)
+
+    def packed(self, rows, index):
+        order.append("pack")
+        return pack(self, rows, index)
+
+    def fetched(values):
+        order.append("wait")
+        return get(values)
+
+    driver = Watched()
+    made = block([job(3)], driver, every=9)
+    made._fill()
+    monkeypatch.setattr(Packing, "pack", packed)
+    monkeypatch.setattr(jax, "device_get", fetched)
+    (result,) = made.run()
+    assert result.error is None
+    assert order == ["pack", "step", "pack", "wait", "step", "pack", "wait", "step", "wait"]

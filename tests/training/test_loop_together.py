@@ -106,7 +106,7 @@ def test_each_is_what_it_would_be_alone(school):
 def test_one_that_fails_leaves_the_others_alone(school):
     job, together = school
     bad = job(1, questions=30)
-    hidden = bad.train.targets["hidden"].copy()
+    hidden = np.asarray(bad.train.targets["hidden"])
     hidden[-1] = np.nan  # drawn at some step of the first two rounds
     bad = dataclasses.replace(bad, train=bad.train.with_targets(hidden=hidden))
     jobs = [job(0), bad, job(2)]

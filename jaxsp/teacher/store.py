@@ -1,0 +1,325 @@
+"""What took long to make and can be made again, kept on disk by the key of all that decides it.
+
+An entry is a folder with a manifest: every file's size and SHA-256. It appears whole or not at all, is never
+changed, and is checked when it is opened. One folder of entries is shared by all runs; a run has its own, so
+that it goes on with what it was started with: the same files by hard links, copies where there can be none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxsp import processes
+from jaxsp.compile_cache import cache_folder
+from jaxsp.typing import UserError
+
+T = TypeVar("T")
+
+VERSION = 1
+"""Version of an entry's files; part of every key."""
+
+MAX_BYTES = 10 << 30
+"""Most that the shared entries take on disk; those not used for longest go when one is added."""
+
+MANIFEST = "manifest.json"
+
+_PART = ".part"
+_STALE = 86400.0  # seconds: whoever began to write it is gone
+_DAMAGE = OSError, ValueError, KeyError, TypeError, IndexError
+
+
+def shared_folder() -> Path | None:
+    """The folder of the entries that all runs share; ``None`` if ``JAXSP_TEACHER_CACHE`` is ``off``.
+
+    Raises:
+      RuntimeError: the user has no home folder.
+    """
+    if os.environ.get("JAXSP_TEACHER_CACHE", "").lower() == "off":
+        return None
+    return cache_folder() / "teachers"
+
+
+class Store:
+    """The entries of a run: its own, and those shared with all others.
+
+    A shared one that is damaged is made anew; one of the run's own is an error. A shared folder that can't be
+    written to is left, which is said once. Of several processes the first alone looks and writes: the others
+    read in the run's folder.
+
+    Args:
+      own: the run's folder for them; ``None`` if it has none.
+      shared: the folder of all runs; ``None`` for none.
+      say: shows a line.
+    """
+
+    def __init__(
+        self, own: Path | None, shared: Path | None = None, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.own, self._say, self._said = own, say, set[str]()
+        self.shared = None if own is None and processes.are_several() else shared
+
+    @classmethod
+    def of_run(cls, own: Path | None, say: Callable[[str], None]) -> Store:
+        """The store of a run, with the shared folder if there is one."""
+        store = cls(own, None, say)
+        try:
+            return cls(own, shared_folder(), say)
+        except RuntimeError as error:
+            store._leave(error)
+            return store
+
+    def read(self, key: str, read: Callable[[Path], T], what: str) -> T | None:
+        """What ``read`` makes of an entry's folder; ``None`` if there is no such entry.
+
+        Args:
+          key: the entry's.
+          read: raises ``ValueError`` if the files don't fit.
+          what: the entry's content in words, for the line that says that it was read.
+
+        Raises:
+          UserError: the run's own entry is damaged.
+        """
+        found = processes.on_first_process(lambda: self._found(key, read))
+        if found is None:
+            return None
+        place, entry = found
+        self._tell(f"{what}: read from {place}")
+        return read(Path(entry))
+
+    def _found(self, key: str, read: Callable[[Path], Any]) -> tuple[str, str] | None:
+        """The folder that an entry is in, and where it is to be read, once it has been checked."""
+        if self.own is not None and (entry := self.own / key).is_dir():
+            try:
+                check(entry)
+                read(entry)
+            except _DAMAGE as error:
+                raise UserError(f"{entry} is damaged: {error}. Start anew with --overwrite.") from error
+            return str(self.own), str(entry)
+        if self.shared is None:
+            return None
+        place, entry = self.shared, self.shared / key
+        try:
+            if not entry.is_dir():
+                return None
+            check(entry)
+            read(entry)
+        except _DAMAGE as error:
+            self._tell(f"{entry} is damaged: {error}. It is made anew.")
+            try:
+                _remove(entry)
+            except OSError as failure:
+                self._leave(failure)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(entry / MANIFEST)
+        return str(place), str(self._own_copy(entry))
+
+    def write(
+        self, key: str, about: dict[str, Any], write: Callable[[Path], None], read: Callable[[Path], T]
+    ) -> T | None:
+        """What ``read`` makes of a new entry; ``None`` if it can be kept nowhere.
+
+        Args:
+          key: the entry's; if there is one already, that one is read.
+          about: what ``jaxsp cache list`` shows.
+          write: puts the files into a folder; called again if the shared folder has no room.
+          read: as in ``read``.
+
+        Raises:
+          UserError: the run's folder can't be written to.
+        """
+        if (found := self._found(key, read)) is not None:
+            return read(Path(found[1]))
+        if self.shared is not None:
+            try:
+                entry = _record(self.shared, key, about, write)
+                prune(self.shared, max_bytes=MAX_BYTES, keep=key)
+            except OSError as error:
+                self._leave(error)
+            else:
+                return read(self._own_copy(entry))
+        if self.own is None:
+            return None
+        with _writing(self.own):
+            return read(_record(self.own, key, about, write))
+
+    def _own_copy(self, entry: Path) -> Path:
+        """A shared entry as one of the run's own, if it has a folder."""
+        if self.own is None:
+            return entry
+
+        def write(folder: Path) -> None:
+            for file in entry.iterdir():
+                try:
+                    os.link(file, folder / file.name)
+                except OSError:  # another disk, or one without links
+                    shutil.copyfile(file, folder / file.name)
+
+        with _writing(self.own):
+            return _install(self.own, entry.name, write)
+
+    def _leave(self, error: Exception) -> None:
+        reason = getattr(error, "strerror", None) or error
+        self._tell(f"What the teacher says is not kept for the next run: {self.shared or ''} {reason}.")
+        self.shared = None
+
+    def _tell(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._say(line)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"The folder {folder} can't be written to ({error.strerror}).") from error
+
+
+def _record(folder: Path, key: str, about: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    """Writes an entry."""
+
+    def whole(entry: Path) -> None:
+        write(entry)
+        files = {file.name: [file.stat().st_size, _sha256(file)] for file in sorted(entry.iterdir())}
+        manifest = {"version": VERSION, "key": key, "files": files, **about}
+        sealed = json.dumps({**manifest, "sha256": _seal(manifest)}, ensure_ascii=False)
+        (entry / MANIFEST).write_text(sealed, "utf-8")
+
+    return _install(folder, key, whole)
+
+
+def _install(folder: Path, key: str, write: Callable[[Path], None]) -> Path:
+    """Lets ``write`` fill a folder, which becomes the entry in one step; one that is there stays."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    entry, scratch = folder / key, folder / f"{key}.{secrets.token_hex(4)}{_PART}"
+    try:
+        scratch.mkdir()
+        write(scratch)
+        try:
+            scratch.rename(entry)
+        except OSError:
+            if not entry.is_dir():  # else another run was first
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return entry
+
+
+def _remove(entry: Path) -> None:
+    """Takes an entry away in one step; who reads it in mapped memory goes on."""
+    gone = entry.with_name(f"{entry.name}.{secrets.token_hex(4)}{_PART}")
+    shutil.rmtree(entry.rename(gone))
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _manifest(entry: Path) -> dict[str, Any]:
+    """An entry's manifest; raises ``ValueError`` if it is not as it was written."""
+    try:
+        manifest = json.loads((entry / MANIFEST).read_text("utf-8"))
+        seal = manifest.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its {MANIFEST} can't be read ({error})") from error
+    if seal != _seal(manifest):
+        raise ValueError(f"its {MANIFEST} is not as it was written")
+    for name, expected in (("version", VERSION), ("key", entry.name)):
+        if manifest[name] != expected:
+            raise ValueError(f"its {name} is {manifest[name]!r}, not {expected!r}")
+    return manifest
+
+
+def check(entry: Path) -> None:
+    """Raises ``ValueError`` with the first file of an entry that is not as it was written; reads all."""
+    for name, (size, sha256) in _manifest(entry)["files"].items():
+        file = entry / name
+        if not file.is_file():
+            raise ValueError(f"{name} is missing")
+        if file.stat().st_size != size:
+            raise ValueError(f"{name} has {file.stat().st_size} bytes, not {size}")
+        if _sha256(file) != sha256:
+            raise ValueError(f"{name} has another SHA-256 than it was written with")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An entry of a folder.
+
+    Attributes:
+      path: its folder.
+      about: its manifest; empty if that is damaged.
+      size: its size in bytes.
+      used: when it was last used, in seconds as ``time.time`` counts them.
+    """
+
+    path: Path
+    about: dict[str, Any]
+    size: int
+    used: float
+
+
+def entries(folder: Path) -> list[Entry]:
+    """The entries of a folder, the one used last first; those that another process removes are left out."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and path.suffix != _PART:
+            with contextlib.suppress(FileNotFoundError):
+                try:
+                    about, used = _manifest(path), (path / MANIFEST).stat().st_mtime
+                except ValueError:
+                    about, used = {}, path.stat().st_mtime
+                size = sum(file.stat().st_size for file in path.iterdir())
+                found.append(Entry(path, about, size, used))
+    return sorted(found, key=lambda entry: -entry.used)
+
+
+def prune(
+    folder: Path, *, max_bytes: float | None = None, older_than: float | None = None, keep: str | None = None
+) -> list[Entry]:
+    """Removes entries, those not used for longest first, and what was not written to its end.
+
+    Args:
+      folder: where they lie.
+      max_bytes: bytes that may stay.
+      older_than: those not used for so many seconds go, too.
+      keep: key of one that stays.
+
+    Returns:
+      What was removed.
+
+    Raises:
+      OSError: one can't be removed.
+    """
+    now, kept, removed = time.time(), 0, []
+    for entry in entries(folder):
+        is_old = older_than is not None and now - entry.used > older_than
+        is_beyond = max_bytes is not None and kept + entry.size > max_bytes
+        if entry.path.name != keep and (is_old or is_beyond):
+            with contextlib.suppress(FileNotFoundError):  # another process does the same
+                _remove(entry.path)
+                removed.append(entry)
+        else:
+            kept += entry.size
+    for path in folder.glob(f"*{_PART}"):
+        with contextlib.suppress(FileNotFoundError):
+            if now - path.stat().st_mtime > _STALE:
+                shutil.rmtree(path, ignore_errors=True)
+    return removed
