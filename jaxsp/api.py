@@ -281,6 +281,7 @@ def evaluate(
     with display.phase("evaluate", "Evaluation"):
         measured = brackets.measure_all(model, problem, {"prompt": prompt.sigma}, settings, known={})
         summary = reports.summarise(model, problem, measured, context, settings, other)
+    reports.mark_trained_on(summary, prompt)
     return {**reports.report_header(model, prompt), "taught_by": other and other.summary, **summary}
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from jaxsp import distributions, prompts
+from jaxsp.data.documents import normal_form
 from jaxsp.errors import RENAMED
 from jaxsp.files import atomic_write
 from jaxsp.models.chat import ChatTexts
@@ -93,6 +94,19 @@ class SoftPrompt:
         """The texts around the prompt and the query."""
         slots = self.manifest["slots"]
         return ChatTexts(**{f.name: slots[f.name] for f in dataclasses.fields(ChatTexts) if f.name in slots})
+
+    def was_trained_on(self, query: str) -> bool:
+        """Whether a query is one of those that the prompt was trained on, but for capitals and signs.
+
+        Args:
+          query: the text.
+
+        Example:
+          >>> import jaxsp
+          >>> jaxsp.SoftPrompt.load(demo_folder).was_trained_on("What is my name?")
+          False
+        """
+        return _digest(query) in self.manifest.get("trained_on", ())
 
     def prefix(self, model: LanguageModel) -> KeyValues:
         """The keys and values that the model attends to in place of the context.
@@ -279,9 +293,15 @@ def make_artifact(
         "context_tokens": len(job.context_ids),
         "part_tokens": [len(part.ids) for part in job.parts],
         "training": {**plain(settings), "steps": steps},
+        "trained_on": [_digest(q.text) for q, train in zip(job.queries, job.is_train, strict=True) if train],
         "versions": environment()["versions"],
     }
     return SoftPrompt(storage.rounded(sigma, settings.prompt.artifact_dtype), manifest, context)
+
+
+def _digest(query: str) -> str:
+    """A query as the manifest keeps it: recognised, and not to be read."""
+    return hashlib.sha256(normal_form(query).encode()).hexdigest()[:16]
 
 
 def environment() -> dict[str, Any]:

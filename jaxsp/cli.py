@@ -29,7 +29,7 @@ from jaxsp.options import (
     WithTeacher,
 )
 from jaxsp.settings import Options, Settings, check_limits, make_settings, plain
-from jaxsp.terminal import visible, write_what_can_be_written
+from jaxsp.terminal import prepare, visible
 
 # What computes is imported where a command runs: --help and a misspelt option need not wait for it.
 if TYPE_CHECKING:
@@ -390,7 +390,7 @@ COMMANDS: dict[str, type[Command]] = {
 
 def main() -> None:
     """Entry point of the console script ``jaxsp``."""
-    write_what_can_be_written()
+    prepare()
     try:
         try:
             _run(parse(COMMANDS, sys.argv[1:]))

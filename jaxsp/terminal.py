@@ -1,10 +1,12 @@
-"""Texts of strangers on a terminal: what would move its cursor or change its colours is shown instead."""
+"""The terminal: what would move its cursor or change its colours is shown instead; and how a command ends."""
 
 from __future__ import annotations
 
 import io
 import re
+import signal
 import sys
+import threading
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1, but for tabs and ends of lines
 
@@ -26,8 +28,13 @@ def visible(text: str) -> str:
     return _CONTROL.sub(sign, text)
 
 
-def write_what_can_be_written() -> None:
-    """Makes standard output and error take any text: what their encoding lacks is spelled out."""
+def prepare() -> None:
+    """Makes standard output and error take any text, and a signal to end (SIGTERM) ask as Ctrl-C does.
+
+    What the encoding of the output lacks is spelled out; who is asked to end saves what there is.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if threading.current_thread() is threading.main_thread():  # no other may set it
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))

@@ -606,6 +606,13 @@ def test_evaluate_repeats_the_reports_numbers(jaxsp_command, finished, tmp_path)
     for ours, theirs in zip(again["queries"], held, strict=True):
         assert ours["answer_prompt"] == theirs["answer_prompt"]
         assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-4)
+        assert not ours["trained_on"]
+    seen = next(q["query"] for q in report["queries"] if q["split"] == "train")
+    queries.write_text(f"{seen.lower()}\nAnother one?")
+    _, out, _ = jaxsp_command("evaluate", finished, "--queries", queries, "--json", "--dtype", "float32")
+    marked = json.loads(out)
+    assert [query["trained_on"] for query in marked["queries"]] == [True, False]
+    assert "1 of these 2 queries were trained on" in marked["verdict"]["text"]
 
 
 def test_report_writes_what_the_run_wrote(jaxsp_command, finished, tmp_path):
@@ -744,6 +751,7 @@ def test_questions_are_written_to_look_at_and_compress_takes_them(
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_a_document_alone_is_enough(jaxsp_command, job, calm_directory, heeded, tmp_path):
     alone = ("--model", calm_directory, "--dtype", "float32", "--out", tmp_path / "out", *FAST[:-2])
     code, _, err = jaxsp_command("compress", job["context"], *alone)

@@ -36,9 +36,18 @@ def test_whatever_is_printed(capsys):
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_an_encoding_that_lacks_a_letter_ends_nothing(python, encoding, tmp_path):
     code = (
-        "import sys; from jaxsp.terminal import write_what_can_be_written as write; write();"
+        "import sys; from jaxsp.terminal import prepare; prepare();"
         "print('σ \\u6c34'); print('σ', file=sys.stderr)"
     )
     done = python("-c", code, env={"PYTHONIOENCODING": encoding})
     assert done.returncode == 0, done.stderr
     assert done.stdout == "\\u03c3 \\u6c34\n"
+
+
+def test_a_signal_to_end_asks_as_ctrl_c_does(python):
+    code = (
+        "import os, signal; from jaxsp.terminal import prepare; prepare()\n"
+        "try: os.kill(os.getpid(), signal.SIGTERM); signal.pause()\n"
+        "except KeyboardInterrupt: print('saved')"
+    )
+    assert python("-c", code, timeout=60).stdout == "saved\n"

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,29 @@ class Query:
         row = {"query": self.text, "answer": self.answer, "expect": list(self.expect), "seed": self.seed}
         row |= {"span": list(self.span or ())}
         return {key: value for key, value in row.items() if value}
+
+
+def normal_form(text: str) -> str:
+    """The text without what makes it no other question: capitals, blanks, and signs around its words.
+
+    Example:
+      >>> normal_form("  What is  5-3 ?") == normal_form("what is 5-3")
+      True
+    """
+
+    def is_sign(char: str) -> bool:
+        return unicodedata.category(char).startswith("P")
+
+    def bare(word: str) -> str:
+        start, end = 0, len(word)
+        while start < end and is_sign(word[start]):
+            start += 1
+        while start < end and is_sign(word[end - 1]):
+            end -= 1
+        return word[start:end]
+
+    words = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).split()
+    return " ".join(filter(None, map(bare, words))) or " ".join(words)
 
 
 def read_text(path: str | Path) -> str:
@@ -111,11 +135,14 @@ def split_queries(
     if isinstance(held_out, list):
         _check_once(held_out)
         train = list(queries)
-        if both := {q.text for q in train} & {q.text for q in held_out}:
-            raise UserError(
-                f"The query {min(both)!r} is both for training and held out; remove it from one"
-                " of the two, or the report would measure what was trained on."
-            )
+        known = {normal_form(q.text): q.text for q in train}
+        for query in held_out:
+            if (twin := known.get(normal_form(query.text))) is not None:
+                also = "" if twin == query.text else f" (there as {twin!r})"
+                raise UserError(
+                    f"The query {query.text!r} is both for training{also} and held out; remove it from one"
+                    " of the two, or the report would measure what was trained on."
+                )
     else:
         if not 0 < held_out < 1:
             raise UserError(f"The held-out fraction must lie between 0 and 1, not {held_out}.")
@@ -134,11 +161,12 @@ def split_queries(
 
 
 def _check_once(queries: list[Query]) -> None:
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for query in queries:
-        if query.text in seen:
-            raise UserError(f"The query {query.text!r} is given twice; remove one.")
-        seen.add(query.text)
+        if (twin := seen.get(form := normal_form(query.text))) is not None:
+            also = "" if twin == query.text else f", also as {twin!r}"
+            raise UserError(f"The query {query.text!r} is given twice{also}; remove one.")
+        seen[form] = query.text
 
 
 def _parse(line: str, where: str) -> Query:

@@ -18,7 +18,7 @@ from jaxsp.prompts import PROMPT_KINDS, storage
 from jaxsp.settings import Settings
 from jaxsp.teacher.answers import answer_ids
 from jaxsp.teacher.problem import Problem, read_part
-from jaxsp.typing import EMPTY, Int, KeyValues, PyTree
+from jaxsp.typing import EMPTY, Int, KeyValues, PyTree, UserError
 
 BRACKETS = {
     "full_context": "the whole context: what σ should be",
@@ -39,6 +39,12 @@ IN_PARTS = {"full_context": "the part of the context that the query is taught by
 TRAINED = ("prompt", "no_context")
 """Conditions measured on the training queries, too, as the verdict compares them there; their answers to the
 others are reported."""
+
+
+CHECKED = 4
+"""Held-out queries that are read after the context once more."""
+SAME, SAME_IN_16_BITS = 1e-3, 0.05
+"""KL, in nats, between what one model says twice: by the rounding of sums in another order."""
 
 
 class Measured(NamedTuple):
@@ -80,6 +86,7 @@ def measure_all(
     new = {name: prefix for name, prefix in prefixes.items() if name not in known}
     measured = {**known, **measure(model, problem, new, settings.teacher.max_answer_tokens)}
     if "full_context" not in known:
+        check_teacher(model, problem)
         positions = _positions(model, None, problem, held_out_alone=True)
         measured["full_context"] = Measured(positions, problem.job.held_out(problem.answers))
     job, most = problem.job, settings.teacher.max_answer_tokens
@@ -91,6 +98,27 @@ def measure_all(
         if name not in known:
             measured[name] = _after_parts(model, problem, part_of, most)
     return measured
+
+
+def check_teacher(model: LanguageModel, problem: Problem) -> None:
+    """Reads a few held-out queries after the context once more: the model must say what the teacher said.
+
+    Raises:
+      UserError: it says something else, so that every figure would be of another text or model.
+    """
+    job, held_out = problem.job, np.flatnonzero(~problem.job.is_train)
+    if problem.has_other_teacher:
+        return
+    part = job.part_of[held_out[0]]
+    rows = problem.rows.take(held_out[job.part_of[held_out] == part][:CHECKED])
+    prefix = read_part(model, job, part, problem.preamble)
+    kl = at_positions(model, prefix, rows, problem.packing, ("kl",))["kl"].sum() / rows.mask.sum()
+    if not kl <= (allowed := SAME if model.config.dtype == "float32" else SAME_IN_16_BITS):
+        raise UserError(
+            f"What the teacher is said to have said is not what the model says after the context: KL {kl:.3g}"
+            f" instead of 0 (at most {allowed:g} by rounding). Its files are of another text or model; start"
+            " anew with --overwrite."
+        )
 
 
 def _parts_read(problem: Problem) -> dict[str, Int[np.ndarray, " n"]]:

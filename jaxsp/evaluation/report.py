@@ -178,6 +178,16 @@ def _queries(
     return found
 
 
+def mark_trained_on(report: dict[str, Any], prompt: SoftPrompt) -> None:
+    """Marks the queries that a prompt was trained on, where it is measured on them; the verdict says so."""
+    for query in report["queries"]:
+        query["trained_on"] = prompt.was_trained_on(query["query"])
+    if seen := sum(query["trained_on"] for query in report["queries"]):
+        report["verdict"]["text"] += (
+            f" {seen} of these {len(report['queries'])} queries were trained on: they say little of others."
+        )
+
+
 def report_header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
     """The report's first fields: what stands for what."""
     manifest, training = prompt.manifest, prompt.manifest["training"]

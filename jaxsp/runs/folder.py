@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,38 @@ class RunFolder:
             existing = existing.parent
         if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
             raise UserError(f"The folder {path} can't be written to; choose another with --out.")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other runs out of the folder, until this one ends or its process is gone.
+
+        Raises:
+          UserError: another run is at work in it, or it can't be made.
+        """
+        try:
+            import fcntl
+        except ImportError:  # on Windows there are no locks of a folder
+            yield
+            return
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.directory, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(
+                f"The folder {self.directory} can't be made ({error.strerror}); choose another with --out."
+            ) from error
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(
+                        f"Another run is at work in {self.directory}; wait until it has ended, or choose"
+                        " another folder with --out."
+                    ) from None
+            yield
+        finally:
+            os.close(handle)
 
     def start(self, settings: dict[str, Any]) -> None:
         """Makes the folder ready for a run with these settings: an earlier run's files go, others stay.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,11 +54,16 @@ def open_run(
         raise UserError("None of the jobs can be done.")
     runner = Runner(model, jobs, start, teacher=other)
     identity = {**model_identity(model, other), "settings": decides_result(make_settings(settings))}
-    _open(start, identity, {**identity, "jobs": digest(jobs)})
+    lock = _open(start, identity, {**identity, "jobs": digest(jobs)})
     if (folder := start.folder) is not None and start.overwrite and processes.is_first():
         for job in jobs:  # no longer finished
             RunFolder(folder.directory / job.id).report.unlink(missing_ok=True)
-    return runner.results()
+
+    def results() -> Iterator[Result]:
+        with lock:
+            yield from runner.results()
+
+    return results()
 
 
 def run_one(
@@ -82,8 +88,8 @@ def run_one(
         raise UserError(f"{message[0].upper()}{message[1:]}.") from error
     runner = Runner(model, [job], start, single=True, teacher=other)
     identity = job.identity(model, other)
-    _open(start, identity, identity)
-    (result,) = runner.results()
+    with _open(start, identity, identity):
+        (result,) = runner.results()
     return result
 
 
@@ -102,8 +108,20 @@ def _as_begun(model: LanguageModel, start: Start) -> LanguageModel:
     return model if chat is None else model.with_chat(ChatTexts(**chat))
 
 
-def _open(start: Start, identity: dict[str, Any], agreed: dict[str, Any]) -> None:
+def _open(start: Start, identity: dict[str, Any], agreed: dict[str, Any]) -> contextlib.ExitStack:
+    """Makes the folder ready; others are kept out of it until what this gives is closed."""
     processes.assert_same(agreed)
+    lock = contextlib.ExitStack()
     if (folder := start.folder) is not None:
         begin = folder.check_same if start.resume else folder.start
-        processes.on_first_process(lambda: begin(identity))
+
+        def ready() -> None:
+            lock.enter_context(folder.locked())
+            begin(identity)
+
+        try:
+            processes.on_first_process(ready)
+        except BaseException:
+            lock.close()
+            raise
+    return lock

@@ -42,7 +42,8 @@ def test_split_is_seeded_and_disjoint():
 def test_slots_of_a_chat_template():
     tokenizer = tiny.tokenizer()
     chat = ChatTexts.of(tokenizer)
-    assert chat == ChatTexts("<|im_start|>user\n", "\n\n", "<|im_end|>\n<|im_start|>assistant\n")
+    end, start = "<|im_end|>\n", "<|im_start|>"
+    assert chat == ChatTexts(f"{start}user\n", "\n\n", f"{end}{start}assistant\n", end=end)
     ids = [
         *chat.before_ids(tokenizer),
         *encode(tokenizer, "C", control=False),
@@ -88,3 +89,27 @@ def test_the_stream_visits_every_row_once_an_epoch_and_can_be_entered_anywhere()
     for cursor in (0, 5, 13, 41):
         np.testing.assert_array_equal(batch_indices(7, cursor, 9, key=[0, 3]), stream[cursor : cursor + 9])
     assert not (batch_indices(7, 0, 7, key=[0, 4]) == stream[:7]).all()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("What is it?", "what  is it", True),
+        ("Caf\u00e9?", "cafe\u0301", True),
+        ('"Straße" (where)?', "STRASSE where", True),
+        ("5-3?", "5+3?", False),
+        ("C++", "C", False),
+        ("?", "!", False),
+        ("ab", "a b", False),
+    ],
+)
+def test_queries_that_are_the_same(one, other, same):
+    queries = [Query(text) for text in ("Another?", one)]
+    given = queries, [Query(other)], 0
+    if same:
+        with pytest.raises(UserError, match=r"is both for training \(there as .*\) and held out"):
+            split_queries(*given)
+        with pytest.raises(UserError, match="is given twice, also as"):
+            split_queries([*queries, Query(other)], 0.5, 0)
+    else:
+        assert split_queries(*given)[1] == [Query(other)]

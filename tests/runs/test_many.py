@@ -246,6 +246,7 @@ def test_a_failed_job_says_what_it_did_and_can_be_mended(calm_model, tmp_path, j
     assert "b" in out
 
 
+@pytest.mark.slow
 def test_overwrite_leaves_what_is_not_ours(calm_model, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.txt").write_text("precious")

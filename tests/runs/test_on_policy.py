@@ -139,6 +139,7 @@ class Killed(Exception):
     """Ends a run without a word: nothing is saved."""
 
 
+@pytest.mark.slow
 def test_killed_between_two_refreshes_and_resumed_equals_uninterrupted(tiny_model, tmp_path, monkeypatch):
     """To the bit, on a model where rounding grows; beside one that is to be refreshed just then."""
     monkeypatch.setattr(report, "write", lambda *_: None)  # plots take longer than all else

@@ -14,7 +14,7 @@ import pytest
 
 import jaxsp
 from jaxsp.prompts import PROMPT_KINDS
-from jaxsp.runs import problems
+from jaxsp.runs import folder, problems
 from jaxsp.training.slots import Step
 from jaxsp.typing import Interrupted
 from tests.conftest import CONTEXT, QUERIES, assert_same_sigma
@@ -118,6 +118,20 @@ def test_killed_before_the_first_checkpoint(command, whole, tiny_model, tmp_path
     pieces = compress(tiny_model, out, resume=True)
     assert steps_done(out) == STEPS
     assert_same_sigma(pieces.prompt.sigma, whole.prompt.sigma)
+
+
+def test_two_runs_in_one_folder(tiny_model, tmp_path):
+    """The second is told; what the first has written stays."""
+    first = folder.RunFolder(tmp_path / "out")
+    with first.locked():
+        (tmp_path / "out" / "run").mkdir()
+        (tmp_path / "out" / "run" / "settings.json").write_text("{}")
+        for how in ("resume", "overwrite"):
+            with pytest.raises(jaxsp.UserError, match=r"Another run is at work in .*out; wait"):
+                compress(tiny_model, tmp_path / "out", **{how: True})
+        assert (tmp_path / "out" / "run" / "settings.json").read_text() == "{}"
+    with first.locked():  # it is free again
+        pass
 
 
 @pytest.mark.slow

@@ -106,6 +106,7 @@ def cut(file: Path) -> None:
 # Kept and read
 
 
+@pytest.mark.slow
 def test_a_second_run_reads_it_and_says_so(tiny_model, tmp_path, shared, asked, capfd):
     """Into a folder, then without one, then a third that is resumed after the shared one is gone."""
     first = compress(tiny_model, out=tmp_path / "out")
@@ -123,6 +124,7 @@ def test_a_second_run_reads_it_and_says_so(tiny_model, tmp_path, shared, asked, 
     assert_same_sigma(resumed.prompt.sigma, first.prompt.sigma)
 
 
+@pytest.mark.slow
 def test_a_document_alone_is_studied_once(calm_model, tmp_path, shared, heeded, monkeypatch, capfd):
     settings: Any = {**SETTINGS, "max_answer_tokens": 48, "steps": 0, "study_queries": 4}
     first = jaxsp.compress(calm_model, CONTEXT, out=tmp_path / "out", **settings)
