@@ -399,7 +399,7 @@ def test_a_device_without_memory(
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     many = ("compress-many", tmp_path / "rows.jsonl", "--model", tiny_directory, *FAST)
     refused(jaxsp_command(*many, "--out", tmp_path / "many"), "--at-once", *training)
-    monkeypatch.setattr("jaxsp.teacher.targets.compute", out_of_memory)
+    monkeypatch.setattr("jaxsp.teacher.targets.in_batches", out_of_memory)
     result = jaxsp_command("evaluate", finished, "--queries", job["queries"])
     refused(result, "take --dtype bfloat16", *common)
     assert "--batch-size" not in result[2]
@@ -442,6 +442,26 @@ def test_damaged_model_directories(compress, tmp_path):
     refused(compress(model=directory), "not a complete safetensors file")
     (directory / "model.safetensors").unlink()
     refused(compress(model=directory), "holds no weights")
+
+
+def test_the_layout_of_the_chat(compress, jaxsp_command, tmp_path):
+    """It is the prompt's from then on: a run goes on with the same alone, and evaluate reads it."""
+    refused(compress("--template-option", "thinking"), "takes NAME=VALUE", "'thinking'")
+    refused(compress("--slot", "assistant"), "--slot")
+    code, _, err = compress(
+        "--system", "Be brief.", "--template-option", "enable_thinking=true", "--steps", 0
+    )
+    assert code == 0, err
+    out = tmp_path / "out"
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["slots"]["before"] == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+    refused(compress("--resume", "--steps", 0), "chat_options was {'system': 'Be brief.'")
+    report = json.loads((out / "report.json").read_text())
+    queries = tmp_path / "held.txt"
+    queries.write_text("\n".join(q["query"] for q in report["queries"] if q["split"] == "held_out"))
+    _, shown, _ = jaxsp_command("evaluate", out, "--queries", queries, "--json", "--dtype", "float32")
+    kl = [found["held_out"]["brackets"]["prompt"]["kl"] for found in (json.loads(shown), report)]
+    assert kl[0] == pytest.approx(kl[1], rel=1e-4)
 
 
 def test_folder_in_use(compress, tmp_path, finished):

@@ -162,7 +162,7 @@ def test_a_run_reports_each_query_once_and_goes_on_with_what_was_drawn(calm_mode
         assert [query["query"] for query in ours.report["queries"]].count(QUERIES[0]) == 1
         assert len(ours.report["queries"]) == len(TRAIN) + len(HELD_OUT)
         assert ours.report["settings"]["answers"] == "sampled:3"
-    assert len(list((tmp_path / "whole" / "run" / "teachers").glob("*.samples.json"))) == 3
+    assert len(list((tmp_path / "whole" / "run" / "teachers").glob("*/samples.json"))) == 3
 
 
 def test_on_policy_answers_beside_them(calm_model, problem):
