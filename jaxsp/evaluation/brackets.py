@@ -109,7 +109,7 @@ def check_teacher(model: LanguageModel, problem: Problem) -> None:
     job, held_out = problem.job, np.flatnonzero(~problem.job.is_train)
     if problem.has_other_teacher:
         return
-    part = job.part_of[held_out[0]]
+    part = int(job.part_of[held_out[0]])
     rows = problem.rows.take(held_out[job.part_of[held_out] == part][:CHECKED])
     prefix = read_part(model, job, part, problem.preamble)
     kl = at_positions(model, prefix, rows, problem.packing, ("kl",))["kl"].sum() / rows.mask.sum()
