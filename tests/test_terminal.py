@@ -44,9 +44,11 @@ def test_an_encoding_that_lacks_a_letter_ends_nothing(python, encoding, tmp_path
     assert done.stdout == "\\u03c3 \\u6c34\n"
 
 
-def test_a_signal_to_end_asks_as_ctrl_c_does(python):
+@pytest.mark.parametrize("before", ["", "signal.signal(signal.SIGINT, signal.SIG_IGN)"])
+def test_a_signal_to_end_asks_as_ctrl_c_does(python, before):
     code = (
-        "import os, signal; from jaxsp.terminal import prepare; prepare()\n"
+        f"import os, signal; {before}\n"
+        "from jaxsp.terminal import prepare; prepare()\n"
         "try: os.kill(os.getpid(), signal.SIGTERM); signal.pause()\n"
         "except KeyboardInterrupt: print('saved')"
     )

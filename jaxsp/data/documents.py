@@ -39,24 +39,20 @@ class Query:
         return {key: value for key, value in row.items() if value}
 
 
+_OPENING = "\"'“”„‘’«»¿¡(["
+"""Signs that a word may begin with and be the same word; a full stop is none (.NET)."""
+
+
 def normal_form(text: str) -> str:
-    """The text without what makes it no other question: capitals, blanks, and signs around its words.
+    """The text without what makes it no other question: capitals, blanks, and a sentence's signs.
 
     Example:
       >>> normal_form("  What is  5-3 ?") == normal_form("what is 5-3")
       True
     """
 
-    def is_sign(char: str) -> bool:
-        return unicodedata.category(char).startswith("P")
-
     def bare(word: str) -> str:
-        start, end = 0, len(word)
-        while start < end and is_sign(word[start]):
-            start += 1
-        while start < end and is_sign(word[end - 1]):
-            end -= 1
-        return word[start:end]
+        return word.lstrip(_OPENING).rstrip(_OPENING + ".,;:!?。、？！…)]")
 
     words = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).split()
     return " ".join(filter(None, map(bare, words))) or " ".join(words)

@@ -116,8 +116,8 @@ def check_teacher(model: LanguageModel, problem: Problem) -> None:
     if not kl <= (allowed := SAME if model.config.dtype == "float32" else SAME_IN_16_BITS):
         raise UserError(
             f"What the teacher is said to have said is not what the model says after the context: KL {kl:.3g}"
-            f" instead of 0 (at most {allowed:g} by rounding). Its files are of another text or model; start"
-            " anew with --overwrite."
+            f" instead of 0 (at most {allowed:g} by rounding). What is kept is of another text or model; run"
+            " `jaxsp cache prune --all`, and start anew with --overwrite."
         )
 
 

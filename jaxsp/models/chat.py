@@ -103,10 +103,8 @@ class ChatTexts:
         """
         template = _template(tokenizer)
         if template is None:
-            before = "".join(
-                [tokenizer.bos_token or "", options.system or "", _SEPARATOR * bool(options.system)]
-            )
-            return cls(before=before, between=_SEPARATOR, after="\n")
+            system = f"{options.system}{_SEPARATOR}" if options.system else ""
+            return cls(before=f"{tokenizer.bos_token or ''}{system}", between=_SEPARATOR, after="\n")
 
         def turns(context: str, query: str) -> list[dict[str, str]]:
             if options.slot == "system":
@@ -115,7 +113,7 @@ class ChatTexts:
             return [*system, _turn("user", f"{context}{_SEPARATOR}{query}")]
 
         asked = turns(_CONTEXT, _QUERY)
-        variables = {**_special_tokens(tokenizer), THINKING: False, **options.variables}
+        variables = {**_NOTHING, **_special_tokens(tokenizer), THINKING: False, **options.variables}
         opened = {**variables, "add_generation_prompt": True}
         text, padded = render(template, [asked, turns(f" {_CONTEXT}", f"{_QUERY} ")], opened)
         if text.count(_CONTEXT) != 1 or text.count(_QUERY) != 1:
@@ -142,7 +140,11 @@ class ChatTexts:
     def query_ids(self, tokenizer: Any, query: str) -> list[int]:
         """Token ids of what stands after the context, up to where the answer starts."""
         query = query.rstrip() if self.trims else query
-        asked = encode(tokenizer, self.between + query, behind=_WORD)
+        between, known = encode(tokenizer, self.between, control=True, behind=_WORD), control_ids(tokenizer)
+        if known.isdisjoint(between):  # mere blanks may be a part of the query's first token
+            asked = encode(tokenizer, self.between + query, behind=_WORD)
+        else:
+            asked = between + (encode(tokenizer, query, behind=self.between) if query else [])
         return asked + encode(tokenizer, self.after, control=True, behind=_WORD)
 
     def answer_ids(self, tokenizer: Any, answer: str) -> list[int]:
@@ -167,6 +169,9 @@ def turn_ends(tokenizer: Any) -> list[int]:
     except UserError:  # it is said when the chat is needed
         return []
 
+
+_NOTHING = {"tools": None, "documents": None, "add_generation_prompt": False}
+"""Variables that templates may look for, as transformers sets them."""
 
 _WORD = "a"
 """Stands for a text that is not known where token ids are made: it ends in a letter, as most do."""

@@ -211,9 +211,10 @@ class RunFolder:
         except (ValueError, TypeError) as error:
             raise UserError(f"{self.settings} is damaged ({error}); start anew with --overwrite.") from error
 
-    def chat(self) -> dict[str, Any] | None:
-        """The texts around a context and a query in the run here; ``None`` of one that kept none."""
-        return self._settings().get("chat")
+    def chats(self) -> list[dict[str, Any] | None]:
+        """The texts around a context and a query in the run here: of the model, and of another teacher."""
+        found = self._settings()
+        return [found.get(name) for name in ("chat", "teacher_chat")]
 
     def check_same(self, settings: dict[str, Any]) -> None:
         """Raises ``UserError`` with the differences if the run here has other settings."""

@@ -40,7 +40,7 @@ def open_run(
     if start.at_once is not None:
         check_limits("at_once", start.at_once, at_least=1)
     _check_folder(start)
-    model = _as_begun(model, start)
+    model, teacher = _as_begun(model, teacher, start)
     if not rows:
         raise UserError("There is no context to compress; give at least one.")
     other = Teacher.of(model, teacher)
@@ -79,7 +79,7 @@ def run_one(
       UserError: something is invalid; nothing is then done.
     """
     _check_folder(start)
-    model = _as_begun(model, start)
+    model, teacher = _as_begun(model, teacher, start)
     other = Teacher.of(model, teacher)
     try:
         job = make_job(model, row, settings, other)
@@ -100,12 +100,25 @@ def _check_folder(start: Start) -> None:
         raise UserError("resume and overwrite need a folder: pass out=....")
 
 
-def _as_begun(model: LanguageModel, start: Start) -> LanguageModel:
-    """The model with the chat's texts as the run began with them: a template may write today's date."""
-    if start.folder is None or not start.resume:
-        return model
-    chat = processes.on_first_process(start.folder.chat)
-    return model if chat is None else model.with_chat(ChatTexts(**chat))
+def _as_begun(
+    model: LanguageModel, teacher: LanguageModel | None, start: Start
+) -> tuple[LanguageModel, LanguageModel | None]:
+    """The models with the chat's texts as the run began with them: a template may write today's date.
+
+    Raises:
+      UserError: what the run has kept of them is damaged.
+    """
+    if (folder := start.folder) is None or not start.resume:
+        return model, teacher
+    chats = processes.on_first_process(folder.chats)
+    try:
+        own, theirs = (chat and ChatTexts(**chat) for chat in chats)
+    except TypeError as error:
+        raise UserError(f"{folder.settings} is damaged ({error}); start anew with --overwrite.") from error
+    begun = model.with_chat(own) if own else model
+    if teacher is model:
+        return begun, begun
+    return begun, teacher.with_chat(theirs) if teacher is not None and theirs else teacher
 
 
 def _open(start: Start, identity: dict[str, Any], agreed: dict[str, Any]) -> contextlib.ExitStack:
@@ -117,6 +130,7 @@ def _open(start: Start, identity: dict[str, Any], agreed: dict[str, Any]) -> con
 
         def ready() -> None:
             lock.enter_context(folder.locked())
+            folder.check(resume=start.resume, overwrite=start.overwrite)  # another may just have ended here
             begin(identity)
 
         try:

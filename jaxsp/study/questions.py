@@ -106,7 +106,7 @@ def study_key(
     """Equal where a study gives the same queries."""
     texts = [[dataclasses.astuple(query) for query in part] for part in (given, held_out)]
     chosen = plain(settings.study), plain(settings.teacher), settings.training.seed
-    return digest((*identity(model), context, texts, chosen))
+    return digest((*identity(model), dataclasses.astuple(model.chat), context, texts, chosen))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,9 +90,10 @@ class Teacher:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The model, its weights and their dtype, as they decide a run."""
+        """The model, its weights, their dtype and its chat, as they decide a run."""
         name, weights, dtype = self.model.name, self.model.fingerprint, self.model.config.dtype
-        return {"teacher": name, "teacher_weights": weights, "teacher_dtype": dtype}
+        chat = dataclasses.asdict(self.model.chat)
+        return {"teacher": name, "teacher_weights": weights, "teacher_dtype": dtype, "teacher_chat": chat}
 
     @property
     def summary(self) -> dict[str, Any]:

@@ -93,8 +93,12 @@ class Store:
         if found is None:
             return None
         place, entry = found
+        try:
+            content = read(Path(entry))
+        except FileNotFoundError:  # another run has just removed it
+            return None
         self._tell(f"{what}: read from {place}")
-        return read(Path(entry))
+        return content
 
     def _found(self, key: str, read: Callable[[Path], Any]) -> tuple[str, str] | None:
         """The folder that an entry is in, and where it is to be read, once it has been checked."""
@@ -116,13 +120,17 @@ class Store:
         except _DAMAGE as error:
             self._tell(f"{entry} is damaged: {error}. It is made anew.")
             try:
-                _remove(entry)
+                with contextlib.suppress(FileNotFoundError):  # another run has removed it
+                    _remove(entry)
             except OSError as failure:
                 self._leave(failure)
             return None
         with contextlib.suppress(OSError):
             os.utime(entry / MANIFEST)
-        return str(place), str(self._own_copy(entry))
+        try:
+            return str(place), str(self._own_copy(entry))
+        except _Gone:
+            return None
 
     def write(
         self, key: str, about: dict[str, Any], write: Callable[[Path], None], read: Callable[[Path], T]
@@ -147,7 +155,8 @@ class Store:
             except OSError as error:
                 self._leave(error)
             else:
-                return read(self._own_copy(entry))
+                with contextlib.suppress(_Gone):
+                    return read(self._own_copy(entry))
         if self.own is None:
             return None
         with _writing(self.own):
@@ -166,7 +175,10 @@ class Store:
                     shutil.copyfile(file, folder / file.name)
 
         with _writing(self.own):
-            return _install(self.own, entry.name, write)
+            try:
+                return _install(self.own, entry.name, write)
+            except FileNotFoundError as error:
+                raise _Gone(entry) from error
 
     def _leave(self, error: Exception) -> None:
         reason = getattr(error, "strerror", None) or error
@@ -177,6 +189,10 @@ class Store:
         if line not in self._said:
             self._said.add(line)
             self._say(line)
+
+
+class _Gone(Exception):
+    """Another run has removed a shared entry."""
 
 
 @contextlib.contextmanager

@@ -292,8 +292,8 @@ class Block:
         if self.checkpoints is not None and self.held_out:  # else not all is in place
             ids = [None if slot.left else slot.job.id for slot in self.slots]
             block = {"jobs": ids, "tick": self.tick, "packing": dataclasses.astuple(self.packing)}
-            if any(slot.answers for slot in self.slots):
-                block["answers"] = [slot.answers for slot in self.slots]
+            if any(slot.answers for slot in self._live()):
+                block["answers"] = [None if slot.left else slot.answers for slot in self.slots]
             self.checkpoints.save(self.tick, self.driver.fetch(self.states), block)
 
     def _result(self, index: int, slot: Slot) -> TrainingResult:

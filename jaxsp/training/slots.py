@@ -158,8 +158,11 @@ class Slot:
             self._train_on(*policy.refreshed(sigma, self.step))
 
     def go_on_with(self, answers: OwnAnswers | None) -> None:
-        """Trains on the answers that it had when it was saved, if it had any."""
-        if answers is not None and (policy := self.job.on_policy) is not None:
+        """Trains on the answers that it had when it was saved, if it had any.
+
+        In a slot that is free they are of a prompt that has ended.
+        """
+        if answers is not None and not self.left and (policy := self.job.on_policy) is not None:
             self._train_on(answers, policy.rows(answers))
 
     def _train_on(self, answers: OwnAnswers, rows: Rows) -> None:

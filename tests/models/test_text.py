@@ -82,6 +82,20 @@ def test_a_given_answer_is_what_the_template_makes_of_it(kind, template):
     assert "".join(map(str, answer[1:-1])) in "".join(map(str, theirs))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_parts_are_those_of_the_whole_in_two_turns(kind):
+    own = tokenizer(kind, TEMPLATES["turns"])
+    chat = ChatTexts.of(own, ChatOptions(slot="system"))
+    parts = [*chat.before_ids(own), *chat.context_ids(own, CONTEXT), *chat.query_ids(own, QUERY)]
+    turns = [{"role": "system", "content": CONTEXT}, {"role": "user", "content": QUERY}]
+    assert parts == own.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    ends = own.convert_tokens_to_ids("<|end|>")
+    asked = chat.query_ids(own, "What is <|end|>?")
+    assert asked.count(ends) == 2  # the template's
+
+
 def test_the_document_in_the_system_turn_and_a_system_text():
     own = tokenizer("byte level", TEMPLATES["turns"])
     system = ChatTexts.of(own, ChatOptions(slot="system"))

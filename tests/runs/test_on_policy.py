@@ -11,6 +11,7 @@ import pytest
 
 import jaxsp
 from jaxsp import distributions
+from jaxsp.data.packing import Packing
 from jaxsp.evaluation import report
 from jaxsp.losses import Objective
 from jaxsp.models import decoder
@@ -23,7 +24,7 @@ from jaxsp.settings import make_settings
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import read_part, read_preamble
 from jaxsp.teacher.store import Store
-from jaxsp.training.slots import Step
+from jaxsp.training.slots import Slot, Step, TrainingJob
 from jaxsp.training.start import start_state
 from jaxsp.typing import UserError
 from tests import tiny
@@ -218,3 +219,18 @@ def test_where_every_answer_is_given_there_is_none_to_make(calm_model):
     with pytest.raises(UserError, match=r"takes the place of the teacher's answers, but every"):
         make_job(calm_model, row, OPTIONS)
     assert make_job(calm_model, {**row, "study": "on"}, OPTIONS).settings.training.on_policy == 0.5
+
+
+def test_a_free_slot_takes_nobodys_answers(calm_model):
+    """Of a list that was stopped, a slot may hold a copy beside the answers of a prompt that has ended."""
+    own, sigma = made(calm_model)
+    answers, _ = own.refreshed(sigma, 0)
+    state = start_state(calm_model, own.problem, own.settings)
+    rows = own.problem.train, own.problem.held_out
+    job = TrainingJob("a", state, *rows, Packing(2, 64), on_policy=own.as_training_takes_it())
+    free, used = Slot(job, left=True), Slot(job)
+    for slot in (free, used):
+        slot.go_on_with(answers)
+    assert free.answers is None
+    assert free.job is job
+    assert used.answers == answers
