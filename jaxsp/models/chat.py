@@ -1,4 +1,4 @@
-"""Where the context and the query stand in a model's prompt: text before, the context, text after.
+"""The places of the context and the query in a model's prompt: text before, the context, text after.
 
 The texts come from the tokenizer's own chat template, by default with the document in the user turn (there
 the models that were measured use it best). The context can be replaced by vectors without moving a token
@@ -27,7 +27,7 @@ _CONTEXT = (
     + "Word, " * 100
     + "\N{SYMBOL FOR NULL}"
 )
-"""What templates are known to change: capitals, quotes, signs of HTML, blanks, ends of lines, long texts."""
+"""Traits that templates are known to change: capitals, quotes, signs of HTML, blanks, lines, length."""
 
 SLOTS = ("user", "system")
 """Turns that the context may stand in."""

@@ -307,7 +307,7 @@ def teacher_key(model: LanguageModel, job: TokenizedJob, settings: TeacherSettin
 
 
 def identity(model: LanguageModel) -> tuple[Any, ...]:
-    """What decides what a model says, and how that is kept."""
+    """Everything that decides what a model says, and how that is kept."""
     return VERSION, model.fingerprint, dataclasses.astuple(model.config), model.stop_ids
 
 

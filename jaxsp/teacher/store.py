@@ -1,4 +1,4 @@
-"""What took long to make and can be made again, kept on disk by the key of all that decides it.
+"""Things that took long to make and can be made again, kept on disk by the key of all that decides them.
 
 An entry is a folder with a manifest: every file's size and SHA-256. It appears whole or not at all, is never
 changed, and is checked when it is opened. One folder of entries is shared by all runs; a run has its own, so
@@ -79,7 +79,7 @@ class Store:
             return store
 
     def read(self, key: str, read: Callable[[Path], T], what: str) -> T | None:
-        """What ``read`` makes of an entry's folder; ``None`` if there is no such entry.
+        """The content that ``read`` makes of an entry's folder; ``None`` if there is no such entry.
 
         Args:
           key: the entry's.
@@ -135,7 +135,7 @@ class Store:
     def write(
         self, key: str, about: dict[str, Any], write: Callable[[Path], None], read: Callable[[Path], T]
     ) -> T | None:
-        """What ``read`` makes of a new entry; ``None`` if it can be kept nowhere.
+        """The content that ``read`` makes of a new entry; ``None`` if it can be kept nowhere.
 
         Args:
           key: the entry's; if there is one already, that one is read.

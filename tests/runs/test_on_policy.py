@@ -222,7 +222,7 @@ def test_where_every_answer_is_given_there_is_none_to_make(calm_model):
 
 
 def test_a_free_slot_takes_nobodys_answers(calm_model):
-    """Of a list that was stopped, a slot may hold a copy beside the answers of a prompt that has ended."""
+    """In a list that was stopped a slot may hold a copy beside the answers of a prompt that has ended."""
     own, sigma = made(calm_model)
     answers, _ = own.refreshed(sigma, 0)
     state = start_state(calm_model, own.problem, own.settings)

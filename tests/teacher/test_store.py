@@ -1,4 +1,4 @@
-"""What a teacher said, on disk: read by the next run, whole or not at all, and never a reason to fail."""
+"""The teacher's answers and signals on disk: read by the next run, whole or not at all, and never a reason to fail."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def shards(monkeypatch):
 
 @pytest.fixture
 def asked(tiny_model):
-    """How often the teacher is asked to answer."""
+    """The number of times that the teacher is asked to answer."""
     calls, answer_ids = [], problems.answer_ids
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(problems, "answer_ids", lambda *a, **k: calls.append(1) or answer_ids(*a, **k))
@@ -187,7 +187,7 @@ def test_only_the_rows_of_a_batch_are_read(teach, shards, monkeypatch):
 
 
 def test_signals_are_written_as_they_come(teach, monkeypatch, shards):
-    """Of what was computed before, nothing but the batch at hand, and the one before it, stays in memory."""
+    """Nothing of what was computed before stays in memory but the batch at hand, and the one before it."""
     import gc
     import weakref
 
