@@ -1,4 +1,4 @@
-"""The teacher's answers and signals on disk: read by the next run, whole or not at all, and never a reason to fail."""
+"""A teacher's words on disk: read by the next run, whole or not at all, and never a reason to fail."""
 
 from __future__ import annotations
 
