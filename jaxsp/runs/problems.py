@@ -14,9 +14,9 @@ from jaxsp.progress import Display
 from jaxsp.runs.job import Job
 from jaxsp.study import Study, study, study_key
 from jaxsp.teacher.another import Teacher
-from jaxsp.teacher.problem import FIRST_WORDS, Problem, keep, read_preamble, run_teacher, teacher_key
+from jaxsp.teacher.problem import Problem, keep, read_preamble, run_teacher, teacher_key
 from jaxsp.teacher.samples import count, sample
-from jaxsp.teacher.store import Store
+from jaxsp.teacher.store import Store, about
 from jaxsp.typing import KeyValues
 
 T = TypeVar("T")
@@ -96,13 +96,8 @@ class Problems:
         return study_key(self.asked, job.context, job.train, job.held_out, job.settings)
 
     def _keep_study(self, job: Job, found: Study) -> None:
-        about = {
-            "kind": "study",
-            "model": self.asked.name,
-            "document": job.context[:FIRST_WORDS],
-            "queries": len(found.train) + len(found.held_out),
-        }
-        self.store.write(f"{self._key(job)}.study", about, found.write, Study.read)
+        shown = about("study", self.asked.name, job.context, len(found.train) + len(found.held_out))
+        self.store.write(f"{self._key(job)}.study", shown, found.write, Study.read)
         if (folder := self._begun(job)) is not None:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -28,7 +28,7 @@ from jaxsp.settings import Settings, TeacherSettings, plain
 from jaxsp.teacher import targets
 from jaxsp.teacher.answers import answer_ids
 from jaxsp.teacher.signals import SIGNALS
-from jaxsp.teacher.store import VERSION, Store
+from jaxsp.teacher.store import VERSION, Store, about
 from jaxsp.typing import Bool, Int, KeyValues, UserError
 
 QUERY_TOKENS = 128
@@ -37,9 +37,6 @@ many: the cut does not depend on the queries that the document then gives."""
 
 FEWEST = 16
 """Tokens of a part that there must be room for."""
-
-FIRST_WORDS = 60
-"""Characters of a document that its entry in the store shows."""
 
 SAMPLE = Query("What does the text say?", seed="question")
 """A query such as the document gives, in place of those that are not yet made."""
@@ -415,17 +412,11 @@ def keep(
     job, rows, answers = problem.job, problem.rows, problem.answers
     every = np.arange(len(rows))
     given = [(name, every, target) for name, target in rows.targets.items() if name in SIGNALS]
-    about = {
-        "kind": "teacher",
-        "model": model.name,
-        "document": job.parts[0].text[:FIRST_WORDS],
-        "queries": len(rows),
-        "tokens": len(job.context_ids),
-    }
+    shown = about("teacher", model.name, job.parts[0].text, len(rows), tokens=len(job.context_ids))
 
     def write(folder: Path) -> None:
         targets.write(folder, rows, answers, given if said is None else said())
 
     read = functools.partial(targets.read, rows_of=functools.partial(_rows, job))
-    kept = store.write(key, about, write, read)
+    kept = store.write(key, shown, write, read)
     return kept and Problem(job, problem.preamble, *kept)

@@ -17,16 +17,8 @@ from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.settings import Settings, TeacherSettings
 from jaxsp.teacher.answers import answer_ids
-from jaxsp.teacher.problem import (
-    FIRST_WORDS,
-    Problem,
-    TokenizedJob,
-    digest,
-    read_part,
-    run_teacher,
-    teacher_key,
-)
-from jaxsp.teacher.store import Store
+from jaxsp.teacher.problem import Problem, TokenizedJob, digest, read_part, run_teacher, teacher_key
+from jaxsp.teacher.store import Store, about
 from jaxsp.typing import AnyArray, Array, KeyValues, UserError
 
 _DRAW = 3
@@ -99,14 +91,9 @@ def sample(
             own = [asked[i] for i in processes.strided_shard(len(asked))]
             answers = processes.gather_strided(_answers(model, job, own, settings, preamble), len(asked))
         if processes.is_first():
-            about = {
-                "kind": "samples",
-                "model": model.name,
-                "document": job.parts[0].text[:FIRST_WORDS],
-                "queries": len(numbers),
-                "tokens": len(job.context_ids),
-            }
-            store.write(key, about, lambda folder: _write(folder, answers or []), _read)
+            text, tokens = job.parts[0].text, len(job.context_ids)
+            shown = about("samples", model.name, text, len(numbers), tokens=tokens)
+            store.write(key, shown, lambda folder: _write(folder, answers or []), _read)
     pairs = zip(asked, answers, strict=True)
     kept = [(number, ids) for (number, _), ids in pairs if max(ids) < vocab_size]
     if not kept:

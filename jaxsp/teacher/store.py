@@ -33,9 +33,25 @@ MAX_BYTES = 10 << 30
 
 MANIFEST = "manifest.json"
 
+FIRST_WORDS = 60
+"""Characters of a document that its entries are listed with."""
+
 _PART = ".part"
 _STALE = 86400.0  # seconds: whoever began to write it is gone
 _DAMAGE = OSError, ValueError, KeyError, TypeError, IndexError
+
+
+def about(kind: str, model: str, document: str, queries: int, **more: int) -> dict[str, Any]:
+    """The part of an entry's manifest that ``jaxsp cache list`` shows.
+
+    Args:
+      kind: of the entry.
+      model: name of the model that made it.
+      document: the text that it is about.
+      queries: number of the queries in it.
+      **more: ``tokens`` of the document, where they are known.
+    """
+    return {"kind": kind, "model": model, "document": document[:FIRST_WORDS], "queries": queries, **more}
 
 
 def shared_folder() -> Path | None:

@@ -93,7 +93,7 @@ def test_the_teacher_speaks_on_the_prompts_own_answers(calm_model, other, case):
         alone = jaxsp.make_rows([read.query_ids[number]], [ids])
         expected = distributions.answer_hidden(asked.params, asked.config, context, alone)[0]
         found = rows.targets["hidden"][i, : len(ids)]
-        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     for i in set(range(len(train))) - set(some):
         for name in ("tokens", "hidden"):
             theirs = np.asarray(train.targets[name])[i, train.mask[i]]
@@ -182,6 +182,7 @@ def test_every_driver_trains_on_them_like_one_device(calm_model, more):
         given: dict[str, Any] = {**OPTIONS, "batch_size": 8, "steps": 6, "progress": False, **options}
         return jaxsp.compress(calm_model, CONTEXT, QUERIES, **given)
 
+    # Sums over devices have another order, and six steps of Adam divide by it: 7e-6 was seen. As in test_many.
     assert_same_sigma(run(**more).prompt.sigma, run().prompt.sigma, atol=1e-4)
 
 
