@@ -182,7 +182,7 @@ def test_every_driver_trains_on_them_like_one_device(calm_model, more):
         given: dict[str, Any] = {**OPTIONS, "batch_size": 8, "steps": 6, "progress": False, **options}
         return jaxsp.compress(calm_model, CONTEXT, QUERIES, **given)
 
-    # Sums over devices have another order, and six steps of Adam divide by it: 7e-6 was seen. As in test_many.
+    # Sums over devices have another order, by which Adam divides: 7e-6 was seen. As in test_many.
     assert_same_sigma(run(**more).prompt.sigma, run().prompt.sigma, atol=1e-4)
 
 
