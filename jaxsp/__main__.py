@@ -1,5 +1,21 @@
-"""``python -m jaxsp``: the command line."""
+"""The command line in a process of its own: ``python -m jaxsp``, and the console script ``jaxsp``."""
 
-from jaxsp.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+from jaxsp import cli
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli.main(before_running=_without_torch)
+
+
+def _without_torch() -> None:
+    # transformers loads torch where it is installed, for seconds and 200 MB; no command of ours uses it.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -19,6 +20,7 @@ from jaxsp.cache import Cache
 from jaxsp.errors import Interrupted, UserError
 from jaxsp.options import (
     EMBEDDED,
+    LIGHTER,
     AllOptions,
     File,
     Folder,
@@ -388,12 +390,14 @@ COMMANDS: dict[str, type[Command]] = {
 }
 
 
-def main() -> None:
-    """Entry point of the console script ``jaxsp``."""
+def main(before_running: Callable[[], None] = lambda: None) -> None:
+    """Runs the command that ``sys.argv`` names; when it is known, ``before_running`` comes first."""
     prepare()
     try:
         try:
-            _run(parse(COMMANDS, sys.argv[1:]))
+            command = parse(COMMANDS, sys.argv[1:])
+            before_running()
+            _run(command)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -426,16 +430,8 @@ def _run(command: Command) -> None:
 
 def _lighter(command: Command) -> str:
     """The ways to need less memory, by the options that a command has."""
-    ways = {
-        "batch_size": "lower --batch-size",
-        "at_once": "lower --at-once",
-        "grad_accumulation": "raise --grad-accumulation",
-        "dtype": "take --dtype bfloat16",
-        "quantization": "take --quantization int8",
-        "parallel": "use more devices with --parallel mesh",
-    }
     parts = [command, *filter(dataclasses.is_dataclass, vars(command).values())]
-    *most, last = [way for name, way in ways.items() if any(hasattr(part, name) for part in parts)]
+    *most, last = [way for name, way in LIGHTER.items() if any(hasattr(part, name) for part in parts)]
     return f"{', '.join(most)} or {last}" if most else last
 
 

@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 
 EMBEDDED = "smollm2-135m-instruct"
 
+LIGHTER = {
+    "batch_size": "lower --batch-size",
+    "at_once": "lower --at-once",
+    "grad_accumulation": "raise --grad-accumulation",
+    "dtype": "take --dtype bfloat16",
+    "quantization": "take --quantization int8",
+    "parallel": "use more devices with --parallel mesh",
+}
+"""How each option makes a run need less memory."""
+
 File = Annotated[str, tyro.conf.arg(metavar="FILE")]
 Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
 

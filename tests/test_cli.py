@@ -342,6 +342,21 @@ def test_how_to_call_the_program_again(tmp_path, monkeypatch):
     assert program() == ".venv/bin/python -m jaxsp"
 
 
+def test_torch_is_not_loaded_where_it_is_installed(python, tiny_directory, job, tmp_path):
+    """transformers would; a Python user's process is left alone, as others in it may need torch."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was loaded')")
+    (tmp_path / "torch-99.dist-info").mkdir()
+    (tmp_path / "torch-99.dist-info" / "METADATA").write_text("Name: torch\nVersion: 99.0\n")
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = ["compress", job["context"], "--queries", job["queries"], "--model", tiny_directory]
+    done = python("-m", "jaxsp", *map(str, command), "--length", "500", env=environment)
+    assert done.returncode == 2
+    assert "500" in done.stderr  # more slots than the context has tokens, as its tokenizer said
+    assert "torch" not in done.stderr
+    code = f"import jaxsp; jaxsp.load_model({str(tiny_directory)!r}, dtype='float32')"
+    assert "torch was loaded" in python("-c", code, env=environment).stderr
+
+
 def test_help_is_shown(jaxsp_command):
     code, out, _ = jaxsp_command("compress", "--help")
     assert code == 0

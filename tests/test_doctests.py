@@ -18,11 +18,7 @@ from jaxsp.settings import make_settings
 from jaxsp.teacher.problem import tokenize
 from tests.conftest import CONTEXT, slow_beside
 
-MODULES = [
-    module.name
-    for module in pkgutil.walk_packages(jaxsp.__path__, "jaxsp.")
-    if module.name != "jaxsp.__main__"
-]
+MODULES = [module.name for module in pkgutil.walk_packages(jaxsp.__path__, "jaxsp.")]
 # They train: what they print is the same with a tiny model in the place of the embedded one.
 ON_A_TINY_MODEL = {"jaxsp.api", "jaxsp.training", "jaxsp.training.drivers"}
 

@@ -137,7 +137,7 @@ def test_what_annotations_name_is_there():
     axes = r"\b(Float|Int|Bool)\["
     found = 0
     for module in pkgutil.walk_packages(jaxsp.__path__, "jaxsp."):
-        names = vars(importlib.import_module(module.name)) if module.name != "jaxsp.__main__" else {}
+        names = vars(importlib.import_module(module.name))
         own = [thing for thing in names.values() if getattr(thing, "__module__", None) == module.name]
         methods = [member for thing in own if inspect.isclass(thing) for member in vars(thing).values()]
         for thing in [*own, *methods]:
