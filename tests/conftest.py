@@ -156,9 +156,16 @@ def jaxsp_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 @pytest.fixture(scope="session")
 def python():
-    """Runs Python code, or a module, in a process of its own."""
+    """Runs Python code, or a module, in a process of its own.
+
+    Code doesn't load torch, which transformers would for seconds; ``jaxsp`` itself sees to that as a command.
+    """
 
     def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+        if "-c" in arguments:
+            code = arguments.index("-c") + 1
+            without = f"import sys; sys.modules['torch'] = None\n{arguments[code]}"
+            arguments = (*arguments[:code], without, *arguments[code + 1 :])
         environment = {**os.environ, **options.pop("env", {})}
         return subprocess.run(
             [sys.executable, *arguments], capture_output=True, text=True, env=environment, **options

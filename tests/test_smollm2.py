@@ -16,14 +16,15 @@ from jaxsp.evaluation.metrics import at_positions
 from jaxsp.models import decoder, load
 from jaxsp.prompts import PROMPT_KINDS, per_head
 from jaxsp.teacher import targets
-from tests.conftest import CONTEXT, slow_beside
+from tests.conftest import CONTEXT
 
 HOLD_ALL = [kind for kind in PROMPT_KINDS if kind != "low_rank"]
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
 
-@pytest.mark.parametrize("dtype", slow_beside(["float32", "bfloat16"], "bfloat16"))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_prompt_equal_to_the_context_gives_kl_zero(dtype):
     """Each kind that can hold all of it, in slots of one number: sums have one order."""
     model = jaxsp.load_model("smollm2-135m-instruct", dtype=dtype)

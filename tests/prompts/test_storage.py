@@ -11,7 +11,7 @@ from jaxsp.artifact import ARRAYS
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.prompts.initializers import ABSENT
 from jaxsp.prompts.storage import DTYPES, rounded
-from tests.conftest import CONTEXT, QUERIES, slow_beside
+from tests.conftest import CONTEXT, QUERIES
 
 SIGMA = {
     "keys": np.random.RandomState(0).standard_normal((2, 3, 1, 32)).astype(np.float32),
@@ -51,7 +51,8 @@ SAVED = [
 ]
 
 
-@pytest.mark.parametrize("saved", slow_beside(SAVED, *(set(SAVED) - {"per_head-int8"})))
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", SAVED)
 def test_the_saved_prompt_is_the_one_that_was_measured(calm_model, tmp_path, saved):
     kind, dtype = saved.split("-")
     result = jaxsp.compress(

@@ -28,7 +28,7 @@ from jaxsp.training.slots import Slot, Step, TrainingJob
 from jaxsp.training.start import start_state
 from jaxsp.typing import UserError
 from tests import tiny
-from tests.conftest import CONTEXT, QUERIES, assert_same_sigma
+from tests.conftest import CONTEXT, QUERIES, assert_same_sigma, slow_beside
 
 OPTIONS: dict[str, Any] = {
     "prompt_length": 4, "kind": "embedding", "steps": 10, "batch_size": 3, "max_answer_tokens": 6,
@@ -62,7 +62,7 @@ def made(model, teacher=None, **changed):
     return own, start_state(model, problem, job.settings).sigma
 
 
-@pytest.mark.parametrize("case", ["alone", "parts", "teacher"])
+@pytest.mark.parametrize("case", slow_beside(["alone", "parts", "teacher"], "parts", "teacher"))
 def test_the_teacher_speaks_on_the_prompts_own_answers(calm_model, other, case):
     """The answers are σ's greedy ones; there the targets are the teacher's, and all others stay."""
     teacher = other if case == "teacher" else None

@@ -198,7 +198,7 @@ def test_the_models_own_head_as_the_teachers_changes_no_bit(student):
 @pytest.mark.parametrize(
     ("parallel", "mesh", "prompts"),
     [
-        ("mesh", "data=2,model=2", 1),
+        pytest.param("mesh", "data=2,model=2", 1, marks=pytest.mark.slow),
         pytest.param("pmap", None, 1, marks=pytest.mark.slow),
         pytest.param("pmap", None, 8, marks=pytest.mark.slow),
         pytest.param("mesh", "data=2,model=2", 2, marks=pytest.mark.slow),
