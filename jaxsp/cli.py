@@ -421,7 +421,7 @@ def _run(command: Command) -> None:
     try:
         command.run()
     except (RuntimeError, MemoryError) as error:  # jax's own kinds are the first
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         message, ways = (str(error) or "none left").splitlines()[0], _lighter(command)
         raise UserError(
