@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Unpack, overload
 
 from jaxsp import processes
-from jaxsp.artifact import SoftPrompt
+from jaxsp.artifact import SoftPrompt, named_model
 from jaxsp.data.documents import Query, as_queries
 from jaxsp.evaluation import brackets, report as reports
 from jaxsp.models.language_model import LanguageModel
@@ -300,8 +300,8 @@ def _teacher_of(
                 f"This prompt was taught by its own model, not by {other.model.name}; leave the teacher out."
             )
         return None
-    found = as_model(given or known["name"], known["quantization"])
-    if found.fingerprint != known["fingerprint"]:
+    found = as_model(given or named_model(known), known["quantization"])
+    if not found.has_weights(known["fingerprint"]):
         raise UserError(
             f"This prompt was taught by {known['name']} ({known['fingerprint'][:12]}); {found.name} has other"
             f" weights ({found.fingerprint[:12]}). Give the teacher that it was."

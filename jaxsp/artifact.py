@@ -7,7 +7,9 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +25,10 @@ from jaxsp.files import atomic_write
 from jaxsp.models.chat import ChatTexts
 from jaxsp.models.config import DecoderConfig, Quantization
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.models.load import as_model
+from jaxsp.models.load import as_model, hub_id
 from jaxsp.prompts import PROMPT_KINDS, storage
 from jaxsp.settings import Settings, plain
+from jaxsp.terminal import say_once
 from jaxsp.typing import Array, KeyValues, Params, PyTree, UserError
 
 if TYPE_CHECKING:
@@ -125,16 +128,16 @@ class SoftPrompt:
                 f"This prompt was trained with quantization {self.quantization!r}, the model was loaded with"
                 f" {model.config.quantization!r}; load it with quantization={self.quantization!r}."
             )
-        fingerprints = {
-            "model weights": (self.manifest["model"]["fingerprint"], model.fingerprint),
-            "tokenizer": (self.manifest["tokenizer"]["fingerprint"], tokenizer_fingerprint(model.tokenizer)),
-        }
-        for what, (theirs, actual) in fingerprints.items():
-            if actual != theirs:
+        name, weights = self.manifest["model"]["name"], self.manifest["model"]["fingerprint"]
+        own, tokens = tokenizer_fingerprint(model.tokenizer), self.manifest["tokenizer"]["fingerprint"]
+        for what, theirs, actual, same in (
+            ("model weights", weights, model.fingerprint, model.has_weights(weights)),
+            ("tokenizer", tokens, own, tokens == own),
+        ):
+            if not same:
                 raise UserError(
-                    f"This prompt belongs to another model: its {what} are those of"
-                    f" {self.manifest['model']['name']} ({theirs[:12]}), the loaded model is"
-                    f" {model.name} ({actual[:12]})."
+                    f"This prompt belongs to another model: its {what} are those of {name} ({theirs[:12]}),"
+                    f" the loaded model is {model.name} ({actual[:12]})."
                 )
 
     def cut(self, length: int) -> SoftPrompt:
@@ -176,7 +179,7 @@ class SoftPrompt:
           >>> isinstance(jaxsp.SoftPrompt.load(demo_folder).ask("How long is the cable?"), str)
           True
         """
-        model = as_model(model or self.manifest["model"]["name"], self.quantization)
+        model = as_model(model or named_model(self.manifest["model"]), self.quantization)
         model = model.stopping_at(self.stop_ids)
         return "".join(model.stream_answer(self.prefix(model), question, self.chat, max_tokens=max_tokens))
 
@@ -230,6 +233,31 @@ class SoftPrompt:
             return cls(storage.unpack(_nested(load_file(directory / ARRAYS))), manifest, text)
         except (SafetensorError, UnicodeDecodeError) as error:
             raise UserError(f"{directory} is damaged ({error}).") from error
+
+
+def named_model(named: Mapping[str, Any]) -> str:
+    """The model that a manifest names, to be loaded; a download that nobody else asked for is said first.
+
+    Args:
+      named: the manifest's entry of it, with a ``name``.
+
+    Raises:
+      UserError: it is a folder or a file that is not there any more.
+
+    Example:
+      >>> import jaxsp
+      >>> named_model(jaxsp.SoftPrompt.load(demo_folder).manifest["model"])
+      'smollm2-135m-instruct'
+    """
+    name = named["name"]
+    if os.path.isabs(name) and not os.path.exists(name):
+        raise UserError(
+            f"The model that this prompt names was {name}, which is not there; say where it is now (--model,"
+            " of a teacher --teacher)."
+        )
+    if (download := hub_id(name)) is not None:
+        say_once(f"The prompt names the model {download}, which is looked for on the model hub.")
+    return name
 
 
 def _renamed(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -238,7 +238,9 @@ class _Saved:
         return prompt if self.length is None else prompt.cut(self.length)
 
     def load(self, prompt: SoftPrompt) -> LanguageModel:
-        name = self.model or prompt.manifest["model"]["name"]
+        from jaxsp.artifact import named_model
+
+        name = self.model or named_model(prompt.manifest["model"])
         return ModelOptions(name, self.dtype, prompt.quantization).load().stopping_at(prompt.stop_ids)
 
 
@@ -418,21 +420,21 @@ def _run(command: Command) -> None:
     """Runs the command; a device without memory is a mistake that the user can mend."""
     try:
         command.run()
-    except RuntimeError as error:  # jax's own kinds are
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # jax's own kinds are the first
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        message = str(error).splitlines()[0]
+        message, ways = (str(error) or "none left").splitlines()[0], _lighter(command)
         raise UserError(
-            f"The device has not enough memory ({message:.120}); {_lighter(command)};"
-            " `jaxsp plan` says beforehand what fits."
+            f"The device has not enough memory ({message:.120}); {ways}{ways and '; '}"
+            "`jaxsp plan` says beforehand what fits."
         ) from None
 
 
 def _lighter(command: Command) -> str:
     """The ways to need less memory, by the options that a command has."""
     parts = [command, *filter(dataclasses.is_dataclass, vars(command).values())]
-    *most, last = [way for name, way in LIGHTER.items() if any(hasattr(part, name) for part in parts)]
-    return f"{', '.join(most)} or {last}" if most else last
+    ways = [way for name, way in LIGHTER.items() if any(hasattr(part, name) for part in parts)]
+    return " or ".join(filter(None, (", ".join(ways[:-1]), *ways[-1:])))
 
 
 def _checked(given: Settings) -> Settings:

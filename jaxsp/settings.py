@@ -211,6 +211,10 @@ def make_settings(values: Mapping[str, Any], base: Settings | None = None) -> Se
     return Settings(**parts)
 
 
+MOST = 2**20
+"""Greatest size of what is held in memory: beyond any machine's, and within what arrays can count."""
+
+_SIZES = ("prompt_length", "rank", "batch_size", "grad_accumulation")
 _NAMES = {int: "a whole number", float: "a number", str: "a text"}
 _OBJECTS = ("objective", "optimizer")  # a text, or an object that the tables of their room know
 _LIMITS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
@@ -227,6 +231,8 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         raise UserError(f"{option} must be {_NAMES[expected]}, not {value!r}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{option} must be a finite number, not {value}.")
+    if field.name in _SIZES:
+        check_limits(field.name, value, at_most=MOST)
     check_limits(field.name, value, **field.metadata.get("limits", {}))
     return value
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import logging
 import re
 import signal
 import sys
@@ -26,6 +28,12 @@ def visible(text: str) -> str:
         return "\N{SYMBOL FOR DELETE}" if code == 127 else "\N{REPLACEMENT CHARACTER}"
 
     return _CONTROL.sub(sign, text)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Shows a line on standard error, once in a process; by ``logging``, so that a program may catch it."""
+    logging.getLogger("jaxsp").warning("%s", visible(line))
 
 
 def prepare() -> None:

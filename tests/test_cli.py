@@ -759,6 +759,30 @@ def test_artifacts_that_cannot_be_used(jaxsp_command, finished, tmp_path, job):
     refused(jaxsp_command("ask", finished, "Who?", "--model", tokenizer), "another model", "tokenizer")
 
 
+def test_one_bit_of_the_weights_is_noticed(jaxsp_command, compress, finished, tiny_directory, tmp_path, job):
+    """By every command that goes on with what was made with them."""
+    other, out = tmp_path / "other", tmp_path / "out"
+    shutil.copytree(tiny_directory, other)
+    data = bytearray((other / "model.safetensors").read_bytes())
+    data[-1234] ^= 1
+    (other / "model.safetensors").write_bytes(data)
+    words = ("another model", "weights")
+    refused(jaxsp_command("ask", finished, "Who?", "--model", other), *words)
+    asked = ("--queries", job["queries"], "--model", other)
+    refused(jaxsp_command("evaluate", finished, *asked), *words)
+    shutil.copytree(finished, out)
+    refused(compress("--resume", model=other), "can't be resumed", "weights was")
+
+
+def test_memory_that_there_is_not(jaxsp_command, finished, monkeypatch):
+    def too_much(*_):
+        raise MemoryError("Unable to allocate 7.28 TiB for an array")
+
+    monkeypatch.setattr(jaxsp.SoftPrompt, "load", too_much)
+    refused(jaxsp_command("ask", finished, "Who?"), "not enough memory (Unable to allocate 7.28", "--dtype")
+    refused(jaxsp_command("inspect", finished), "not enough memory (Unable to allocate 7.28")
+
+
 def test_a_prompt_without_its_context(jaxsp_command, finished, tmp_path, job):
     shutil.copytree(finished, tmp_path / "copy")
     (tmp_path / "copy" / "context.txt").unlink()

@@ -62,6 +62,8 @@ def test_values_find_their_part():
         ({"steps": "many"}, "--steps must be a whole number, not 'many'"),
         ({"steps": True}, "--steps must be a whole number, not True"),
         ({"objective": 3}, "--objective must be a text, not 3"),
+        ({"prompt_length": 10**9}, "--prompt-length must be at most 1048576, not 1000000000"),
+        ({"batch_size": 10**19}, "--batch-size must be at most 1048576, not 10000000000000000000"),
         ({"prompt_length": 0}, "--prompt-length must be at least 1, not 0"),
         ({"learning_rate": 0.0}, "--learning-rate must be above 0, not 0.0"),
         ({"warmup_fraction": 1.0}, "--warmup-fraction must be at least 0 and below 1, not 1.0"),

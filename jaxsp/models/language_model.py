@@ -17,7 +17,7 @@ from jaxsp.models import decoder, sharding
 from jaxsp.models.chat import ChatOptions, ChatTexts
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation import Sampling, stream
-from jaxsp.models.weights import fingerprint, weight_files
+from jaxsp.models.weights import is_old, old_fingerprint, weight_files
 from jaxsp.typing import AnyArray, Array, Float, Int, KeyValues, Params, UserError
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class LanguageModel:
     directory: Path
     stop_ids: tuple[int, ...]
     """Token ids that end a turn or a text."""
+    fingerprint: str = ""
+    """Identifies the weights: two models with the same fingerprint give the same logits."""
     load_seconds: float = 0.0
     """The time that loading took, in seconds."""
     chat_options: ChatOptions = ChatOptions()
@@ -229,11 +231,22 @@ class LanguageModel:
         ends = tuple(sorted({*self.stop_ids, *ids}))
         return self if ends == self.stop_ids else dataclasses.replace(self, stop_ids=ends)
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Identifies the weights: two models with the same fingerprint give the same logits."""
+    def has_weights(self, fingerprint: str) -> bool:
+        """Whether a fingerprint is that of these weights; one of version 0.1 tells of a part of them.
+
+        Args:
+          fingerprint: as a saved prompt has it.
+
+        Example:
+          >>> import jaxsp
+          >>> model = jaxsp.load_model("smollm2-135m-instruct")
+          >>> model.has_weights(model.fingerprint), model.has_weights("0" * 64)
+          (True, False)
+        """
+        if not is_old(fingerprint):
+            return fingerprint == self.fingerprint
         kind = "" if self.config.quantization == "none" else f"{self.config.quantization}:"
-        return kind + fingerprint(weight_files(self.directory))
+        return fingerprint == kind + old_fingerprint(weight_files(self.directory))
 
 
 @functools.partial(jax.jit, static_argnames="config")

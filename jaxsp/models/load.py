@@ -22,11 +22,11 @@ from jaxsp.models import sharding
 from jaxsp.models.chat import ChatOptions, turn_ends
 from jaxsp.models.config import DecoderConfig, Quantization
 from jaxsp.models.families import FAMILIES, Family
-from jaxsp.models.gguf import converted, is_converted
+from jaxsp.models.gguf import check_weights, converted, discard_if_damaged, is_converted
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.lazy_tokenizer import LazyTokenizer
 from jaxsp.models.weights import load_params, weight_files
-from jaxsp.typing import UserError
+from jaxsp.typing import Params, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -96,28 +96,58 @@ def load_model(
     """
     started = time.perf_counter()
     compile_cache.enable()
-    directory, family, config = _located(name_or_path, dtype, quantization)
-    where = None if mesh is None else sharding.shardings(config, sharding.local(sharding.as_mesh(mesh)))
-    with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(load_params, weight_files(directory), config, family.tensors(config), where)
-        if isinstance(tokenizer, str):
-            tokenizer = _load_tokenizer(directory)
-        params = reading.result()
+    located = _located(name_or_path, dtype, quantization)
+    try:
+        tokenizer, params, fingerprint = _read(*located, tokenizer, mesh)
+    except UserError:
+        if not discard_if_damaged(located[0]):
+            raise
+        located = _located(name_or_path, dtype, quantization)  # converted anew
+        tokenizer, params, fingerprint = _read(*located, tokenizer, mesh)
+    directory, _, config = located
     stop_ids = _stop_ids(directory, tokenizer)
+    if tokenizer is None:  # a model cut down to a small vocabulary never says those beyond it
+        stop_ids = tuple(i for i in stop_ids if 0 <= i < config.vocab_size)
     _check_vocabulary(config, tokenizer, stop_ids)
     jax.block_until_ready(params)
     model = LanguageModel(
-        name=os.fspath(name_or_path),
+        name=lasting_name(name_or_path),
         config=config,
         params=params,
         tokenizer=tokenizer,
         directory=directory,
         stop_ids=stop_ids,
+        fingerprint=fingerprint if quantization == "none" else f"{quantization}:{fingerprint}",
         chat_options=chat,
         load_seconds=time.perf_counter() - started,
     )
     _LOADED.add(model)
     return model
+
+
+def _read(
+    directory: Path,
+    family: Family,
+    config: DecoderConfig,
+    tokenizer: PreTrainedTokenizerBase | Literal["auto"] | None,
+    mesh: Mesh | str | None,
+) -> tuple[PreTrainedTokenizerBase | None, Params, str]:
+    """Tokenizer, weights and their fingerprint."""
+    where = None if mesh is None else sharding.shardings(config, sharding.local(sharding.as_mesh(mesh)))
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(load_params, weight_files(directory), config, family.tensors(config), where)
+        if isinstance(tokenizer, str):
+            tokenizer = _load_tokenizer(directory)
+        params, fingerprint = reading.result()
+    check_weights(directory, fingerprint)
+    return tokenizer, params, fingerprint
+
+
+def lasting_name(name_or_path: str | os.PathLike[str]) -> str:
+    """A model's name as it is the same from every folder: of a folder or a file, the absolute path."""
+    name = os.fspath(name_or_path)
+    path = os.path.expanduser(name)  # unlike Path's, it raises nothing, whatever the name is
+    return os.path.abspath(path) if os.path.exists(path) else name
 
 
 def as_model(
@@ -142,7 +172,7 @@ def as_model(
     """
     if isinstance(model, LanguageModel):
         return model
-    name = os.fspath(model)
+    name = lasting_name(model)
     for loaded in list(_LOADED):
         if (
             loaded.name == name
@@ -221,22 +251,36 @@ def _lacks(dtype: str) -> str | None:
 
 
 def _directory(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
         return path
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"There is no GGUF file {name}.")
         return converted(path)
-    if name.lower() == EMBEDDED:
-        file = _embedded_file()
-        return converted(file) if file else _download(_EMBEDDED_HUB_ID)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _download(name)
+    if name.lower() == EMBEDDED and (file := _embedded_file()):
+        return converted(file)
+    if found := hub_id(name):
+        return _download(found)
     raise UserError(
         f"Unknown model {name!r}; give {EMBEDDED!r}, a directory with config.json and safetensors,"
         " a .gguf file, or a hub id such as 'HuggingFaceTB/SmolLM2-135M-Instruct'."
     )
+
+
+def hub_id(name: str) -> str | None:
+    """What ``load_model`` looks for on the model hub by this name; ``None`` where it doesn't.
+
+    Example:
+      >>> hub_id("HuggingFaceTB/SmolLM2-360M-Instruct"), hub_id("/models/mine")
+      ('HuggingFaceTB/SmolLM2-360M-Instruct', None)
+    """
+    path = os.path.expanduser(name)
+    if os.path.isdir(path) or path.endswith(".gguf"):
+        return None
+    if name.lower() == EMBEDDED:
+        return None if _embedded_file() else _EMBEDDED_HUB_ID
+    return name if name.count("/") == 1 and not name.startswith((".", "/", "~")) else None
 
 
 def _embedded_file() -> Path | None:

@@ -95,6 +95,14 @@ class Tensor:
     plus: float = 0.0
 
 
+class Content(NamedTuple):
+    """What a tensor's bytes are."""
+
+    sha256: str
+    largest: float
+    """Its greatest magnitude; NaN or infinity if it holds one. 0 where it holds no floats."""
+
+
 class Stored(NamedTuple):
     """A tensor in a safetensors file."""
 
@@ -113,6 +121,23 @@ class Stored(NamedTuple):
         start = self.start + first * (self.size // self.shape[0])
         count = (stop - first) * math.prod(self.shape[1:])
         return np.fromfile(self.file, self.dtype, count, offset=start).reshape(-1, *self.shape[1:])
+
+    def content(self) -> Content:
+        """Reads all of it, ``READ_BYTES`` at a time."""
+        digest, largest = hashlib.sha256(), 0
+        bits = np.dtype(f"u{np.dtype(self.dtype).itemsize}") if "float" in self.dtype else None
+        for start in range(0, self.size, READ_BYTES):
+            count = min(READ_BYTES, self.size - start)
+            data = np.fromfile(self.file, np.uint8, count, offset=self.start + start)
+            digest.update(data.data)
+            if bits is not None:
+                # Without its sign a float's bits, as a number, grow with it; those of NaN are the greatest.
+                numbers = data.view(bits)
+                numbers &= np.iinfo(bits).max >> 1
+                largest = max(largest, int(numbers.max()))
+        if bits is None:
+            return Content(digest.hexdigest(), 0.0)
+        return Content(digest.hexdigest(), float(np.array(largest, bits).view(self.dtype)))
 
 
 Checkpoint = Mapping[str, Stored]
@@ -150,7 +175,7 @@ def load_params(
     config: DecoderConfig,
     tensors: Mapping[str, Tensor],
     sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
-) -> Params:
+) -> tuple[Params, str]:
     """Reads a checkpoint into the decoder's parameter tree, each tensor straight into its place.
 
     Beside the parameters themselves the host holds ``READ_BYTES`` of each tensor that is being read, and one
@@ -163,10 +188,11 @@ def load_params(
       sharding: sharding of the parameter with this path and shape; by default all is on the default device.
 
     Returns:
-      The parameter tree; layers stacked along the first axis.
+      The parameter tree, layers stacked along the first axis; and the weights' ``fingerprint``.
 
     Raises:
-      UserError: a tensor is missing, left over, of another shape or not of floats; or a file is damaged.
+      UserError: a tensor is missing, left over, of another shape or not of floats, or holds what is no number
+        in the decoder's dtype; or a file is damaged.
     """
     checkpoint = stored_tensors(files)
     tensors = _as_named(checkpoint, tensors)
@@ -187,15 +213,46 @@ def load_params(
         return jax.device_put(read(None), may_alias=True)
 
     leaves = _leaves(config)
-    with ThreadPoolExecutor(READERS) as pool:  # copying a tensor leaves Python to the others
+    with ThreadPoolExecutor(READERS) as pool:  # copying a tensor leaves Python to the others, hashing it too
+        contents = _contents(checkpoint, pool)
+        for destination in destinations.values():
+            destination.check_range(contents)
         params = dict(zip(leaves, pool.map(load, leaves, leaves.values()), strict=True))
-    return unflatten_dict(params, sep="/")
+    return unflatten_dict(params, sep="/"), _fingerprint(checkpoint, contents)
+
+
+_FULL = ":full"  # what a fingerprint of all bytes ends in; those of 0.1 were of some
 
 
 def fingerprint(files: list[Path]) -> str:
-    """SHA-256 over each tensor's name, shape, dtype and 16 blocks of its bytes spread over it.
+    """SHA-256 over each tensor's name, shape, dtype and all of its bytes.
 
-    A full hash of a large model would take longer than using it; any training changes these blocks.
+    Raises:
+      UserError: a file is damaged.
+    """
+    checkpoint = stored_tensors(files)
+    with ThreadPoolExecutor(READERS) as pool:
+        return _fingerprint(checkpoint, _contents(checkpoint, pool))
+
+
+def _contents(checkpoint: Checkpoint, pool: ThreadPoolExecutor) -> dict[str, Content]:
+    return dict(zip(checkpoint, pool.map(Stored.content, checkpoint.values()), strict=True))
+
+
+def _fingerprint(checkpoint: Checkpoint, contents: Mapping[str, Content]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(checkpoint.items()):
+        digest.update(f"{name} {tensor.shape} {tensor.dtype} {contents[name].sha256}\n".encode())
+    return digest.hexdigest() + _FULL
+
+
+def is_old(fingerprint: str) -> bool:
+    """Whether a fingerprint is one that ``old_fingerprint`` gives."""
+    return not fingerprint.endswith(_FULL)
+
+
+def old_fingerprint(files: list[Path]) -> str:
+    """The fingerprint that 0.1 put into its prompts: of 16 blocks of each tensor.
 
     Raises:
       UserError: a file is damaged.
@@ -248,6 +305,21 @@ class Destination:
                     " Use the original checkpoint, or a GGUF file."
                 )
 
+    def check_range(self, contents: Mapping[str, Content]) -> None:
+        most = float(jnp.finfo(self.leaf.dtype).max)
+        for name in self.names:
+            largest = contents[name].largest
+            if not math.isfinite(largest):
+                raise UserError(
+                    f"Tensor {name} holds NaN or infinity; the file is damaged, or its training failed: use"
+                    " another checkpoint."
+                )
+            if largest > most:
+                raise UserError(
+                    f"Tensor {name} holds {largest:.3g}, but {self.leaf.dtype} ends at {most:.3g}; load it"
+                    " with another dtype."
+                )
+
     def read(self, checkpoint: Checkpoint, index: _Index) -> np.ndarray:
         """The part of the parameter that ``index`` cuts out."""
         cut = _cut(index, self.leaf.shape)
@@ -281,11 +353,6 @@ class Destination:
                 columns = slice(first, min(first + step, outputs.stop))
                 kernel = exact.read(checkpoint, (slice(layer, layer + 1), slice(None), columns))[0]
                 largest = np.abs(kernel).max(axis=0)
-                if not np.isfinite(largest).all():
-                    name = self.names[layer]
-                    raise UserError(
-                        f"Tensor {name} holds NaN or infinity, which int8 can't; load it unquantised."
-                    )
                 scale = np.maximum(largest, np.finfo(np.float32).tiny) / 127  # an output may be all 0
                 target = out[i, ..., first - outputs.start : columns.stop - outputs.start]
                 target[:] = np.rint(kernel[inputs[0]] / scale) if inputs else scale

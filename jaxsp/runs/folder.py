@@ -17,7 +17,7 @@ from jaxsp.evaluation import report as reports
 from jaxsp.files import atomic_write
 from jaxsp.typing import UserError
 
-VERSION = 3
+VERSION = 4
 """Version of the files in a run's folder; 0.1 wrote none."""
 
 REPORT, RESULTS = "report.json", "results.parquet"

@@ -119,7 +119,7 @@ def test_pieces_and_shards_give_the_same(tmp_path, family, monkeypatch):
     monkeypatch.setattr(weights, "READ_BYTES", 32 * 4 * 5)  # five columns of 32 inputs
     tensors = FAMILIES[family].tensors(whole.config)
     files = weights.weight_files(tmp_path)
-    params = weights.load_params(files, whole.config, tensors, sharding)
+    params, _ = weights.load_params(files, whole.config, tensors, sharding)
     jax.tree.map(np.testing.assert_array_equal, params, whole.params)
     assert params["layers"]["up_proj"]["kernel"].sharding.shard_shape((2, 32, 48)) == (2, 16, 12)
 

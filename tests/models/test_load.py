@@ -41,6 +41,32 @@ def test_weights_alone(tmp_path):
         jaxsp.load_model(directory)
 
 
+def test_a_tokenizer_in_a_form_that_is_not_read(tmp_path):
+    directory = tiny.write(tmp_path)
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(UserError, match=r"tokenizer\.model alone; .* where sentencepiece is installed"):
+        jaxsp.load_model(directory)
+
+
+def test_a_model_keeps_its_name_wherever_one_stands(tmp_path, monkeypatch):
+    tiny.write(tmp_path / "models" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    model = jaxsp.load_model("models/tiny", dtype="float32")
+    assert model.name == str(tmp_path / "models" / "tiny")
+    monkeypatch.chdir(tmp_path / "models")
+    assert load.as_model("tiny") is load.as_model(model.name) is model
+    assert load.lasting_name("smollm2-135m-instruct") == "smollm2-135m-instruct"
+
+
+def test_an_end_of_text_beyond_a_small_vocabulary(tmp_path):
+    """As in a GPT-2 cut down: without a tokenizer nobody says it."""
+    directory = tiny.write(tmp_path, model_type="gpt2", eos_token_id=50256)
+    assert jaxsp.load_model(directory, dtype="float32", tokenizer=None).stop_ids == ()
+    with pytest.raises(UserError, match="end-of-text id 50256 is outside the model's vocabulary of 259"):
+        jaxsp.load_model(directory)
+
+
 def test_dtypes(tiny_directory):
     model = jaxsp.load_model(tiny_directory, dtype="bfloat16")
     assert model.params["layers"]["q_proj"]["kernel"].dtype == jnp.bfloat16
@@ -233,8 +259,11 @@ def test_damaged_or_missing_files(tmp_path):
 
 
 def test_unknown_names():
-    with pytest.raises(UserError, match="Unknown model 'gpt-17'"):
-        jaxsp.load_model("gpt-17")
+    for name in ("gpt-17", "x" * 300, "~nobody-of-this-name"):
+        with pytest.raises(UserError, match="Unknown model "):
+            jaxsp.load_model(name)
+        with pytest.raises(UserError, match="Unknown model "):
+            load.as_model(name)
     with pytest.raises(UserError, match=r"no GGUF file nowhere\.gguf"):
         jaxsp.load_model("nowhere.gguf")
 

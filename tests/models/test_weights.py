@@ -14,8 +14,10 @@ from hypothesis import given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 
 import jaxsp
+from jaxsp.models import weights
 from jaxsp.models.families import FAMILIES
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.models.weights import fingerprint
 from jaxsp.typing import UserError
 from tests import tiny
 
@@ -82,6 +84,52 @@ def test_quantised_tensors_are_no_weights(tmp_path, dtype, shown):
     save_file({**tensors, "model.norm.weight": np.zeros(32, jax.numpy.dtype(dtype))}, file)
     with pytest.raises(UserError, match=rf"model\.norm\.weight holds {shown}, not floats"):
         jaxsp.load_model(tmp_path, tokenizer=None)
+
+
+def test_every_bit_is_in_the_fingerprint(tmp_path):
+    file = tiny.write(tmp_path, with_tokenizer=False) / "model.safetensors"
+    sound, found = bytearray(file.read_bytes()), set()
+    begin = 8 + int.from_bytes(sound[:8], "little")
+    places = np.random.RandomState(0).randint(begin, len(sound), 40).tolist()
+    for place in (begin, len(sound) - 1, *places):
+        sound[place] ^= 1 << place % 8
+        file.write_bytes(sound)
+        sound[place] ^= 1 << place % 8
+        found.add(fingerprint([file]))
+    file.write_bytes(sound)
+    assert len(found) == len({begin, len(sound) - 1, *places})
+    model = jaxsp.load_model(tmp_path, dtype="float32", tokenizer=None)
+    assert model.fingerprint == fingerprint([file])
+    assert model.fingerprint not in found
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_weights_that_are_no_numbers(tmp_path, monkeypatch, stored, value):
+    """Also where a tensor is read in pieces, and they are in the last one."""
+    monkeypatch.setattr(weights, "READ_BYTES", 64)
+    file = tiny.write(tmp_path, with_tokenizer=False) / "model.safetensors"
+    tensors = {k: v.astype(jax.numpy.dtype(stored)) for k, v in load_file(file).items()}
+    tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] = value
+    save_file(tensors, file)
+    with pytest.raises(
+        UserError, match=r"Tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"
+    ):
+        jaxsp.load_model(tmp_path, dtype="float32", tokenizer=None)
+
+
+def test_weights_that_a_dtype_cannot_hold(tmp_path):
+    file = tiny.write(tmp_path, with_tokenizer=False) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = 1e30  # norms stay in float32
+    save_file(tensors, file)
+    jaxsp.load_model(tmp_path, dtype="float32", tokenizer=None)
+    tensors["lm_head.weight"][3, 4] = -1e5
+    save_file(tensors, file)
+    jaxsp.load_model(tmp_path, dtype="float32", tokenizer=None)
+    if jax.__version_info__ >= (0, 10):
+        with pytest.raises(UserError, match=r"lm_head\.weight holds 1e\+05, but float16 ends at 6.55e\+04"):
+            jaxsp.load_model(tmp_path, dtype="float16", tokenizer=None)
 
 
 @pytest.mark.slow

@@ -223,6 +223,7 @@ def test_the_key_holds_all_that_decides_what_is_said(tiny_model):
         "dtype": changed(dtype="bfloat16"),
         "quantization": changed(quantization="int8"),
         "config": changed(norm_epsilon=0.5),
+        "weights": key(dataclasses.replace(tiny_model, fingerprint="another")),
         "before": key(job=dataclasses.replace(job, preamble_ids=job.preamble_ids[1:])),
         "after": key(job=other_ends),
         "longest": key(settings=make_settings({**SETTINGS, "max_answer_tokens": 7})),

@@ -167,8 +167,8 @@ def _gemma3(metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
     layers, head = config["num_hidden_layers"], config["head_dim"]
     window = metadata.read("gemma3.attention.sliding_window", int, 0)
     field = "gemma3.attention.sliding_window_pattern"
-    if isinstance(metadata.get(field), np.ndarray):
-        slides = metadata.read(field, np.ndarray).astype(bool).tolist()
+    if isinstance(given := metadata.get(field), np.ndarray):
+        slides = given[: layers + 1].astype(bool).tolist()  # of one that is too long, enough to see it
     else:
         every = metadata.read(field, int, 6)
         slides = [not every or layer % every != 0 for layer in range(1, layers + 1)]

@@ -26,9 +26,26 @@ _T = TypeVar("_T")
 _NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
+_TIMES, _ANYWAY = 16, 64 << 20
+"""What is built from metadata may take so many times the file's size, and so many bytes anyway."""
+_TEXT, _TENSOR = 100, 1500  # bytes that each takes in memory, beside its characters
+
 
 class Metadata(dict[str, Any]):
     """The key-value pairs of a file, asked for by name and type."""
+
+    room: float = math.inf
+    """Bytes of memory that may yet be taken by what is built from them."""
+
+    def spend(self, size: int) -> None:
+        """Notes that something of so many bytes is built.
+
+        Raises:
+          UserError: there is no room for it.
+        """
+        self.room -= size
+        if self.room < 0:
+            raise UserError("its metadata would take far more memory than the file is large")
 
     def read(self, name: str, kind: type[_T], default: _T | None = None) -> _T:
         """The value of a field, or ``default`` where the file does not have it.
@@ -65,14 +82,15 @@ def read(path: Path) -> tuple[Metadata, dict[str, StoredTensor]]:
     if path.stat().st_size == 0:
         raise UserError("the file is empty")
     data = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
-    cursor = _Cursor(data.data)
+    metadata = Metadata()
+    metadata.room = _TIMES * data.size + _ANYWAY
+    cursor = _Cursor(data.data, metadata)
     if cursor.take(4) != b"GGUF":
         raise UserError("this is not a GGUF file")
     version = cursor.number("I")
     if version not in (2, 3):
         raise UserError(f"GGUF version {version} is not supported, only little-endian 2 and 3")
     tensor_count, field_count = cursor.number("Q"), cursor.number("Q")
-    metadata = Metadata()
     for _ in range(field_count):
         name = cursor.text()
         if name in metadata:
@@ -83,6 +101,7 @@ def read(path: Path) -> tuple[Metadata, dict[str, StoredTensor]]:
         name = cursor.text()
         if name in headers:
             raise UserError(f"the tensor {name!r} appears twice")
+        metadata.spend(_TENSOR)
         dimensions = [cursor.number("Q") for _ in range(min(cursor.number("I"), 5))]
         headers[name] = dimensions, cursor.number("I"), cursor.number("Q")
     alignment = metadata.read("general.alignment", int, 32)
@@ -100,8 +119,8 @@ def read(path: Path) -> tuple[Metadata, dict[str, StoredTensor]]:
 class _Cursor:
     """Reads forward through bytes, never past their end."""
 
-    def __init__(self, data: memoryview) -> None:
-        self.data, self.at = data, 0
+    def __init__(self, data: memoryview, metadata: Metadata) -> None:
+        self.data, self.metadata, self.at = data, metadata, 0
 
     def take(self, size: int) -> memoryview:
         if size > len(self.data) - self.at:
@@ -113,8 +132,10 @@ class _Cursor:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
 
     def text(self) -> str:
+        content = self.take(self.number("Q"))
+        self.metadata.spend(_TEXT + len(content))
         try:
-            return str(self.take(self.number("Q")), "utf-8")
+            return str(content, "utf-8")
         except UnicodeDecodeError:
             raise UserError("a text in its header is not UTF-8") from None
 

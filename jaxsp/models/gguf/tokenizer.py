@@ -6,6 +6,7 @@ SentencePiece, where any two neighbours that form a piece may merge, the best sc
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # llama.cpp's token types
 _SPACE = "▁"  # how SentencePiece writes a space
 _LONGEST = 1024  # characters of a piece; looking for merges takes their square
+_TOKEN, _MERGE = 400, 300  # bytes that each takes in memory, in the tokenizers library, too
+
+_NUMBERS = r"\p{N}"
+_TO_THREE = r"\p{N}{1,3}"
 
 
 def _words_and(digits: str) -> str:
@@ -30,10 +35,64 @@ def _words_and(digits: str) -> str:
     )
 
 
-# The splitting rules of the original tokenizers by llama.cpp's names: before GPT-2's own, or instead.
-_BEFORE = {"gpt-2": None, "smollm": r"\p{N}"}
-_INSTEAD = {"qwen2": _words_and(r"\p{N}"), "llama-bpe": _words_and(r"\p{N}{1,3}")}
-_RULES = {**_BEFORE, **_INSTEAD}
+def _camel_case_and(digits: str, contractions: str = "") -> str:
+    """The same, but a word begins at a capital after small letters, and has its contraction."""
+    before, upper, lower = (
+        r"[^\r\n\p{L}\p{N}]?",
+        r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]",
+        r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]",
+    )
+    return (
+        f"{before}{upper}*{lower}+{contractions}|{before}{upper}+{lower}*{contractions}|{digits}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """How a byte-level tokenizer splits a text before it merges.
+
+    Attributes:
+      pattern: regular expression of the pieces.
+      then_gpt2: whether GPT-2's own rule splits the pieces further.
+      adds_bos: whether a text begins with the first token, where the file doesn't say.
+      whole_words: whether a piece that is a token is taken without merging.
+      composes: whether characters are composed first (NFC), as the original does; llama.cpp does not.
+    """
+
+    pattern: str | None
+    then_gpt2: bool = False
+    adds_bos: bool = False
+    whole_words: bool = False
+    composes: bool = False
+
+
+_GPT2 = _Rule(None, then_gpt2=True)
+_DIGITS = _Rule(_NUMBERS, then_gpt2=True)
+_LLAMA3 = _Rule(_words_and(_TO_THREE), adds_bos=True, whole_words=True)
+_QWEN2 = _Rule(_words_and(_NUMBERS), composes=True)
+_GPT4O = _Rule(_camel_case_and(_TO_THREE, r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"))
+
+# The regular expressions of the original tokenizer.json files, by the names that llama.cpp gives them:
+# https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp (tokenizer_pre, regex_exprs).
+_RULES = {
+    "gpt-2": _GPT2,
+    "phi-2": _GPT2,
+    "smollm": _DIGITS,
+    "starcoder": _DIGITS,
+    "qwen2": _QWEN2,
+    "megrez": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "falcon3": _LLAMA3,
+    "pixtral": _LLAMA3,
+    "smaug-bpe": _Rule(_LLAMA3.pattern),
+    "tekken": _Rule(_camel_case_and(_NUMBERS), adds_bos=True, whole_words=True),
+    "gpt-4o": _GPT4O,
+    "llama4": _GPT4O,
+}
 
 
 def build(metadata: Metadata) -> Tokenizer:
@@ -46,7 +105,9 @@ def build(metadata: Metadata) -> Tokenizer:
 
     kind = metadata.read("tokenizer.ggml.model", str)
     words = metadata.read("tokenizer.ggml.tokens", list)
-    types = metadata.read("tokenizer.ggml.token_type", np.ndarray).tolist()
+    metadata.spend(_TOKEN * len(words))
+    kinds = metadata.read("tokenizer.ggml.token_type", np.ndarray)
+    types = kinds.tolist() if len(kinds) == len(words) else []
     if len(set(words)) < len(words) or len(types) != len(words) or not all(words):
         raise UserError("its vocabulary is damaged: tokens are empty, repeated or without a type")
     if longest := [word for word in words if len(word) > _LONGEST]:
@@ -89,24 +150,25 @@ def special_token(metadata: Metadata, role: str) -> str | None:
 def _byte_level(metadata: Metadata, words: list[str]) -> tuple[Tokenizer, bool]:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    rule = metadata.read("tokenizer.ggml.pre", str)
-    if rule not in _RULES:
+    name = metadata.read("tokenizer.ggml.pre", str)
+    if (rule := _RULES.get(name)) is None:
         raise UserError(
-            f"its tokenizer has the splitting rules {rule!r}; from GGUF jaxsp reads"
+            f"its tokenizer has the splitting rules {name!r}; from GGUF jaxsp reads"
             f" {', '.join(_RULES)}. Use the model's original directory"
         )
-    merges = [tuple(pair.split(" ", 1)) for pair in metadata.read("tokenizer.ggml.merges", list, [])]
-    llama = rule == "llama-bpe"
+    merges = []
+    for pair in metadata.read("tokenizer.ggml.merges", list, []):
+        metadata.spend(_MERGE + len(pair))
+        merges.append(tuple(pair.split(" ", 1)))
     ids = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=llama))
-    if rule == "qwen2":  # as its original does; llama.cpp does not
+    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=rule.whole_words))
+    if rule.composes:
         tokenizer.normalizer = normalizers.NFC()
-    pattern = _RULES[rule]
-    split = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule in _BEFORE)
+    split = [] if rule.pattern is None else [pre_tokenizers.Split(Regex(rule.pattern), "isolated")]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule.then_gpt2)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer, llama
+    return tokenizer, rule.adds_bos
 
 
 def _sentence_piece(metadata: Metadata, words: list[str], types: list[int]) -> Tokenizer:
@@ -114,18 +176,22 @@ def _sentence_piece(metadata: Metadata, words: list[str], types: list[int]) -> T
 
     if metadata.read("tokenizer.ggml.remove_extra_whitespaces", bool, False):
         raise UserError("its tokenizer removes spaces; use the model's original directory")
-    if sum(type_ == _BYTE for type_ in types) != 256 or _UNKNOWN not in types:
-        raise UserError("its tokenizer lacks a token for each byte and for what is unknown")
-    scores = metadata.read("tokenizer.ggml.scores", np.ndarray).tolist()
+    # Converters mark it as a control token where the original lists it among the added ones: Gemma's.
+    unknown = special_token(metadata, "unknown")
+    if unknown is None and _UNKNOWN in types:
+        unknown = words[types.index(_UNKNOWN)]
+    if sum(type_ == _BYTE for type_ in types) != 256 or unknown is None:
+        raise UserError("its tokenizer lacks a token for each byte, or one for what is unknown")
+    scores = metadata.read("tokenizer.ggml.scores", np.ndarray)
     if len(scores) != len(words):
         raise UserError(f"its tokenizer has {len(scores)} scores for {len(words)} tokens")
     pieces = {
         word: score
-        for word, score, type_ in zip(words, scores, types, strict=True)
-        if type_ not in (_UNKNOWN, _CONTROL, _BYTE)
+        for word, score, type_ in zip(words, scores.tolist(), types, strict=True)
+        if type_ not in (_UNKNOWN, _CONTROL, _BYTE) and word != unknown
     }
-    ids, unknown = {word: i for i, word in enumerate(words)}, words[types.index(_UNKNOWN)]
-    bpe = models.BPE(ids, _merges(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    ids = {word: i for i, word in enumerate(words)}
+    bpe = models.BPE(ids, _merges(pieces, metadata), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
     spaces = normalizers.Replace(" ", _SPACE)
     undo = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -138,14 +204,14 @@ def _sentence_piece(metadata: Metadata, words: list[str], types: list[int]) -> T
     return tokenizer
 
 
-def _merges(pieces: dict[str, float]) -> list[tuple[str, str]]:
+def _merges(pieces: dict[str, float], metadata: Metadata) -> list[tuple[str, str]]:
     """Every way to put a piece together from two, the best piece first, then the longest left part."""
-    found = [
-        (-score, right, word)
-        for word, score in pieces.items()
-        for right in range(1, len(word))
-        if word[:-right] in pieces and word[-right:] in pieces
-    ]
+    found = []
+    for word, score in pieces.items():
+        for right in range(1, len(word)):
+            if word[:-right] in pieces and word[-right:] in pieces:
+                metadata.spend(_MERGE + len(word))
+                found.append((-score, right, word))
     return [(word[:-right], word[-right:]) for _, right, word in sorted(found)]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import struct
+import tempfile
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
 
 import jaxsp
+from jaxsp import terminal
 from jaxsp.models.gguf import convert, converted, is_converted
 from jaxsp.models.lazy_tokenizer import LazyTokenizer
 from jaxsp.typing import UserError
@@ -258,6 +261,82 @@ def test_conversion_is_reused_until_the_file_changes(tmp_path, cache):
     assert converted(tmp_path / "m.gguf") != first
 
 
+DAMAGE = {
+    "a bit of the weights": ("model.safetensors", lambda data: data[:-7] + bytes([data[-7] ^ 1]) + data[-6:]),
+    "the weights' end": ("model.safetensors", lambda data: data[:-4]),
+    "a bit of the tokenizer": ("tokenizer.json", lambda data: data.replace(b'"A"', b'"@"', 1)),
+    "no configuration": ("config.json", None),
+    "no tokenizer": ("tokenizer.json", None),
+    "no mark": ("converted_by_jaxsp", None),
+    "half a mark": ("converted_by_jaxsp", lambda data: data[:-9]),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_conversion_is_made_anew(tmp_path, cache, caplog, name):
+    write_gguf(tmp_path / "m.gguf", num_hidden_layers=1)
+    sound = jaxsp.load_model(tmp_path / "m.gguf", dtype="float32")
+    part, damage = DAMAGE[name]
+    file = sound.directory / part
+    whole = file.read_bytes()
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(whole))
+    again = jaxsp.load_model(tmp_path / "m.gguf", dtype="float32")
+    assert (again.directory, again.fingerprint) == (sound.directory, sound.fingerprint)
+    assert file.read_bytes() == whole
+    assert "is not as it was written: the model is converted anew" in caplog.text
+
+
+def test_weights_that_are_no_numbers_are_no_damage(tmp_path, cache):
+    values = np.full((48, 32), np.nan, np.float32)
+    write_gguf(tmp_path / "m.gguf", tensors={UP: (values, Kind.F32)})
+    with pytest.raises(UserError, match=r"mlp\.up_proj\.weight holds NaN"):
+        jaxsp.load_model(tmp_path / "m.gguf", dtype="float32")
+    assert converted(tmp_path / "m.gguf").is_dir()
+
+
+@pytest.mark.parametrize("why", ["a file", "read-only", "no home"])
+def test_without_a_cache_a_conversion_lasts_as_long_as_the_process(tmp_path, cache, monkeypatch, caplog, why):
+    write_gguf(tmp_path / "m.gguf", num_hidden_layers=1)
+    make = tempfile.mkdtemp
+
+    def refuse(*args, **options):
+        if Path(options.get("dir") or "") == cache:
+            raise OSError(30, "Read-only file system")
+        return make(*args, **options)
+
+    if why == "a file":
+        cache.write_text("")
+    elif why == "read-only":
+        monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    else:
+        monkeypatch.delenv("JAXSP_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home folder")))
+    terminal.say_once.cache_clear()
+    first = converted(tmp_path / "m.gguf")
+    assert first == converted(tmp_path / "m.gguf")
+    assert is_converted(first)
+    assert cache not in first.parents
+    assert caplog.text.count("are not kept for the next run") == 1
+    assert [path.name for path in first.parent.iterdir()].count(first.name) == 1
+
+
+def test_what_killed_conversions_left_is_cleared(tmp_path, cache):
+    write_gguf(tmp_path / "m.gguf", num_hidden_layers=1)
+    converted(tmp_path / "m.gguf")
+    for name, age in (("old", 3600), ("running", 0)):
+        scratch = cache / f"{name}-0123456789abcdef.ab_d1234"
+        scratch.mkdir()
+        (scratch / "model.safetensors").write_bytes(b"begun")
+        for path in (scratch / "model.safetensors", scratch):
+            os.utime(path, (time.time() - age, time.time() - age))
+    converted(tmp_path / "m.gguf")
+    assert {path.name.split("-")[0] for path in cache.iterdir()} == {"m", "running"}
+
+
 def test_a_full_disk_leaves_nothing_behind(tmp_path, cache, monkeypatch):
     def full(path, tensors):
         path.write_bytes(b"begun")
@@ -300,7 +379,7 @@ ZEROS = np.zeros((4, 4), np.float32), Kind.F32
             {},
             "'mamba' model, but from GGUF jaxsp reads llama, qwen2, qwen3, gemma3",
         ),
-        ("llama", {"tokenizer.ggml.pre": "tekken"}, {}, "'tekken'.*original directory"),
+        ("llama", {"tokenizer.ggml.pre": "viking"}, {}, "'viking'.*original directory"),
         ("llama", {"tokenizer.ggml.pre": None}, {}, "'tokenizer.ggml.pre' is missing"),
         ("llama", {"tokenizer.ggml.model": "bert"}, {}, "'bert'.*original directory"),
         ("llama", {"tokenizer.ggml.tokens": ["a", "b", "a"]}, {}, "vocabulary is damaged"),
@@ -327,6 +406,7 @@ ZEROS = np.zeros((4, 4), np.float32), Kind.F32
         ("llama", {"llama.embedding_length": None}, {}, "'llama.embedding_length' is missing"),
         ("llama", {"split.count": 3}, {}, "one of 3 parts"),
         ("qwen2", {"qwen2.attention.causal": False}, {}, "not causal"),
+        ("gemma3", {"gemma3.attention.sliding_window_pattern": [True] * 99}, {}, "in 4 of 3 layers"),
         ("llama", {"general.alignment": 48}, {}, "alignment 48"),
     ],
 )

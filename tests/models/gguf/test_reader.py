@@ -75,6 +75,17 @@ def test_lying_headers(tmp_path, cache, frugal, valid, after, skip, code, values
         assert any(part in message for part in message.split("|")), message
 
 
+def test_what_is_built_of_metadata_is_bounded_by_the_file(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(reader, "_ANYWAY", 0)
+    write_gguf(tmp_path / "m.gguf", num_hidden_layers=1)
+    valid = (tmp_path / "m.gguf").read_bytes()
+    assert outcome(tmp_path, valid) == "loaded"
+    at = valid.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8
+    strings = struct.pack("<Q", 1 << 16) + bytes(8 << 16)  # each empty
+    monkeypatch.setattr(reader, "_TIMES", 4)
+    assert "far more memory than the file is large" in outcome(tmp_path, valid[:at] + strings + valid[at:])
+
+
 def test_names_that_appear_twice(tmp_path, cache, valid):
     message = outcome(tmp_path, valid.replace(b"blk.0.attn_q.weight", b"blk.0.attn_k.weight"))
     assert "'blk.0.attn_k.weight' appears twice" in message
