@@ -211,6 +211,9 @@ def make_settings(values: Mapping[str, Any], base: Settings | None = None) -> Se
     return Settings(**parts)
 
 
+LARGEST = 2**32 - 1
+"""No number that counts something is larger."""
+
 _NAMES = {int: "a whole number", float: "a number", str: "a text"}
 _OBJECTS = ("objective", "optimizer")  # a text, or an object that the tables of their room know
 _LIMITS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
@@ -228,6 +231,8 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{option} must be a finite number, not {value}.")
     check_limits(field.name, value, **field.metadata.get("limits", {}))
+    if expected is int:
+        check_limits(field.name, value, at_most=LARGEST)
     return value
 
 
@@ -244,6 +249,8 @@ def check_limits(name: str, value: Any, **limits: float) -> None:
       Traceback (most recent call last):
       jaxsp.errors.UserError: --at-once must be at least 1, not 0.
     """
+    if limits and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise UserError(f"{_option(name)} must be a number, not {value!r:.60}.")
     if not all(_LIMITS[kind](value, limit) for kind, limit in limits.items()):
         wanted = " and ".join(f"{kind.replace('_', ' ')} {limit}" for kind, limit in limits.items())
         raise UserError(f"{_option(name)} must be {wanted}, not {value}.")
