@@ -420,10 +420,10 @@ def _run(command: Command) -> None:
     """Runs the command; a device without memory is a mistake that the user can mend."""
     try:
         command.run()
-    except RuntimeError as error:  # jax's own kinds are
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (RuntimeError, MemoryError, OverflowError) as error:  # jax's own kinds are of the first
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        message = str(error).splitlines()[0]
+        message = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"The device has not enough memory ({message:.120}); {_lighter(command)};"
             " `jaxsp plan` says beforehand what fits."

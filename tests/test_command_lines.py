@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import shlex
@@ -114,3 +115,28 @@ def test_every_option_refuses_what_it_can_not_be(folder, jaxsp_command):
     assert len(lines) > 120
     wrong = refusals(jaxsp_command, lines)
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: No space left on device."),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error."),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), "a: Permission denied."),
+        (OSError("odd"), "odd."),
+        (MemoryError(), "The device has not enough memory (MemoryError); "),
+        (OverflowError("too large\nfor it"), "The device has not enough memory (too large); "),
+    ],
+    ids=repr,
+)
+def test_what_the_system_refuses_in_any_command_is_one_sentence(
+    folder, jaxsp_command, monkeypatch, error, said
+):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr("jaxsp.plan.plan", refuse)
+    code, out, err = jaxsp_command("plan", "model")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"jaxsp: {said}")
+    assert err.count("\n") == 1

@@ -28,7 +28,8 @@ SETTINGS: dict[str, Any] = {
 
 
 def compress(model, out: Path, **more) -> jaxsp.Result:
-    return jaxsp.compress(model, CONTEXT, QUERIES, out=out, **{"progress": False, **SETTINGS, **more})
+    options: dict[str, Any] = {"progress": False, **SETTINGS, **more}
+    return jaxsp.compress(model, CONTEXT, QUERIES, out=out, **options)
 
 
 @pytest.fixture(scope="module")
