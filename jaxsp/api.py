@@ -9,6 +9,7 @@ from typing import Any, Unpack, overload
 from jaxsp import processes
 from jaxsp.artifact import SoftPrompt, named_model
 from jaxsp.data.documents import Query, as_queries
+from jaxsp.errors import check_text
 from jaxsp.evaluation import brackets, report as reports
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.load import as_model
@@ -222,6 +223,7 @@ def questions(
       >>> len(study.train), all(query.seed for query in study.train)
       (3, True)
     """
+    check_text(context, "The context")
     checked = make_settings({**settings, "study_queries": count, "prompt_length": 1})
     model, display = as_model(model), Display(visible=progress)
     return study(model, context, [], [], checked, display, measure=False)[0]
@@ -261,6 +263,7 @@ def evaluate(
     context = prompt.context if context is None else context
     if context is None:
         raise UserError("The prompt was saved without its context; pass it to measure against it.")
+    check_text(context, "The context")
     asked = as_queries(queries)
     if not asked:
         raise UserError("There is no query to evaluate on; give at least one.")
@@ -300,7 +303,7 @@ def _teacher_of(
                 f"This prompt was taught by its own model, not by {other.model.name}; leave the teacher out."
             )
         return None
-    found = as_model(given or named_model(known), known["quantization"])
+    found = as_model(named_model(known) if given is None else given, known["quantization"])
     if not found.has_weights(known["fingerprint"]):
         raise UserError(
             f"This prompt was taught by {known['name']} ({known['fingerprint'][:12]}); {found.name} has other"

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import tyro
 
 import jaxsp
-from jaxsp.errors import UserError, suggestion
+from jaxsp.errors import UserError, check_unicode, suggestion
 
 _Command = TypeVar("_Command")
 
@@ -45,6 +45,8 @@ def parse(commands: Mapping[str, type[_Command]], arguments: list[str]) -> _Comm
       UserError: they can't be parsed.
       SystemExit: help or the version was asked for, and has been printed.
     """
+    for word in arguments:
+        check_unicode(word, f"The argument {word!a:.60}")
     arguments = arguments or ["--help"]
     if arguments == ["--version"]:
         print(f"jaxsp {jaxsp.__version__}")

@@ -20,8 +20,8 @@ from safetensors.numpy import load_file, save
 
 from jaxsp import distributions, prompts
 from jaxsp.data.documents import normal_form
-from jaxsp.errors import RENAMED
-from jaxsp.files import atomic_write
+from jaxsp.errors import RENAMED, Damaged, check_text
+from jaxsp.files import as_path, atomic_write, read_json, read_whole, sealed, unsealed
 from jaxsp.models.chat import ChatTexts
 from jaxsp.models.config import DecoderConfig, Quantization
 from jaxsp.models.language_model import LanguageModel
@@ -38,7 +38,11 @@ FORMAT = 2
 """Format of the manifest; 0.1 wrote 1, with some keys by other names."""
 
 ARRAYS, MANIFEST, CONTEXT = "prompt.safetensors", "manifest.json", "context.txt"
-_REQUIRED = ("format", "kind", "prompt_length", "model", "tokenizer", "slots", "sha256")
+_REQUIRED = {
+    "format": int, "kind": str, "prompt_length": int, "model": dict, "tokenizer": dict, "slots": dict,
+    "sha256": str,
+}  # fmt: skip
+_STORED = {"float32": {"float32"}, "bfloat16": {"float32", "bfloat16"}}  # int8: these, and itself
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,11 +119,23 @@ class SoftPrompt:
         """The keys and values that the model attends to in place of the context.
 
         Raises:
-          UserError: the prompt belongs to another model or tokenizer.
+          UserError: the prompt belongs to another model or tokenizer, or does not fit this one.
         """
         self.check(model)
-        ids = np.array([self.manifest["slots"]["before_ids"]], np.int32)
-        return _prefix(model.params, model.config, ids, self.sigma, self.kind)
+        before = self.manifest["slots"]["before_ids"]
+        size = model.config.vocab_size
+        if odd := [i for i in [*before, *self.stop_ids] if not (type(i) is int and 0 <= i < size)]:
+            raise Damaged(
+                f"The prompt's {MANIFEST} is damaged: the id {odd[0]!r} is outside the model's vocabulary of"
+                f" {size}"
+            )
+        try:
+            return _prefix(model.params, model.config, np.array([before], np.int32), self.sigma, self.kind)
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:  # jax's, of shapes
+            reason = str(error).splitlines()[0]
+            raise Damaged(f"The prompt's arrays don't fit its model ({reason:.120})") from error
 
     def check(self, model: LanguageModel) -> None:
         """Raises ``UserError`` with the difference if the prompt belongs to another model or tokenizer."""
@@ -179,7 +195,9 @@ class SoftPrompt:
           >>> isinstance(jaxsp.SoftPrompt.load(demo_folder).ask("How long is the cable?"), str)
           True
         """
-        model = as_model(model or named_model(self.manifest["model"]), self.quantization)
+        check_text(question, "The question")
+        named = named_model(self.manifest["model"]) if model is None else model
+        model = as_model(named, self.quantization)
         model = model.stopping_at(self.stop_ids)
         return "".join(model.stream_answer(self.prefix(model), question, self.chat, max_tokens=max_tokens))
 
@@ -190,9 +208,11 @@ class SoftPrompt:
         data = save(named_arrays(storage.pack(self.sigma, self.manifest["dtype"])))
         manifest = {**self.manifest, "sha256": hashlib.sha256(data).hexdigest()}
         if self.context is not None:
+            manifest["context_sha256"] = hashlib.sha256(self.context.encode()).hexdigest()
             atomic_write(directory / CONTEXT, self.context)
         atomic_write(directory / ARRAYS, data)
-        atomic_write(directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(sealed(manifest), indent=2, ensure_ascii=False)
+        atomic_write(directory / MANIFEST, text + "\n")
 
     @classmethod
     def load(cls, directory: str | Path) -> SoftPrompt:
@@ -202,37 +222,71 @@ class SoftPrompt:
           directory: the folder; a file in it will do.
 
         Raises:
-          UserError: the folder holds none, or its files are damaged or do not belong together.
+          UserError: the folder holds none, or it is of a later version.
+          Damaged: its files are not as they were written, or do not belong together.
         """
-        directory = Path(directory)
+        directory = as_path(directory, "The prompt")
         if directory.is_file():
             directory = directory.parent
         if not (directory / MANIFEST).is_file() or not (directory / ARRAYS).is_file():
-            raise UserError(f"{directory} holds no soft prompt ({ARRAYS} and {MANIFEST}).")
-        try:
-            manifest = _renamed(json.loads((directory / MANIFEST).read_text("utf-8")))
-            absent = [key for key in _REQUIRED if key not in manifest]
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{directory / MANIFEST} is damaged ({error}).") from error
-        if absent:
-            raise UserError(f"{directory / MANIFEST} is damaged: it lacks {absent[0]!r}.")
+            raise Damaged(f"{directory} holds no soft prompt ({ARRAYS} and {MANIFEST})")
+        manifest = _read_manifest(directory / MANIFEST)
         if manifest["format"] != FORMAT or manifest["kind"] not in PROMPT_KINDS:
             raise UserError(
                 f"{directory} holds a prompt of kind {manifest['kind']!r}, format"
                 f" {manifest['format']}, which this version of jaxsp can't read; upgrade it."
             )
-        data = (directory / ARRAYS).read_bytes()
-        if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
-            raise UserError(
+        file, text = directory / CONTEXT, None
+        if hashlib.sha256(read_whole(directory / ARRAYS)).hexdigest() != manifest["sha256"]:
+            raise Damaged(
                 f"{directory / ARRAYS} is damaged or does not belong to the manifest beside it"
-                " (its SHA-256 differs)."
+                " (its SHA-256 differs)"
             )
-        try:
-            context = directory / CONTEXT
-            text = context.read_text("utf-8") if context.is_file() else None
-            return cls(storage.unpack(_nested(load_file(directory / ARRAYS))), manifest, text)
-        except (SafetensorError, UnicodeDecodeError) as error:
-            raise UserError(f"{directory} is damaged ({error}).") from error
+        if file.is_file():
+            advice = "put back the text that the prompt was trained for, or take the file away"
+            try:
+                text = read_whole(file, manifest.get("context_sha256"), advice=advice).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise Damaged(f"{file} is damaged (not UTF-8 at byte {error.start})", advice) from error
+        return cls(_read_sigma(directory / ARRAYS, manifest), manifest, text)
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    """The manifest as it was written, with the keys of today."""
+    manifest = read_json(file)
+    if manifest.get("format") == 1:  # 0.1 wrote no seal
+        manifest.pop("seal", None)
+    manifest = _renamed(unsealed(manifest, file))
+    for name, kind in _REQUIRED.items():
+        if name not in manifest:
+            raise Damaged(f"{file} is damaged: it lacks {name!r}")
+        if type(manifest[name]) is not kind:
+            raise Damaged(f"{file} is damaged: {name} is {manifest[name]!r:.60}")
+    model, slots = manifest["model"], manifest["slots"]
+    texts = [model.get("name"), model.get("fingerprint"), manifest["tokenizer"].get("fingerprint")]
+    texts += [slots.get(field.name, "") for field in dataclasses.fields(ChatTexts) if field.type == "str"]
+    if not all(isinstance(text, str) for text in texts) or not isinstance(slots.get("before_ids"), list):
+        raise Damaged(f"{file} is damaged: what it says of model, tokenizer or slots is no text")
+    return manifest
+
+
+def _read_sigma(file: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """σ, which must be what the manifest says."""
+    kind, dtype = PROMPT_KINDS[manifest["kind"]], manifest.get("dtype", "int8")
+    try:
+        stored = load_file(file)
+        sigma = storage.unpack(_nested(stored))
+        length = kind.prompt_length(sigma)
+    except (SafetensorError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise Damaged(f"{file} is damaged ({error!r:.120})") from error
+    if length != manifest["prompt_length"]:
+        raise Damaged(f"{file} is damaged: it has {length} slots, its manifest {manifest['prompt_length']}")
+    for name, array in stored.items():
+        if array.dtype.name not in _STORED.get(dtype, {"float32", "bfloat16", "int8"}):
+            raise Damaged(f"{file} is damaged: {name} is {array.dtype.name}, by its manifest {dtype}")
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise Damaged(f"{file} is damaged: {name} has entries that are not finite")
+    return sigma
 
 
 def named_model(named: Mapping[str, Any]) -> str:
@@ -266,10 +320,10 @@ def _renamed(manifest: dict[str, Any]) -> dict[str, Any]:
         return manifest
     found = {RENAMED.get(name, name): value for name, value in manifest.items()}
     for part in ("model", "training"):
-        if part in found:
+        if isinstance(found.get(part), dict):
             found[part] = {RENAMED.get(name, name): value for name, value in found[part].items()}
-    if found.get("model", {}).get("quantization") == "full":
-        found["model"]["quantization"] = "none"
+            if found[part].get("quantization") == "full":
+                found[part]["quantization"] = "none"
     return {**found, "format": FORMAT}
 
 

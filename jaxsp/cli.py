@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shlex
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
@@ -18,6 +16,7 @@ import tyro
 from jaxsp.arguments import parse, program
 from jaxsp.cache import Cache
 from jaxsp.errors import Interrupted, UserError
+from jaxsp.files import os_errors_as_user_errors
 from jaxsp.options import (
     EMBEDDED,
     LIGHTER,
@@ -31,7 +30,7 @@ from jaxsp.options import (
     WithTeacher,
 )
 from jaxsp.settings import Options, Settings, check_limits, make_settings, plain
-from jaxsp.terminal import prepare, visible
+from jaxsp.terminal import flush, prepare, visible
 
 # What computes is imported where a command runs: --help and a misspelt option need not wait for it.
 if TYPE_CHECKING:
@@ -169,12 +168,12 @@ class Questions:
     def run(self) -> None:
         from jaxsp import api, console
         from jaxsp.data.documents import read_context
-        from jaxsp.files import atomic_write
+        from jaxsp.files import as_path, atomic_write
 
         if self.count is not None:
             check_limits("count", self.count, at_least=1)
         make_settings({"seed": self.seed})  # a mistake is found before the model is loaded
-        file = None if self.out == "-" else Path(self.out)
+        file = None if self.out == "-" else as_path(self.out, "--out")
         if file is not None and file.exists() and not self.overwrite:
             raise UserError(f"{file} is there already; replace it with --overwrite, or choose another --out.")
         context = read_context(self.context)
@@ -240,7 +239,7 @@ class _Saved:
     def load(self, prompt: SoftPrompt) -> LanguageModel:
         from jaxsp.artifact import named_model
 
-        name = self.model or named_model(prompt.manifest["model"])
+        name = named_model(prompt.manifest["model"]) if self.model is None else self.model
         return ModelOptions(name, self.dtype, prompt.quantization).load().stopping_at(prompt.stop_ids)
 
 
@@ -259,8 +258,11 @@ class Ask(_Saved):
     """Longest answer."""
 
     def run(self) -> None:
+        from jaxsp.data.documents import read_text
+
+        check_limits("max_tokens", self.max_tokens, at_least=1)
         prompt = self.prompt()
-        question = sys.stdin.read() if self.question == ("-",) else " ".join(self.question)
+        question = read_text("-") if self.question == ("-",) else " ".join(self.question)
         if self.question and not question.strip():
             raise UserError("The question is empty; leave it away for a chat loop.")
         model = self.load(prompt)
@@ -396,15 +398,15 @@ def main(before_running: Callable[[], None] = lambda: None) -> None:
     """Runs the command that ``sys.argv`` names; when it is known, ``before_running`` comes first."""
     prepare()
     try:
-        try:
-            command = parse(COMMANDS, sys.argv[1:])
-            before_running()
-            _run(command)
-        finally:
-            sys.stdout.flush()
+        with os_errors_as_user_errors():
+            try:
+                command = parse(COMMANDS, sys.argv[1:])
+                before_running()
+                _run(command)
+            finally:
+                flush()
     except BrokenPipeError:
-        # Who read it has gone (| head). Python would say so once more when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass  # who read it has gone (| head)
     except (UserError, KeyboardInterrupt) as error:
         print(visible(f"jaxsp: {str(error) or 'interrupted.'}"), file=sys.stderr)
         if isinstance(error, Interrupted):
@@ -420,10 +422,10 @@ def _run(command: Command) -> None:
     """Runs the command; a device without memory is a mistake that the user can mend."""
     try:
         command.run()
-    except (RuntimeError, MemoryError) as error:  # jax's own kinds are the first
+    except (RuntimeError, MemoryError, OverflowError) as error:  # jax's own kinds are of the first
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        message, ways = (str(error) or "none left").splitlines()[0], _lighter(command)
+        message, ways = (str(error) or type(error).__name__).splitlines()[0], _lighter(command)
         raise UserError(
             f"The device has not enough memory ({message:.120}); {ways}{ways and '; '}"
             "`jaxsp plan` says beforehand what fits."

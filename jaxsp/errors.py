@@ -23,6 +23,18 @@ class UserError(ValueError):
     """
 
 
+class Damaged(UserError):
+    """A file is missing, or is not what it should be.
+
+    Attributes:
+      what: the message without advice and full stop.
+    """
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(f"{what}; {advice}." if advice else f"{what}.")
+        self.what = what
+
+
 class NonFiniteLoss(UserError):
     """Training ended as the loss or its gradient became infinite or NaN.
 
@@ -37,6 +49,40 @@ class NonFiniteLoss(UserError):
 
 class Interrupted(UserError):
     """The user stopped a run; the state of its last whole step is saved if it has a folder."""
+
+
+def check_text(value: Any, what: str) -> None:
+    """Raises ``UserError`` if a value is no text, empty, or none that a file could hold.
+
+    Args:
+      value: given by a user.
+      what: its name in the error.
+
+    Example:
+      >>> check_text(None, "The question")
+      Traceback (most recent call last):
+      jaxsp.errors.UserError: The question must be a text that is not empty, not None.
+    """
+    if not (isinstance(value, str) and value.strip()):
+        raise UserError(f"{what} must be a text that is not empty, not {value!r:.60}.")
+    check_unicode(value, what)
+
+
+def check_unicode(text: str, what: str) -> None:
+    """Raises ``UserError`` if UTF-8 can't carry a text: a half of a character, or bytes that were no text.
+
+    Example:
+      >>> check_unicode("a\\ud83d", "The question")
+      Traceback (most recent call last):
+      jaxsp.errors.UserError: The question is no text in Unicode ('\\ud83d' at 1); write it in UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        odd = ascii(text[error.start])
+        raise UserError(
+            f"{what} is no text in Unicode ({odd} at {error.start}); write it in UTF-8."
+        ) from None
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from jaxsp.errors import UserError
+from jaxsp.files import parse_json
 from jaxsp.settings import PromptSettings, Settings
 
 # What computes is imported where a command runs: --help and a misspelt option need not wait for it.
@@ -104,8 +104,8 @@ def _variable(option: str) -> tuple[str, Any]:
     if not (sign and name.isidentifier()):
         raise UserError(f"--template-option takes NAME=VALUE, as enable_thinking=true, not {option!r}.")
     try:
-        return name, json.loads(value)
-    except ValueError:
+        return name, parse_json(value, name, object)
+    except UserError:
         return name, value
 
 

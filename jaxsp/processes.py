@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import numpy as np
 
+from jaxsp.files import parse_json
 from jaxsp.typing import UserError
 
 Thing = TypeVar("Thing")
@@ -51,8 +53,10 @@ def join(coordinator: str | None, process_id: int | None, processes: int | None)
     if coordinator is None or process_id is None or processes is None:
         raise UserError("--coordinator, --process-id and --num-processes go together; give all three.")
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"--coordinator must be host:port, not {coordinator!r}.")
+    if not (host and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536):
+        raise UserError(f"--coordinator must be host:port, the port from 1 to 65535, not {coordinator!r}.")
+    if processes < 1:
+        raise UserError(f"--num-processes must be at least 1, not {processes}.")
     if not 0 <= process_id < processes:
         raise UserError(
             f"--process-id must lie from 0 to {processes - 1} (--num-processes - 1), not {process_id}."
@@ -246,7 +250,8 @@ def _gone(error: Exception) -> UserError:
 
 
 def _exchange(value: Any) -> list[Any]:
-    return [json.loads(data) for data in _exchange_bytes(json.dumps(value).encode())]
+    everyone = _exchange_bytes(json.dumps(value).encode())
+    return [parse_json(data, "Another process", object, finite=False) for data in everyone]
 
 
 def _exchange_bytes(data: bytes) -> list[bytes]:

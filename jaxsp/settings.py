@@ -214,6 +214,9 @@ def make_settings(values: Mapping[str, Any], base: Settings | None = None) -> Se
 MOST = 2**20
 """Greatest size of what is held in memory: beyond any machine's, and within what arrays can count."""
 
+LARGEST = 2**32 - 1
+"""No number that counts something is larger."""
+
 _SIZES = ("prompt_length", "rank", "batch_size", "grad_accumulation")
 _NAMES = {int: "a whole number", float: "a number", str: "a text"}
 _OBJECTS = ("objective", "optimizer")  # a text, or an object that the tables of their room know
@@ -234,6 +237,8 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
     if field.name in _SIZES:
         check_limits(field.name, value, at_most=MOST)
     check_limits(field.name, value, **field.metadata.get("limits", {}))
+    if expected is int:
+        check_limits(field.name, value, at_most=LARGEST)
     return value
 
 
@@ -250,6 +255,8 @@ def check_limits(name: str, value: Any, **limits: float) -> None:
       Traceback (most recent call last):
       jaxsp.errors.UserError: --at-once must be at least 1, not 0.
     """
+    if limits and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise UserError(f"{_option(name)} must be a number, not {value!r:.60}.")
     if not all(_LIMITS[kind](value, limit) for kind, limit in limits.items()):
         wanted = " and ".join(f"{kind.replace('_', ' ')} {limit}" for kind, limit in limits.items())
         raise UserError(f"{_option(name)} must be {wanted}, not {value}.")

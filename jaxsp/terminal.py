@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import os
 import re
 import signal
 import sys
 import threading
+from pathlib import Path
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1, but for tabs and ends of lines
 
@@ -39,13 +41,34 @@ def say_once(line: str) -> None:
 def prepare() -> None:
     """Makes standard output and error take any text, and a signal to end (SIGTERM) ask as Ctrl-C does.
 
-    What the encoding of the output lacks is spelled out; who is asked to end saves what there is.
+    What the encoding of the output lacks is spelled out; who is asked to end saves what there is. A stream
+    that was closed (``<&-``) is as an empty one.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    for name, mode, errors in (
+        ("stdin", "r", "surrogateescape"),  # what is no text is refused where it is used
+        ("stdout", "w", "backslashreplace"),
+        ("stderr", "w", "backslashreplace"),
+    ):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 (it stays open)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     if threading.current_thread() is threading.main_thread():  # no other may set it
         signal.signal(signal.SIGTERM, _interrupt)
+
+
+def flush() -> None:
+    """Writes out what was printed.
+
+    Raises:
+      OSError: it can't be, as the disk is full or whoever read it has gone; the rest is dropped.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would say so once more when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _interrupt(*_: object) -> None:

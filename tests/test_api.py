@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -170,3 +171,86 @@ def test_what_is_shown_of_things(calm_model, tmp_path):
         _ = jaxsp.compres
     with pytest.raises(AttributeError, match=r"no attribute 'xyz'$"):
         _ = jaxsp.xyz
+
+
+HALF = "How long\ud800?"
+"""Half a character, as a file name or a broken program may give it."""
+
+NO_TEXTS = [None, b"bytes", 3, 2.5, [], Path("c.txt"), "", " ", HALF, object]
+NO_LISTS = [None, 3, "text", b"bytes", Path("q.txt"), {"query": "a"}, [[]], [{}], [None]]
+NO_PATHS = [None, b"bytes", 3, "", "a\0b", ["a"], object]
+
+
+@pytest.mark.parametrize("value", NO_TEXTS, ids=ascii)
+def test_what_is_no_text_is_a_sentence_wherever_a_text_belongs(tiny_model, value):
+    artifact = jaxsp.SoftPrompt({}, {"model": {"name": "m"}, "context_tokens": 1}, CONTEXT)
+    calls = {
+        "compress": lambda: compress_text(tiny_model, value, QUERIES),
+        "compress a query": lambda: compress_text(tiny_model, CONTEXT, [value, *QUERIES]),
+        "compress a Query": lambda: compress_text(tiny_model, CONTEXT, [jaxsp.Query(value), *QUERIES]),
+        "compress an answer": lambda: compress_text(
+            tiny_model, CONTEXT, [{"query": "a", "answer": value or 3}]
+        ),
+        "compress held out": lambda: compress_text(tiny_model, CONTEXT, QUERIES, held_out=[value]),
+        "many": lambda: jaxsp.compress_many(tiny_model, [{"id": "a", "context": value}], progress=False),
+        "questions": lambda: jaxsp.questions(tiny_model, value, progress=False),
+        "ask": lambda: artifact.ask(value, model=tiny_model),
+        "encode": lambda: tiny_model.encode_context(HALF),
+    }
+    for name, call in calls.items():
+        with pytest.raises(jaxsp.UserError) as caught:
+            call()
+        assert "\n" not in str(caught.value), name
+
+
+def compress_text(model, context, queries, **more):
+    options: dict[str, Any] = {**OPTIONS, **more}
+    return jaxsp.compress(model, context, queries, **options)
+
+
+@pytest.mark.parametrize(
+    "value", [None, 3, "text", b"bytes", Path("q.txt"), {"query": "a"}, [[]], [{}], [None]], ids=repr
+)
+def test_what_is_no_list_of_queries_is_a_sentence(tiny_model, value):
+    for given in ({"queries": value}, {"queries": QUERIES, "held_out": value}):
+        if given.get("held_out") != 3:  # a fraction, and none
+            with pytest.raises(jaxsp.UserError, match=r"quer|held_out"):
+                jaxsp.compress(tiny_model, CONTEXT, **OPTIONS, **given)
+
+
+@pytest.mark.parametrize("value", NO_PATHS, ids=ascii)
+def test_what_is_no_path_is_a_sentence_wherever_a_path_belongs(tiny_model, value):
+    calls = [
+        lambda: jaxsp.load_model(value),
+        lambda: jaxsp.compress(value, CONTEXT, QUERIES),
+        lambda: jaxsp.SoftPrompt.load(value),
+        lambda: jaxsp.ask(value, "Who?"),
+        lambda: jaxsp.evaluate(tiny_model, value, QUERIES),
+    ]
+    if value is not None:
+        calls += [
+            lambda: jaxsp.compress(tiny_model, CONTEXT, QUERIES, out=value),
+            lambda: jaxsp.compress(tiny_model, CONTEXT, QUERIES, teacher=value),
+        ]
+    for call in calls:
+        with pytest.raises(jaxsp.UserError, match="must be a path, not "):
+            call()
+
+
+def test_a_manifest_that_does_not_fit_the_model(calm_model, unchecked):
+    """Its weights are those, and yet the prompt is none of its own."""
+    prompt = compress(calm_model, steps=0).prompt
+    slots = prompt.manifest["slots"]
+    for odd in (calm_model.config.vocab_size, -1, 2.5, None):
+        manifest = {**prompt.manifest, "slots": {**slots, "before_ids": [*slots["before_ids"], odd]}}
+        with pytest.raises(jaxsp.UserError, match=f"the id {odd!r} is outside the model's vocabulary"):
+            dataclasses.replace(prompt, manifest=manifest).prefix(calm_model)
+    wide = {**prompt.sigma, "keys": np.zeros((*prompt.sigma["keys"].shape[:-1], 3), np.float32)}
+    with pytest.raises(jaxsp.UserError, match="The prompt's arrays don't fit its model"):
+        dataclasses.replace(prompt, sigma=wide).prefix(calm_model)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, "x", None, True])
+def test_a_longest_answer_that_is_none(tiny_model, tokens):
+    with pytest.raises(jaxsp.UserError, match=r"--max-tokens must be (at least 1|a number), not "):
+        list(tiny_model.stream_answer(None, "Who?", max_tokens=tokens))

@@ -664,11 +664,23 @@ def test_report_writes_what_the_run_wrote(jaxsp_command, finished, tmp_path):
         assert all((many / name / file).is_file() for file in names)
     refused(jaxsp_command("report", tmp_path), "holds no finished run")
     report = json.loads((finished / "report.json").read_text())
-    for damaged in ("{", "[]", "null", json.dumps(report | {"held_out": {}}), json.dumps({"held_out": 3})):
+    checksums = many / "a" / "run" / "checksums.json"
+    kept = checksums.read_text()
+    another_version = "damaged, or was written by another version"
+    for damaged, words in (
+        ("{", "is damaged: not valid JSON"),
+        ("[]", "is damaged: not valid JSON (expected an object"),
+        ("null", "is damaged: not valid JSON (expected an object"),
+        (json.dumps(report | {"held_out": {}}), another_version),
+        (json.dumps({"held_out": 3}), another_version),
+    ):
         (many / "a" / "report.json").write_text(damaged)
+        checksums.write_text(kept)
+        refused(jaxsp_command("report", many), many / "a" / "report.json", "is damaged: its SHA-256")
+        checksums.unlink()  # older runs have none
         code, out, err = jaxsp_command("report", many)
         assert out.splitlines() == [str(many / "b" / "report.md")]  # the others are written
-        refused((code, out, err), many / "a" / "report.json", "damaged, or was written by another version")
+        refused((code, out, err), many / "a" / "report.json", words)
     (many / "a" / "report.json").write_text(json.dumps(report))
     (many / "a" / "prompt.safetensors").write_bytes(b"")
     code, out, err = jaxsp_command("report", many)

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 
 # Rooms by floor; a room imports from floors below its own, or from itself.
 FLOORS = [
-    ["errors", "files", "terminal"],
+    ["errors", "terminal"],
+    ["files"],
     ["typing", "arguments"],
     ["settings", "compile_cache"],
     ["models", "losses"],

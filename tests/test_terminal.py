@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from jaxsp.console import _print, _table
@@ -53,3 +58,26 @@ def test_a_signal_to_end_asks_as_ctrl_c_does(python, before):
         "except KeyboardInterrupt: print('saved')"
     )
     assert python("-c", code, timeout=60).stdout == "saved\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("compress - <&-", 2, "jaxsp: standard input is empty.\n"),
+        (r"compress - < <(printf 'a\377')", 2, "jaxsp: standard input is not UTF-8 (byte 1); convert it first.\n"),  # noqa: E501
+        ("--help >&-", 0, ""),
+        ("--help > /dev/full", 2, "jaxsp: No space left on device.\n"),
+        ("--frob 2>&-", 2, ""),
+        (
+            r"compress $'a\377'",
+            2,
+            r"jaxsp: The argument 'a\udcff' is no text in Unicode ('\udcff' at 1); write it in UTF-8." + "\n",
+        ),
+    ],
+)  # fmt: skip
+def test_streams_that_are_closed_or_full(command, code, said):
+    if "/dev/full" in command and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    line = f"{shlex.quote(sys.executable)} -m jaxsp {command}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (code, said)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxsp.files import as_path, parse_json
 from jaxsp.typing import UserError
 
 
@@ -66,7 +66,11 @@ def read_text(path: str | Path) -> str:
     """
     name = "standard input" if str(path) == "-" else str(path)
     try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+        if str(path) == "-":
+            given = sys.stdin.buffer if hasattr(sys.stdin, "buffer") else sys.stdin  # a notebook has none
+            data = text.encode() if isinstance(text := given.read(), str) else text
+        else:
+            data = as_path(path, "The file").read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"There is no file {name}.") from error
     except OSError as error:
@@ -100,17 +104,23 @@ def read_queries(path: str | Path) -> list[Query]:
     text = read_text(path)
     jsonl = str(path).endswith(".jsonl") or text.lstrip().startswith("{")
     numbered = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    return [_parse(line, f"{path}, line {i}") if jsonl else Query(line.strip()) for i, line in numbered]
+    if not jsonl:
+        return [Query(line.strip()) for _, line in numbered]
+    lines = [(f"{path}, line {i}", line) for i, line in numbered]
+    return [_from_dict(parse_json(line, where, object), where) for where, line in lines]
 
 
 def as_queries(queries: Sequence[str | Query | Mapping[str, str]]) -> list[Query]:
     """Queries in any form the Python interface takes: strings, dicts with ``query``, or ``Query``."""
     if isinstance(queries, str):
         raise UserError("The queries must be a list of texts, not one text.")
+    if not isinstance(queries, Iterable):
+        raise UserError(f"The queries must be a list of texts, not {queries!r:.60}.")
     found = []
     for i, query in enumerate(queries, start=1):
-        query = Query(query.strip()) if isinstance(query, str) else query
-        found.append(query if isinstance(query, Query) else _from_dict(query, f"query {i}"))
+        row = {"query": query} if isinstance(query, str) else query
+        read = _from_dict(row.as_row() if isinstance(row, Query) else row, f"query {i}")
+        found.append(query if isinstance(query, Query) else read)
     return found
 
 
@@ -163,14 +173,6 @@ def _check_once(queries: list[Query]) -> None:
             also = "" if twin == query.text else f", also as {twin!r}"
             raise UserError(f"The query {query.text!r} is given twice{also}; remove one.")
         seen[form] = query.text
-
-
-def _parse(line: str, where: str) -> Query:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}).") from error
-    return _from_dict(row, where)
 
 
 def _from_dict(row: object, where: str) -> Query:

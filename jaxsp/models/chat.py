@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxsp.files import parse_json
 from jaxsp.models import chat_renderer
 from jaxsp.models.text import control_ids, encode, stands_alone
 from jaxsp.typing import UserError
@@ -223,7 +224,7 @@ def render(
       ['a;']
     """
     asked = {"template": template, "conversations": conversations, "variables": dict(variables)}
-    found = json.loads(_rendered(json.dumps(asked)))
+    found = parse_json(_rendered(json.dumps(asked)), "The chat template", list)
     for each in found:
         if "error" in each:
             raise UserError(_unusable(each["error"]))

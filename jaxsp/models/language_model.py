@@ -18,6 +18,7 @@ from jaxsp.models.chat import ChatOptions, ChatTexts
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation import Sampling, stream
 from jaxsp.models.weights import is_old, old_fingerprint, weight_files
+from jaxsp.settings import check_limits
 from jaxsp.typing import AnyArray, Array, Float, Int, KeyValues, Params, UserError
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ class LanguageModel:
           >>> "".join(model.stream_answer(prefix, "What is the capital of France?"))
           'The capital of France is Paris.'
         """
+        check_limits("max_tokens", max_tokens, at_least=1)
         ids = self.encode_query(query, chat).tolist()
         room = self.config.window - prefix.end - len(ids)
         if room < 1:

@@ -7,12 +7,13 @@ does the work inside, encodes and decodes without it.
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
+
+from jaxsp.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ class LazyTokenizer:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self._settings = json.loads((directory / "tokenizer_config.json").read_text("utf-8"))
+        self._settings = read_json(directory / "tokenizer_config.json", finite=False)
 
     @functools.cached_property
     def _whole(self) -> PreTrainedTokenizerBase:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import logging
 import os
 import time
@@ -18,6 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxsp import compile_cache
+from jaxsp.files import as_path, read_json
 from jaxsp.models import sharding
 from jaxsp.models.chat import ChatOptions, turn_ends
 from jaxsp.models.config import DecoderConfig, Quantization
@@ -172,6 +172,7 @@ def as_model(
     """
     if isinstance(model, LanguageModel):
         return model
+    as_path(model, "The model")
     name = lasting_name(model)
     for loaded in list(_LOADED):
         if (
@@ -210,6 +211,7 @@ def _located(
         raise UserError(f"{lack}; choose dtype {default_dtype()}.")
     if quantization not in (known := get_args(Quantization)):
         raise UserError(f"Unknown quantization {quantization!r}; choose one of {', '.join(known)}.")
+    as_path(name_or_path, "The model")
     directory = _directory(os.fspath(name_or_path))
     hf = _hugging_face_config(directory)
     family = FAMILIES[hf.model_type]
@@ -410,10 +412,4 @@ def _stop_ids(directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> tup
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON; download it again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no JSON object; download it again.")
-    return content
+    return read_json(file, advice="download it again")

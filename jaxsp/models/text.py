@@ -10,6 +10,8 @@ from typing import Any
 
 import tokenizers
 
+from jaxsp.errors import check_unicode
+from jaxsp.files import parse_json
 from jaxsp.typing import UserError
 
 _ANCHORS = ("a", ".", "\n")
@@ -43,6 +45,8 @@ def encode(tokenizer: Any, text: str, *, control: bool = False, behind: str = ""
       >>> len(encode(tokenizer, "<|im_end|>")) > 1
       True
     """
+
+    check_unicode(text, "The text")
 
     def raw(some: str) -> list[int]:
         return tokenizer.encode(some, add_special_tokens=False, split_special_tokens=False)
@@ -119,7 +123,7 @@ def _without_control(tokenizer: Any) -> Callable[[str], list[int]]:
 @functools.lru_cache(maxsize=2)
 def _disarmed(description: str, forbidden: tuple[int, ...]) -> tokenizers.Tokenizer:
     """A tokenizer whose vocabulary has other names, which no text has, for some ids."""
-    content, ids = json.loads(description), set(forbidden)
+    content, ids = parse_json(description, "The tokenizer", finite=False), set(forbidden)
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] not in ids]
     model = content["model"]
     vocabulary = model["vocab"]

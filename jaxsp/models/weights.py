@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
+from jaxsp.files import parse_json, read_json
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.decoder import parameter_shapes
 from jaxsp.typing import Array, Params, UserError
@@ -49,10 +49,10 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
             files = [directory / name for name in names]
             outside = [name for name in names if not _is_inside(directory, name)]
-        except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
             raise UserError(f"{index} is not a valid weight index; download it again.") from error
         if outside:
             raise UserError(f"{index} names the file {outside[0]!r:.120}, which is not in its folder.")
@@ -161,7 +161,7 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
             ) from error
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
+            header = parse_json(opened.read(length), file)
         header.pop("__metadata__", None)
         for name, tensor in header.items():
             first, end = tensor["data_offsets"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import html
 import json
 import os
@@ -13,15 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from jaxsp.artifact import ARRAYS, CONTEXT, MANIFEST, SoftPrompt
+from jaxsp.errors import Damaged
 from jaxsp.evaluation import report as reports
-from jaxsp.files import atomic_write
+from jaxsp.files import (
+    as_path,
+    as_read,
+    atomic_write,
+    os_errors_as_user_errors,
+    read_json,
+    read_json_lines,
+    sealed,
+    unsealed,
+)
 from jaxsp.typing import UserError
 
 VERSION = 4
 """Version of the files in a run's folder; 0.1 wrote none."""
 
-REPORT, RESULTS = "report.json", "results.parquet"
-_OURS = (REPORT, "report.md", "plots", "metrics.jsonl", "run", ARRAYS, MANIFEST, CONTEXT)
+REPORT, METRICS, RESULTS = "report.json", "metrics.jsonl", "results.parquet"
+CHECKSUMS = "run/checksums.json"
+"""SHA-256 of the report and the metrics; the prompt's own files have theirs in the manifest."""
+
+_OURS = (REPORT, "report.md", "plots", METRICS, "run", ARRAYS, MANIFEST, CONTEXT)
+_ANEW = "start anew with --overwrite"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,18 +83,31 @@ class Result:
         folder = Path(directory)
         self.prompt.save(folder)
         lines = "".join(json.dumps(line) + "\n" for line in self.lines)
-        atomic_write(folder / "metrics.jsonl", lines)
         if self.error is None:
             reports.write(self.report, self.lines, folder)
-        atomic_write(folder / REPORT, reports.as_json(self.report))
+        content = {METRICS: lines, REPORT: reports.as_json(self.report)}
+        checksums = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in content.items()}
+        (folder / CHECKSUMS).parent.mkdir(exist_ok=True)
+        atomic_write(folder / CHECKSUMS, json.dumps(sealed(checksums)))
+        for name, text in content.items():
+            atomic_write(folder / name, text)
 
     @classmethod
     def load(cls, directory: str | Path) -> Result:
-        """Reads what ``save`` wrote."""
+        """Reads what ``save`` wrote.
+
+        Raises:
+          Damaged: a file is missing, or not as it was written.
+        """
         folder = Path(directory)
-        report = json.loads((folder / REPORT).read_text("utf-8"))
-        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-        return cls(SoftPrompt.load(folder), report, [json.loads(line) for line in lines])
+        checksums, file = {}, folder / CHECKSUMS
+        if file.exists():  # older runs have none
+            checksums = unsealed(read_json(file), file)
+        report = read_json(folder / REPORT, finite=False, sha256=checksums.get(REPORT))
+        lines = read_json_lines(folder / METRICS, sha256=checksums.get(METRICS))
+        if [line.get("step") for line in lines] != [*range(report.get("steps", len(lines) - 1) + 1)]:
+            raise Damaged(f"{folder / METRICS} lacks lines: it must have one of every step")
+        return cls(SoftPrompt.load(folder), report, lines)
 
 
 def write_reports(directory: str | Path) -> tuple[list[Path], list[str]]:
@@ -91,7 +119,7 @@ def write_reports(directory: str | Path) -> tuple[list[Path], list[str]]:
     Raises:
       UserError: there is no finished run.
     """
-    folder = Path(directory)
+    folder = as_path(directory, "The folder")
     folder = folder.parent if folder.is_file() else folder
     found = [folder] if (folder / REPORT).is_file() else sorted(f.parent for f in folder.glob(f"*/{REPORT}"))
     if not found:
@@ -107,9 +135,9 @@ def write_reports(directory: str | Path) -> tuple[list[Path], list[str]]:
                 problems.append(f"{one}: its training failed, there is nothing to show ({result.error})")
         except UserError as error:
             problems.append(str(error).rstrip("."))
-        except PermissionError as error:
-            problems.append(f"{one} can't be written to ({error.strerror})")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except OSError as error:
+            problems.append(f"{error.filename or one}: {error.strerror}")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = f"{type(error).__name__}: {error}"
             problems.append(
                 f"{one / REPORT} is damaged, or was written by another version of jaxsp ({reason})"
@@ -121,14 +149,15 @@ class RunFolder:
     """Paths of a run, or of one of its jobs."""
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        self.directory = as_path(directory, "The folder (--out)")
         self.report = self.directory / REPORT
         self.results = self.directory / RESULTS
-        self.metrics = self.directory / "metrics.jsonl"
+        self.metrics = self.directory / METRICS
         self.settings = self.directory / "run" / "settings.json"
         self.teachers = self.directory / "run" / "teachers"
         self.checkpoints = self.directory / "run" / "checkpoints"
 
+    @os_errors_as_user_errors()
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Raises ``UserError`` if a run can't start (or go on) here; touches nothing.
 
@@ -198,7 +227,7 @@ class RunFolder:
                 else:
                     old.unlink(missing_ok=True)
             self.settings.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.settings, reports.as_json({"version": VERSION, **settings}))
+            atomic_write(self.settings, reports.as_json(sealed({"version": VERSION, **settings})))
         except OSError as error:
             raise UserError(
                 f"The folder {self.directory} can't be written to ({error.strerror}); choose another"
@@ -206,10 +235,10 @@ class RunFolder:
             ) from error
 
     def _settings(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads(self.settings.read_text("utf-8")))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{self.settings} is damaged ({error}); start anew with --overwrite.") from error
+        found = read_json(self.settings, advice=_ANEW)
+        if found.get("version", 1) != VERSION:  # which check_same says
+            return found
+        return unsealed(found, self.settings, advice=_ANEW)
 
     def chats(self) -> list[dict[str, Any] | None]:
         """The texts around a context and a query in the run here: of the model, and of another teacher."""
@@ -224,7 +253,7 @@ class RunFolder:
                 f"The run in {folder} was made by another version of jaxsp, whose files this one can't go"
                 " on with; finish it with that version, or start anew with --overwrite."
             )
-        settings = json.loads(json.dumps(settings))  # as they were written: tuples are lists
+        settings = as_read(settings)
         changed = [
             f"{name} was {before.get(name)!r} and is now {settings.get(name)!r}"
             for name in sorted({*before, *settings})

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxsp.data.documents import Query, as_queries, read_text, split_queries
+from jaxsp.files import parse_json
 from jaxsp.losses import as_objective
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS, storage, with_defaults
@@ -142,9 +143,9 @@ def read_rows(path: str | Path) -> list[tuple[str, Any]]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                row = UserError(f"not valid JSON ({error})")
+                row = parse_json(line, path, object)
+            except UserError as error:
+                row = UserError(str(error).removeprefix(f"{path}: "))
             rows.append((f"{path}, line {number}", row))
     return rows
 

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ from jaxsp.runs.folder import Result, RunFolder
 from jaxsp.runs.job import Job, groups
 from jaxsp.runs.on_policy import OnPolicyRows
 from jaxsp.runs.problems import Kept, Problems
+from jaxsp.runs.resume import Earlier
 from jaxsp.settings import Settings, plain
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import Problem, TokenizedJob, read_preamble, teacher_key
@@ -36,12 +37,8 @@ from jaxsp.training.drivers import DRIVERS, Driver, mesh_of
 from jaxsp.training.loop import Block
 from jaxsp.training.slots import Callback, Step, TrainingJob, TrainingResult
 from jaxsp.training.start import start_state
-from jaxsp.training.state import stack, unstack
 from jaxsp.training.update import Frozen, UpdateSettings
 from jaxsp.typing import Interrupted, PyTree, UserError, ceil_div
-
-if TYPE_CHECKING:
-    from jaxsp.training.checkpoint import Checkpoints
 
 STEP_TOKENS = {"cpu": 2048}
 """Tokens of one step, of all prompts together; a CPU gains nothing from more."""
@@ -110,9 +107,11 @@ class Runner:
         self.teacher = teacher if teacher is None or mesh is None else teacher.on(mesh)
         self.model = self.teacher.student if self.teacher else model if mesh is None else model.on(mesh)
         self.jobs, self.folder, self.single = list(jobs), start.folder, single
+        self.earlier = Earlier(single, start.display.say)
         self.at_once, self.callbacks, self.display = start.at_once, start.callbacks, start.display
         self.preamble = read_preamble(self.model)
-        store = Store.of_run(self.folder and self.folder.teachers, self.display.say)
+        # Of many, one that is damaged keeps none of the others from going on.
+        store = Store.of_run(self.folder and self.folder.teachers, self.display.say, mend=not single)
         self.problems = Problems(self.model, self.preamble, store, self.teacher)
         self.teacher_head = self.teacher and self.teacher.head
         self.brackets = Kept[dict[str, Measured]]()
@@ -196,8 +195,10 @@ class Runner:
         names = []
         for key in groups(self.jobs):
             if (folder := self._checkpoint_folder(key, process)).is_dir():
-                with processes.alone(), contextlib.closing(_checkpoints(folder)) as checkpoints:
-                    names += (checkpoints.block() or {"jobs": []})["jobs"]
+                with processes.alone():
+                    checkpoints, saved = self.earlier.opened(folder)
+                    checkpoints.close()
+                    names += saved["jobs"] if saved else []
         return names
 
     def _checkpoint_folder(self, key: str, process: int) -> Path:
@@ -205,17 +206,8 @@ class Runner:
         return self.folder.checkpoints / f"{key}-{process}"
 
     def _is_finished(self, job: Job) -> bool:
-        """Whether an earlier run finished the job; raises ``UserError`` if that was another job."""
-        folder = self._folder(job)
-        if folder is None or not folder.report.is_file():
-            return False
-        try:
-            folder.check_same(job.identity(self.model, self.teacher))
-        except UserError:
-            if self._load(job).error:
-                return False  # it failed, and is to be tried with other settings
-            raise
-        return not (self.single and self._load(job).error)
+        identity = job.identity(self.model, self.teacher)
+        return self.earlier.is_finished(self._folder(job), job.id, identity)
 
     def _load(self, job: Job) -> Result:
         folder = self._folder(job)
@@ -264,16 +256,23 @@ class Runner:
     def _train(self, key: str, jobs: Sequence[Job], on_step: Callback) -> Iterator[tuple[Job, Result]]:
         """The results of jobs that can train side by side, as they finish."""
         settings, by_id = jobs[0].settings, {job.id: job for job in jobs}
-        checkpoints = saved = folder = None
+        checkpoints = folder = None
+        saved, placed = None, list[TrainingJob | None]()
         if self.folder is not None:
             folder = self._checkpoint_folder(key, jax.process_index() if self.divided else 0)
-            checkpoints = _checkpoints(folder)
-            saved = checkpoints.block()
-            if saved is not None and not any(name in by_id for name in saved["jobs"]):
-                saved = None  # of jobs that are no longer asked for
-        inside = saved["jobs"] if saved else []
+            checkpoints, saved = self.earlier.opened(folder)
+            if saved is not None:
+                placed = self.earlier.placed(
+                    checkpoints,
+                    saved,
+                    lambda name: self._training_job(by_id[name], fresh=False) if name in by_id else None,
+                )
+                if not any(placed):  # of jobs that are no longer asked for, or are done again
+                    checkpoints.clear()
+                    saved, placed = None, []
+        inside = {job.id for job in placed if job is not None}
         queue = (self._training_job(job) for job in jobs if job.id not in inside)
-        slots = len(inside) or self._slots(jobs)
+        slots = len(placed) or self._slots(jobs)
         mesh = self.mesh  # of the evaluation: its devices share whole prompts, if they divide evenly
         mesh = None if mesh is None or slots % mesh.shape[DATA] else mesh
         block = Block(
@@ -286,8 +285,10 @@ class Runner:
             checkpoint_every=settings.devices.checkpoint_every,
             callbacks=[on_step, *self.callbacks],
         )
-        if saved and checkpoints is not None:
-            self._resume(block, checkpoints, saved, by_id)
+        if saved is not None:
+            block.resume(placed, saved["tick"], Packing(*saved["packing"]), saved.get("answers", ()))
+            if self.single:
+                self.display.say(f"Resuming after step {block.slots[0].step}.")
         for result in block.run():
             job = by_id[result.id]
             yield job, self._finish(job, result)
@@ -295,18 +296,6 @@ class Runner:
             checkpoints.close()
             if processes.is_first():  # everything is in the jobs' folders
                 shutil.rmtree(folder)
-
-    def _resume(
-        self, block: Block, checkpoints: Checkpoints, saved: dict[str, Any], by_id: dict[str, Job]
-    ) -> None:
-        """Puts the prompts of a checkpoint back into their slots."""
-        jobs = [by_id.get(name) and self._training_job(by_id[name], fresh=False) for name in saved["jobs"]]
-        (some, *_) = (job.state for job in jobs if job is not None)
-        states = checkpoints.restore(stack([some] * len(jobs)))
-        placed = [job and dataclasses.replace(job, state=unstack(states, i)) for i, job in enumerate(jobs)]
-        block.resume(placed, saved["tick"], Packing(*saved["packing"]), saved.get("answers", ()))
-        if self.single:
-            self.display.say(f"Resuming after step {int(states.step[0])}.")
 
     def _slots(self, jobs: Sequence[Job]) -> int:
         """The number of prompts that train in one step."""
@@ -339,10 +328,13 @@ class Runner:
         problem = self.problems.of(job, self.displays[job.id])
         self.displays.setdefault(job.id, Display(visible=False))
         folder, settings = self._folder(job), job.settings
+        identity = job.identity(self.model, self.teacher)
         if folder is not None and fresh and processes.is_first():
             if not self.single:
-                folder.start(job.identity(self.model, self.teacher))
+                folder.start(identity)
             folder.metrics.unlink(missing_ok=True)
+        elif folder is not None and not fresh:
+            folder.check_same(identity)
         state, metrics = start_state(self.model, problem, settings), folder and folder.metrics
         self.running[job.id] = problem, state.sigma
         packing = Packing.of(problem.lengths, settings.training.batch_size)
@@ -414,12 +406,6 @@ class Runner:
             "prefill_seconds": prefill,
             "by_length": brackets.length_curve(model, problem, sigma, settings),
         }
-
-
-def _checkpoints(folder: Path) -> Checkpoints:
-    from jaxsp.training.checkpoint import Checkpoints  # orbax takes seconds to import
-
-    return Checkpoints(folder)
 
 
 def bracket_key(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxsp import processes
+from jaxsp.files import os_errors_as_user_errors
 from jaxsp.models.chat import ChatTexts
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.runs.folder import Result, RunFolder
@@ -124,18 +125,16 @@ def _as_begun(
 def _open(start: Start, identity: dict[str, Any], agreed: dict[str, Any]) -> contextlib.ExitStack:
     """Makes the folder ready; others are kept out of it until what this gives is closed."""
     processes.assert_same(agreed)
-    lock = contextlib.ExitStack()
-    if (folder := start.folder) is not None:
-        begin = folder.check_same if start.resume else folder.start
+    with contextlib.ExitStack() as lock:
+        if (folder := start.folder) is not None:
+            begin = folder.check_same if start.resume else folder.start
+            advice = "when that is mended, go on with --resume"
+            lock.enter_context(os_errors_as_user_errors(folder.directory, advice))
 
-        def ready() -> None:
-            lock.enter_context(folder.locked())
-            folder.check(resume=start.resume, overwrite=start.overwrite)  # another may just have ended here
-            begin(identity)
+            def ready() -> None:
+                lock.enter_context(folder.locked())
+                folder.check(resume=start.resume, overwrite=start.overwrite)  # another may just have ended
+                begin(identity)
 
-        try:
             processes.on_first_process(ready)
-        except BaseException:
-            lock.close()
-            raise
-    return lock
+        return lock.pop_all()

@@ -15,9 +15,10 @@ import jax
 
 from jaxsp.data.documents import Query, as_queries
 from jaxsp.data.parts import Part
+from jaxsp.errors import Damaged
 from jaxsp.evaluation.facts import stands_in, words
 from jaxsp.evaluation.metrics import at_positions
-from jaxsp.files import atomic_write
+from jaxsp.files import atomic_write, read_json, sealed, unsealed
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.settings import Settings, plain
@@ -97,7 +98,7 @@ class Study:
     @classmethod
     def read(cls, folder: Path) -> Study:
         """The study that ``write`` put into a folder."""
-        return cls.from_json(json.loads((folder / _FILE).read_text("utf-8")))
+        return cls.from_json(read_json(folder / _FILE))
 
 
 def study_key(
@@ -226,7 +227,7 @@ class _Found:
         """More queries, which the teacher answers."""
         job = tokenize(self.model, self.document.text, queries, [], self.settings, self.parts)
         asked = self.model, job, self.settings.teacher, self.preamble, self.display
-        self.problems.append(run_teacher(*asked, Store(self.folder)))
+        self.problems.append(run_teacher(*asked, Store(self.folder, mend=True)))
         return self.problems[-1]
 
     def _kept(self, key: str, write: Callable[[], list[str | None]]) -> list[str | None]:
@@ -234,10 +235,12 @@ class _Found:
         if self.folder is None:
             return write()
         file = self.folder / f"{key}.json"
-        if not file.is_file():
+        try:
+            return unsealed(read_json(file), file)["texts"]
+        except Damaged:  # or not there yet
             file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(file, json.dumps(write(), ensure_ascii=False))
-        return json.loads(file.read_text("utf-8"))
+            atomic_write(file, json.dumps(sealed({"texts": (texts := write())}), ensure_ascii=False))
+            return texts
 
     def drafted(self, seen: Seen, number: int, note: Any) -> list[_Candidate]:
         """Sane queries, of every seed, for the sentences that nobody asks for yet; none twice."""

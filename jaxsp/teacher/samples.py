@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxsp import processes
+from jaxsp.files import read_json
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.settings import Settings, TeacherSettings
@@ -112,7 +113,7 @@ def _write(folder: Path, answers: list[list[int]]) -> None:
 
 
 def _read(folder: Path) -> list[list[int]]:
-    return json.loads((folder / _FILE).read_text())
+    return read_json(folder / _FILE, list)
 
 
 def _answers(

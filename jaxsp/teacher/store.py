@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from jaxsp import processes
 from jaxsp.compile_cache import cache_folder
+from jaxsp.files import parse_json
 from jaxsp.typing import UserError
 
 T = TypeVar("T")
@@ -68,28 +69,34 @@ def shared_folder() -> Path | None:
 class Store:
     """The entries of a run: its own, and those shared with all others.
 
-    A shared one that is damaged is made anew; one of the run's own is an error. A shared folder that can't be
-    written to is left, which is said once. Of several processes the first alone looks and writes: the others
-    read in the run's folder.
+    A shared one that is damaged is made anew; one of the run's own is an error, unless ``mend``. A shared
+    folder that can't be written to is left, which is said once. Of several processes the first alone looks
+    and writes: the others read in the run's folder.
 
     Args:
       own: the run's folder for them; ``None`` if it has none.
       shared: the folder of all runs; ``None`` for none.
       say: shows a line.
+      mend: whether entries of the run's own that are damaged are made anew, too.
     """
 
     def __init__(
-        self, own: Path | None, shared: Path | None = None, say: Callable[[str], None] = lambda text: None
+        self,
+        own: Path | None,
+        shared: Path | None = None,
+        say: Callable[[str], None] = lambda text: None,
+        *,
+        mend: bool = False,
     ) -> None:
-        self.own, self._say, self._said = own, say, set[str]()
+        self.own, self._say, self._said, self._mend = own, say, set[str](), mend
         self.shared = None if own is None and processes.are_several() else shared
 
     @classmethod
-    def of_run(cls, own: Path | None, say: Callable[[str], None]) -> Store:
+    def of_run(cls, own: Path | None, say: Callable[[str], None], *, mend: bool = False) -> Store:
         """The store of a run, with the shared folder if there is one."""
-        store = cls(own, None, say)
+        store = cls(own, None, say, mend=mend)
         try:
-            return cls(own, shared_folder(), say)
+            return cls(own, shared_folder(), say, mend=mend)
         except RuntimeError as error:
             store._leave(error)
             return store
@@ -123,8 +130,13 @@ class Store:
                 check(entry)
                 read(entry)
             except _DAMAGE as error:
-                raise UserError(f"{entry} is damaged: {error}. Start anew with --overwrite.") from error
-            return str(self.own), str(entry)
+                if not self._mend:
+                    raise UserError(f"{entry} is damaged: {error}. Start anew with --overwrite.") from error
+                self._tell(f"{entry} is damaged: {error}. It is made anew.")
+                with _writing(self.own):
+                    _remove(entry)
+            else:
+                return str(self.own), str(entry)
         if self.shared is None:
             return None
         place, entry = self.shared, self.shared / key
@@ -267,10 +279,10 @@ def _sha256(file: Path) -> str:
 def _manifest(entry: Path) -> dict[str, Any]:
     """An entry's manifest; raises ``ValueError`` if it is not as it was written."""
     try:
-        manifest = json.loads((entry / MANIFEST).read_text("utf-8"))
+        manifest = parse_json((entry / MANIFEST).read_bytes(), MANIFEST)
         seal = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"its {MANIFEST} can't be read ({error})") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"its {MANIFEST} can't be read ({str(error).rstrip('.')})") from error
     if seal != _seal(manifest):
         raise ValueError(f"its {MANIFEST} is not as it was written")
     for name, expected in (("version", VERSION), ("key", entry.name)):

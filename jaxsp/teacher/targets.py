@@ -17,6 +17,7 @@ import numpy as np
 from jaxsp.data.examples import Rows
 from jaxsp.data.packing import Packing
 from jaxsp.data.ragged import Ragged
+from jaxsp.files import read_json
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.teacher.signals import SIGNALS
@@ -164,8 +165,8 @@ def read(folder: Path, rows_of: Callable[[list[list[int]]], Rows]) -> tuple[Rows
     Raises:
       ValueError: they don't fit.
     """
-    answers = json.loads((folder / _ANSWERS).read_text())
-    layout: dict[str, list[dict[str, Any]]] = json.loads((folder / _LAYOUT).read_text())
+    answers = read_json(folder / _ANSWERS, list)
+    layout: dict[str, list[dict[str, Any]]] = read_json(folder / _LAYOUT)
     if set(layout) != set(SIGNALS):
         raise ValueError(f"it has the signals {', '.join(layout)}, not {', '.join(SIGNALS)}")
     rows = rows_of(answers)

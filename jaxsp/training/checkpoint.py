@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +14,37 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from jaxsp import processes
 from jaxsp.artifact import named_arrays
+from jaxsp.errors import Damaged
+from jaxsp.files import atomic_write, parse_json, read_whole
 from jaxsp.training.state import TrainState
 from jaxsp.typing import UserError
 
 KEPT = 2  # the newest, and the one before it in case the newest can't be read
-_FILE = "states.safetensors"
+_FILE, _CHECKSUM = "states.safetensors", "states.sha256"
+_DAMAGE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, SafetensorError,
+)  # fmt: skip
+"""What orbax, too, may make of files that are not as they were written."""
 
 
 class Checkpoints:
     """The checkpoints of the prompts that train side by side, newest last.
 
-    Processes that train together write them together, and one that works ``alone`` its own.
+    Processes that train together write them together, and one that works ``alone`` its own. Where the newest
+    can't be read, the one before it is the newest from then on.
+
+    Args:
+      directory: where they are; it is made.
+      say: hears of one that can't be read.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, say: Callable[[str], None] = lambda text: None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self._directory = directory
+        self._directory, self._say = directory, say
         # In the caller's thread: it waits until all is safe anyway.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEPT, create=False, enable_async_checkpointing=False
@@ -62,7 +75,11 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def block(self) -> dict[str, Any] | None:
-        """The ``block`` that was saved with the newest checkpoint; ``None`` if there is none."""
+        """The ``block`` that was saved with the newest checkpoint; ``None`` if there is none.
+
+        Raises:
+          Damaged: there are some, and none can be read.
+        """
         return None if self.latest is None else self._read()[1]
 
     def restore(self, like: TrainState) -> TrainState:
@@ -72,7 +89,8 @@ class Checkpoints:
           like: states of the same shapes and dtypes; their values are not used.
 
         Raises:
-          UserError: it can't be read, or is of another shape.
+          Damaged: none can be read.
+          UserError: it is of another shape.
         """
         arrays, _ = self._read()
         here = {name: array.shape for name, array in named_arrays(like).items()}
@@ -87,18 +105,35 @@ class Checkpoints:
         leaves = [jnp.asarray(arrays[name]) for name in here]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
+    def clear(self) -> None:
+        """Removes all: what they hold is begun anew."""
+        for number in self._manager.all_steps():
+            self._manager.delete(number)
+
     def close(self) -> None:
         """Ends orbax's own threads."""
         self._manager.close()
 
     def _read(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        try:
-            content: Any = self._manager.restore(self.latest, args=_Content())
-        except (ValueError, KeyError, OSError, SafetensorError) as error:
-            raise UserError(
-                f"The checkpoint in {self._directory} can't be read ({error}); start anew with --overwrite."
-            ) from error
-        return content
+        unreadable: dict[int, Exception] = {}
+        for number in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                content: Any = self._manager.restore(number, args=_Content())
+            except _DAMAGE as error:
+                unreadable[number] = error
+                continue
+            for newer, error in unreadable.items():
+                self._say(
+                    f"The checkpoint of step {newer} in {self._directory} can't be read"
+                    f" ({str(error).rstrip('.')}); going on from the one before it, of step {number}."
+                )
+                self._manager.delete(newer)
+            return content
+        reason = next(iter(unreadable.values()), FileNotFoundError("there is none"))
+        raise Damaged(
+            f"The checkpoint in {self._directory} can't be read ({str(reason).rstrip('.')})",
+            "start anew with --overwrite",
+        ) from reason
 
 
 class _Handler(ocp.CheckpointHandler):
@@ -106,13 +141,16 @@ class _Handler(ocp.CheckpointHandler):
 
     def save(self, directory: Any, args: _Content) -> None:
         if processes.is_first():
-            save_file(named_arrays(args.states), Path(directory) / _FILE, {"block": json.dumps(args.block)})
+            data = save(named_arrays(args.states), {"block": json.dumps(args.block)})
+            atomic_write(Path(directory) / _FILE, data)
+            atomic_write(Path(directory) / _CHECKSUM, hashlib.sha256(data).hexdigest())
 
     def restore(self, directory: Any, args: _Content) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         del args
-        file = Path(directory) / _FILE
+        file, checksum = Path(directory) / _FILE, Path(directory) / _CHECKSUM
+        read_whole(file, checksum.read_text() if checksum.exists() else None)  # older ones have none
         with safe_open(file, "numpy") as opened:
-            return load_file(file), json.loads(opened.metadata()["block"])
+            return load_file(file), parse_json(opened.metadata()["block"], file)
 
 
 @ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)

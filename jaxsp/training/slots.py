@@ -13,7 +13,8 @@ import numpy as np
 from jaxsp import processes
 from jaxsp.data.examples import Rows
 from jaxsp.data.packing import Packing
-from jaxsp.files import atomic_write
+from jaxsp.errors import Damaged
+from jaxsp.files import atomic_write, flush, parse_json, read_whole
 from jaxsp.training.state import TrainState
 from jaxsp.typing import PyTree
 
@@ -118,7 +119,9 @@ class Slot:
         self.step, self.cursor = int(job.state.step), int(job.state.cursor)
         self.steps = int(job.state.schedule.steps)
         self.order = np.asarray(job.state.key)
-        self.lines = _past_lines(job.metrics, self.step)
+        self.lines = past_lines(job.metrics, self.step)
+        if self.lines and job.metrics is not None and processes.is_first():
+            atomic_write(job.metrics, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.fresh = not self.lines
         self.stopped = False
         self.error: str | None = None
@@ -126,7 +129,7 @@ class Slot:
         self.compile_seconds = 0.0
         self.answers: OwnAnswers | None = None  # those in use
         self._answered = -1  # the step at which they were made
-        self._written = len(self.lines)
+        self._written = self._given = len(self.lines)
         self._drawn: dict[int, np.ndarray] = {}  # by cursor
         if self.fresh:
             self.lines.append({"step": self.step})
@@ -192,11 +195,18 @@ class Slot:
 
     def new_lines(self) -> list[dict[str, Any]]:
         """The lines not yet given out; they are also written."""
+        self.write()
+        lines, self._given = self.lines[self._given :], len(self.lines)
+        return lines
+
+    def write(self, *, safely: bool = False) -> None:
+        """Puts the lines into their file; ``safely``: a checkpoint needs them, whatever happens."""
         lines, self._written = self.lines[self._written :], len(self.lines)
-        if self.job.metrics is not None and lines and processes.is_first():
+        if self.job.metrics is not None and (lines or safely) and processes.is_first():
             with self.job.metrics.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
-        return lines
+                if safely:
+                    flush(file)
 
 
 def all_lengths(slot: Slot) -> np.ndarray:
@@ -222,19 +232,24 @@ def out_of_patience(lines: list[dict[str, Any]], patience: int) -> bool:
     return min(held_out[-patience:]) >= min(held_out[:-patience])
 
 
-def _past_lines(file: Path | None, step: int) -> list[dict[str, Any]]:
-    """The lines up to ``step``; later ones, of steps that a resumed run repeats, are dropped."""
+def past_lines(file: Path | None, step: int) -> list[dict[str, Any]]:
+    """The lines of the steps from 0 to ``step``; later ones are of steps that a resumed run repeats.
+
+    Args:
+      file: the metrics; there are no lines if it is ``None`` or not there.
+      step: the last one done.
+
+    Raises:
+      Damaged: a line is missing, or is none.
+    """
     if file is None or not file.exists():
         return []
-    lines = []
-    for text in file.read_text("utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break  # half a line: the run was killed while writing it
-        if line["step"] > step:
-            break
-        lines.append(line)
-    if processes.is_first():
-        atomic_write(file, "".join(json.dumps(line) + "\n" for line in lines))
-    return lines
+    lines = read_whole(file).splitlines()[: step + 1]
+    found = [parse_json(line, f"{file}, line {number}") for number, line in enumerate(lines, start=1)]
+    for number, line in enumerate(found):
+        if line.get("step") != number:
+            there = f"is that of step {line.get('step')!r}, not {number}"
+            raise Damaged(f"{file}, line {number + 1} {there}: lines are missing or damaged")
+    if len(found) <= step:
+        raise Damaged(f"{file} lacks the line of step {len(found)}")
+    return found

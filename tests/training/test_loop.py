@@ -13,10 +13,11 @@ import pytest
 
 from jaxsp.data.examples import make_rows
 from jaxsp.data.packing import Packing
+from jaxsp.files import checksum
 from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.loop import Block
 from jaxsp.training.optimizers import constant
-from jaxsp.training.slots import OnPolicy, TrainingJob
+from jaxsp.training.slots import OnPolicy, TrainingJob, past_lines
 from jaxsp.training.state import initial_state, stack, unstack
 from jaxsp.typing import Interrupted, UserError
 
@@ -155,7 +156,8 @@ def test_an_error_in_between_leaves_a_checkpoint_and_whole_lines(tmp_path):
         file.write('{"step": 5, "loss": 9}\n{"step": 6, "lo')
     saved = checkpoints.block()
     assert saved is not None
-    assert saved == {"jobs": ["only"], "tick": 4, "packing": [1, 8]}
+    lines = checksum(past_lines(metrics, 4))
+    assert saved == {"jobs": ["only"], "tick": 4, "packing": [1, 8], "lines": [lines]}
     states = checkpoints.restore(stack([job(9).state]))
     state = unstack(states, 0)
     assert (float(state.sigma["x"]), int(state.cursor)) == (4.0, 8)
@@ -290,3 +292,76 @@ def test_the_next_batch_is_packed_while_the_device_works(monkeypatch):
     (result,) = made.run()
     assert result.error is None
     assert order == ["pack", "step", "pack", "wait", "step", "pack", "wait", "step", "wait"]
+
+
+def test_the_checkpoint_before_is_used_where_the_newest_can_not_be_read(tmp_path):
+    """Which is said; from then on that one is the newest, and later ones are saved as ever."""
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path / "checkpoints", said.append)
+    start = initial_state({"x": jnp.zeros(3)}, optax.sgd(1.0), key=jax.random.key(0))
+    for number in (2, 4):
+        states = stack([dataclasses.replace(start, step=jnp.int32(number))])
+        checkpoints.save(number, states, {"tick": number})
+    (file,) = (tmp_path / "checkpoints").glob("4/*/*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1  # of an array: nothing but the checksum tells
+    file.write_bytes(bytes(data))
+    assert checkpoints.block() == {"tick": 2}
+    (line,) = said
+    assert "The checkpoint of step 4 in" in line
+    assert "SHA-256" in line
+    assert line.endswith("going on from the one before it, of step 2.")
+    assert int(checkpoints.restore(stack([start])).step[0]) == 2
+    assert checkpoints.latest == 2
+    checkpoints.save(4, states, {"tick": 4})
+    assert (checkpoints.latest, checkpoints.block()) == (4, {"tick": 4})
+    assert len(said) == 1
+    checkpoints.close()
+
+
+def test_lines_are_on_the_disk_before_the_checkpoint_that_needs_them(tmp_path, monkeypatch):
+    """A run killed right after a checkpoint has all lines of its steps."""
+    metrics, missing = tmp_path / "metrics.jsonl", []
+    checkpoints, save = Checkpoints(tmp_path / "checkpoints"), Checkpoints.save
+
+    def watched(self, number, states, block):
+        written = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+        missing.extend(set(range(int(states.step[0]) + 1)) - {*written})
+        save(self, number, states, block)
+
+    monkeypatch.setattr(Checkpoints, "save", watched)
+    run(7, metrics=metrics, checkpoints=checkpoints, every=3)
+    assert missing == []
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"step": 0}\n{"step": 2}\n{"step": 3}\n', "line 2 is that of step 2, not 1: lines are missing"),
+        ('{"step": 0}\n{"step": 1, "lo\n{"step": 2}\n', "line 2: not valid JSON"),
+        ('{"step": 0}\n{"step": 1}\n', "lacks the line of step 2"),
+        ('{"step": 1}\n{"step": 2}\n', "line 1 is that of step 1, not 0"),
+        ('{"step": 0}\n[1]\n{"step": 2}\n', "line 2: not valid JSON"),
+        ("", "lacks the line of step 0"),
+    ],
+)
+def test_a_prompt_does_not_go_on_without_its_lines(tmp_path, text, words):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(text)
+    state = dataclasses.replace(job(9).state, step=jnp.int32(2))
+    with pytest.raises(UserError, match=words):
+        block([]).resume([job(9, state=state, metrics=metrics)], 2, Packing(1, 8))
+    assert metrics.read_text() == text
+
+
+def test_a_prompt_whose_training_failed_is_not_gone_on_with(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    jobs = [job(4, "bad"), job(9, "good")]
+    made = block(jobs, CountingDriver({4: float("nan")}), slots=2, checkpoints=checkpoints)
+    next(results := made.run())
+    saved = checkpoints.block()
+    assert saved is not None
+    assert saved["jobs"] == [None, "good"]
+    list(results)
+    checkpoints.close()

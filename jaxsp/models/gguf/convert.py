@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
+from jaxsp.files import parse_json
 from jaxsp.models.chat import turn_ends
 from jaxsp.models.families import FAMILIES
 from jaxsp.models.gguf import tokenizer
@@ -255,7 +256,7 @@ def _described(config: dict[str, Any]) -> tuple[dict[str, Any], Iterable[Destina
 
     family = FAMILIES[config["model_type"]]
     try:
-        config = json.loads(AutoConfig.for_model(**config).to_json_string(use_diff=False))
+        config = parse_json(AutoConfig.for_model(**config).to_json_string(use_diff=False), "config.json")
         decoder = family.config(SimpleNamespace(**config), "float32")
         return config, destinations_of(decoder, family.tensors(decoder)).values()
     except Exception as error:  # what the libraries make of sizes that no model has
