@@ -38,6 +38,9 @@ from tests import tiny
 
 gc.set_threshold(100_000, 50, 100)  # tracing makes many objects, nearly all without cycles
 
+# Begins the code of a process that loads models: transformers would load torch, for seconds.
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None\n"
+
 CONTEXT = "The tank holds 1.2 litres. The cable is 90 cm long. The lid is made of steel and glass."
 QUERIES = [f"What is fact {i}?" for i in range(10)]
 
@@ -156,16 +159,9 @@ def jaxsp_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 @pytest.fixture(scope="session")
 def python():
-    """Runs Python code, or a module, in a process of its own.
-
-    Code doesn't load torch, which transformers would for seconds; ``jaxsp`` itself sees to that as a command.
-    """
+    """Runs Python code, or a module, in a process of its own."""
 
     def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
-        if "-c" in arguments:
-            code = arguments.index("-c") + 1
-            without = f"import sys; sys.modules['torch'] = None\n{arguments[code]}"
-            arguments = (*arguments[:code], without, *arguments[code + 1 :])
         environment = {**os.environ, **options.pop("env", {})}
         return subprocess.run(
             [sys.executable, *arguments], capture_output=True, text=True, env=environment, **options

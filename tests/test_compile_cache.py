@@ -10,9 +10,12 @@ import jax
 import pytest
 
 from jaxsp import compile_cache
+from tests.conftest import WITHOUT_TORCH
 
 # A model's logits and a gradient, and what jax says about its cache.
-RUN = """
+RUN = (
+    WITHOUT_TORCH
+    + """
 import collections, hashlib, json, sys
 import jax, numpy as np
 events = collections.Counter()
@@ -29,6 +32,7 @@ results = model.logits(ids), jax.jit(jax.grad(loss))(model.embed(ids))
 digest = hashlib.sha256(b"".join(np.asarray(result).tobytes() for result in results)).hexdigest()
 print(json.dumps([digest, events["cache_hits"], events["cache_misses"]]))
 """
+)
 SETTINGS = """
 import json, jax
 from jaxsp import compile_cache

@@ -14,6 +14,7 @@ import jaxsp
 from jaxsp.models import load
 from jaxsp.typing import UserError
 from tests import tiny
+from tests.conftest import WITHOUT_TORCH
 
 
 def test_sharded_equals_one_file(tmp_path):
@@ -303,7 +304,7 @@ def test_a_folders_own_code_is_never_run(tmp_path, python):
         settings = json.loads((directory / "tokenizer_config.json").read_text())
         settings |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
         (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    code = (
+    code = WITHOUT_TORCH + (
         "import sys, jaxsp\n"
         "for name in sys.argv[1:]:\n"
         "    try: jaxsp.load_model(name, dtype='float32')\n"

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from jaxsp.compile_cache import cache_folder
+from jaxsp.files import read_json
 from jaxsp.models.weights import fingerprint, weight_files
 from jaxsp.terminal import say_once
 from jaxsp.typing import UserError
@@ -110,9 +111,9 @@ def _sum(file: Path) -> str:
 def _written(directory: Path) -> dict[str, list]:
     """The sums in a conversion's mark; none if it can't be read, or was written by an older version."""
     try:
-        sums = json.loads((directory / _MARK).read_text("utf-8"))
+        sums = read_json(directory / _MARK)
         return {name: [int(size), str(checksum)] for name, (size, checksum) in sums.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, UserError, ValueError, TypeError):
         return {}
 
 
