@@ -45,7 +45,7 @@ def test_weights_alone(tmp_path):
 def test_a_tokenizer_in_a_form_that_is_not_read(tmp_path):
     directory = tiny.write(tmp_path)
     (directory / "tokenizer.json").unlink()
-    (directory / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    (directory / "tokenizer.model").write_bytes(b"\xff\xff no protocol buffer")
     with pytest.raises(UserError, match=r"tokenizer\.model alone; .* where sentencepiece is installed"):
         jaxsp.load_model(directory)
 
