@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from jaxsp.data.words import words
 from jaxsp.typing import Int, ceil_div
 
 Encode = Callable[[str], Int[np.ndarray, " c"]]
@@ -133,16 +134,6 @@ def _stretches(counts: Sequence[int], most: int, overlap: int) -> list[tuple[int
             back -= 1  # one piece at least, where it is not too long
         goes_on = sum(counts[back : last + 1]) <= most
         first = back if goes_on else last
-
-
-def words(text: str) -> list[str]:
-    """The words of a text in lower case, numbers whole.
-
-    Example:
-      >>> words("It holds 1.2 litres, KF-208.")
-      ['it', 'holds', '1.2', 'litres', 'kf', '208']
-    """
-    return re.findall(r"\d+(?:[.,]\d+)*|[^\W\d]+", text.casefold())
 
 
 def search(texts: Sequence[str], queries: Sequence[str]) -> Int[np.ndarray, " n"]:

@@ -15,7 +15,8 @@ import jax
 
 from jaxsp.data.documents import Query, as_queries
 from jaxsp.data.parts import Part
-from jaxsp.evaluation.facts import stands_in, words
+from jaxsp.data.words import words
+from jaxsp.evaluation.facts import stands_in
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.files import atomic_write
 from jaxsp.models.language_model import LanguageModel

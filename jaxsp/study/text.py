@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import markdown_it
 import sentencex
 
-from jaxsp.evaluation.facts import words
+from jaxsp.data.words import SPACELESS, words
 
 _BLOCKS = markdown_it.MarkdownIt("commonmark").enable("table")
 _MARKS = re.compile(r"^\s*(?:(?:[-*+>#]+|\d+[.)])\s+)*")
@@ -162,10 +162,6 @@ ENGLISH = ("the", "of", "and", "to", "a", "in", "is", "that", "it", "for", "was"
 FIGURE = r"(?<![\w.])\d+(?:[.,:]\d+)*(?![\w])"
 
 
-_SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-"""Letters of scripts that are written without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
-
-
 def first_words(sentence: str, part: float) -> str:
     """The first part of a sentence, in whole words; empty if it has too few.
 
@@ -173,7 +169,7 @@ def first_words(sentence: str, part: float) -> str:
       >>> first_words("The lid is made of steel.", 1 / 3), first_words("水箱容量为1.2升。", 1 / 2)
       ('The lid', '水箱容量')
     """
-    own = list(re.finditer(rf"[{_SPACELESS}]|[^\s{_SPACELESS}]+", sentence))
+    own = list(re.finditer(rf"[{SPACELESS}]|[^\s{SPACELESS}]+", sentence))
     count = max(2, round(part * len(own)))
     return sentence[: own[count - 1].end()] if count < len(own) else ""
 

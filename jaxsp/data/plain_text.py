@@ -1,0 +1,237 @@
+"""Documents that are no plain text, as text: pages (HTML), notebooks and PDFs. Layout becomes Markdown."""
+
+from __future__ import annotations
+
+import html.parser
+import importlib
+import io
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxsp.data import formats
+from jaxsp.errors import UserError
+
+_UNSEEN = ("script", "style", "template", "noscript", "svg")
+_BLOCKS = frozenset(
+    re.findall(
+        r"\w+",
+        "address article aside blockquote body dd details div dl dt fieldset figcaption figure footer form"
+        " head header hr html main nav p section summary title",
+    )
+)
+_HEADINGS = {f"h{level}": level for level in range(1, 7)}
+
+
+class _Page(html.parser.HTMLParser):
+    """Gathers the text of a page: blocks apart, headings, lists and tables with the marks of Markdown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ""
+        self._line = ""
+        self._mark = ""
+        """What the next line begins with."""
+        self._unseen: str | None = None
+        self._as_it_is = False
+        self._lists: list[int | None] = []
+        """Those around this place: the number of the last item, ``None`` where they have no numbers."""
+        self._cells: list[str] | None = None
+        """The cells of a row that are complete."""
+        self._rows = 0
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:  # noqa: ARG002
+        if self._unseen is not None:
+            return
+        if tag in _UNSEEN:
+            self._unseen = tag
+        elif tag in ("td", "th"):
+            self._end_cell()
+        elif tag == "br" and self._cells is None:
+            self._end_line("\n")
+        elif tag in ("tr", "table"):
+            self._end_row()
+            self._cells = [] if tag == "tr" else None
+            self._rows = 0 if tag == "table" else self._rows
+        elif self._cells is None and (tag in _BLOCKS or tag in _HEADINGS or tag in ("pre", "ul", "ol", "li")):
+            self._begin_block(tag)
+        elif tag in _BLOCKS or tag in ("br", "li"):
+            self._line += " "
+
+    def _begin_block(self, tag: str) -> None:
+        self._end_line("\n" if tag == "li" or (self._lists and tag in ("ul", "ol")) else "\n\n")
+        if tag in _HEADINGS:
+            self._mark = "#" * _HEADINGS[tag] + " "
+        elif tag == "pre":
+            self.text += "```\n"
+            self._as_it_is = True
+        elif tag in ("ul", "ol"):
+            self._lists.append(0 if tag == "ol" else None)
+        elif tag == "li":
+            number = self._lists[-1] if self._lists else None
+            if number is not None:
+                self._lists[-1] = number + 1
+            sign = "- " if number is None else f"{number + 1}. "
+            self._mark = "   " * (len(self._lists) - 1) + sign
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._unseen is not None:
+            self._unseen = None if tag == self._unseen else self._unseen
+        elif tag in ("tr", "table"):
+            self._end_row()
+            if tag == "table":
+                self._rows = 0
+                self._end_line("\n\n")
+        elif self._cells is not None:
+            self._line += " " if tag in _BLOCKS or tag == "li" else ""
+        elif tag == "pre" and self._as_it_is:
+            self.text += self._line.strip("\n") + "\n```\n\n"
+            self._line, self._as_it_is = "", False
+        elif tag == "li":
+            self._end_line("\n")
+        elif tag in ("ul", "ol") and self._lists:
+            self._lists.pop()
+            self._end_line("\n" if self._lists else "\n\n")
+        elif tag in _BLOCKS or tag in _HEADINGS:
+            self._end_line("\n\n")
+
+    def handle_data(self, data: str) -> None:
+        if self._unseen is None:
+            self._line += data
+
+    def _end_line(self, end: str) -> None:
+        if self._as_it_is:
+            self._line += "\n"
+            return
+        if words := " ".join(self._line.split()):
+            self.text += f"{self._mark}{words}"
+            self._mark = ""
+        self._line = ""
+        if self.text and not self.text.endswith(end):
+            self.text = self.text.rstrip("\n") + end
+
+    def _end_cell(self) -> None:
+        if self._cells is not None:
+            self._cells.append(" ".join(self._line.split()).replace("|", r"\|"))
+            self._line = ""
+
+    def _end_row(self) -> None:
+        """A row of a table; of a single cell, which mostly is mere layout, its text."""
+        if self._cells is None:
+            if self._line.strip() or not self._rows:
+                self._end_line("\n\n")
+            return
+        self._end_cell()
+        cells, self._cells = self._cells[1:], None  # the first one is what stood before any cell
+        if len(cells) == 1:
+            self._line = cells[0].replace(r"\|", "|")
+            self._end_line("\n\n")
+        elif any(cells):
+            self.text += f"| {' | '.join(cells)} |\n"
+            self._rows += 1
+            if self._rows == 1:
+                self.text += "|---" * len(cells) + "|\n"
+
+    def close(self) -> None:
+        super().close()
+        self._end_row()
+        if self._as_it_is:  # it was never closed
+            self.text += self._line
+
+
+def from_html(page: str) -> str:
+    """The text of a page: what a reader sees, with the marks of Markdown for headings, lists and tables.
+
+    Raises:
+      UserError: it holds what no parser of HTML takes.
+
+    Example:
+      >>> from_html("<h1>Cups</h1><p>Small &amp; red.<ul><li>One<li>Two</ul><script>let x</script>")
+      '# Cups\\n\\nSmall & red.\\n\\n- One\\n- Two'
+    """
+    parser = _Page()
+    try:
+        parser.feed(page)
+        parser.close()
+    except AssertionError as error:  # so Python's parser says it
+        raise UserError(f"it is no HTML that can be read ({error})") from error
+    return re.sub(r"\n{3,}", "\n\n", parser.text).strip()
+
+
+def from_notebook(notebook: str) -> str:
+    """The text of a Jupyter notebook: its Markdown, and its code without what that printed.
+
+    Raises:
+      UserError: it is no notebook of format 4.
+
+    Example:
+      >>> from_notebook('{"cells": [{"cell_type": "code", "source": ["a = 1\\\\n", "b = 2"]}]}')
+      '```\\na = 1\\nb = 2\\n```'
+    """
+    try:
+        found = json.loads(notebook)
+        sources = [(cell["cell_type"], "".join(cell["source"]).strip("\n")) for cell in found["cells"]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"it is no notebook of format 4 ({type(error).__name__}: {error!s:.80})") from error
+    texts = []
+    for kind, source in sources:
+        if source.strip() and kind in ("markdown", "code"):
+            fence = max(["```", *(run + "`" for run in re.findall("`{3,}", source))], key=len)
+            texts.append(source if kind == "markdown" else f"{fence}\n{source}\n{fence}")
+    return "\n\n".join(texts)
+
+
+def from_pdf(data: bytes) -> str:
+    """The text of a PDF, page by page, by ``pypdf``.
+
+    Args:
+      data: the bytes of the file.
+
+    Raises:
+      UserError: ``pypdf`` is not installed, or can't read it.
+    """
+    try:
+        pypdf = importlib.import_module("pypdf")
+    except ImportError:
+        raise UserError("it is a PDF, which jaxsp[pdf] reads: pip install 'jaxsp[pdf]'") from None
+    try:
+        pages = [page.extract_text() for page in pypdf.PdfReader(io.BytesIO(data)).pages]
+    except Exception as error:  # damaged files fail in many ways
+        raise UserError(f"it is a PDF that can't be read ({error!s:.80})") from error
+    return "\n\n".join(text.strip() for text in pages if text.strip())
+
+
+_BY_SUFFIX: Mapping[str, Callable[[str], str]] = {
+    ".html": from_html,
+    ".htm": from_html,
+    ".xhtml": from_html,
+    ".ipynb": from_notebook,
+}
+
+
+def of_document(data: bytes, path: str) -> str:
+    """The text of a document of any kind that can be read.
+
+    Args:
+      data: the bytes of the file.
+      path: its name, whose end says what it is where the bytes don't.
+
+    Raises:
+      UserError: it can't be read, or has no text.
+    """
+    name, convert = formats.shown(path), _BY_SUFFIX.get(formats.suffix(path))
+    if convert is None and formats.is_html(data):
+        convert = from_html
+    try:
+        if formats.kind(data) == "a PDF":
+            text = from_pdf(data)
+        else:
+            text = formats.as_text(data, path)
+            text = convert(text) if convert else text
+    except UserError as error:
+        message = str(error)
+        raise UserError(message if message.startswith(name) else f"{name}: {message}.") from error
+    if not text.strip():
+        raise UserError(f"{name} holds no text; if its pages are pictures, recognise their text first (OCR).")
+    return text
