@@ -40,6 +40,7 @@ def read(tmp_path):
             '\ufeffid,query,answer\n1,"What, is it?",A\n\n2,"B\n""b""?",\n',
             [("What, is it?", "A"), ('B\n"b"?',)],
         ),
+        ("q.csv", "aspect,query,Id\nx,a?,1\n", [("a?",)]),
         ("q.csv", "Question;Answer\r\nWhat, is it?;A, b\r\n", [("What, is it?", "A, b")]),
         ("Q.TSV", "Input\tExpect\nWhat, is it?\t4.5\n", [("What, is it?", None, ("4.5",))]),
         ("q.csv", f"context,prompt\n{'x' * 200_000},a?\n", [("a?",)]),

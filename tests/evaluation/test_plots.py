@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import matplotlib
 import pytest
 from fontTools.fontBuilder import FontBuilder
@@ -18,27 +20,34 @@ def query(text: str) -> dict:
 
 
 @pytest.fixture
-def font(tmp_path):
-    """A font that has one Chinese character, installed as long as the test runs."""
+def install(tmp_path):
+    """Installs a font of this name that has but these characters, as long as the test runs."""
+    installed = list(font_manager.fontManager.ttflist)
+
+    def install(name: str, characters: str) -> None:
+        write(tmp_path / f"{name}.ttf", name, characters)
+        font_manager.fontManager.addfont(tmp_path / f"{name}.ttf")
+
+    yield install
+    font_manager.fontManager.ttflist[:] = installed
+
+
+def write(file: Path, name: str, characters: str) -> None:
     pen = TTGlyphPen(None)
     pen.moveTo((0, 0))
     pen.lineTo((0, 500))
     pen.lineTo((500, 0))
     pen.closePath()
     builder = FontBuilder(1000, isTTF=True)
-    builder.setupGlyphOrder([".notdef", "water"])
-    builder.setupCharacterMap({ord("水"): "water"})
-    builder.setupGlyf(dict.fromkeys((".notdef", "water"), pen.glyph()))
-    builder.setupHorizontalMetrics(dict.fromkeys((".notdef", "water"), (500, 0)))
+    builder.setupGlyphOrder([".notdef", "sign"])
+    builder.setupCharacterMap(dict.fromkeys(map(ord, characters), "sign"))
+    builder.setupGlyf(dict.fromkeys((".notdef", "sign"), pen.glyph()))
+    builder.setupHorizontalMetrics(dict.fromkeys((".notdef", "sign"), (500, 0)))
     builder.setupHorizontalHeader(ascent=800, descent=-200)
-    builder.setupNameTable({"familyName": "Water", "styleName": "Regular"})
+    builder.setupNameTable({"familyName": name, "styleName": "Regular"})
     builder.setupOS2()
     builder.setupPost()
-    builder.save(tmp_path / "water.ttf")
-    installed = list(font_manager.fontManager.ttflist)
-    font_manager.fontManager.addfont(tmp_path / "water.ttf")
-    yield "Water"
-    font_manager.fontManager.ttflist[:] = installed
+    builder.save(file)
 
 
 def test_characters_that_no_font_has_are_spelled_out(tmp_path):
@@ -52,7 +61,14 @@ def test_characters_that_no_font_has_are_spelled_out(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
-def test_an_installed_font_is_used_for_what_matplotlibs_own_lacks(tmp_path, font):
-    families, missing = plots._fonts("a水\ufdd0")
-    assert (families, missing) == (["DejaVu Sans", font], {"\ufdd0"})
+def test_an_installed_font_is_used_for_what_matplotlibs_own_lacks(tmp_path, install):
+    install("Aaa", "水")
+    assert plots._fonts("a水\ufdd0") == (["DejaVu Sans", "Aaa"], {"\ufdd0"})
     plots.by_query([query("a水")], tmp_path / "a.png")
+
+
+def test_fonts_of_boxes_and_formulas_are_not_used(install):
+    install(".Last Resort", "\ufdd0")
+    families, missing = plots._fonts("\ufdd0\ue060")
+    assert "\ufdd0" in missing
+    assert not any("STIX" in name for name in families)  # matplotlib's own has the other one
