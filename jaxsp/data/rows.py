@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import functools
 import io
 import json
 import re
@@ -83,13 +84,20 @@ def own(row: Any, where: str, column: str | None = None) -> dict[str, Any]:
     """
     if not isinstance(row, Mapping):
         raise UserError(f'{where}: expected {{"query": "...", "answer": "..." (optional)}}.')
-    found = _renamed(row, where, _columns(list(row), where, column))
+    found = _renamed(row, where, _columns(row, where, column))
     return found | {name: row[name] for name in ("seed", "span") if name in row}
 
 
-def _columns(names: Sequence[Any], where: str, column: str | None) -> dict[str, Any]:
+def _columns(names: Iterable[Any], where: str, column: str | None) -> dict[str, Any]:
     """The names of the columns of the query, the answer and what is expected, as far as they are there."""
+    try:
+        return _chosen(tuple(names), column)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
+
+@functools.lru_cache  # rows mostly have the same names
+def _chosen(names: tuple[Any, ...], column: str | None) -> dict[str, Any]:
     def those(known: Iterable[str]) -> list[Any]:
         return [name for word in known for name in names if str(name).strip().casefold() == word]
 
@@ -98,7 +106,7 @@ def _columns(names: Sequence[Any], where: str, column: str | None) -> dict[str, 
         there = ", ".join(map(str, names)) or "none"
         what = f"there is no column {column!r}" if column else "it isn't known which column holds the query"
         raise UserError(
-            f"{where}: {what}; the columns are {there:.300}. Call it query, or name it with --query-column."
+            f"{what}; the columns are {there:.300}. Call it query, or name it with --query-column."
         )
     others = {"answer": those(ANSWER), "expect": those(["expect"])}
     others = {ours: [name for name in theirs if name != found[0]] for ours, theirs in others.items()}
@@ -106,10 +114,8 @@ def _columns(names: Sequence[Any], where: str, column: str | None) -> dict[str, 
     for name in names:
         word = str(name).strip().casefold()
         near = difflib.get_close_matches(word, missing, n=1, cutoff=_MISSPELT)
-        if near and near[0][0] == word[0] and name != found[0]:
-            raise UserError(
-                f"{where}: unknown key {name!r}; did you mean {near[0]}? Rename it, or leave it out."
-            )
+        if near and name != found[0]:
+            raise UserError(f"unknown key {name!r}; did you mean {near[0]}? Rename it, or leave it out.")
     return {"query": found[0], **{ours: theirs[0] for ours, theirs in others.items() if theirs}}
 
 
