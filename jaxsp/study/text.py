@@ -103,8 +103,13 @@ class Document:
     def rare_words(self, sentence: int) -> list[str]:
         """The words of a sentence that the document has once, the longest first; none that is very short."""
         here = re.findall(r"[^\W_][\w'’.@-]*[^\W_]", self.sentences[sentence].text)
-        once = [w for w in dict.fromkeys(here) if len(w) > 2 and all(self._counts[p] == 1 for p in words(w))]
-        return sorted(once, key=len, reverse=True)
+
+        def is_once(word: str) -> bool:
+            if re.search(f"[{SPACELESS}]", word):  # a clause: its characters stand elsewhere, too
+                return self.text.count(word) == 1
+            return all(self._counts[part] == 1 for part in words(word))
+
+        return sorted((w for w in dict.fromkeys(here) if len(w) > 2 and is_once(w)), key=len, reverse=True)
 
     def facts_of(self, sentence: int) -> list[str]:
         """Parts of a sentence that a question may ask for: what stands after a colon or in a table's cells,
