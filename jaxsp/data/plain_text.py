@@ -29,8 +29,10 @@ class _Page(html.parser.HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.text = ""
-        self._line = ""
+        self._text: list[str] = []
+        self._lines_apart = 0
+        """Ends of lines before what comes next."""
+        self._line: list[str] = []
         self._mark = ""
         """What the next line begins with."""
         self._unseen: str | None = None
@@ -49,7 +51,7 @@ class _Page(html.parser.HTMLParser):
         elif tag in ("td", "th"):
             self._end_cell()
         elif tag == "br" and self._cells is None:
-            self._end_line("\n")
+            self._end_line(1)
         elif tag in ("tr", "table"):
             self._end_row()
             self._cells = [] if tag == "tr" else None
@@ -57,14 +59,13 @@ class _Page(html.parser.HTMLParser):
         elif self._cells is None and (tag in _BLOCKS or tag in _HEADINGS or tag in ("pre", "ul", "ol", "li")):
             self._begin_block(tag)
         elif tag in _BLOCKS or tag in ("br", "li"):
-            self._line += " "
+            self._line.append(" ")
 
     def _begin_block(self, tag: str) -> None:
-        self._end_line("\n" if tag == "li" or (self._lists and tag in ("ul", "ol")) else "\n\n")
+        self._end_line(1 if tag == "li" or (self._lists and tag in ("ul", "ol")) else 2)
         if tag in _HEADINGS:
             self._mark = "#" * _HEADINGS[tag] + " "
         elif tag == "pre":
-            self.text += "```\n"
             self._as_it_is = True
         elif tag in ("ul", "ol"):
             self._lists.append(0 if tag == "ol" else None)
@@ -82,62 +83,74 @@ class _Page(html.parser.HTMLParser):
             self._end_row()
             if tag == "table":
                 self._rows = 0
-                self._end_line("\n\n")
+                self._end_line(2)
         elif self._cells is not None:
-            self._line += " " if tag in _BLOCKS or tag == "li" else ""
-        elif tag == "pre" and self._as_it_is:
-            self.text += self._line.strip("\n") + "\n```\n\n"
-            self._line, self._as_it_is = "", False
+            self._line.append(" " if tag in _BLOCKS or tag == "li" else "")
+        elif tag == "pre":
+            self._end_pre()
         elif tag == "li":
-            self._end_line("\n")
+            self._end_line(1)
         elif tag in ("ul", "ol") and self._lists:
             self._lists.pop()
-            self._end_line("\n" if self._lists else "\n\n")
+            self._end_line(1 if self._lists else 2)
         elif tag in _BLOCKS or tag in _HEADINGS:
-            self._end_line("\n\n")
+            self._end_line(2)
 
     def handle_data(self, data: str) -> None:
         if self._unseen is None:
-            self._line += data
+            self._line.append(data)
 
-    def _end_line(self, end: str) -> None:
+    def _taken(self) -> str:
+        """The line so far, which begins anew."""
+        line, self._line = "".join(self._line), []
+        return line
+
+    def _write(self, text: str) -> None:
+        self._text += ["\n" * self._lines_apart if self._text else "", text]
+        self._lines_apart = 0
+
+    def _end_line(self, apart: int) -> None:
         if self._as_it_is:
-            self._line += "\n"
+            self._line.append("\n")
             return
-        if words := " ".join(self._line.split()):
-            self.text += f"{self._mark}{words}"
+        if words := " ".join(self._taken().split()):
+            self._write(f"{self._mark}{words}")
             self._mark = ""
-        self._line = ""
-        if self.text and not self.text.endswith(end):
-            self.text = self.text.rstrip("\n") + end
+        self._lines_apart = max(self._lines_apart, apart)
+
+    def _end_pre(self) -> None:
+        if self._as_it_is:
+            self._write(f"```\n{self._taken().strip(chr(10))}\n```")
+            self._lines_apart, self._as_it_is = 2, False
 
     def _end_cell(self) -> None:
         if self._cells is not None:
-            self._cells.append(" ".join(self._line.split()).replace("|", r"\|"))
-            self._line = ""
+            self._cells.append(" ".join(self._taken().split()).replace("|", r"\|"))
 
     def _end_row(self) -> None:
         """A row of a table; of a single cell, which mostly is mere layout, its text."""
         if self._cells is None:
-            if self._line.strip() or not self._rows:
-                self._end_line("\n\n")
+            if (self._line and "".join(self._line).strip()) or not self._rows:
+                self._end_line(2)
             return
         self._end_cell()
         cells, self._cells = self._cells[1:], None  # the first one is what stood before any cell
         if len(cells) == 1:
-            self._line = cells[0].replace(r"\|", "|")
-            self._end_line("\n\n")
+            self._line = [cells[0].replace(r"\|", "|")]
+            self._end_line(2)
         elif any(cells):
-            self.text += f"| {' | '.join(cells)} |\n"
+            self._write(f"| {' | '.join(cells)} |")
             self._rows += 1
             if self._rows == 1:
-                self.text += "|---" * len(cells) + "|\n"
+                self._write("\n" + "|---" * len(cells) + "|")
+            self._lines_apart = 1
 
-    def close(self) -> None:
-        super().close()
+    def whole(self) -> str:
+        """The text, when all is read."""
+        self.close()
         self._end_row()
-        if self._as_it_is:  # it was never closed
-            self.text += self._line
+        self._end_pre()  # it was never closed
+        return "".join(self._text)
 
 
 def from_html(page: str) -> str:
@@ -151,12 +164,14 @@ def from_html(page: str) -> str:
       '# Cups\\n\\nSmall & red.\\n\\n- One\\n- Two'
     """
     parser = _Page()
+    # Python's parser looks for the end of a comment or a tag that has none again and again.
+    ends = {"-->": page.rfind("<!--"), ">": page.rfind("<")}
+    end = next((end for end, start in ends.items() if start > page.rfind(end)), "")
     try:
-        parser.feed(page)
-        parser.close()
+        parser.feed(page + end)
+        return parser.whole().removesuffix(end).rstrip()
     except AssertionError as error:  # so Python's parser says it
         raise UserError(f"it is no HTML that can be read ({error})") from error
-    return re.sub(r"\n{3,}", "\n\n", parser.text).strip()
 
 
 def from_notebook(notebook: str) -> str:

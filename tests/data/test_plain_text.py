@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import types
 
 import pytest
@@ -83,6 +84,15 @@ def test_any_page_becomes_text(parts):
     assert text.count("word") <= parts.count("word")
     if not {"<svg>", "<!--", "<"} & set(parts):
         assert text.count("word") == parts.count("word")
+
+
+@pytest.mark.parametrize("part", ["<!-- x", "<a b=", "<a href='", "</a ", "<ul><li>", "<tr><td>a", "<p>a"])
+def test_a_damaged_page_takes_no_longer_than_its_length(part):
+    """Python's parser by itself takes minutes for some."""
+    begun = time.perf_counter()
+    from_html(part * 20_000)
+    assert time.perf_counter() - begun < 20
+    assert from_html("3 < 4") == "3 < 4"
 
 
 def test_a_notebook_is_its_words_and_its_code(tmp_path):
