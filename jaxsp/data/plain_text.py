@@ -21,6 +21,8 @@ _BLOCKS = frozenset(
         " head header hr html main nav p section summary title",
     )
 )
+_DEEPEST = 9
+"""Lists within lists that are set in, at most."""
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 
 
@@ -74,7 +76,7 @@ class _Page(html.parser.HTMLParser):
             if number is not None:
                 self._lists[-1] = number + 1
             sign = "- " if number is None else f"{number + 1}. "
-            self._mark = "   " * (len(self._lists) - 1) + sign
+            self._mark = "   " * min(len(self._lists) - 1, _DEEPEST) + sign
 
     def handle_endtag(self, tag: str) -> None:
         if self._unseen is not None:

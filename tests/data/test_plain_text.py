@@ -86,13 +86,14 @@ def test_any_page_becomes_text(parts):
         assert text.count("word") == parts.count("word")
 
 
-@pytest.mark.parametrize("part", ["<!-- x", "<a b=", "<a href='", "</a ", "<ul><li>", "<tr><td>a", "<p>a"])
-def test_a_damaged_page_takes_no_longer_than_its_length(part):
-    """Python's parser by itself takes minutes for some."""
+def test_a_damaged_page_takes_no_longer_than_its_length():
+    """Python's parser by itself looks for the end of a comment or a tag again and again."""
     begun = time.perf_counter()
-    from_html(part * 20_000)
-    assert time.perf_counter() - begun < 20
+    for part in ("<!-- x", "<a b="):
+        from_html(part * 5_000)
+    assert time.perf_counter() - begun < 5
     assert from_html("3 < 4") == "3 < 4"
+    assert len(from_html("<ul><li>a" * 2_000)) < 10**5
 
 
 def test_a_notebook_is_its_words_and_its_code(tmp_path):
