@@ -267,7 +267,7 @@ def own_document(name: str) -> tuple[str, list[Any], list[Any]]:
     from jaxsp.data.documents import read_context, read_queries
 
     folder = HERE / "documents" / name
-    queries, held_out = (read_queries(folder / f"{part}.txt") for part in ("queries", "held_out"))
+    queries, held_out = (read_queries(folder / name) for name in ("queries.txt", "held_out.jsonl"))
     return read_context(folder / "context.md"), queries, held_out
 
 

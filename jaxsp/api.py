@@ -23,7 +23,7 @@ from jaxsp.teacher.problem import read_preamble, run_teacher, tokenize
 from jaxsp.training.slots import Callback
 from jaxsp.typing import NonFiniteLoss, UserError
 
-Queries = Sequence[str | Query | Mapping[str, str]]
+Queries = Sequence[str | Query | Mapping[str, Any]]
 
 
 @processes.peer_failure_as_user_error()
@@ -46,9 +46,10 @@ def compress(
     Args:
       model: the frozen model, with its tokenizer; or a name, as ``load_model`` takes it.
       context: the text to fold into the prompt.
-      queries: inputs z to train on: texts, or dicts ``{"query": ..., "answer": optional}``; a given
-        answer replaces the teacher's as ŷ. Without any the document gives them; with ``study="on"`` it
-        adds to them what they don't ask for.
+      queries: inputs z to train on: texts, or dicts ``{"query": ..., "answer": optional}``, or rows of
+        another data set, as ``read_queries`` in ``jaxsp.data.documents`` takes them; a given answer replaces
+        the teacher's as ŷ. Without any the document gives them; with ``study="on"`` it adds to them what
+        they don't ask for.
       teacher: another model, or its name: it reads the whole context, gives the answers, and their
         distributions by its own head. Of another vocabulary it gives the answers alone, for
         ``objective="nll"``. By default the model itself.

@@ -21,11 +21,13 @@ from jaxsp.options import (
     EMBEDDED,
     LIGHTER,
     AllOptions,
+    Document,
     File,
     Folder,
     ModelOptions,
     Output,
     Processes,
+    QueryColumn,
     WithChat,
     WithTeacher,
 )
@@ -77,11 +79,11 @@ class Compress(_Run):
       jaxsp compress manual.md --teacher HuggingFaceTB/SmolLM2-1.7B-Instruct --out prompt/
       jaxsp compress manual.md --out prompt/ --resume
     """
-    context: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DOCUMENT")]]
-    """The document: a .txt or .md file, or - for standard input."""
+    context: Document
     queries: File | None = None
-    """Queries that will be asked: a file with one query per line, or JSONL {"query", "answer" (optional)};
-    without it the document gives them."""
+    """Queries that will be asked: one per line, or .jsonl, .json, .csv, .tsv or .parquet with a column query
+    and, if known, answer and expect; without it the document gives them."""
+    query_column: QueryColumn = None
     held_out: Annotated[float | str, tyro.conf.arg(metavar="FILE|FRACTION")] = 0.2
     """Queries to measure on, never trained on: a file, or a fraction of --queries."""
     output: Output = Output("jaxsp-out")
@@ -92,8 +94,9 @@ class Compress(_Run):
 
         settings = self.begin()
         context = read_context(self.context)
-        queries = [] if self.queries is None else read_queries(self.queries)
-        held_out = read_queries(self.held_out) if isinstance(self.held_out, str) else self.held_out
+        column, held_out = self.query_column, self.held_out
+        queries = [] if self.queries is None else read_queries(self.queries, column)
+        held_out = read_queries(held_out, column) if isinstance(held_out, str) else held_out
         (model, teacher), leads = self.load(settings), processes.is_first()
         options = {"teacher": teacher, **vars(self.output), **plain(settings)}
         result = api.compress(model, context, queries, held_out=held_out, progress=leads, **options)
@@ -153,8 +156,7 @@ class Questions:
       jaxsp questions manual.md --out questions.jsonl
       jaxsp questions manual.md --count 50 --seed 1
     """
-    context: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DOCUMENT")]]
-    """The document: a .txt or .md file, or - for standard input."""
+    context: Document
     count: int | None = None
     """Number of questions; by default four a sentence."""
     out: File = "-"
@@ -294,7 +296,8 @@ class Evaluate(_Saved):
       jaxsp evaluate prompt/ --queries other_questions.txt --json
     """
     queries: File
-    """A file with one query per line, or JSONL."""
+    """Queries in a file, as compress takes them."""
+    query_column: QueryColumn = None
     teacher: str | None = None
     """The teacher, if that was another model and is not where it was."""
     json: bool = False
@@ -304,7 +307,7 @@ class Evaluate(_Saved):
         from jaxsp import api, console
         from jaxsp.data.documents import read_queries
 
-        prompt, queries = self.prompt(), read_queries(self.queries)
+        prompt, queries = self.prompt(), read_queries(self.queries, self.query_column)
         report = api.evaluate(self.load(prompt), prompt, queries, teacher=self.teacher)
         if self.json:
             print(json.dumps(report, indent=2, ensure_ascii=False))

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from jaxsp import prompts
 from jaxsp.artifact import SoftPrompt
-from jaxsp.evaluation.report import bracket_names
+from jaxsp.evaluation.report import bracket_names, gap_in_words
 from jaxsp.files import size
 from jaxsp.plan import Plan
 from jaxsp.prompts import storage
@@ -70,7 +70,7 @@ def print_prompt(prompt: SoftPrompt) -> None:
     }
     for name, value in manifest.get("held_out", {}).items():
         number = value["value"] if isinstance(value, dict) else value
-        rows[f"held-out {name}"] = f"{number:.3f}"
+        rows[f"held-out {name}"] = "no gap to close" if number is None else f"{number:.3f}"
     _print_pairs(rows)
 
 
@@ -134,7 +134,7 @@ def result_row(result: Result) -> list[str]:
         return [*row, result.error]
     held_out = report["held_out"]["brackets"]
     kl = [f"{held_out[name]['kl']:.3f}" for name in ("prompt", "no_context")]
-    return [*row, f"{report['gap_closed']['value']:.1%}", *kl]
+    return [*row, gap_in_words(report["gap_closed"]), *kl]
 
 
 def print_results(rows: Iterable[list[str]]) -> None:

@@ -33,6 +33,24 @@ LIGHTER = {
 
 File = Annotated[str, tyro.conf.arg(metavar="FILE")]
 Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
+Document = tyro.conf.Positional[
+    Annotated[
+        str,
+        tyro.conf.arg(
+            metavar="DOCUMENT",
+            help="The document: text, Markdown, HTML, a notebook or, with jaxsp[pdf], a PDF; - for standard"
+            " input.",
+        ),
+    ]
+]
+QueryColumn = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="NAME",
+        help="Column of a table that holds the queries, where it is not called query, question, prompt,"
+        " input, instruction or messages.",
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -196,7 +198,7 @@ def test_unreadable_files(compress, tmp_path, content, words, which):
     [
         (['{"query": "a?"}', '{"query": '], ("line 2", "not valid JSON")),
         (['{"query": "a?"}', '["b"]'], ("line 2", "expected")),
-        (['{"query": "a?"}', "", '{"question": "b?"}'], ("line 3", "expected")),
+        (['{"query": "a?"}', "", '{"quest": "b?"}'], ("line 3", "the columns are quest.")),
         (['{"query": "a?", "anwser": "x"}'], ("line 1", "'anwser'")),
         (['{"query": "a?", "answer": ""}'], ("line 1", "answer")),
         (['{"query": " "}'], ("line 1", "empty")),
@@ -647,6 +649,18 @@ def test_evaluate_repeats_the_reports_numbers(jaxsp_command, finished, tmp_path)
     marked = json.loads(out)
     assert [query["trained_on"] for query in marked["queries"]] == [True, False]
     assert "1 of these 2 queries were trained on" in marked["verdict"]["text"]
+
+
+def test_where_there_is_no_gap_to_close_tables_say_so():
+    from jaxsp import console
+
+    report = {
+        **dict.fromkeys(("id", "objective", "prompt_length", "context_tokens"), "x"),
+        "gap_closed": dict.fromkeys(("value", "low", "high")),
+        "held_out": {"brackets": {name: {"kl": 1e-6} for name in ("prompt", "no_context")}},
+    }
+    result: Any = SimpleNamespace(report=report, error=None)
+    assert console.result_row(result)[-3:] == ["no gap to close", "0.000", "0.000"]
 
 
 def test_report_writes_what_the_run_wrote(jaxsp_command, finished, tmp_path):

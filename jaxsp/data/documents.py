@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsp.files import as_path, parse_json
+from jaxsp.data import formats, plain_text, rows
+from jaxsp.data.words import pattern
 from jaxsp.typing import UserError
 
 
@@ -21,7 +21,8 @@ class Query:
     Attributes:
       text: the query.
       answer: to train towards, if the user gives one (else the teacher's).
-      expect: texts that a right answer contains, where that is known; the report counts them.
+      expect: texts that a right answer contains, where that is known: words, or a regular expression between
+        slashes, as ``"/4[.,]5/"``. The report counts the answers that have all.
       seed: form in which the document itself gave it (see ``jaxsp.study``); empty for the user's own.
       span: start and end, in the document, of what it was made from; ``None`` for the user's own.
     """
@@ -31,6 +32,10 @@ class Query:
     expect: tuple[str, ...] = ()
     seed: str = dataclasses.field(default="", repr=False)
     span: tuple[int, int] | None = dataclasses.field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for text in self.expect:
+            pattern(text)  # a mistake in one is found before anything is done
 
     def as_row(self) -> dict[str, Any]:
         """The query as a line of JSONL, without what it doesn't have."""
@@ -62,64 +67,63 @@ def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, or of standard input for ``-``.
 
     Raises:
-      UserError: the file is missing, unreadable, empty, binary or not UTF-8.
+      UserError: the file is missing, unreadable, empty, binary, of another kind or not UTF-8.
     """
-    name = "standard input" if str(path) == "-" else str(path)
-    try:
-        if str(path) == "-":
-            given = sys.stdin.buffer if hasattr(sys.stdin, "buffer") else sys.stdin  # a notebook has none
-            data = text.encode() if isinstance(text := given.read(), str) else text
-        else:
-            data = as_path(path, "The file").read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"There is no file {name}.") from error
-    except OSError as error:
-        raise UserError(f"{name} can't be read ({error.strerror}).") from error
-    if b"\0" in data:
-        raise UserError(f"{name} is a binary file; give plain text in UTF-8.")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 (byte {error.start}); convert it first.") from error
-    if not text.strip():
-        raise UserError(f"{name} is empty.")
-    return text
+    return formats.as_text(formats.read_bytes(path), path)
 
 
 def read_context(path: str | Path) -> str:
-    """The context of a ``.txt`` or ``.md`` file or of standard input (``-``), stripped at its ends."""
-    return read_text(path).strip()
+    """The context of a file or of standard input (``-``), stripped at its ends.
 
+    A page (HTML), a notebook (``.ipynb``) and, with ``jaxsp[pdf]``, a PDF become text with the marks of
+    Markdown; any other file must be text.
 
-def read_queries(path: str | Path) -> list[Query]:
-    """Queries from a file: one per line, or JSONL ``{"query": ..., "answer": ..., "expect": [...]}``.
-
-    A file is JSONL if its name ends in ``.jsonl`` or its first character is ``{``. Blank lines are
-    passed over.
+    Args:
+      path: the file.
 
     Raises:
-      UserError: the file can't be read, a JSONL line is malformed (the line is named), or a query
-        occurs twice.
+      UserError: as ``read_text``; or it holds no text.
     """
-    text = read_text(path)
-    jsonl = str(path).endswith(".jsonl") or text.lstrip().startswith("{")
-    numbered = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not jsonl:
-        return [Query(line.strip()) for _, line in numbered]
-    lines = [(f"{path}, line {i}", line) for i, line in numbered]
-    return [_from_dict(parse_json(line, where, object), where) for where, line in lines]
+    return plain_text.of_document(formats.read_bytes(path), str(path)).strip()
 
 
-def as_queries(queries: Sequence[str | Query | Mapping[str, str]]) -> list[Query]:
-    """Queries in any form the Python interface takes: strings, dicts with ``query``, or ``Query``."""
+def read_queries(path: str | Path, column: str | None = None) -> list[Query]:
+    """Queries from a file: one per line, JSON, or a table.
+
+    JSON is an array or one row a line, each a text or ``{"query": ..., "answer": ..., "expect": [...]}``.
+    Text that begins with ``{`` is taken for it whatever the file's name. Tables are ``.csv``, ``.tsv`` and
+    ``.parquet``. Rows of other data sets are read, too: the query may be called ``question``, ``prompt``,
+    ``input`` or ``instruction``, the answer ``answers``, ``completion``, ``output``, ``response``. The first
+    of several answers counts; other columns are passed over. In a chat, ``{"messages": [{"role": ...,
+    "content": ...}, ...]}``, the last turn of the user is the query, and the assistant's turn after it the
+    answer; what was said before is left out.
+
+    Args:
+      path: the file, or ``-`` for standard input.
+      column: the column that holds the query, where its name doesn't say so.
+
+    Raises:
+      UserError: the file can't be read, or is of another kind; a row is malformed (it is named); or it isn't
+        known which column holds the query.
+    """
+    found = rows.read(path, column)
+    return [_from_dict({"query": row} if isinstance(row, str) else row, where) for where, row in found]
+
+
+def as_queries(queries: Sequence[str | Query | Mapping[str, Any]]) -> list[Query]:
+    """Queries in any form the Python interface takes: texts, rows as ``read_queries`` has them, ``Query``."""
     if isinstance(queries, str):
         raise UserError("The queries must be a list of texts, not one text.")
     if not isinstance(queries, Iterable):
         raise UserError(f"The queries must be a list of texts, not {queries!r:.60}.")
     found = []
     for i, query in enumerate(queries, start=1):
-        row = {"query": query} if isinstance(query, str) else query
-        read = _from_dict(row.as_row() if isinstance(row, Query) else row, f"query {i}")
+        where = f"query {i}"
+        if isinstance(query, str):
+            row: Mapping[str, Any] = {"query": query}
+        else:
+            row = query.as_row() if isinstance(query, Query) else rows.own(query, where)
+        read = _from_dict(row, where)
         found.append(query if isinstance(query, Query) else read)
     return found
 
@@ -175,20 +179,16 @@ def _check_once(queries: list[Query]) -> None:
         seen[form] = query.text
 
 
-def _from_dict(row: object, where: str) -> Query:
-    if not isinstance(row, dict) or not isinstance(row.get("query"), str):
-        raise UserError(f'{where}: expected {{"query": "...", "answer": "..." (optional)}}.')
-    answer = row.get("answer")
+def _from_dict(row: Mapping[str, Any], where: str) -> Query:
+    query, answer, expect = row["query"], row.get("answer"), row.get("expect", [])
+    if not isinstance(query, str):
+        raise UserError(f"{where}: the query must be a text, not {query!r:.60}.")
     if answer is not None and not (isinstance(answer, str) and answer.strip()):
-        raise UserError(f"{where}: the answer must be a text that is not empty.")
-    expect = row.get("expect", [])
+        raise UserError(f"{where}: the answer must be a text that is not empty, not {answer!r:.60}.")
     expect = [expect] if isinstance(expect, str) else expect
     if not (isinstance(expect, list | tuple) and all(isinstance(e, str) and e.strip() for e in expect)):
         raise UserError(f"{where}: expect must be a text, or a list of texts, that a right answer contains.")
-    if unknown := sorted(set(row) - {"query", "answer", "expect", "seed", "span"}):
-        keys = "query, answer, expect, seed and span"
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; the keys are {keys}.")
-    if not row["query"].strip():
+    if not query.strip():
         raise UserError(f"{where}: the query is empty.")
     if not isinstance(seed := row.get("seed", ""), str):
         raise UserError(f"{where}: the seed must be a text, not {seed!r}.")
@@ -197,5 +197,8 @@ def _from_dict(row: object, where: str) -> Query:
         isinstance(span, list | tuple) and len(span) == 2 and all(type(place) is int for place in span)
     ):
         raise UserError(f"{where}: the span must be two whole numbers, not {span!r}.")
-    own = None if span is None else (span[0], span[1])
-    return Query(row["query"].strip(), answer and answer.strip(), tuple(expect), seed, own)
+    place = None if span is None else (span[0], span[1])
+    try:
+        return Query(query.strip(), answer and answer.strip(), tuple(expect), seed, place)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

@@ -13,9 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from jaxsp.typing import Int, ceil_div
+from jaxsp.data.words import words
+from jaxsp.typing import Int, UserError, ceil_div
 
 Encode = Callable[[str], Int[np.ndarray, " c"]]
+
+MOST_CHARACTERS = 2**24
+"""Longest document, in characters: some 4 million tokens, hundreds of windows. Its tokens are counted several
+times, at about a megabyte a second, before anything else is done."""
 
 OVERLAP = 8
 """A part begins about an eighth (one part in so many) of its length before the end of the one before it."""
@@ -40,6 +45,25 @@ class Part:
     def shared(self, span: tuple[int, int]) -> int:
         """The number of characters that it has of a stretch of the document."""
         return max(0, min(self.end, span[1]) - max(self.start, span[0]))
+
+
+def check_length(document: str) -> None:
+    """Refuses a document that is longer than any run can teach, before its tokens are counted.
+
+    Args:
+      document: the text.
+
+    Raises:
+      UserError: it has more than ``MOST_CHARACTERS``.
+
+    Example:
+      >>> check_length("The cable is long.")
+    """
+    if len(document) > MOST_CHARACTERS:
+        raise UserError(
+            f"The document has {len(document):,} characters, more than the {MOST_CHARACTERS:,} that a run"
+            " reads in parts. Give the part of it that the queries are about."
+        )
 
 
 def cut(document: str, most: int, encode: Encode) -> list[Part]:
@@ -133,16 +157,6 @@ def _stretches(counts: Sequence[int], most: int, overlap: int) -> list[tuple[int
             back -= 1  # one piece at least, where it is not too long
         goes_on = sum(counts[back : last + 1]) <= most
         first = back if goes_on else last
-
-
-def words(text: str) -> list[str]:
-    """The words of a text in lower case, numbers whole.
-
-    Example:
-      >>> words("It holds 1.2 litres, KF-208.")
-      ['it', 'holds', '1.2', 'litres', 'kf', '208']
-    """
-    return re.findall(r"\d+(?:[.,]\d+)*|[^\W\d]+", text.casefold())
 
 
 def search(texts: Sequence[str], queries: Sequence[str]) -> Int[np.ndarray, " n"]:

@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import itertools
 import re
+import unicodedata
 from collections.abc import Collection, Sequence
 
 from jaxsp.data.documents import Query
-from jaxsp.data.parts import words as words
+from jaxsp.data.words import pattern, plain, words
 
 
 def says(answer: str, fact: str) -> bool:
-    """Whether the words of ``fact`` stand in the answer, one after the other.
+    """Whether the words of ``fact`` stand in the answer, one after the other; or a fact without words does.
 
     Example:
       >>> says("It costs 249 euros.", "249 Euros"), says("It costs 12.249 euros.", "249 euros")
       (True, False)
+      >>> says("Good ±", "±"), says("Good", "±")
+      (True, False)
     """
     found, wanted = words(answer), words(fact)
+    if not wanted:
+        return plain(fact) in plain(answer)
     return any(found[i : i + len(wanted)] == wanted for i in range(len(found) - len(wanted) + 1))
+
+
+def has_expected(answer: str, query: Query) -> bool:
+    """Whether an answer has all that the query expects: its texts, as ``says`` finds them, and its patterns.
+
+    Example:
+      >>> asked = Query("How heavy is it?", expect=("/4[.,]5/", "kg"))
+      >>> has_expected("It weighs 4,5 kg.", asked), has_expected("It weighs 5 kg.", asked)
+      (True, False)
+    """
+    composed = unicodedata.normalize("NFC", answer)
+    patterns = {text: pattern(text) for text in query.expect}
+    return all(own.search(composed) if own else says(answer, text) for text, own in patterns.items())
 
 
 def is_right(answer: str, query: Query) -> bool | None:
@@ -29,8 +47,9 @@ def is_right(answer: str, query: Query) -> bool | None:
       >>> is_right("It is 249 euros.", asked), is_right("It is 249 euros.", Query("How much?"))
       (True, None)
     """
-    known = [*query.expect, *filter(None, [query.answer])]
-    return all(says(answer, fact) for fact in known) if known else None
+    if not query.expect and query.answer is None:
+        return None
+    return has_expected(answer, query) and (query.answer is None or says(answer, query.answer))
 
 
 def agrees(
@@ -69,6 +88,7 @@ def figures_and_names(text: str) -> set[str]:
       >>> sorted(figures_and_names("The K7 is made in Norway. It costs 249 euros."))
       ['249', '7', 'k', 'norway']
     """
+    text = unicodedata.normalize("NFC", text)
     inside = re.sub(r"(^|[.!?:]\s+|\n\s*(?:[-*#]+\s*)?)([^\W\d_][^\W\d_]+)", r"\1", text)
     found = re.findall(r"\d+(?:[.,]\d+)*|\b[^\W\d_a-z][^\W\d_]*", inside)
     return {part.casefold() for part in found if part[0].isdigit() or part[0].isupper()}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxsp import distributions
 from jaxsp.data.examples import Rows
 from jaxsp.data.packing import Packing
+from jaxsp.data.words import plain, runs
 from jaxsp.losses import OBJECTIVES, Objective, Total, masked_sum
 from jaxsp.models import sharding
 from jaxsp.models.config import DecoderConfig
@@ -169,18 +170,19 @@ def sequence_mismatch(reference: Answer, answer: Answer) -> float:
 def rouge_l(reference: str, answer: str) -> float:
     """ROUGE-L: F1 of the longest common subsequence of words, 1 for equal answers.
 
-    Words are runs of letters and digits, in lower case. Two answers without words count as equal.
+    Words are runs of letters and digits, in lower case, of scripts without spaces the characters. Answers
+    without words are equal or not as texts.
 
     Example:
-      >>> rouge_l("The tank holds 1 litre.", "The tank holds 2 litres.")
-      0.6
+      >>> rouge_l("The tank holds 1 litre.", "The tank holds 2 litres."), rouge_l("水箱", "水管")
+      (0.6, 0.5)
 
     Reference:
       Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries (aclanthology.org/W04-1013).
     """
-    a, b = (re.findall(r"\w+", text.lower()) for text in (reference, answer))
+    a, b = runs(reference), runs(answer)
     if not a or not b:
-        return float(a == b)
+        return float(plain(reference) == plain(answer))
     lengths = [0] * (len(b) + 1)  # of what the words so far and each beginning of b have in common
     for word in a:
         before, lengths = lengths, [0]
@@ -194,6 +196,10 @@ ANSWER_METRICS: dict[str, Callable[[Answer, Answer], float]] = {
     "rouge_l": lambda reference, answer: rouge_l(reference.text, answer.text),
 }
 """Measured on every free-running answer, against the full context's."""
+
+
+NO_GAP = 1e-3
+"""KL of a bracket, in nats a token, below which it says what the full context says: there is no gap."""
 
 
 def interval(
@@ -223,7 +229,7 @@ def interval(
 
 def gap_closed(
     prompt: tuple[np.ndarray, np.ndarray], bracket: tuple[np.ndarray, np.ndarray], seed: int = 0
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """1 - KL(σ) / KL(bracket), with a 95% percentile bootstrap interval over queries.
 
     Args:
@@ -232,8 +238,12 @@ def gap_closed(
       seed: seed of the resampling.
 
     Returns:
-      ``value``, ``low`` and ``high``; 1 is the full context, 0 the bracket.
+      ``value``, ``low`` and ``high``; 1 is the full context, 0 the bracket. All are ``None`` where there is
+      no gap to close (``NO_GAP``), the last two where there is but one query.
     """
     (ours, counts), (theirs, _) = prompt, bracket
+    if theirs.sum() < NO_GAP * counts.sum():
+        return dict.fromkeys(("value", "low", "high"))
     left = interval(ours, np.maximum(theirs, 1e-9 * counts), seed)
-    return {"value": 1 - left["value"], "low": 1 - left["high"], "high": 1 - left["low"]}
+    low, high = (None, None) if len(ours) < 2 else (1 - left["high"], 1 - left["low"])
+    return {"value": 1 - left["value"], "low": low, "high": high}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from jaxsp.evaluation.brackets import BRACKETS
+from jaxsp.terminal import visible
 
 _COLOURS = {
     "full_context": "#222222",
@@ -98,11 +100,45 @@ def by_query(queries: list[dict[str, Any]], file: Path) -> None:
     places = range(len(rows))
     axes.barh(places, [q["kl_no_context"] for q in rows], color="#e8c9c6", height=0.8, label="no context")
     axes.barh(places, [q["kl"] for q in rows], color=_COLOURS["prompt"], height=0.45, label=_LABELS["prompt"])
-    axes.set_yticks(list(places), [_shortened(q["query"]) for q in rows], fontsize=8)
+    labels = [" ".join(visible(q["query"]).split()) for q in rows]
+    families, missing = _fonts("".join(labels))
+    labels = [_label(label, missing) for label in labels]
+    axes.set_yticks(list(places), labels, fontsize=8, fontfamily=families)
     axes.set(xlabel="KL to the full context (nats/token)", title="Held-out KL by query")
     _save(axes, file)
 
 
-def _shortened(text: str, width: int = 52) -> str:
+def _fonts(text: str) -> tuple[list[str], set[str]]:
+    """Installed fonts that have a text's characters, and the characters that none has."""
+    from matplotlib import font_manager, ft2font, get_data_path
+
+    families, missing = ["DejaVu Sans"], set(text)
+
+    def is_fit(font: font_manager.FontEntry) -> bool:
+        """Whether it has letters: not for formulas alone (matplotlib's own), nor boxes for all there is."""
+        last_resort = "lastresort" in font.name.replace(" ", "").lower()
+        return font.style == "normal" and not (last_resort or font.fname.startswith(get_data_path()))
+
+    files = {font_manager.findfont(font_manager.FontProperties(family=families)): families[0]}
+    installed = sorted(font_manager.fontManager.ttflist, key=lambda f: (f.weight != 400, f.name, f.fname))
+    files |= {font.fname: font.name for font in installed if is_fit(font)}
+    for file, family in files.items():
+        if not missing:
+            break
+        try:
+            font = ft2font.FT2Font(file)
+        except (OSError, RuntimeError):
+            continue  # it was removed, or is damaged
+        # Coloured pictures (emoji) can't be drawn at any size.
+        there = missing.intersection(map(chr, font.get_charmap())) if font.scalable else set()
+        if there and family not in families:
+            families.append(family)
+        missing -= there
+    return families, missing
+
+
+def _label(text: str, missing: Collection[str], width: int = 52) -> str:
+    """A text shortened; characters that no font has are spelled out, where there would be boxes."""
+    line = "".join(c.encode("ascii", "backslashreplace").decode() if c in missing else c for c in text)
     # A dollar sign would switch matplotlib to formulas.
-    return (text if len(text) <= width else text[: width - 1] + "…").replace("$", r"\$")
+    return (line if len(line) <= width else line[: width - 1] + "…").replace("$", r"\$")

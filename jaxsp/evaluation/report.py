@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from jaxsp import distributions
 from jaxsp.artifact import SoftPrompt
 from jaxsp.evaluation.brackets import BRACKETS, IN_PARTS, TRAINED, Measured
-from jaxsp.evaluation.facts import agrees, is_right, says, stands_in
+from jaxsp.evaluation.facts import agrees, has_expected, is_right, says, stands_in
 from jaxsp.evaluation.metrics import ANSWER_METRICS, Answer, gap_closed
 from jaxsp.files import atomic_write, size
 from jaxsp.models import decoder
@@ -35,6 +35,9 @@ LEARNT = 0.9
 
 WEAK = 0.7
 """A teacher whose answers are right less often than this is advised against."""
+
+MANY_CUT = 0.2
+"""Part of the teacher's answers that are cut at their greatest length, from which the verdict says so."""
 
 
 def summarise(
@@ -58,8 +61,9 @@ def summarise(
 
     Returns:
       The report's ``gap_closed``, ``gap_closed_vs_truncated``, ``held_out``, ``train`` (if any query is for
-      training), ``queries``, ``teacher`` and ``verdict``; ``by_position`` for the plot; of a context in parts
-      also ``parts``, and ``gap_closed_vs_first_part`` of the queries of the other parts, if there are any.
+      training), ``queries``, ``right`` (if it is known of an answer), ``cut_answers``, ``teacher`` and
+      ``verdict``; ``by_position`` for the plot; of a context in parts also ``parts``, and
+      ``gap_closed_vs_first_part`` of the queries of the other parts, if there are any.
     """
     is_train, mask = problem.job.is_train, problem.rows.mask
     known = [name for name in BRACKETS if name in measured]
@@ -85,7 +89,7 @@ def summarise(
             found["decisive_agreement"] = float(1 - wrong.mean()) if wrong.size else 1.0
         return {"queries": int(split.sum()), "brackets": brackets}
 
-    def gap(bracket: str, of: np.ndarray = ~is_train) -> dict[str, float]:
+    def gap(bracket: str, of: np.ndarray = ~is_train) -> dict[str, Any]:
         ours, theirs = ((kl[name][of], counts[of]) for name in ("prompt", bracket))
         return gap_closed(ours, theirs, settings.training.seed)
 
@@ -103,6 +107,8 @@ def summarise(
     if is_train.any():
         report["train"] = part(is_train, TRAINED)
     report["queries"] = _queries(model, problem, positions, answers, decisive)
+    report |= _right(report["queries"])
+    report["cut_answers"] = _cut_answers(model, problem, measured, settings, teacher)
     report["teacher"] = _teacher(report, _read_of(problem.read, context), teacher)
     report["verdict"] = _verdict(report, settings.prompt.kind)
     seen = np.maximum(mask[~is_train].sum(axis=0), 1)
@@ -137,7 +143,7 @@ def _of_answers(problem: Problem, full: dict[int, Answer], own: dict[int, Answer
     """Shares of a bracket's free-running answers: beside the full context's, and by what is known."""
     asked = [(problem.job.queries[i], answer.text) for i, answer in own.items()]
     shares = {
-        "facts_right": [all(says(text, fact) for fact in q.expect) for q, text in asked if q.expect],
+        "facts_right": [has_expected(text, q) for q, text in asked if q.expect],
         "accuracy": [says(text, q.answer) for q, text in asked if q.answer is not None],
         **{m: [measure(full[i], own[i]) for i in own] for m, measure in ANSWER_METRICS.items()},
     }
@@ -174,8 +180,47 @@ def _queries(
             if query.answer is not None:  # the model's own words are others
                 row["captured"] = says(ours.text, query.answer)
             row["right"] = is_right(row["answer_full_context"], query)
+            row |= {f"right_{name}": is_right(answers[name][i].text, query) for name in TRAINED}
         found.append(row)
     return found
+
+
+def _right(queries: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """The number of answers of which it is known whether they are right, and of those that are."""
+    known = [row for row in queries if row.get("right") is not None]
+    if not known:
+        return {}
+    columns = {"full_context": "right", **{name: f"right_{name}" for name in TRAINED}}
+    return {"right": {"known": len(known), **{b: sum(q[c] for q in known) for b, c in columns.items()}}}
+
+
+def _cut_answers(
+    model: LanguageModel,
+    problem: Problem,
+    measured: Mapping[str, Measured],
+    settings: Settings,
+    teacher: Teacher | None,
+) -> dict[str, Any]:
+    """The number of answers that end where the greatest length is reached, in the midst.
+
+    Those to train on are the teacher's own (``train`` of ``train_answers``); those held out are the
+    free-running ones of each bracket.
+    """
+    shared = teacher is not None and teacher.difference is None
+    ends = {*model.stop_ids, *(teacher.model.stop_ids if teacher is not None and shared else ())}
+    job, samples = problem.job, problem.samples
+
+    def cut(answers: Iterable[Sequence[int]]) -> int:
+        return sum(not ids or ids[-1] not in ends for ids in answers)
+
+    own = [problem.answers[i] for i in np.flatnonzero(job.is_train) if job.given_ids[i] is None]
+    own += samples.answers if samples else []
+    return {
+        "max_answer_tokens": settings.teacher.max_answer_tokens,
+        "train": cut(own),
+        "train_answers": len(own),
+        "held_out": {name: cut(measured[name].answers) for name in BRACKETS if name in measured},
+    }
 
 
 def mark_trained_on(report: dict[str, Any], prompt: SoftPrompt) -> None:
@@ -293,10 +338,17 @@ def _verdict(report: dict[str, Any], kind: str) -> dict[str, Any]:
     held_out, train = ([q for q in report["queries"] if q["split"] == s] for s in ("held_out", "train"))
     missed = [q for q in held_out if not q["captured"]]
     gap, brackets = report["gap_closed"], report["held_out"]["brackets"]
-    good = not missed and gap["value"] >= GOOD
+    has_gap = gap["value"] is not None
+    good = not missed and (not has_gap or gap["value"] >= GOOD)
     several = len(report.get("parts", {}).get("tokens", []))
     full = "one part of it, which the teacher reads for each query" if several else "the full context"
     text = f"σ closes {_interval(gap)} of the gap between no context and {full}. "
+    if not has_gap:
+        text = (
+            "No gap to close: to the held-out queries the model says the same without the context (KL"
+            f" {brackets['no_context']['kl']:.2g}), so that they show nothing of σ. Ask what only the"
+            " document answers. "
+        )
     if not missed:
         text += f"Its answers to all {len(held_out)} held-out queries have what the context decides."
     else:
@@ -305,17 +357,23 @@ def _verdict(report: dict[str, Any], kind: str) -> dict[str, Any]:
             f" context decides; {len(missed)} lose it, and such questions need"
             f" {'the part itself' if several else 'the whole document'}."
         )
-    if brackets["prompt"]["kl"] >= brackets["truncated_context"]["kl"]:
+    if has_gap and brackets["prompt"]["kl"] >= brackets["truncated_context"]["kl"]:
         text += " It is no better than the context cut to its length: don't use it."
-    if several and brackets["prompt"]["kl"] >= brackets["first_part"]["kl"]:
+    if has_gap and several and brackets["prompt"]["kl"] >= brackets["first_part"]["kl"]:
         text += " It is no better than the first part of the context alone."
     if several:
         text += (
             f" The teacher of each query read one of the context's {several} parts: what only several parts"
             " together answer is neither learnt nor measured."
         )
+    if right := report.get("right"):
+        text += (
+            f" Of {right['known']} answers whose facts are known {right['full_context']} are right after the"
+            f" full context, {right['prompt']} with σ and {right['no_context']} without context."
+        )
     if all(q.get("seed") for q in held_out):
         text += " These are questions that the model itself wrote: measure on yours with --held-out."
+    text += _on_cut_answers(report, len(held_out))
     suggestions = []  # the one that brings most first
     if not good:
         if kind == "embedding":
@@ -329,8 +387,35 @@ def _verdict(report: dict[str, Any], kind: str) -> dict[str, Any]:
     return {"text": text, "missed": [q["query"] for q in missed], "suggestions": suggestions}
 
 
-def _interval(gap: dict[str, float]) -> str:
-    return f"{gap['value']:.1%} (95% interval {gap['low']:.1%} to {gap['high']:.1%})"
+def _on_cut_answers(report: Mapping[str, Any], held_out: int) -> str:
+    """The verdict's sentence on them, where they are many of the teacher's."""
+    if not (found := report.get("cut_answers")):
+        return ""
+    cut, of = found["train"] + found["held_out"]["full_context"], found["train_answers"] + held_out
+    if cut < MANY_CUT * of:
+        return ""
+    return (
+        f" {cut} of the teacher's {of} answers are cut at {found['max_answer_tokens']} tokens: what would"
+        " follow is neither learnt nor measured; raise --max-answer-tokens."
+    )
+
+
+def gap_in_words(gap: Mapping[str, float | None]) -> str:
+    """The part of a gap that is closed, in percent; or that there is none.
+
+    Example:
+      >>> gap_in_words({"value": 0.9412}), gap_in_words({"value": None})
+      ('94.1%', 'no gap to close')
+    """
+    return "no gap to close" if gap["value"] is None else f"{gap['value']:.1%}"
+
+
+def _interval(gap: Mapping[str, float | None]) -> str:
+    if gap["value"] is None:
+        return gap_in_words(gap)
+    if gap["low"] is None:
+        return f"{gap_in_words(gap)} (no interval: one query)"
+    return f"{gap_in_words(gap)} (95% interval {gap['low']:.1%} to {gap['high']:.1%})"
 
 
 def _answer(model: LanguageModel, ids: list[int]) -> Answer:

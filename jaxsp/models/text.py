@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tokenizers
@@ -16,6 +17,12 @@ from jaxsp.typing import UserError
 
 _ANCHORS = ("a", ".", "\n")
 """Texts that a part may stand behind, where it would become one token with what really is there."""
+
+AT_ONCE = 2**18
+"""Characters that are encoded at once: a tokenizer takes some 200 bytes for each until it is done."""
+
+_BEFORE = 64
+"""Characters of the piece before that a piece of a long text is encoded behind."""
 
 _SPACES = " \n\t\r▁ĠĊĉč"
 """Blanks, also as tokenizers write them: added tokens of these alone are no control tokens."""
@@ -47,6 +54,12 @@ def encode(tokenizer: Any, text: str, *, control: bool = False, behind: str = ""
     """
 
     check_unicode(text, "The text")
+    if len(text) > AT_ONCE:
+        return [
+            i
+            for piece, before in _pieces(text, behind)
+            for i in encode(tokenizer, piece, control=control, behind=before)
+        ]
 
     def raw(some: str) -> list[int]:
         return tokenizer.encode(some, add_special_tokens=False, split_special_tokens=False)
@@ -71,6 +84,23 @@ def _behind(encode: Callable[[str], list[int]], before: str, text: str) -> list[
         if whole[: len(head)] == head and (rest or not text.strip()):  # else they are one token
             return rest
     return encode(text)
+
+
+def _pieces(text: str, behind: str) -> Iterator[tuple[str, str]]:
+    """A long text in pieces, each with what it stands behind: their ids are those of the whole.
+
+    A piece begins with the single blank between two words, if there is one: no tokenizer joins such words.
+    """
+    start = 0
+    while start < len(text):
+        there = text[start : start + AT_ONCE]
+        if start + AT_ONCE < len(text):
+            for between in (r"(?<=\w)(?=[ \n]\w)", r"(?<=\S)(?=\s)"):
+                if end := max((found.start() for found in re.finditer(between, there)), default=0):
+                    there = there[:end]
+                    break
+        yield there, behind
+        start, behind = start + len(there), there[-_BEFORE:]
 
 
 def stands_alone(tokenizer: Any, before: str) -> bool:

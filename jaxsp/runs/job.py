@@ -69,7 +69,7 @@ class Job:
         return {
             **decides_result(self.settings),
             **model_identity(model, teacher),
-            "context": digest(model.encode_context(self.context).tolist()),
+            "context": digest(model.encode_context(self.context).tobytes()),
             "queries": digest([dataclasses.astuple(query) for query in self.train]),
             "held_out": digest([dataclasses.astuple(query) for query in self.held_out]),
         }

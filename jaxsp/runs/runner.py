@@ -418,4 +418,4 @@ def bracket_key(
 
 
 def _summary(result: Result) -> str:
-    return result.error or f"{result.report['gap_closed']['value']:.1%} of the gap closed"
+    return result.error or f"gap closed: {reports.gap_in_words(result.report['gap_closed'])}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxsp.data.packing import Packing
-from jaxsp.evaluation.facts import words
+from jaxsp.data.words import words
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.models import decoder
 from jaxsp.models.language_model import LanguageModel

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from jaxsp.evaluation.facts import words
+from jaxsp.data.words import words
 
 FEWEST_WORDS, MOST_WORDS = 3, 40
 

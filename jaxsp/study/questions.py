@@ -14,9 +14,10 @@ from typing import Any
 import jax
 
 from jaxsp.data.documents import Query, as_queries
-from jaxsp.data.parts import Part
+from jaxsp.data.parts import Part, check_length
+from jaxsp.data.words import words
 from jaxsp.errors import Damaged
-from jaxsp.evaluation.facts import stands_in, words
+from jaxsp.evaluation.facts import stands_in
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.files import atomic_write, read_json, sealed, unsealed
 from jaxsp.models.language_model import LanguageModel
@@ -143,8 +144,10 @@ def study(
       The study, and the problem of its queries.
 
     Raises:
-      UserError: the document has no sentence, or nothing that was made from it is fit to train on.
+      UserError: the document is too long or has no sentence, or nothing that was made from it is fit to train
+        on.
     """
+    check_length(context)
     document = Document.of(context, lambda text: len(model.encode_context(text)))
     if not document.sentences:
         raise UserError("The document has no sentence to ask about; give questions with --queries.")

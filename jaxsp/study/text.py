@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import markdown_it
 import sentencex
 
-from jaxsp.evaluation.facts import words
+from jaxsp.data.words import SPACELESS, words
 
 _BLOCKS = markdown_it.MarkdownIt("commonmark").enable("table")
 _MARKS = re.compile(r"^\s*(?:(?:[-*+>#]+|\d+[.)])\s+)*")
@@ -103,8 +103,13 @@ class Document:
     def rare_words(self, sentence: int) -> list[str]:
         """The words of a sentence that the document has once, the longest first; none that is very short."""
         here = re.findall(r"[^\W_][\w'’.@-]*[^\W_]", self.sentences[sentence].text)
-        once = [w for w in dict.fromkeys(here) if len(w) > 2 and all(self._counts[p] == 1 for p in words(w))]
-        return sorted(once, key=len, reverse=True)
+
+        def is_once(word: str) -> bool:
+            if re.search(f"[{SPACELESS}]", word):  # a clause: its characters stand elsewhere, too
+                return self.text.count(word) == 1
+            return all(self._counts[part] == 1 for part in words(word))
+
+        return sorted((w for w in dict.fromkeys(here) if len(w) > 2 and is_once(w)), key=len, reverse=True)
 
     def facts_of(self, sentence: int) -> list[str]:
         """Parts of a sentence that a question may ask for: what stands after a colon or in a table's cells,
@@ -162,10 +167,6 @@ ENGLISH = ("the", "of", "and", "to", "a", "in", "is", "that", "it", "for", "was"
 FIGURE = r"(?<![\w.])\d+(?:[.,:]\d+)*(?![\w])"
 
 
-_SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-"""Letters of scripts that are written without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
-
-
 def first_words(sentence: str, part: float) -> str:
     """The first part of a sentence, in whole words; empty if it has too few.
 
@@ -173,7 +174,7 @@ def first_words(sentence: str, part: float) -> str:
       >>> first_words("The lid is made of steel.", 1 / 3), first_words("水箱容量为1.2升。", 1 / 2)
       ('The lid', '水箱容量')
     """
-    own = list(re.finditer(rf"[{_SPACELESS}]|[^\s{_SPACELESS}]+", sentence))
+    own = list(re.finditer(rf"[{SPACELESS}]|[^\s{SPACELESS}]+", sentence))
     count = max(2, round(part * len(own)))
     return sentence[: own[count - 1].end()] if count < len(own) else ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from jaxsp.evaluation.facts import words
+from jaxsp.data.words import words
 from jaxsp.models import decoder
 from jaxsp.models.chat import encode
 from jaxsp.models.generation import Sampling, generate

@@ -17,7 +17,7 @@ from jaxsp import processes
 from jaxsp.data.documents import Query
 from jaxsp.data.examples import Rows, joined, make_rows
 from jaxsp.data.packing import Packing
-from jaxsp.data.parts import Part, cut, search
+from jaxsp.data.parts import Part, check_length, cut, search
 from jaxsp.data.ragged import Ragged
 from jaxsp.models import decoder
 from jaxsp.models.chat import ChatTexts
@@ -214,8 +214,9 @@ def tokenize(
       parts: parts of the context, where it is cut already.
 
     Raises:
-      UserError: its queries and answers don't fit the model's window.
+      UserError: its queries and answers don't fit the model's window, or the context is too long for any run.
     """
+    check_length(context)
     queries = [*train, *held_out]
     context_ids = model.encode_context(context)
     query_ids = [model.encode_query(query.text).tolist() for query in queries]
@@ -297,8 +298,9 @@ def teacher_key(model: LanguageModel, job: TokenizedJob, settings: TeacherSettin
 
     Devices are no part of it: they differ in rounding alone.
     """
-    texts = job.preamble_ids.tolist(), job.context_ids.tolist(), job.query_ids, job.given_ids
-    parts = [part.ids.tolist() for part in job.parts], job.part_of.tolist(), job.found.tolist()
+    # As bytes: written as numbers, those of a long document would take a hundred times the room.
+    texts = job.preamble_ids.tolist(), job.context_ids.tobytes(), job.query_ids, job.given_ids
+    parts = [part.ids.tobytes() for part in job.parts], job.part_of.tolist(), job.found.tolist()
     asked = [dataclasses.astuple(query) for query in job.queries]
     return digest((*identity(model), *texts, *parts, asked, plain(settings)))
 

@@ -20,6 +20,10 @@ from tests.conftest import CONTEXT, QUERIES
         ("Call 555-0143", "555-0142", False),
         ("KATZE", "katze", True),
         ("", "x", False),
+        ("दिन", "दान", False),
+        ("水箱容量为1.2升。", "容量", True),
+        ("It is ± 5", "±", True),
+        ("It is 5", "±", False),
     ],
 )
 def test_a_fact_is_said_or_not(answer, fact, expected):
@@ -42,6 +46,12 @@ def test_right_where_it_is_known():
     assert is_right("It is 249 euros", Query("?", expect=("249", "oslo"))) is False
     assert is_right("refund", Query("?", answer="Refund.")) is True
     assert is_right("anything", Query("?")) is None
+    pattern = Query("?", expect=("/4[.,]5 ?kg|caf\u00e9/", "heavy"))
+    assert is_right("Heavy: 4,5KG", pattern) is True
+    assert is_right("cafe\u0301, heavy", pattern) is True
+    assert is_right("4,5 kg", pattern) is is_right("heavy: 45 kg", pattern) is False
+    assert is_right("/x/", Query("?", answer="/x/")) is True  # an answer is no pattern
+    assert is_right("x", Query("?", answer="/y|x/")) is False
 
 
 def test_figures_and_names_stand_in_the_document():
@@ -70,5 +80,9 @@ def test_a_report_says_what_is_right_and_how_good_the_teacher_is(calm_model):
     assert "a larger model" in report["teacher"]["text"]
     asked = [query for query in report["queries"] if query["split"] == "held_out"]
     assert [query["right"] for query in asked] == [False, False]
+    assert report["right"] == {"known": 2, "full_context": 0, "prompt": 0, "no_context": 0}
+    cut = report["cut_answers"]
+    assert (cut["max_answer_tokens"], cut["train_answers"]) == (4, len(QUERIES))
+    assert set(cut["held_out"]) == set(brackets)
     assert asked[1]["captured"] is False
     assert report["prefix_bytes"]["full_context"] > report["prefix_bytes"]["prompt"]

@@ -15,7 +15,24 @@ def test_rouge_l():
     assert rouge_l("the cat sat on the mat", "the cat lay on a mat") == pytest.approx(2 * 4 / 12)
     assert rouge_l("Price: 9 euros.", "price 9 EUROS") == 1.0
     assert rouge_l("something", "") == 0.0
-    assert rouge_l("", "!") == 1.0
+    assert rouge_l("", " \n") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "expected"),
+    [
+        ("दिन", "दान", 0.0),  # marks belong to words
+        ("caf\u00e9", "cafe\u0301", 1.0),
+        ("水箱容量", "水箱重量", 0.75),
+        ("ถัง", "ถุง", 0.5),
+        ("\N{THUMBS UP SIGN}", "\N{THUMBS DOWN SIGN}", 0.0),  # without words the texts are compared
+        ("\N{THUMBS UP SIGN}", " \N{THUMBS UP SIGN}", 1.0),
+        ("", "!", 0.0),
+        ("a", "!", 0.0),
+    ],
+)
+def test_rouge_l_in_any_script(reference, answer, expected):
+    assert rouge_l(reference, answer) == rouge_l(answer, reference) == expected
 
 
 @pytest.mark.parametrize("name", ANSWER_METRICS)
@@ -59,21 +76,62 @@ def test_gap_closed_interval_covers_and_narrows():
     assert np.mean(widths[200]) < 0.45 * np.mean(widths[20])
 
 
+def test_no_gap_and_no_interval_where_there_is_none():
+    tiny, one, counts = np.full(3, 1e-3), np.ones(3), np.full(3, 4.0)
+    assert set(gap_closed((0 * tiny, counts), (tiny, counts)).values()) == {None}
+    assert gap_closed((0 * one, counts), (one, counts))["value"] == 1.0
+    found = gap_closed((one[:1], counts[:1]), (2 * one[:1], counts[:1]))
+    assert found == {"value": 0.5, "low": None, "high": None}
+
+
 def query(split, kl, captured):
     return {"query": f"{split} {kl}", "split": split, "kl": kl, "captured": captured}
 
 
-def verdict(gap, queries, truncated=1.0, learnt=1.0, kind="per_head"):
+def verdict(gap, queries, truncated=1.0, learnt=1.0, kind="per_head", **more):
     ours = float(np.mean([q["kl"] for q in queries if q["split"] == "held_out"]))
-    brackets = {"prompt": {"kl": ours}, "truncated_context": {"kl": truncated}}
+    brackets = {"prompt": {"kl": ours}, "truncated_context": {"kl": truncated}, "no_context": {"kl": 1e-6}}
+    low, high = (None, None) if gap is None else (gap - 0.1, gap + 0.1)
     return _verdict(
         {
             "queries": queries,
-            "gap_closed": {"value": gap, "low": gap - 0.1, "high": gap + 0.1},
+            "gap_closed": {"value": gap, "low": low, "high": high},
             "held_out": {"brackets": brackets},
             "train": {"brackets": {"prompt": {"decisive_agreement": learnt}}},
+            **more,
         },
         kind,
+    )
+
+
+def test_a_verdict_without_a_gap():
+    found = verdict(None, [query("held_out", 2e-6, True)], truncated=1e-6)
+    assert found["text"].startswith("No gap to close: ")
+    assert "(KL 1e-06)" in found["text"]
+    assert "%" not in found["text"]
+    assert "no better" not in found["text"]
+    assert found["suggestions"] == []
+
+
+@pytest.mark.parametrize(("train", "held_out", "said"), [(1, 0, False), (1, 1, True), (0, 2, True)])
+def test_a_verdict_on_answers_that_are_cut(train, held_out, said):
+    cut = {
+        "max_answer_tokens": 6,
+        "train": train,
+        "train_answers": 8,
+        "held_out": {"full_context": held_out, "prompt": 2},
+    }
+    found = verdict(0.9, [query("held_out", 0.1, True)] * 2, cut_answers=cut)["text"]
+    assert (f" {train + held_out} of the teacher's 10 answers are cut at 6 tokens" in found) == said
+    assert ("--max-answer-tokens" in found) == said
+
+
+def test_a_verdict_on_answers_that_are_known():
+    right = {"known": 4, "full_context": 4, "prompt": 3, "no_context": 1}
+    found = verdict(0.9, [query("held_out", 0.1, True)], right=right)["text"]
+    assert (
+        "Of 4 answers whose facts are known 4 are right after the full context, 3 with σ and 1 without"
+        in found
     )
 
 

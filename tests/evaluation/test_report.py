@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
-from jaxsp.evaluation.brackets import BRACKETS
+from jaxsp.evaluation import report as report_module
+from jaxsp.evaluation.brackets import BRACKETS, Measured
 from jaxsp.evaluation.report import markdown
+from jaxsp.settings import make_settings
 
 NAMES = [
     "kl",
@@ -128,6 +133,53 @@ def test_all_held_out_answers_are_shown_and_the_last_prompt_is_named(report):
     text = markdown(report)
     assert re.findall(r"^\| (q\d\?) ", text, re.MULTILINE) == [f"q{i}?" for i in range(6, -1, -1)]
     assert "\n\nThe σ kept is that of the last step.\n\n" in text
+
+
+def test_answers_that_are_cut_and_those_that_are_right_are_counted(report):
+    held_out = {"full_context": 1, "prompt": 2, "no_context": 0}
+    report["cut_answers"] = {"max_answer_tokens": 6, "train": 3, "train_answers": 5, "held_out": held_out}
+    report["right"] = {"known": 2, "full_context": 2, "prompt": 1, "no_context": 0}
+    text = markdown(report)
+    assert (
+        "\n- answers cut at 6 tokens (`--max-answer-tokens`): 3 of the teacher's 5 to train on; of 2 held out"
+        " 1 after the full context, 2 with σ, 0 without context\n- right answers of 2 whose facts are known:"
+        " 2 after the full context, 1 with σ, 0 without context\n"
+    ) in text
+    report["cut_answers"]["train_answers"] = 0  # all are given
+    assert "(`--max-answer-tokens`): of 2 held out" in markdown(report)
+
+
+def test_an_answer_without_its_end_is_cut():
+    """Those given are none of the teacher's, and those sampled are."""
+    model: Any = SimpleNamespace(stop_ids=(2,))
+    problem: Any = SimpleNamespace(
+        job=SimpleNamespace(is_train=np.array([True, True, True, False]), given_ids=[None, None, [5], None]),
+        answers=[[7, 2], [7, 8], [7, 8], [7, 8]],
+        samples=SimpleNamespace(answers=[[9, 9], [2]]),
+    )
+    measured = {"no_context": Measured({}, [[]]), "full_context": Measured({}, [[7, 8]])}
+    settings = make_settings({"max_answer_tokens": 2})
+    found = report_module._cut_answers(model, problem, measured, settings, None)
+    assert found == {
+        "max_answer_tokens": 2,
+        "train": 2,
+        "train_answers": 4,
+        "held_out": {"full_context": 1, "no_context": 1},
+    }
+    teacher: Any = SimpleNamespace(difference=None, model=SimpleNamespace(stop_ids=(8,)))
+    assert report_module._cut_answers(model, problem, measured, settings, teacher)["train"] == 1
+    teacher.difference = "another vocabulary, in which 8 is something else"
+    assert report_module._cut_answers(model, problem, measured, settings, teacher)["train"] == 2
+
+
+def test_no_gap_is_said_and_one_query_has_no_interval(report):
+    nothing = dict.fromkeys(("value", "low", "high"))
+    report |= {"gap_closed": nothing, "by_length": {"1": 0.0, "4": 0.0}}
+    report["gap_closed_vs_truncated"] = {"value": 0.5, "low": None, "high": None}
+    text = markdown(report)
+    assert "\n- gap closed on held-out queries: no gap to close\n" in text
+    assert "\n- the same against the truncated context: 50.0% (no interval: one query)\n" in text
+    assert "| 1 | 0.000 | no gap |\n" in text
 
 
 def test_another_teacher_is_named(report):

@@ -11,6 +11,8 @@ import pytest
 
 from experiments import suite
 from experiments.suite import Experiment, Run
+from jaxsp import demo
+from jaxsp.evaluation.facts import has_expected
 
 RUNS = {
     "a": {"date": "2026-01-02", "commit": "abc", "rows": [{"x": 1, "at": {"low": 0.5}}, {"x": 2}]},
@@ -20,6 +22,15 @@ RUNS = {
 
 def test_the_list_has_every_folder():
     assert {file.parent.name for file in suite.HERE.glob("*/experiment.py")} == set(suite.NAMES)
+
+
+@pytest.mark.parametrize("name", suite.load("documents").settings)
+def test_what_right_answers_have_stands_in_our_documents(name):
+    context, queries, held_out = demo.read() if name == "demo" else suite.own_document(name)
+    assert queries
+    for query in held_out:
+        assert query.expect, query.text
+        assert has_expected(context, query), query.text
 
 
 @pytest.mark.parametrize("name", suite.NAMES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from jaxsp.models import text as text_module
 from jaxsp.models.chat import ChatOptions, ChatTexts
 from jaxsp.models.text import control_ids, encode
 from tests.models.tokenizers_of_all_kinds import KINDS, SPECIAL, TEMPLATES, tokenizer
@@ -66,6 +67,24 @@ def test_nothing_of_a_text_is_lost(kind):
 def test_a_text_without_control_tokens_is_what_the_tokenizer_makes_of_it(kind):
     own = tokenizer(kind)
     assert encode(own, CONTEXT) == own.encode(CONTEXT, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_text_in_pieces_is_what_the_whole_is(kind, monkeypatch):
+    own = tokenizer(kind)
+    odd = '"It\'s 90  cm", he said.\n\n\n    - a,b;c\n1.2 3\n'
+    long = " ".join([CONTEXT, QUERY, odd, CONTEXT.upper()] * 9)
+    behind = {before: encode(own, long, behind=before) for before in ("", "a", "x\n")}
+    for size in (50, 77, 400):  # in the midst of all that there is
+        monkeypatch.setattr(text_module, "AT_ONCE", size)
+        for before, ids in behind.items():
+            assert encode(own, long, behind=before) == ids, size
+        assert len("".join(piece for piece, _ in text_module._pieces(long, ""))) == len(long)
+    assert [piece for piece, _ in text_module._pieces("語" * 1000, "")] == [
+        "語" * 400,
+        "語" * 400,
+        "語" * 200,
+    ]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -10,7 +10,7 @@ import pytest
 
 import jaxsp
 from jaxsp.data.documents import Query
-from jaxsp.evaluation.facts import words
+from jaxsp.data.words import words
 from jaxsp.progress import Display
 from jaxsp.settings import make_settings
 from jaxsp.study import Study, questions, seeds, study, study_key

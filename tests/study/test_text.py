@@ -91,6 +91,8 @@ def test_a_false_variant_has_the_figure_of_another_sentence():
 def test_rare_words_stand_once_in_the_document():
     document = Document.of("The red kettle is here. The red cup is there.", count)
     assert document.rare_words(0) == ["kettle", "here"]
+    spaceless = Document.of("它的容量为1.2升，颜色为深绿色。它的重量为4.5公斤，颜色为深绿色。", count)
+    assert [spaceless.rare_words(i) for i in (0, 1)] == [["它的容量为1.2升"], ["它的重量为4.5公斤"]]
 
 
 def test_first_words():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import jaxsp
 from jaxsp import distributions
 from jaxsp.data.documents import Query
 from jaxsp.data.packing import Packing
+from jaxsp.data.parts import MOST_CHARACTERS
 from jaxsp.evaluation import brackets, report as reports
 from jaxsp.evaluation.metrics import at_positions
 from jaxsp.models import decoder
@@ -166,6 +168,16 @@ def test_everything_that_decides_what_the_teacher_says_is_in_the_key(calm_model,
 
 def row():
     return {"id": "x", "context": TEXT, "queries": ["What is it?", "Why?"], "held_out": 0.5}
+
+
+def test_a_document_too_long_for_any_run_is_refused_before_its_tokens_are_counted():
+    nothing: Any = None  # neither a model nor its tokenizer is looked at
+    for refuse in (
+        lambda: tokenize(nothing, "a" * (MOST_CHARACTERS + 1), [], [], nothing),
+        lambda: study(nothing, "a" * (MOST_CHARACTERS + 1), [], [], nothing, nothing),
+    ):
+        with pytest.raises(UserError, match="16,777,217 characters, more than the 16,777,216"):
+            refuse()
 
 
 def test_no_room_for_any_part(calm_model):
