@@ -136,7 +136,8 @@ class _Page(html.parser.HTMLParser):
                 self._end_line(2)
             return
         self._end_cell()
-        cells, self._cells = self._cells[1:], None  # the first one is what stood before any cell
+        before, *cells = self._cells
+        cells, self._cells = [before, *cells] if before else cells, None
         if len(cells) == 1:
             self._line = [cells[0].replace(r"\|", "|")]
             self._end_line(2)
