@@ -19,7 +19,6 @@ from jaxsp.errors import Interrupted, UserError
 from jaxsp.files import os_errors_as_user_errors
 from jaxsp.options import (
     EMBEDDED,
-    LIGHTER,
     AllOptions,
     Document,
     File,
@@ -30,6 +29,7 @@ from jaxsp.options import (
     QueryColumn,
     WithChat,
     WithTeacher,
+    ways_to_need_less,
 )
 from jaxsp.settings import Options, Settings, check_limits, make_settings, plain
 from jaxsp.terminal import flush, prepare, visible
@@ -428,18 +428,11 @@ def _run(command: Command) -> None:
     except (RuntimeError, MemoryError, OverflowError) as error:  # jax's own kinds are of the first
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        message, ways = (str(error) or type(error).__name__).splitlines()[0], _lighter(command)
+        message, ways = (str(error) or type(error).__name__).splitlines()[0], ways_to_need_less(command)
         raise UserError(
             f"The device has not enough memory ({message:.120}); {ways}{ways and '; '}"
             "`jaxsp plan` says beforehand what fits."
         ) from None
-
-
-def _lighter(command: Command) -> str:
-    """The ways to need less memory, by the options that a command has."""
-    parts = [command, *filter(dataclasses.is_dataclass, vars(command).values())]
-    ways = [way for name, way in LIGHTER.items() if any(hasattr(part, name) for part in parts)]
-    return " or ".join(filter(None, (", ".join(ways[:-1]), *ways[-1:])))
 
 
 def _checked(given: Settings) -> Settings:

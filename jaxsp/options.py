@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "smollm2-135m-instruct"
 
-LIGHTER = {
+_LIGHTER = {
     "batch_size": "lower --batch-size",
     "at_once": "lower --at-once",
     "grad_accumulation": "raise --grad-accumulation",
@@ -174,3 +174,10 @@ class Output:
     """Go on with the interrupted run in --out."""
     overwrite: bool = False
     """Replace an earlier run in --out."""
+
+
+def ways_to_need_less(command: Any) -> str:
+    """The ways to need less memory, by the options that a command has."""
+    parts = [command, *filter(dataclasses.is_dataclass, vars(command).values())]
+    ways = [way for name, way in _LIGHTER.items() if any(hasattr(part, name) for part in parts)]
+    return " or ".join(filter(None, (", ".join(ways[:-1]), *ways[-1:])))
