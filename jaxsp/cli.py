@@ -218,7 +218,7 @@ class Plan(AllOptions, ModelOptions):
             memory = {**dataclasses.asdict(found.memory), "total": found.memory.total}
             print(json.dumps({**dataclasses.asdict(found), "memory": memory}, indent=2))
             return
-        console.print_plan(found, settings.training.updates, _lighter(self))
+        console.print_plan(found, settings.training.updates, ways_to_need_less(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
