@@ -182,7 +182,7 @@ def _check_once(queries: list[Query]) -> None:
 def _from_dict(row: Mapping[str, Any], where: str) -> Query:
     query, answer, expect = row["query"], row.get("answer"), row.get("expect", [])
     if not isinstance(query, str):
-        raise UserError(f"{where}: the query must be a text, not {query!r:.60}.")
+        raise UserError(f'{where}: expected {{"query": "..."}}, a text, not {query!r:.60}.')
     if answer is not None and not (isinstance(answer, str) and answer.strip()):
         raise UserError(f"{where}: the answer must be a text that is not empty, not {answer!r:.60}.")
     expect = [expect] if isinstance(expect, str) else expect

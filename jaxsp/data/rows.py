@@ -57,7 +57,8 @@ def read(path: str | Path, column: str | None = None) -> list[Row]:
     start = text.lstrip()
     if end in LINES and not re.match(r'\{|\[\s*[\[{"\]]', start):
         return [(_line(name, i), line.strip()) for i, line in _lines(text)]
-    found = _array(text, name) if start.startswith("[") else None
+    is_array = start.startswith("[") and end not in (".jsonl", ".ndjson")
+    found = _array(text, name) if is_array else None
     if found is None:
         found = [(_line(name, i), parse_json(line, _line(name, i), object)) for i, line in _lines(text)]
     return [(where, row if isinstance(row, str) else own(row, where, column)) for where, row in found]

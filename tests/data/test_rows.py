@@ -81,6 +81,7 @@ def test_files_of_queries(read, name, content, expected):
         ("q.json", "[1,", ("not valid JSON",)),
         ("q.json", "[" * 100_000, ("not valid JSON",)),
         ("q.json", "[3]", ("row 1: expected",)),
+        ("q.jsonl", '["a?"]', ("line 1: expected",)),  # by its name each line is a row
         (
             "q.jsonl",
             '{"instruction": "a", "input": "b", "output": "c"}',
@@ -88,7 +89,7 @@ def test_files_of_queries(read, name, content, expected):
         ),
         ("q.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', ("no turn of the user",)),
         ("q.jsonl", '{"messages": [{"role": "user", "content": [1]}]}', ("turn 1",)),
-        ("q.jsonl", '{"question": 3}', ("must be a text, not 3",)),
+        ("q.jsonl", '{"question": 3}', ("a text, not 3",)),
         ("q.jsonl", '{"query": "a", "answer": {"x": 1}}', ("answer must be a text",)),
         ("q.jsonl", '{"query": "a", "expect": ["/[/"]}', ("line 1", "no regular expression")),
         ("q.parquet", {"text": ["a"]}, ("columns are text.", "--query-column")),
