@@ -54,7 +54,7 @@ def join(coordinator: str | None, process_id: int | None, processes: int | None)
         raise UserError("--coordinator, --process-id and --num-processes go together; give all three.")
     host, _, port = coordinator.rpartition(":")
     if not (host and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536):
-        raise UserError(f"--coordinator must be host:port, the port from 1 to 65535, not {coordinator!r}.")
+        raise UserError(f"--coordinator must be host:port, not {coordinator!r}; ports are 1 to 65535.")
     if processes < 1:
         raise UserError(f"--num-processes must be at least 1, not {processes}.")
     if not 0 <= process_id < processes:
