@@ -29,7 +29,7 @@ _LIGHTER = {
     "quantization": "take --quantization int8",
     "parallel": "use more devices with --parallel mesh",
 }
-"""How each option makes a run need less memory."""
+"""The way each option makes a run need less memory."""
 
 File = Annotated[str, tyro.conf.arg(metavar="FILE")]
 Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]

@@ -37,7 +37,7 @@ TEXTS = [
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where the commands run: files and folders that the table names."""
+    """The folder that the commands run in: files and folders that the table names."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("JAXSP_TEACHER_CACHE", str(tmp_path / "teachers"))
     texts = {
@@ -76,7 +76,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def refusals(jaxsp_command, lines: list[tuple[list[str], str]]) -> list[str]:
-    """What is wrong with the answers to these lines; nothing if each is one sentence."""
+    """Faults of the answers to these lines; none if each is one sentence."""
     wrong = []
     for words, expected in lines:
         try:

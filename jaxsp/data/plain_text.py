@@ -36,7 +36,7 @@ class _Page(html.parser.HTMLParser):
         """Ends of lines before what comes next."""
         self._line: list[str] = []
         self._mark = ""
-        """What the next line begins with."""
+        """The beginning of the next line."""
         self._unseen: str | None = None
         self._as_it_is = False
         self._lists: list[int | None] = []

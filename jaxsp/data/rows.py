@@ -28,7 +28,7 @@ _MISSPELT = 0.82
 """Likeness of a column's name to one that is missing, from which it is taken for it."""
 
 Row = tuple[str, Any]
-"""Where it stands, and what is there: a text, or columns by our own names."""
+"""A row's place, and what is there: a text, or columns by our own names."""
 
 
 def read(path: str | Path, column: str | None = None) -> list[Row]:

@@ -271,7 +271,7 @@ def _directory(name: str) -> Path:
 
 
 def hub_id(name: str) -> str | None:
-    """What ``load_model`` looks for on the model hub by this name; ``None`` where it doesn't.
+    """The id that ``load_model`` looks for on the model hub by this name; ``None`` where it doesn't.
 
     Example:
       >>> hub_id("HuggingFaceTB/SmolLM2-360M-Instruct"), hub_id("/models/mine")

@@ -96,7 +96,7 @@ class Tensor:
 
 
 class Content(NamedTuple):
-    """What a tensor's bytes are."""
+    """A tensor's bytes, summed up."""
 
     sha256: str
     largest: float

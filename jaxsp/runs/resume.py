@@ -1,4 +1,4 @@
-"""What an earlier run left: what is finished, and where training goes on; of many jobs, the damaged anew."""
+"""The files of an earlier run: what is finished, and where training goes on; of many jobs, the damaged anew."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Earlier:
     say: Callable[[str], None]
 
     def _whole(self, read: Callable[[], T], what: str) -> T | None:
-        """What ``read`` gives; of many jobs ``None`` if a file is damaged: ``what`` is then anew."""
+        """The result of ``read``; of many jobs ``None`` if a file is damaged: ``what`` is then anew."""
         try:
             return read()
         except Damaged as damage:

@@ -28,7 +28,7 @@ _FILE, _CHECKSUM = "states.safetensors", "states.sha256"
 _DAMAGE = (
     OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, SafetensorError,
 )  # fmt: skip
-"""What orbax, too, may make of files that are not as they were written."""
+"""Errors that orbax, too, may raise at files that are not as they were written."""
 
 
 class Checkpoints:

@@ -295,7 +295,7 @@ def test_the_next_batch_is_packed_while_the_device_works(monkeypatch):
 
 
 def test_the_checkpoint_before_is_used_where_the_newest_can_not_be_read(tmp_path):
-    """Which is said; from then on that one is the newest, and later ones are saved as ever."""
+    """That is said; from then on that one is the newest, and later ones are saved as ever."""
     said: list[str] = []
     checkpoints = Checkpoints(tmp_path / "checkpoints", said.append)
     start = initial_state({"x": jnp.zeros(3)}, optax.sgd(1.0), key=jax.random.key(0))

@@ -27,7 +27,7 @@ _NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
 _TIMES, _ANYWAY = 16, 64 << 20
-"""What is built from metadata may take so many times the file's size, and so many bytes anyway."""
+"""Bound of all that is built from metadata: so many times the file's size, and so many bytes anyway."""
 _TEXT, _TENSOR = 100, 1500  # bytes that each takes in memory, beside its characters
 
 

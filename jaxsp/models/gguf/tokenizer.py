@@ -50,7 +50,7 @@ def _camel_case_and(digits: str, contractions: str = "") -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """How a byte-level tokenizer splits a text before it merges.
+    """The way a byte-level tokenizer splits a text before it merges.
 
     Attributes:
       pattern: regular expression of the pieces.
