@@ -64,7 +64,11 @@ def test_a_signal_to_end_asks_as_ctrl_c_does(python, before):
     ("command", "code", "said"),
     [
         ("compress - <&-", 2, "jaxsp: standard input is empty.\n"),
-        (r"compress - < <(printf 'a\377')", 2, "jaxsp: standard input is not UTF-8 (byte 1); convert it first.\n"),  # noqa: E501
+        (
+            r"compress - < <(printf 'a\377')",
+            2,
+            "jaxsp: standard input is not UTF-8 (byte 1); convert it first.\n",
+        ),
         ("--help >&-", 0, ""),
         ("--help > /dev/full", 2, "jaxsp: No space left on device.\n"),
         ("--frob 2>&-", 2, ""),
@@ -74,7 +78,7 @@ def test_a_signal_to_end_asks_as_ctrl_c_does(python, before):
             r"jaxsp: The argument 'a\udcff' is no text in Unicode ('\udcff' at 1); write it in UTF-8." + "\n",
         ),
     ],
-)  # fmt: skip
+)
 def test_streams_that_are_closed_or_full(command, code, said):
     if "/dev/full" in command and not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")

@@ -1,4 +1,4 @@
-"""The files of an earlier run: what is finished, and where training goes on; of many jobs, the damaged anew."""
+"""The files of an earlier run: what is finished, where training goes on; of many jobs, the damaged anew."""
 
 from __future__ import annotations
 

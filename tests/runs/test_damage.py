@@ -232,6 +232,9 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-40])
 
 
+# Done again, a job has other neighbours: sums are rounded otherwise, by as much as in test_many.py.
+ROUNDING = 1e-4
+
 DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "a": ("report.json", cut),
     "b": ("metrics.jsonl", cut),
@@ -255,7 +258,7 @@ def test_of_many_jobs_only_the_damaged_are_done_again(calm_model, many, tmp_path
     assert "; e is done anew." not in said
     assert (out / "e" / "report.json").stat().st_mtime_ns == whole
     for ours, theirs in zip(again, results, strict=True):
-        assert_same_sigma(ours.prompt.sigma, theirs.prompt.sigma, atol=1e-4)
+        assert_same_sigma(ours.prompt.sigma, theirs.prompt.sigma, atol=ROUNDING)
     assert [result.report["id"] for result in again] == ["a", "b", "c", "d", "e"]
 
 
@@ -286,7 +289,7 @@ def test_of_many_jobs_in_training_only_the_damaged_begin_anew(calm_model, many, 
     assert ("b", 9) not in steps
     assert ("b", 10) in steps
     for ours, theirs in zip(again, many[0], strict=True):
-        assert_same_sigma(ours.prompt.sigma, theirs.prompt.sigma, atol=1e-4)
+        assert_same_sigma(ours.prompt.sigma, theirs.prompt.sigma, atol=ROUNDING)
 
 
 @pytest.mark.slow
@@ -304,5 +307,5 @@ def test_of_many_jobs_all_begin_anew_where_no_checkpoint_can_be_read(calm_model,
     again = compress_many(calm_model, out, resume=True)
     assert "; its prompts are begun anew." in " ".join(capfd.readouterr().err.split())
     for ours, theirs in zip(again, many[0], strict=True):
-        assert_same_sigma(ours.prompt.sigma, theirs.prompt.sigma, atol=1e-4)
+        assert_same_sigma(ours.prompt.sigma, theirs.prompt.sigma, atol=ROUNDING)
     assert not any((out / "run" / "checkpoints").iterdir())
