@@ -120,9 +120,9 @@ DAMAGE: dict[str, bytes | None] = {
 }
 SIGNALS = ("answers.json", "signals.json")
 HARMLESS = {
-    # What was always there once is missed; numbers that are not finite harm neither.
+    # What was always there once is missed; numbers that are not finite harm neither; a text is a query.
     ("checksums", "missing"), ("lines", "missing"), ("index", "missing"), ("report", "NaN"),
-    ("report", "infinite"), ("tokenizer", "NaN"), ("tokenizer", "infinite"),
+    ("report", "infinite"), ("tokenizer", "NaN"), ("tokenizer", "infinite"), ("queries", "a text"),
 }  # fmt: skip
 
 

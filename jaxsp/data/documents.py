@@ -122,7 +122,8 @@ def as_queries(queries: Sequence[str | Query | Mapping[str, Any]]) -> list[Query
         if isinstance(query, str):
             row: Mapping[str, Any] = {"query": query}
         else:
-            row = query.as_row() if isinstance(query, Query) else rows.own(query, where)
+            given = isinstance(query, Query)
+            row = query.as_row() | {"query": query.text} if given else rows.own(query, where)
         read = _from_dict(row, where)
         found.append(query if isinstance(query, Query) else read)
     return found

@@ -5,13 +5,13 @@ from __future__ import annotations
 import html.parser
 import importlib
 import io
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxsp.data import formats
 from jaxsp.errors import UserError
+from jaxsp.files import parse_json
 
 _UNSEEN = ("script", "style", "template", "noscript", "svg")
 _BLOCKS = frozenset(
@@ -188,9 +188,9 @@ def from_notebook(notebook: str) -> str:
       '```\\na = 1\\nb = 2\\n```'
     """
     try:
-        found = json.loads(notebook)
+        found = parse_json(notebook, "its JSON", finite=False)
         sources = [(cell["cell_type"], "".join(cell["source"]).strip("\n")) for cell in found["cells"]]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (UserError, TypeError, KeyError) as error:
         raise UserError(f"it is no notebook of format 4 ({type(error).__name__}: {error!s:.80})") from error
     texts = []
     for kind, source in sources:
