@@ -231,10 +231,10 @@ class SoftPrompt:
         if not (directory / MANIFEST).is_file() or not (directory / ARRAYS).is_file():
             raise Damaged(f"{directory} holds no soft prompt ({ARRAYS} and {MANIFEST})")
         manifest = _read_manifest(directory / MANIFEST)
-        if manifest["format"] != FORMAT or manifest["kind"] not in PROMPT_KINDS:
+        if manifest["kind"] not in PROMPT_KINDS:
             raise UserError(
-                f"{directory} holds a prompt of kind {manifest['kind']!r}, format"
-                f" {manifest['format']}, which this version of jaxsp can't read; upgrade it."
+                f"{directory} holds a prompt of kind {manifest['kind']!r}, which this version of jaxsp can't"
+                " read; upgrade it."
             )
         file, text = directory / CONTEXT, None
         if hashlib.sha256(read_whole(directory / ARRAYS)).hexdigest() != manifest["sha256"]:
@@ -254,6 +254,11 @@ class SoftPrompt:
 def _read_manifest(file: Path) -> dict[str, Any]:
     """The manifest as it was written, with the keys of today."""
     manifest = read_json(file)
+    if isinstance(version := manifest.get("format"), int) and version > FORMAT:
+        raise UserError(
+            f"{file.parent} holds a prompt in format {version}, which this version of jaxsp can't read;"
+            " upgrade it."
+        )
     if manifest.get("format") == 1:  # 0.1 wrote no seal
         manifest.pop("seal", None)
     manifest = _renamed(unsealed(manifest, file))

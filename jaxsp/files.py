@@ -207,6 +207,8 @@ def os_errors_as_user_errors(where: object = "", advice: str = "") -> Iterator[N
     except BrokenPipeError:  # whoever read the output has gone
         raise
     except OSError as error:
+        if error.errno is None:  # somebody else's: a callback's time-out is one
+            raise
         place, reason = error.filename or where, error.strerror or str(error) or type(error).__name__
         sentence = f"{place}: {reason}" if place else reason
         raise UserError(f"{sentence}; {advice}." if advice else f"{sentence}.") from error

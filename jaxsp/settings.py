@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import operator
 import re
 from collections.abc import Mapping
@@ -255,7 +256,7 @@ def check_limits(name: str, value: Any, **limits: float) -> None:
       Traceback (most recent call last):
       jaxsp.errors.UserError: --at-once must be at least 1, not 0.
     """
-    if limits and (isinstance(value, bool) or not isinstance(value, int | float)):
+    if limits and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise UserError(f"{_option(name)} must be a number, not {value!r:.60}.")
     if not all(_LIMITS[kind](value, limit) for kind, limit in limits.items()):
         wanted = " and ".join(f"{kind.replace('_', ' ')} {limit}" for kind, limit in limits.items())

@@ -112,8 +112,9 @@ def read_queries(path: str | Path, column: str | None = None) -> list[Query]:
 
 def as_queries(queries: Sequence[str | Query | Mapping[str, Any]]) -> list[Query]:
     """Queries in any form the Python interface takes: texts, rows as ``read_queries`` has them, ``Query``."""
-    if isinstance(queries, str):
-        raise UserError("The queries must be a list of texts, not one text.")
+    if isinstance(queries, str | Mapping):
+        one = "text" if isinstance(queries, str) else "row"
+        raise UserError(f"The queries must be a list of texts, not one {one}.")
     if not isinstance(queries, Iterable):
         raise UserError(f"The queries must be a list of texts, not {queries!r:.60}.")
     found = []

@@ -15,11 +15,13 @@ _FOREIGN = {
     b"{\\rtf": "RTF",
     b"\xd0\xcf\x11\xe0": "a document of an older Office",
     b"\x1f\x8b": "compressed (gzip)",
-    b"PAR1": "a Parquet file",
 }
 """Kinds of files that are no plain text, by their first bytes: a PDF and RTF may be all in ASCII."""
 
-_HTML = re.compile(rb"(?is)\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype\s+html|html|head|body)\b")
+# Each comment ends at its first -->, and for good: else many of them would be tried in all ways.
+_HTML = re.compile(
+    rb"(?is)\s*(<\?xml[^>]*>\s*)?(?:<!--(?:(?!-->).)*-->\s*)*+<(!doctype\s+html|html|head|body)\b"
+)
 
 
 def shown(path: str | Path) -> str:

@@ -43,7 +43,7 @@ def read(path: str | Path, column: str | None = None) -> list[Row]:
       UserError: it is no such file, or damaged; or it isn't known which column holds the query.
     """
     data, name, end = formats.read_bytes(path), formats.shown(path), formats.suffix(path)
-    if data.startswith(b"PAR1"):
+    if data.startswith(b"PAR1") and (end == ".parquet" or data.endswith(b"PAR1")):
         return list(_parquet(data, name, column))
     if formats.is_html(data):
         raise UserError(f"{name} is a page (HTML), no list of queries; {_ADVICE}.")
@@ -60,7 +60,10 @@ def read(path: str | Path, column: str | None = None) -> list[Row]:
     is_array = start.startswith("[") and end not in (".jsonl", ".ndjson")
     found = _array(text, name) if is_array else None
     if found is None:
-        found = [(_line(name, i), parse_json(line, _line(name, i), object)) for i, line in _lines(text)]
+        found = [
+            (_line(name, i), parse_json(line, _line(name, i), object, finite=False))
+            for i, line in _lines(text)
+        ]
     return [(where, row if isinstance(row, str) else own(row, where, column)) for where, row in found]
 
 
@@ -85,8 +88,10 @@ def own(row: Any, where: str, column: str | None = None) -> dict[str, Any]:
     """
     if not isinstance(row, Mapping):
         raise UserError(f'{where}: expected {{"query": "...", "answer": "..." (optional)}}.')
-    found = _renamed(row, where, _columns(row, where, column))
-    return found | {name: row[name] for name in ("seed", "span") if name in row}
+    columns = _columns(row, where, column)
+    # Of other data sets, these are something else.
+    more = [name for name in ("seed", "span") if name in row and columns["query"] == "query"]
+    return _renamed(row, where, columns) | {name: row[name] for name in more}
 
 
 def _columns(names: Iterable[Any], where: str, column: str | None) -> dict[str, Any]:
@@ -166,7 +171,7 @@ def _lines(text: str) -> list[tuple[int, str]]:
 def _array(text: str, name: str) -> list[Row] | None:
     """The elements of a JSON array; ``None`` if each line is an array of its own."""
     try:
-        found = parse_json(text, name, list)
+        found = parse_json(text, name, list, finite=False)
     except Damaged as error:
         if "Extra data" in error.what:
             return None
@@ -183,7 +188,9 @@ def _separated(text: str, name: str, separator: str | None, column: str | None) 
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         names = next(row for row in reader if row)
         columns = _columns(names, _line(name, 1), column)
-        for cells in filter(None, reader):
+        for cells in reader:
+            if not any(map(str.strip, cells)):  # spreadsheets leave such lines at the end
+                continue
             where = _line(name, reader.line_num)
             if len(cells) != len(names):
                 raise UserError(
@@ -192,8 +199,9 @@ def _separated(text: str, name: str, separator: str | None, column: str | None) 
                 )
             row = {key: cell for key, cell in zip(names, cells, strict=True) if cell.strip()}
             found = _renamed({columns["query"]: "", **row}, where, columns)
-            if columns.get("answer") == "answers" and found.get("answer", "").startswith(("[", "{")):
-                raise UserError(f"{where}: answers is a list in one cell; save the table as JSON lines.")
+            for ours, theirs in (("answer", "answers"), ("expect", columns.get("expect"))):
+                if columns.get(ours) == theirs and found.get(ours, "").startswith(("[", "{")):
+                    raise UserError(f"{where}: {theirs} is a list in one cell; save the table as JSON lines.")
             yield where, found
     except csv.Error as error:
         raise UserError(f"{name}: no table ({error}).") from error

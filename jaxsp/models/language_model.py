@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -232,6 +233,11 @@ class LanguageModel:
         """The same model, whose answers end at these tokens, too."""
         ends = tuple(sorted({*self.stop_ids, *ids}))
         return self if ends == self.stop_ids else dataclasses.replace(self, stop_ids=ends)
+
+    @property
+    def short_name(self) -> str:
+        """Its name; of a folder or a file the last part, which stays when a project is moved."""
+        return Path(self.name).name if os.path.isabs(self.name) else self.name
 
     def has_weights(self, fingerprint: str) -> bool:
         """Whether a fingerprint is that of these weights; one of version 0.1 tells of a part of them.

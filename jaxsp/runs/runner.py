@@ -206,8 +206,10 @@ class Runner:
         return self.folder.checkpoints / f"{key}-{process}"
 
     def _is_finished(self, job: Job) -> bool:
-        identity = job.identity(self.model, self.teacher)
-        return self.earlier.is_finished(self._folder(job), job.id, identity)
+        folder = self._folder(job)
+        if folder is None or not folder.report.is_file():
+            return False  # the identity of a long document takes seconds
+        return self.earlier.is_finished(folder, job.id, job.identity(self.model, self.teacher))
 
     def _load(self, job: Job) -> Result:
         folder = self._folder(job)
@@ -216,7 +218,9 @@ class Runner:
 
     def _made_elsewhere(self, job: Job) -> Result:
         """The result of another process's job, waited for; jax ends this process if the other dies."""
-        while not self._is_finished(job):
+        folder = self._folder(job)
+        assert folder is not None
+        while not folder.report.is_file():  # the last of its files; one of an earlier run is gone by now
             time.sleep(1)
         return self._load(job)
 

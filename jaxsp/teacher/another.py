@@ -91,7 +91,7 @@ class Teacher:
     @property
     def identity(self) -> dict[str, Any]:
         """The model, its weights, their dtype and its chat, as they decide a run."""
-        name, weights, dtype = self.model.name, self.model.fingerprint, self.model.config.dtype
+        name, weights, dtype = self.model.short_name, self.model.fingerprint, self.model.config.dtype
         chat = dataclasses.asdict(self.model.chat)
         return {"teacher": name, "teacher_weights": weights, "teacher_dtype": dtype, "teacher_chat": chat}
 

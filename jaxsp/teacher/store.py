@@ -42,6 +42,12 @@ _STALE = 86400.0  # seconds: whoever began to write it is gone
 _DAMAGE = OSError, ValueError, KeyError, TypeError, IndexError
 
 
+def _said(entry: Path, error: Exception) -> str:
+    """The damage of an entry, with its path once."""
+    text = str(error).rstrip(".")
+    return text if text.startswith(str(entry)) else f"{entry} is damaged: {text}"
+
+
 def about(kind: str, model: str, document: str, queries: int, **more: int) -> dict[str, Any]:
     """The part of an entry's manifest that ``jaxsp cache list`` shows.
 
@@ -131,8 +137,8 @@ class Store:
                 read(entry)
             except _DAMAGE as error:
                 if not self._mend:
-                    raise UserError(f"{entry} is damaged: {error}. Start anew with --overwrite.") from error
-                self._tell(f"{entry} is damaged: {error}. It is made anew.")
+                    raise UserError(f"{_said(entry, error)}. Start anew with --overwrite.") from error
+                self._tell(f"{_said(entry, error)}. It is made anew.")
                 with _writing(self.own):
                     _remove(entry)
             else:
@@ -146,7 +152,7 @@ class Store:
             check(entry)
             read(entry)
         except _DAMAGE as error:
-            self._tell(f"{entry} is damaged: {error}. It is made anew.")
+            self._tell(f"{_said(entry, error)}. It is made anew.")
             try:
                 with contextlib.suppress(FileNotFoundError):  # another run has removed it
                     _remove(entry)

@@ -26,9 +26,11 @@ from jaxsp.typing import UserError
 KEPT = 2  # the newest, and the one before it in case the newest can't be read
 _FILE, _CHECKSUM = "states.safetensors", "states.sha256"
 _DAMAGE = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, SafetensorError,
+    FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError,
+    SafetensorError,
 )  # fmt: skip
-"""Errors that orbax, too, may raise at files that are not as they were written."""
+"""Errors that orbax, too, may raise at files that are not as they were written; what can't be read just now
+may be whole."""
 
 
 class Checkpoints:
@@ -115,25 +117,37 @@ class Checkpoints:
         self._manager.close()
 
     def _read(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        unreadable: dict[int, Exception] = {}
+        # Found by one process for all: each removal is waited for by the others.
+        number, unreadable = processes.on_first_process(self._newest_readable)
+        if number is None:
+            reason = unreadable[0][1] if unreadable else "there is none"
+            raise Damaged(
+                f"The checkpoint in {self._directory} can't be read ({reason})", "start anew with --overwrite"
+            )
+        for newer, reason in unreadable:
+            self._say(
+                f"The checkpoint of step {newer} in {self._directory} can't be read"
+                f" ({reason}); going on from the one before it, of step {number}."
+            )
+            self._manager.delete(newer)
+        return self._content(number)
+
+    def _newest_readable(self) -> tuple[int | None, list[tuple[int, str]]]:
+        """The number of the newest that can be read, and those newer with what is wrong with them."""
+        unreadable = []
         for number in sorted(self._manager.all_steps(), reverse=True):
             try:
-                content: Any = self._manager.restore(number, args=_Content())
+                self._content(number)
             except _DAMAGE as error:
-                unreadable[number] = error
-                continue
-            for newer, error in unreadable.items():
-                self._say(
-                    f"The checkpoint of step {newer} in {self._directory} can't be read"
-                    f" ({str(error).rstrip('.')}); going on from the one before it, of step {number}."
-                )
-                self._manager.delete(newer)
-            return content
-        reason = next(iter(unreadable.values()), FileNotFoundError("there is none"))
-        raise Damaged(
-            f"The checkpoint in {self._directory} can't be read ({str(reason).rstrip('.')})",
-            "start anew with --overwrite",
-        ) from reason
+                unreadable.append((number, str(error).rstrip(".")))
+            else:
+                return number, unreadable
+        return None, unreadable
+
+    def _content(self, number: int) -> Any:
+        # Not by orbax, which may wait for other processes.
+        folder = self._directory / str(number)
+        return _Handler().restore(next(folder.rglob(_FILE), folder / _FILE).parent)
 
 
 class _Handler(ocp.CheckpointHandler):
@@ -145,7 +159,9 @@ class _Handler(ocp.CheckpointHandler):
             atomic_write(Path(directory) / _FILE, data)
             atomic_write(Path(directory) / _CHECKSUM, hashlib.sha256(data).hexdigest())
 
-    def restore(self, directory: Any, args: _Content) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def restore(
+        self, directory: Any, args: _Content | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         del args
         file, checksum = Path(directory) / _FILE, Path(directory) / _CHECKSUM
         read_whole(file, checksum.read_text() if checksum.exists() else None)  # older ones have none

@@ -229,12 +229,13 @@ class Block:
         assert batches is not None
         started, compiled = time.perf_counter(), compile_seconds()
         self.recent.append(self.states)
-        self.states, metrics = self.driver.step(self.states, batches)
+        states, metrics = self.driver.step(self.states, batches)
         self.ahead = self._batches(later=1)  # read and packed while the device works
         tokens_M = (batches.offsets != EMPTY).sum(axis=(1, 2)).tolist()
         stepping = [i for i, slot in enumerate(self.slots) if not slot.left and not slot.ended]
         values = jax.device_get(metrics)
-        self.tick += 1
+        # Not before: an interrupt while waiting would leave states of a step without its lines.
+        self.states, self.tick = states, self.tick + 1
         compiled = compile_seconds() - compiled
         seconds = (time.perf_counter() - started - compiled) / len(stepping)
         for index in stepping:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from jaxsp.data import formats
 from jaxsp.data.documents import Query, as_queries, read_queries
 from jaxsp.typing import UserError
 
@@ -132,3 +135,33 @@ def test_rows_of_data_sets_in_python():
 def test_a_pattern_that_is_none_is_found_before_anything_is_done():
     with pytest.raises(UserError, match="no regular expression"):
         Query("a?", expect=("/(/",))
+
+
+def test_many_comments_before_a_text_take_no_time():
+    text = b"<!-- a -->\n" * 300 + b"A text."
+    started = time.perf_counter()
+    assert not formats.is_html(text[:4096])
+    assert formats.is_html(b"<!-- a -->\n" * 300 + b"<html>")
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("other columns.jsonl", b'{"question": "How long?", "score": NaN, "seed": 7, "span": "a"}'),
+        ("blank lines.csv", b"query,answer\nHow long?,\n,\n,\n"),
+    ],
+)
+def test_what_is_not_ours_is_passed_over(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert [query.text for query in read_queries(tmp_path / name)] == ["How long?"]
+
+
+def test_a_text_may_begin_as_a_parquet_file_does(tmp_path):
+    (tmp_path / "q.txt").write_text("PAR1 is what?\n")
+    assert [query.text for query in read_queries(tmp_path / "q.txt")] == ["PAR1 is what?"]
+
+
+def test_a_mapping_is_no_list_of_queries():
+    with pytest.raises(UserError, match="must be a list of texts, not one row"):
+        as_queries(dict.fromkeys("abcde", "?"))  # type: ignore[arg-type]

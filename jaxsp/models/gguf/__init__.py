@@ -152,7 +152,7 @@ def _clear(folder: Path) -> None:
     """Removes what conversions that were killed have left."""
     for scratch in folder.iterdir():
         if _SCRATCH.fullmatch(scratch.name):
-            with contextlib.suppress(FileNotFoundError):  # another process is at it
+            with contextlib.suppress(OSError):  # another process is at it, or another user
                 newest = max(file.stat().st_mtime for file in (scratch, *scratch.iterdir()))
                 if time.time() - newest > _ABANDONED:
                     shutil.rmtree(scratch, ignore_errors=True)
