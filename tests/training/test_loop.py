@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 from jaxsp.data.examples import make_rows
 from jaxsp.data.packing import Packing
 from jaxsp.files import checksum
+from jaxsp.training import checkpoint
 from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.loop import Block
 from jaxsp.training.optimizers import constant
@@ -316,6 +318,42 @@ def test_the_checkpoint_before_is_used_where_the_newest_can_not_be_read(tmp_path
     checkpoints.save(4, states, {"tick": 4})
     assert (checkpoints.latest, checkpoints.block()) == (4, {"tick": 4})
     assert len(said) == 1
+    checkpoints.close()
+
+
+def test_what_can_not_be_read_just_now_is_kept(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    states = stack([initial_state({"x": jnp.zeros(3)}, optax.sgd(1.0), key=jax.random.key(0))])
+    checkpoints.save(2, states, {"tick": 2})
+    read = checkpoint.read_whole
+
+    def too_many_files(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(checkpoint, "read_whole", too_many_files)
+    with pytest.raises(OSError, match="Too many open files"):
+        checkpoints.block()
+    monkeypatch.setattr(checkpoint, "read_whole", read)
+    assert checkpoints.block() == {"tick": 2}
+    checkpoints.close()
+
+
+def test_an_interrupt_while_the_device_works_leaves_no_states_without_lines(tmp_path, monkeypatch):
+    """A second Ctrl-C comes at once, wherever the host is: it waits most of the time."""
+    metrics, get, waits = tmp_path / "metrics.jsonl", jax.device_get, []
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+
+    def interrupted(values):
+        waits.append(1)
+        if len(waits) == 5:
+            raise KeyboardInterrupt
+        return get(values)
+
+    monkeypatch.setattr(jax, "device_get", interrupted)
+    with pytest.raises(Interrupted):
+        run(9, metrics=metrics, checkpoints=checkpoints, every=3)
+    states = checkpoints.restore(stack([job(9).state]))
+    assert int(states.step[0]) == len(past_lines(metrics, int(states.step[0]))) - 1 == 4
     checkpoints.close()
 
 
