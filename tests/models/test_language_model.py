@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import numpy as np
@@ -55,3 +56,9 @@ def test_half_a_character_is_held_back_until_the_end(tiny_model, monkeypatch, lo
     assert pieces[:4] == ["a", "é", "水", "b"]
     assert last == ("🙂" if not lost else "\N{REPLACEMENT CHARACTER}")
     assert "".join([*pieces, last]) == tiny_model.tokenizer.decode(ids)
+
+
+def test_a_project_may_be_moved(tiny_model):
+    """A run's identity has the last part of its model's folder; the weights' hash tells the rest."""
+    names = {name: dataclasses.replace(tiny_model, name=name).short_name for name in ("/a/b/m", "org/m", "m")}
+    assert names == {"/a/b/m": "m", "org/m": "org/m", "m": "m"}
