@@ -243,6 +243,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any]]] = {
 }
 
 
+@pytest.mark.slow
 def test_of_many_jobs_only_the_damaged_are_done_again(calm_model, many, tmp_path, capfd):
     results, folder = many
     out = shutil.copytree(folder, tmp_path / "out")
@@ -262,6 +263,7 @@ def test_of_many_jobs_only_the_damaged_are_done_again(calm_model, many, tmp_path
     assert [result.report["id"] for result in again] == ["a", "b", "c", "d", "e"]
 
 
+@pytest.mark.slow
 def test_of_many_jobs_in_training_only_the_damaged_begin_anew(calm_model, many, tmp_path, capfd):
     out = tmp_path / "out"
 
