@@ -189,12 +189,15 @@ def flush(stream: Any) -> None:
 
 
 @contextlib.contextmanager
-def os_errors_as_user_errors(where: object = "", advice: str = "") -> Iterator[None]:
+def os_errors_as_user_errors(
+    where: object = "", advice: str = "", *, of_the_system_alone: bool = False
+) -> Iterator[None]:
     """Turns what the operating system refuses into a ``UserError``: a full disk, a folder that vanished.
 
     Args:
       where: named where the error names no path.
       advice: what to do, as the error ends.
+      of_the_system_alone: leave those that carry no number of the system, as the time-out of a callback.
 
     Example:
       >>> with os_errors_as_user_errors():
@@ -207,7 +210,7 @@ def os_errors_as_user_errors(where: object = "", advice: str = "") -> Iterator[N
     except BrokenPipeError:  # whoever read the output has gone
         raise
     except OSError as error:
-        if error.errno is None:  # somebody else's: a callback's time-out is one
+        if of_the_system_alone and error.errno is None:
             raise
         place, reason = error.filename or where, error.strerror or str(error) or type(error).__name__
         sentence = f"{place}: {reason}" if place else reason

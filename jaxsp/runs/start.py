@@ -129,7 +129,7 @@ def _open(start: Start, identity: dict[str, Any], agreed: dict[str, Any]) -> con
         if (folder := start.folder) is not None:
             begin = folder.check_same if start.resume else folder.start
             advice = "when that is mended, go on with --resume"
-            lock.enter_context(os_errors_as_user_errors(folder.directory, advice))
+            lock.enter_context(os_errors_as_user_errors(folder.directory, advice, of_the_system_alone=True))
 
             def ready() -> None:
                 lock.enter_context(folder.locked())
