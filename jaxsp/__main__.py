@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from jaxsp import cli
 
@@ -14,7 +15,8 @@ def main() -> None:
 
 def _without_torch() -> None:
     # transformers loads torch where it is installed, for seconds and 200 MB; no command of ours uses it.
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    nothing: Any = None  # the import system's sign for what is not to be had
+    sys.modules.setdefault("torch", nothing)
 
 
 if __name__ == "__main__":

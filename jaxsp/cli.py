@@ -226,7 +226,7 @@ class _Saved:
     directory: tyro.conf.Positional[Folder]
     """The folder that compress wrote."""
     model: str | None = None
-    """Where the model is now, if not where it was."""
+    """The model's folder, file or id, if it is not where it was."""
     dtype: str | None = None
     """Dtype of weights and activations."""
     length: int | None = None

@@ -10,7 +10,6 @@ import re
 import signal
 import sys
 import threading
-from pathlib import Path
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1, but for tabs and ends of lines
 
@@ -51,7 +50,7 @@ def prepare() -> None:
     ):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 (it stays open)
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
     if threading.current_thread() is threading.main_thread():  # no other may set it

@@ -45,7 +45,8 @@ class _Page(html.parser.HTMLParser):
         """The cells of a row that are complete."""
         self._rows = 0
 
-    def handle_starttag(self, tag: str, attrs: Any) -> None:  # noqa: ARG002
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        del attrs
         if self._unseen is not None:
             return
         if tag in _UNSEEN:

@@ -332,13 +332,12 @@ class Runner:
         problem = self.problems.of(job, self.displays[job.id])
         self.displays.setdefault(job.id, Display(visible=False))
         folder, settings = self._folder(job), job.settings
-        identity = job.identity(self.model, self.teacher)
         if folder is not None and fresh and processes.is_first():
             if not self.single:
-                folder.start(identity)
+                folder.start(job.identity(self.model, self.teacher))
             folder.metrics.unlink(missing_ok=True)
         elif folder is not None and not fresh:
-            folder.check_same(identity)
+            folder.check_same(job.identity(self.model, self.teacher))
         state, metrics = start_state(self.model, problem, settings), folder and folder.metrics
         self.running[job.id] = problem, state.sigma
         packing = Packing.of(problem.lengths, settings.training.batch_size)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from jaxsp import processes
 from jaxsp.compile_cache import cache_folder
-from jaxsp.files import parse_json
+from jaxsp.files import checksum, parse_json
 from jaxsp.typing import UserError
 
 T = TypeVar("T")
@@ -39,10 +39,11 @@ FIRST_WORDS = 60
 
 _PART = ".part"
 _STALE = 86400.0  # seconds: whoever began to write it is gone
-_DAMAGE = OSError, ValueError, KeyError, TypeError, IndexError
+# Not any OSError: what can't be read just now may be whole.
+_DAMAGE = FileNotFoundError, ValueError, KeyError, TypeError, IndexError
 
 
-def _said(entry: Path, error: Exception) -> str:
+def _damage_of(entry: Path, error: Exception) -> str:
     """The damage of an entry, with its path once."""
     text = str(error).rstrip(".")
     return text if text.startswith(str(entry)) else f"{entry} is damaged: {text}"
@@ -137,8 +138,8 @@ class Store:
                 read(entry)
             except _DAMAGE as error:
                 if not self._mend:
-                    raise UserError(f"{_said(entry, error)}. Start anew with --overwrite.") from error
-                self._tell(f"{_said(entry, error)}. It is made anew.")
+                    raise UserError(f"{_damage_of(entry, error)}. Start anew with --overwrite.") from error
+                self._tell(f"{_damage_of(entry, error)}. It is made anew.")
                 with _writing(self.own):
                     _remove(entry)
             else:
@@ -152,12 +153,15 @@ class Store:
             check(entry)
             read(entry)
         except _DAMAGE as error:
-            self._tell(f"{_said(entry, error)}. It is made anew.")
+            self._tell(f"{_damage_of(entry, error)}. It is made anew.")
             try:
                 with contextlib.suppress(FileNotFoundError):  # another run has removed it
                     _remove(entry)
             except OSError as failure:
                 self._leave(failure)
+            return None
+        except OSError as error:
+            self._leave(error)
             return None
         with contextlib.suppress(OSError):
             os.utime(entry / MANIFEST)
@@ -244,7 +248,7 @@ def _record(folder: Path, key: str, about: dict[str, Any], write: Callable[[Path
         write(entry)
         files = {file.name: [file.stat().st_size, _sha256(file)] for file in sorted(entry.iterdir())}
         manifest = {"version": VERSION, "key": key, "files": files, **about}
-        sealed = json.dumps({**manifest, "sha256": _seal(manifest)}, ensure_ascii=False)
+        sealed = json.dumps({**manifest, "sha256": checksum(manifest)}, ensure_ascii=False)
         (entry / MANIFEST).write_text(sealed, "utf-8")
 
     return _install(folder, key, whole)
@@ -273,10 +277,6 @@ def _remove(entry: Path) -> None:
     shutil.rmtree(entry.rename(gone))
 
 
-def _seal(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -287,9 +287,9 @@ def _manifest(entry: Path) -> dict[str, Any]:
     try:
         manifest = parse_json((entry / MANIFEST).read_bytes(), MANIFEST)
         seal = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError) as error:
+    except (FileNotFoundError, ValueError, KeyError) as error:
         raise ValueError(f"its {MANIFEST} can't be read ({str(error).rstrip('.')})") from error
-    if seal != _seal(manifest):
+    if seal != checksum(manifest):
         raise ValueError(f"its {MANIFEST} is not as it was written")
     for name, expected in (("version", VERSION), ("key", entry.name)):
         if manifest[name] != expected:

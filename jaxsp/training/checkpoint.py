@@ -165,7 +165,7 @@ class _Handler(ocp.CheckpointHandler):
         del args
         file, checksum = Path(directory) / _FILE, Path(directory) / _CHECKSUM
         read_whole(file, checksum.read_text() if checksum.exists() else None)  # older ones have none
-        with safe_open(file, "numpy") as opened:
+        with safe_open(file, "numpy") as opened:  # safetensors reads bfloat16 from files alone
             return load_file(file), parse_json(opened.metadata()["block"], file)
 
 

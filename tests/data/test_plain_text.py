@@ -139,7 +139,6 @@ def test_a_pdf_needs_its_extra(tmp_path, monkeypatch):
 
 
 def test_a_real_pdf(tmp_path):
-    pytest.importorskip("pypdf")
     stream = b"BT /F1 12 Tf 9 9 Td (The cable is 90 cm long.) Tj ET"
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -163,5 +164,6 @@ def test_a_text_may_begin_as_a_parquet_file_does(tmp_path):
 
 
 def test_a_mapping_is_no_list_of_queries():
+    mapping: Any = dict.fromkeys("abcde", "?")
     with pytest.raises(UserError, match="must be a list of texts, not one row"):
-        as_queries(dict.fromkeys("abcde", "?"))  # type: ignore[arg-type]
+        as_queries(mapping)

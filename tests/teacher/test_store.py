@@ -245,7 +245,7 @@ def reseal(entry: Path, **changes: Any) -> None:
     del manifest["sha256"]
     manifest |= changes
     (entry / MANIFEST).unlink()
-    (entry / MANIFEST).write_text(json.dumps(manifest | {"sha256": stores._seal(manifest)}))
+    (entry / MANIFEST).write_text(json.dumps(manifest | {"sha256": stores.checksum(manifest)}))
 
 
 def reshape(entry: Path) -> None:
@@ -307,7 +307,7 @@ def test_a_process_killed_in_the_midst_leaves_nothing_that_is_read(teach, shared
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stores, "_seal", killed)
+        patch.setattr(stores, "checksum", killed)
         patch.setattr(stores.shutil, "rmtree", lambda *a, **k: None)
         with pytest.raises(KeyboardInterrupt):
             teach()
