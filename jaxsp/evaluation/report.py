@@ -206,8 +206,9 @@ def _cut_answers(
     Those to train on are the teacher's own (``train`` of ``train_answers``); those held out are the
     free-running ones of each bracket.
     """
-    shared = teacher is not None and teacher.difference is None
-    ends = {*model.stop_ids, *(teacher.model.stop_ids if teacher is not None and shared else ())}
+    ends = set(model.stop_ids)
+    if teacher is not None and teacher.difference is None:
+        ends |= set(teacher.model.stop_ids)
     job, samples = problem.job, problem.samples
 
     def cut(answers: Iterable[Sequence[int]]) -> int:
