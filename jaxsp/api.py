@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Unpack, overload
 
 from jaxsp import processes
-from jaxsp.artifact import SoftPrompt, named_model
+from jaxsp.artifact import SoftPrompt, check_decoder, named_model
 from jaxsp.data.documents import Query, as_queries
 from jaxsp.errors import check_text
 from jaxsp.evaluation import brackets, report as reports
@@ -310,4 +310,5 @@ def _teacher_of(
             f"This prompt was taught by {known['name']} ({known['fingerprint'][:12]}); {found.name} has other"
             f" weights ({found.fingerprint[:12]}). Give the teacher that it was."
         )
+    check_decoder(known, found)
     return Teacher.of(model, found)

@@ -27,7 +27,7 @@ from jaxsp.models.config import DecoderConfig, Quantization
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.load import as_model, hub_id
 from jaxsp.prompts import PROMPT_KINDS, storage
-from jaxsp.settings import Settings, plain
+from jaxsp.settings import Settings, differences, plain
 from jaxsp.terminal import say_once
 from jaxsp.typing import Array, KeyValues, Params, PyTree, UserError
 
@@ -155,6 +155,7 @@ class SoftPrompt:
                     f"This prompt belongs to another model: its {what} are those of {name} ({theirs[:12]}),"
                     f" the loaded model is {model.name} ({actual[:12]})."
                 )
+        check_decoder(self.manifest["model"], model)
 
     def cut(self, length: int) -> SoftPrompt:
         """One of the shorter prompts that a nested one holds: its first slots.
@@ -270,7 +271,9 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     model, slots = manifest["model"], manifest["slots"]
     texts = [model.get("name"), model.get("fingerprint"), manifest["tokenizer"].get("fingerprint")]
     texts += [slots.get(field.name, "") for field in dataclasses.fields(ChatTexts) if field.type == "str"]
-    if not all(isinstance(text, str) for text in texts) or not isinstance(slots.get("before_ids"), list):
+    decoders = [named.get("decoder", {}) for named in (model, manifest.get("teacher") or {})]
+    typed = [(texts, str), ([slots.get("before_ids")], list), (decoders, dict)]
+    if not all(isinstance(value, kind) for values, kind in typed for value in values):
         raise Damaged(f"{file} is damaged: what it says of model, tokenizer or slots is no text")
     return manifest
 
@@ -292,6 +295,21 @@ def _read_sigma(file: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         if not np.isfinite(array.astype(np.float32)).all():
             raise Damaged(f"{file} is damaged: {name} has entries that are not finite")
     return sigma
+
+
+def check_decoder(named: Mapping[str, Any], model: LanguageModel) -> None:
+    """Raises ``UserError`` if a model with the same weights computes something else with them.
+
+    Args:
+      named: what a manifest says of a model; written by versions that didn't know, it says nothing.
+      model: the model that is there.
+    """
+    config = model.config.identity
+    if changed := differences(named.get("decoder", config), config):
+        raise UserError(
+            f"{model.name} is not what it was when this prompt was made: {'; '.join(changed)}. Give it the"
+            " config.json that it had, or make the prompt anew."
+        )
 
 
 def named_model(named: Mapping[str, Any]) -> str:
@@ -366,6 +384,7 @@ def make_artifact(
         "model": {
             "name": model.name,
             "fingerprint": model.fingerprint,
+            "decoder": model.config.identity,
             "quantization": model.config.quantization,
         },
         "teacher": teacher,

@@ -50,6 +50,7 @@ def context_prefix(
     return decoder.prefill(params, config, decoder.embed(params, config, ids), preamble)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "kind"), inline=True)
 def prompt_prefix(
     params: Params, config: DecoderConfig, sigma: PyTree, preamble: KeyValues, kind: str = DEFAULT_KIND
 ) -> KeyValues:
@@ -80,9 +81,6 @@ about: what is kept in memory does not grow with the parts."""
 
 _Own = Bool[Array, "b s"] | None
 """The slots of the part that each row was taught by; ``None``: the context has one part."""
-
-read_prompt = jax.jit(prompt_prefix, static_argnames=("config", "kind"))
-"""``prompt_prefix``, compiled."""
 
 
 def initial_prompt(

@@ -128,6 +128,11 @@ def plan(
             "--context-tokens must be at least 1 and --query-tokens at least 2; got"
             f" {context_tokens} and {query_tokens}."
         )
+    if (length := settings.prompt.prompt_length) >= context_tokens:
+        raise UserError(
+            f"The prompt must be shorter than the context: --prompt-length is {length}, --context-tokens"
+            f" {context_tokens}."
+        )
     config.check_length(PREAMBLE_TOKENS + query_tokens + 1)
     # A longer context is read part by part.
     most = min(config.window - PREAMBLE_TOKENS - query_tokens, settings.teacher.teacher_context or math.inf)

@@ -287,6 +287,23 @@ def decides_result(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in plain(settings).items() if name not in plain(settings.devices)}
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Entries that are not the same, in words; those of a mapping within by their path.
+
+    Example:
+      >>> differences({"steps": 4, "chat": {"after": "?"}}, {"steps": 4, "chat": {"after": "!"}})
+      ["chat.after was '?' and is now '!'"]
+    """
+    found = []
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += [f"{name}.{difference}" for difference in differences(old, new)]
+        elif old != new:
+            found.append(f"{name} was {old!r} and is now {new!r}")
+    return found
+
+
 def side_by_side(settings: Settings) -> tuple[Any, ...]:
     """Equal for prompts that can train side by side, in one compiled step.
 

@@ -61,6 +61,7 @@ def test_options_of_an_objective_in_text(calm_model):
         compress(calm_model, objective="js(gamma=1)")
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_ones_own_moves_by_its_own_rate(calm_model):
     start = compress(calm_model, steps=0).prompt.sigma
     moved = compress(calm_model, optimizer=optax.sign_sgd(1e-3), steps=3, keep="last")

@@ -691,15 +691,13 @@ def test_report_writes_what_the_run_wrote(jaxsp_command, finished, tmp_path):
     ):
         (many / "a" / "report.json").write_text(damaged)
         checksums.write_text(kept)
-        refused(jaxsp_command("report", many), many / "a" / "report.json", "is damaged: its SHA-256")
+        refused(jaxsp_command("report", many / "a"), many / "a" / "report.json", "is damaged: its SHA-256")
         checksums.unlink()  # older runs have none
-        code, out, err = jaxsp_command("report", many)
-        assert out.splitlines() == [str(many / "b" / "report.md")]  # the others are written
-        refused((code, out, err), many / "a" / "report.json", words)
+        refused(jaxsp_command("report", many / "a"), many / "a" / "report.json", words)
     (many / "a" / "report.json").write_text(json.dumps(report))
     (many / "a" / "prompt.safetensors").write_bytes(b"")
     code, out, err = jaxsp_command("report", many)
-    assert out.splitlines() == [str(many / "b" / "report.md")]
+    assert out.splitlines() == [str(many / "b" / "report.md")]  # the others are written
     refused((code, out, err), many / "a" / "prompt.safetensors", "is damaged")
     shutil.copy(finished / "prompt.safetensors", many / "a")
     (many / "a" / "report.json").write_text(json.dumps({**report, "error": "The loss is not finite"}))
@@ -799,6 +797,33 @@ def test_one_bit_of_the_weights_is_noticed(jaxsp_command, compress, finished, ti
     refused(jaxsp_command("evaluate", finished, *asked), *words)
     shutil.copytree(finished, out)
     refused(compress("--resume", model=other), "can't be resumed", "weights was")
+
+
+def test_other_angles_of_the_same_weights_are_noticed(
+    jaxsp_command, compress, finished, tiny_directory, tmp_path, job
+):
+    """A config.json that was edited: the same weights give other numbers."""
+    other, out = tmp_path / tiny_directory.name, tmp_path / "out"
+    shutil.copytree(tiny_directory, other)
+    config = json.loads((other / "config.json").read_text())
+    for name, value, said in (
+        (
+            "rope_parameters",
+            {"rope_type": "default", "rope_theta": 5e5},
+            r"ropes was '2 × Rope\(.* and is now",
+        ),
+        ("rms_norm_eps", 1e-3, r"norm_epsilon was 1e-0\d and is now 0.001"),
+    ):
+        (other / "config.json").write_text(json.dumps({**config, name: value}))
+        asked = ("evaluate", finished, "--queries", job["queries"])
+        for command in (("ask", finished, "Who?"), asked):
+            code, _, err = jaxsp_command(*command, "--model", other)
+            assert code == 2
+            assert re.search(f"not what it was when this prompt was made: {said}", err), err
+        shutil.copytree(finished, out, dirs_exist_ok=True)
+        code, _, err = compress("--resume", model=other)
+        assert code == 2
+        assert re.search(f"can't be resumed with other settings: decoder.{said}", err), err
 
 
 def test_memory_that_there_is_not(jaxsp_command, finished, monkeypatch):

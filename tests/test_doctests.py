@@ -57,7 +57,7 @@ def demo_folder(tmp_path):
     return tmp_path / "prompt"
 
 
-@pytest.mark.parametrize("name", slow_beside(MODULES, "jaxsp.api"))
+@pytest.mark.parametrize("name", slow_beside(MODULES, "jaxsp.api", "jaxsp.artifact", "jaxsp.training"))
 def test_examples(name, request):
     module = importlib.import_module(name)
     tests = [t for t in doctest.DocTestFinder().find(module) if t.examples]

@@ -47,7 +47,7 @@ def test_a_prompt_equal_to_the_context_gives_kl_zero(dtype):
         equal, different = (
             at_positions(
                 model,
-                distributions.read_prompt(model.params, model.config, own, preamble, kind),
+                distributions.prompt_prefix(model.params, model.config, own, preamble, kind),
                 rows, packing, ("kl", "zero_one"),
             )
             for own in (sigma, other)
@@ -78,22 +78,23 @@ def test_the_demo_shows_what_it_promises(smollm2, jaxsp_command, tmp_path, monke
     weights = jax.tree.map(np.array, smollm2.params)
     monkeypatch.setattr(load, "load_model", lambda *_, **__: smollm2)
     context, queries, held_out = demo.read()
-    assert len(queries) + len(held_out) >= 40
-    monkeypatch.setattr(demo, "read", lambda: (context, queries[::3], held_out))
+    assert len(held_out) == 10
+    assert len(queries) >= 40
+    monkeypatch.setattr(demo, "read", lambda: (context, queries[::4], held_out[::2]))
     monkeypatch.chdir(tmp_path)
     code, out, err = jaxsp_command("demo", "--steps", 4)
     assert code == 0, err
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), smollm2.params, weights)
     assert all(jax.tree.leaves(same))
     report = json.loads((tmp_path / "jaxsp-demo" / "report.json").read_text())
-    held_out = report["held_out"]["brackets"]
+    brackets = report["held_out"]["brackets"]
     assert report["prompt_length"] == 16
     assert 300 <= report["context_tokens"] <= 500
-    assert report["train"]["queries"] == len(queries[::3])
-    assert report["held_out"]["queries"] == 10
+    assert report["train"]["queries"] == len(queries[::4])
+    assert report["held_out"]["queries"] == len(held_out[::2])
     assert report["gap_closed"]["value"] >= 0.85
-    assert held_out["prompt"]["kl"] < held_out["truncated_context"]["kl"]
-    assert held_out["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert brackets["prompt"]["kl"] < brackets["truncated_context"]["kl"]
+    assert brackets["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
     assert "full context" in out
     assert "no context" in out
     assert "report.md" in out

@@ -102,7 +102,7 @@ class Document:
         if cell.length is not None:
             kind, sigma = prompts.cut(kind, sigma, cell.length)
         model, problem = self.model, self.problem
-        prefix = distributions.read_prompt(model.params, model.config, sigma, problem.preamble, kind)
+        prefix = distributions.prompt_prefix(model.params, model.config, sigma, problem.preamble, kind)
         return {
             **dataclasses.asdict(cell),
             "context_tokens": len(problem.job.context_ids),

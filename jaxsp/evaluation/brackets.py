@@ -222,7 +222,7 @@ def length_curve(
 
 
 def _read(model: LanguageModel, problem: Problem, sigma: PyTree, kind: str) -> KeyValues:
-    return distributions.read_prompt(model.params, model.config, sigma, problem.preamble, kind)
+    return distributions.prompt_prefix(model.params, model.config, sigma, problem.preamble, kind)
 
 
 def _held_out_kl(model: LanguageModel, problem: Problem, prefix: KeyValues) -> float:

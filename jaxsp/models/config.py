@@ -16,6 +16,10 @@ Activation = Literal["silu", "gelu_tanh"]
 Quantization = Literal["none", "int8"]
 
 
+# Dtype and quantization stand by themselves beside the identity; the others don't change what is computed.
+_NO_IDENTITY = ("window", "dtype", "quantization", "remat", "attention")
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Hyper-parameters of one decoder; hashable, so that it can be a static argument of ``jax.jit``.
@@ -95,6 +99,26 @@ class DecoderConfig:
         return textwrap.fill(
             f"DecoderConfig({', '.join(shown)})", 100, subsequent_indent="    ", break_on_hyphens=False
         )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide what the weights compute, where they differ from their default, as JSON
+        keeps them.
+
+        Example:
+          >>> import jaxsp
+          >>> jaxsp.load_model("smollm2-135m-instruct").config.identity["ropes"]
+          '30 × Rope(32 frequencies, 1 to 1.33e-05) #84372f87'
+        """
+        found = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in _NO_IDENTITY or value in (field.default, ()):
+                continue
+            if isinstance(value, tuple):
+                value = _per_layer(tuple(v.identity if isinstance(v, Rope) else v for v in value))
+            found[field.name] = value
+        return found
 
     def check_length(self, tokens: int) -> None:
         """Raises ``UserError`` if a sequence of so many tokens is longer than the window."""

@@ -226,12 +226,17 @@ def _apply(
     return Decoder(config, rewrite).apply({"params": params}, *arguments, method=method)
 
 
-@functools.partial(jax.jit, static_argnames="config", inline=True)
+_compiled = functools.partial(jax.jit, static_argnames="config", inline=True)
+"""Called by itself, a function is one program, and not one for each of its operations."""
+
+
+@_compiled
 def embed(params: Params, config: DecoderConfig, ids: Int[AnyArray, "*b t"]) -> Float[Array, "*b t d"]:
     """Input vectors of the token ids: the space in which a soft prompt lives."""
     return _apply(params, config, "embed", jnp.asarray(ids))
 
 
+@_compiled
 def hidden(
     params: Params,
     config: DecoderConfig,
@@ -297,6 +302,7 @@ def _hidden(
     return _apply(params, config, "hidden", *arguments, rewrite=rewrite)
 
 
+@_compiled
 def unembed(params: Params, config: DecoderConfig, hidden: Float[AnyArray, "*b d"]) -> Float[Array, "*b v"]:
     """Logits, float32, of last hidden states."""
     return _apply(params, config, "unembed", jnp.asarray(hidden))
@@ -307,6 +313,7 @@ def unembedding(params: Params, config: DecoderConfig) -> Float[Array, "v d"]:
     return params["embed_tokens" if config.tied_head else "lm_head"]["embedding"]
 
 
+@_compiled
 def prefill(
     params: Params, config: DecoderConfig, inputs: Float[AnyArray, "1 t d"], prefix: KeyValues | None = None
 ) -> KeyValues:

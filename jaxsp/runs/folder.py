@@ -26,9 +26,10 @@ from jaxsp.files import (
     sealed,
     unsealed,
 )
+from jaxsp.settings import differences
 from jaxsp.typing import UserError
 
-VERSION = 4
+VERSION = 5
 """Version of the files in a run's folder; 0.1 wrote none."""
 
 REPORT, METRICS, RESULTS = "report.json", "metrics.jsonl", "results.parquet"
@@ -253,13 +254,7 @@ class RunFolder:
                 f"The run in {folder} was made by another version of jaxsp, whose files this one can't go"
                 " on with; finish it with that version, or start anew with --overwrite."
             )
-        settings = as_read(settings)
-        changed = [
-            f"{name} was {before.get(name)!r} and is now {settings.get(name)!r}"
-            for name in sorted({*before, *settings})
-            if before.get(name) != settings.get(name)
-        ]
-        if changed:
+        if changed := differences(before, as_read(settings)):
             raise UserError(
                 f"The run in {folder} can't be resumed with other settings: {'; '.join(changed)}. Give"
                 " the same, or start anew with --overwrite."

@@ -99,7 +99,9 @@ def groups(jobs: Sequence[Job]) -> dict[str, list[Job]]:
 def model_identity(model: LanguageModel, teacher: Teacher | None = None) -> dict[str, Any]:
     """The model, its weights, their dtype and its chat; the same of its teacher, if that is another."""
     chat = {"chat_options": dataclasses.asdict(model.chat_options), "chat": dataclasses.asdict(model.chat)}
-    found = {"model": model.short_name, "weights": model.fingerprint, "dtype": model.config.dtype, **chat}
+    config = model.config
+    found = {"model": model.short_name, "weights": model.fingerprint, "decoder": config.identity}
+    found |= {"dtype": config.dtype, **chat}
     return found | (teacher.identity if teacher else {})
 
 

@@ -117,7 +117,7 @@ class OnPolicyRows:
         count = max(1, round(training.on_policy * len(order)))
         rows = sorted(self._open[i] for i in order[:count])
         kind = self.settings.prompt.kind
-        prefix = distributions.read_prompt(model.params, model.config, sigma, self.problem.preamble, kind)
+        prefix = distributions.prompt_prefix(model.params, model.config, sigma, self.problem.preamble, kind)
         queries = [job.query_ids[self._numbers[row]] for row in rows]
         answered = answer_ids(model, prefix, queries, max_tokens=self.settings.teacher.max_answer_tokens)
         found: OwnAnswers = [None] * len(self._numbers)

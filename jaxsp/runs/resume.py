@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxsp.errors import Damaged
 from jaxsp.evaluation import table
-from jaxsp.files import checksum
 from jaxsp.runs.folder import Result, RunFolder
-from jaxsp.training.slots import TrainingJob, past_lines
+from jaxsp.training.slots import TrainingJob, lines_checksum, past_lines
 from jaxsp.training.state import stack, unstack
 from jaxsp.typing import UserError
 
@@ -126,6 +125,6 @@ def _with_its_lines(job: TrainingJob, known: str | None) -> TrainingJob:
         if not job.metrics.exists():
             raise Damaged(f"{job.metrics} is missing")
         lines = past_lines(job.metrics, int(job.state.step))
-        if known not in (None, checksum(lines)):  # older ones know none
+        if known not in (None, lines_checksum(lines)):  # older ones know none
             raise Damaged(f"{job.metrics} is damaged: its lines are not those that were written")
     return job

@@ -90,10 +90,15 @@ class Teacher:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The model, its weights, their dtype and its chat, as they decide a run."""
-        name, weights, dtype = self.model.short_name, self.model.fingerprint, self.model.config.dtype
-        chat = dataclasses.asdict(self.model.chat)
-        return {"teacher": name, "teacher_weights": weights, "teacher_dtype": dtype, "teacher_chat": chat}
+        """The model, its weights and what is computed with them, and its chat, as they decide a run."""
+        model, config = self.model, self.model.config
+        return {
+            "teacher": model.short_name,
+            "teacher_weights": model.fingerprint,
+            "teacher_decoder": config.identity,
+            "teacher_dtype": config.dtype,
+            "teacher_chat": dataclasses.asdict(model.chat),
+        }
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -102,6 +107,7 @@ class Teacher:
         return {
             "name": self.model.name,
             "fingerprint": self.model.fingerprint,
+            "decoder": config.identity,
             "quantization": config.quantization,
             "dtype": config.dtype,
             "signal": "distributions" if shared else "answers",

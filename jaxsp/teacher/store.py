@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from jaxsp import processes
 from jaxsp.compile_cache import cache_folder
-from jaxsp.files import checksum, parse_json
+from jaxsp.files import checksum, flush, parse_json
 from jaxsp.typing import UserError
 
 T = TypeVar("T")
@@ -261,6 +261,9 @@ def _install(folder: Path, key: str, write: Callable[[Path], None]) -> Path:
     try:
         scratch.mkdir()
         write(scratch)
+        for file in scratch.iterdir():
+            with file.open("rb") as stream:
+                flush(stream)
         try:
             scratch.rename(entry)
         except OSError:

@@ -21,7 +21,6 @@ import numpy as np
 from jaxsp import processes
 from jaxsp.data.examples import Rows
 from jaxsp.data.packing import Packing
-from jaxsp.files import checksum
 from jaxsp.progress import compile_seconds
 from jaxsp.training.drivers import Driver
 from jaxsp.training.slots import (
@@ -297,7 +296,7 @@ class Block:
             # Whose training has failed is not gone on with.
             going = [slot.job.id if not slot.left and slot.error is None else None for slot in self.slots]
             block = {"jobs": going, "tick": self.tick, "packing": dataclasses.astuple(self.packing)}
-            block["lines"] = [None if slot.left else checksum(slot.lines) for slot in self.slots]
+            block["lines"] = [None if slot.left else slot.checksum() for slot in self.slots]
             if any(slot.answers for slot in self._live()):
                 block["answers"] = [None if slot.left else slot.answers for slot in self.slots]
             self.checkpoints.save(self.tick, self.driver.fetch(self.states), block)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jaxsp import processes
 from jaxsp.data.examples import Rows
 from jaxsp.data.packing import Packing
 from jaxsp.errors import Damaged
-from jaxsp.files import atomic_write, flush, parse_json, read_whole
+from jaxsp.files import as_read, atomic_write, flush, parse_json, read_whole
 from jaxsp.training.state import TrainState
 from jaxsp.typing import PyTree
 
@@ -130,6 +131,7 @@ class Slot:
         self.answers: OwnAnswers | None = None  # those in use
         self._answered = -1  # the step at which they were made
         self._written = self._given = len(self.lines)
+        self._sum, self._summed = hashlib.sha256(), 0  # of the lines, so that each is read once
         self._drawn: dict[int, np.ndarray] = {}  # by cursor
         if self.fresh:
             self.lines.append({"step": self.step})
@@ -199,6 +201,13 @@ class Slot:
         lines, self._given = self.lines[self._given :], len(self.lines)
         return lines
 
+    def checksum(self) -> str:
+        """``lines_checksum`` of the lines; none of them may change from now on."""
+        for line in self.lines[self._summed :]:
+            self._sum.update(_canonical(line))
+        self._summed = len(self.lines)
+        return self._sum.hexdigest()
+
     def write(self, *, safely: bool = False) -> None:
         """Puts the lines into their file; ``safely``: a checkpoint needs them, whatever happens."""
         lines, self._written = self.lines[self._written :], len(self.lines)
@@ -207,6 +216,20 @@ class Slot:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
                 if safely:
                     flush(file)
+
+
+def lines_checksum(lines: Iterable[dict[str, Any]]) -> str:
+    """SHA-256 of the lines of a run, however they are written.
+
+    Example:
+      >>> lines_checksum([{"step": 0, "loss": 1.0}]) == lines_checksum([{"loss": 1.0, "step": 0}])
+      True
+    """
+    return hashlib.sha256(b"".join(map(_canonical, lines))).hexdigest()
+
+
+def _canonical(line: dict[str, Any]) -> bytes:
+    return json.dumps(as_read(line), sort_keys=True).encode() + b"\n"
 
 
 def all_lengths(slot: Slot) -> np.ndarray:

@@ -62,6 +62,7 @@ def test_figures_and_names_stand_in_the_document():
     assert stands_in("It is long.", CONTEXT) is None
 
 
+@pytest.mark.slow
 def test_a_report_says_what_is_right_and_how_good_the_teacher_is(calm_model):
     """A model of random weights knows nothing: its teacher is weak, and the report says so first."""
     held_out = [Query("Is it?", expect=("surely",)), Query("What?", answer="zzz")]

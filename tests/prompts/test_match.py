@@ -22,6 +22,12 @@ from tests import tiny
 from tests.conftest import slow_beside
 from tests.prompts.test_prompts import CONTEXT, ROWS
 
+# One program each, as in a start: by themselves each operation would be one.
+choose = jax.jit(match.choose, static_argnames="count")
+weights = jax.jit(match.weights, static_argnames="steps")
+fit = jax.jit(match.fit, static_argnames="size")
+errors = jax.jit(match.errors, static_argnames="levels")
+
 
 @pytest.fixture(scope="module")
 def columns():
@@ -42,8 +48,8 @@ def pursued(columns, count):
 
 
 def chosen_and_mass(columns, count):
-    chosen, products = match.choose(columns, columns.sum(axis=1), count)
-    return chosen, match.weights(products, jnp.ones(count, bool), 400)
+    chosen, products = choose(columns, columns.sum(axis=1), count)
+    return chosen, weights(products, jnp.ones(count, bool), 400)
 
 
 @pytest.mark.parametrize("count", [1, 4, 9])
@@ -55,7 +61,7 @@ def test_slots_are_those_of_the_plain_pursuit(columns, count):
 
 
 def test_the_order_of_the_slots_is_nested(columns):
-    few, many = (match.choose(columns, columns.sum(axis=1), n)[0].tolist() for n in (3, 8))
+    few, many = (choose(columns, columns.sum(axis=1), n)[0].tolist() for n in (3, 8))
     assert many[:3] == few
 
 
@@ -71,7 +77,7 @@ def test_values_give_what_the_whole_gave():
     scores, values = random.standard_normal((200, 30)), random.standard_normal((30, 8))
     weight = random.uniform(size=200)
     scores, values, weight = (jnp.asarray(x, jnp.float32) for x in (scores, values, weight))
-    chosen, bias, fitted = match.fit(scores, weight, values, jnp.int32(6), size=6)
+    chosen, bias, fitted = fit(scores, weight, values, jnp.int32(6), size=6)
 
     def off(values_KF):
         own = jax.nn.softmax(scores[:, chosen] + bias, axis=-1)
@@ -95,8 +101,8 @@ def some_head(seed=0, queries=200, slots=30) -> tuple[jax.Array, jax.Array, jax.
 
 def test_a_head_with_fewer_slots_than_there_is_room_for():
     """The same slots at the end, and nothing of the others is read."""
-    chosen, bias, values = match.fit(*some_head(), jnp.int32(4), size=10)
-    own_chosen, own_bias, own_values = match.fit(*some_head(), jnp.int32(4), size=4)
+    chosen, bias, values = fit(*some_head(), jnp.int32(4), size=10)
+    own_chosen, own_bias, own_values = fit(*some_head(), jnp.int32(4), size=4)
     assert chosen[6:].tolist() == own_chosen.tolist()
     assert (bias[:6] == ABSENT).all()
     np.testing.assert_allclose(bias[6:], own_bias, atol=1e-3)
@@ -106,10 +112,10 @@ def test_a_head_with_fewer_slots_than_there_is_room_for():
 def test_errors_are_those_of_fits_to_the_other_queries():
     """At the queries left out, as computed plainly for each number of slots."""
     scores, weight, values = some_head(1)
-    levels, found = (1, 4, 12), match.errors(*some_head(1), levels=(1, 4, 12))
+    levels, found = (1, 4, 12), errors(*some_head(1), levels=(1, 4, 12))
     decides = np.arange(len(weight)) % match.HELD_OUT == 0
     for count, error in zip(levels, found, strict=True):
-        chosen, bias, _ = match.fit(*some_head(1), jnp.int32(count), size=count)
+        chosen, bias, _ = fit(*some_head(1), jnp.int32(count), size=count)
         own = np.asarray(jax.nn.softmax(scores[:, chosen] + bias, axis=-1), np.float64)
         near, w = np.asarray(values[chosen], np.float64), np.asarray(weight, np.float64)[:, None]
         left = np.asarray(jax.nn.softmax(scores, axis=-1) @ values, np.float64) - own @ near
@@ -150,7 +156,8 @@ def kl(model, preamble, rows, length, name, kind="key_value"):
 MATCHED = ["llama-per_head", "llama-key_value", "gemma2-per_head", "gpt2-per_head"]
 
 
-@pytest.mark.parametrize("matched", slow_beside(MATCHED, *MATCHED[1:]))
+@pytest.mark.slow
+@pytest.mark.parametrize("matched", MATCHED)
 def test_a_model_is_matched(tmp_path, matched):
     """With all slots it is the context; with three it is nearer to it than the first three tokens."""
     family, kind = matched.split("-")
@@ -252,15 +259,15 @@ def test_slots_of_other_parts_count_where_they_are_seen():
     scores, weight, values = some_head()
     own = jnp.asarray((np.arange(200) < 100)[:, None] == (np.arange(30) < 15))
     hidden = jnp.where(own, scores, -1e30)
-    alike = [match.fit(hidden, weight, values, jnp.int32(6), *more, size=6) for more in ((), (own,))]
+    alike = [fit(hidden, weight, values, jnp.int32(6), *more, size=6) for more in ((), (own,))]
     assert alike[0][0].tolist() == alike[1][0].tolist()
     for plain, owned in zip(alike[0], alike[1], strict=True):
         np.testing.assert_allclose(plain, owned, atol=1e-5)
     loud = int(alike[0][0][0])
     louder = jnp.where(own, scores, scores + 9 * (jnp.arange(30) == loud))
-    assert loud not in match.fit(louder, weight, values, jnp.int32(6), own, size=6)[0]
-    errors = [match.errors(hidden, weight, values, *more, levels=(2, 6)) for more in ((), (own,))]
-    np.testing.assert_allclose(*errors, rtol=1e-5)
+    assert loud not in fit(louder, weight, values, jnp.int32(6), own, size=6)[0]
+    found = [errors(hidden, weight, values, *more, levels=(2, 6)) for more in ((), (own,))]
+    np.testing.assert_allclose(*found, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", slow_beside(["key_value", "per_head"], "per_head"))
@@ -287,8 +294,8 @@ def test_more_slots_than_the_queries_tell_apart():
     """If no factor is found, the masses stay finite, and within their bounds."""
     scores, weight, values = some_head(queries=2, slots=30)
     scores = jnp.broadcast_to(scores[:1], scores.shape)
-    _, bias, values = match.fit(scores, weight, values, jnp.int32(24), size=24)
+    _, bias, values = fit(scores, weight, values, jnp.int32(24), size=24)
     assert np.isfinite(bias).all()
     assert np.isfinite(values).all()
     nothing = match.Products(jnp.full((4, 4), jnp.nan), jnp.ones(4))
-    assert match.weights(nothing, jnp.ones(4, bool), 0).tolist() == [1.0] * 4
+    assert weights(nothing, jnp.ones(4, bool), 0).tolist() == [1.0] * 4

@@ -17,7 +17,7 @@ from jaxsp.errors import UserError
 from jaxsp.runs.folder import Result, RunFolder
 from jaxsp.runs.resume import Earlier
 from jaxsp.teacher.store import Store
-from jaxsp.training.slots import Step, past_lines
+from jaxsp.training.slots import Step, lines_checksum, past_lines
 from jaxsp.typing import Interrupted
 from tests.conftest import CONTEXT, QUERIES, assert_same_sigma
 
@@ -92,7 +92,7 @@ def read_stopped(out: Path) -> Any:
     assert saved is not None
     step = int(next(array[0] for name, array in arrays.items() if name == "step"))
     lines = past_lines(folder.metrics, step)
-    known = jaxsp.files.checksum(lines)
+    known = lines_checksum(lines)
     if saved["lines"] != [known]:
         raise UserError("The lines are others.")
     store, said = Store(folder.teachers), {}

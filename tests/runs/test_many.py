@@ -108,7 +108,7 @@ def test_little_is_padding(calm_model, monkeypatch, uneven):
         return step(driver, states, batches)
 
     monkeypatch.setattr(JitDriver, "step", watched)
-    compress_many(calm_model, jobs, batch_size=8, steps=5)
+    compress_many(calm_model, jobs, batch_size=8, steps=5, kind="embedding")  # the quickest to compile
     assert len(used) == 5 * len(jobs)
     assert 1 - np.mean(used) <= 0.15
 
@@ -133,9 +133,11 @@ def test_kinds_may_be_mixed_in_one_run(calm_model):
     found = compress_many(calm_model, jobs)
     assert [r.prompt.kind for r in found] == [row["kind"] for row in jobs]
     for result, row in zip(found, jobs, strict=True):
+        assert result.report["gap_closed"]["value"] > 0
+        if not row["seed"]:
+            continue
         (alone,) = compress_many(calm_model, [row])
         assert_same_sigma(result.prompt.sigma, alone.prompt.sigma, atol=1e-4)
-        assert result.report["gap_closed"]["value"] > 0
 
 
 @pytest.mark.slow

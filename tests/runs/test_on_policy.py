@@ -28,7 +28,7 @@ from jaxsp.training.slots import Slot, Step, TrainingJob
 from jaxsp.training.start import start_state
 from jaxsp.typing import UserError
 from tests import tiny
-from tests.conftest import CONTEXT, QUERIES, assert_same_sigma, slow_beside
+from tests.conftest import CONTEXT, QUERIES, assert_same_sigma
 
 OPTIONS: dict[str, Any] = {
     "prompt_length": 4, "kind": "embedding", "steps": 10, "batch_size": 3, "max_answer_tokens": 6,
@@ -62,7 +62,8 @@ def made(model, teacher=None, **changed):
     return own, start_state(model, problem, job.settings).sigma
 
 
-@pytest.mark.parametrize("case", slow_beside(["alone", "parts", "teacher"], "parts", "teacher"))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["alone", "parts", "teacher"])
 def test_the_teacher_speaks_on_the_prompts_own_answers(calm_model, other, case):
     """The answers are σ's greedy ones; there the targets are the teacher's, and all others stay."""
     teacher = other if case == "teacher" else None
@@ -75,7 +76,7 @@ def test_the_teacher_speaks_on_the_prompts_own_answers(calm_model, other, case):
     assert some != [0, 1, 2, 3]
     assert (len(set(read.part_of[own._numbers[some]])) > 1) == (case == "parts")
 
-    prefix = distributions.read_prompt(params, config, sigma, problem.preamble, "embedding")
+    prefix = distributions.prompt_prefix(params, config, sigma, problem.preamble, "embedding")
     states = distributions.answer_hidden(params, config, prefix, rows.take(some))
     greedy = np.asarray(decoder.unembed(params, config, states)).argmax(axis=-1)
     mask, tokens = rows.mask[some], rows.targets["tokens"][some]

@@ -96,6 +96,7 @@ def test_the_problem_is_that_of_a_teacher_who_hears_its_queries_alone(calm_model
         np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_given_queries_stay_and_the_document_adds_what_they_lack(calm_model, heeded):
     given, held_out = [Query("How much does the tank hold?")], [Query("What does the filter cost?")]
     found, problem = made(calm_model, given, held_out)
@@ -139,6 +140,7 @@ def test_as_many_as_asked_for(calm_model, heeded):
     assert len(made(calm_model, study_queries=7)[0].train) == 7
 
 
+@pytest.mark.slow
 def test_a_long_document_is_drafted_no_further_than_asked_for(calm_model, heeded):
     """Drafts of all kinds, from the whole of the document."""
     text = "\n\n".join(f"The tank of machine {i} holds {i + 10} litres." for i in range(30))

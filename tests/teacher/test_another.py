@@ -137,7 +137,7 @@ def test_every_figure_is_by_the_teachers_head(student, other, problem):
     """Those that training watches, those of the report, and the teacher's own, which is the full context."""
     head, packing = problem.teacher_head, problem.packing
     sigma = {"embeddings": student.embed(problem.job.context_ids[:4]).astype(jnp.float32)}
-    prefix = distributions.read_prompt(student.params, student.config, sigma, problem.preamble, "embedding")
+    prefix = distributions.prompt_prefix(student.params, student.config, sigma, problem.preamble, "embedding")
     names = ("kl", "zero_one", "cosine_similarity")
     found = at_positions(student, prefix, problem.rows, packing, names, head)
     assert set(found) == {"kl", "zero_one"}  # hidden states of two widths are not compared
@@ -179,6 +179,7 @@ def steps(model, problem, head, parallel="jit", mesh=None, prompts=1):
     return driver.fetch(states), losses
 
 
+@pytest.mark.slow
 def test_the_models_own_head_as_the_teachers_changes_no_bit(student):
     """Through all that another teacher goes through, to what is computed without one."""
     own = tokenize(student, *TEXTS, SETTINGS)
@@ -372,7 +373,9 @@ def test_a_context_longer_than_the_students_window(student, other, initial):
     assert len(said.job.parts) == 1
     assert len(problem.job.parts) > 1
     state = start_state(small, problem, settings)
-    prefix = distributions.read_prompt(small.params, small.config, state.sigma, problem.preamble, "key_value")
+    prefix = distributions.prompt_prefix(
+        small.params, small.config, state.sigma, problem.preamble, "key_value"
+    )
     end = int(prefix.next_position[0])
     assert end == len(problem.job.preamble_ids) + len(problem.job.longest_part.ids)
     assert end + problem.rows.lengths.max() <= small.config.window

@@ -119,7 +119,7 @@ def test_a_prompt_equal_to_a_part_is_that_part(calm_model, preamble, problem):
         calm_model.params, calm_model.config, ids, preamble, key=jax.random.key(0),
         prompt_length=len(ids), initial="first", kind="key_value",
     )  # fmt: skip
-    prompt = distributions.read_prompt(calm_model.params, calm_model.config, sigma, preamble, "key_value")
+    prompt = distributions.prompt_prefix(calm_model.params, calm_model.config, sigma, preamble, "key_value")
     kl = [
         at_positions(calm_model, prefix, rows, problem.packing, ["kl"])["kl"].sum()
         for prefix in (prompt, read_part(calm_model, problem.job, 1, preamble))
@@ -209,6 +209,7 @@ def test_brackets_of_parts(calm_model, preamble, problem, measured):
     assert set(brackets._parts_read(searched)) == {"first_part"}
 
 
+@pytest.mark.slow
 def test_a_study_of_parts(calm_model, heeded):
     """Queries are taught by the part of their sentence, and removing sentences is left out."""
     settings = make_settings({**OPTIONS, "max_answer_tokens": 48, "teacher_context": 64})

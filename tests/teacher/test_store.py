@@ -188,7 +188,6 @@ def test_only_the_rows_of_a_batch_are_read(teach, shards, monkeypatch):
 
 def test_signals_are_written_as_they_come(teach, monkeypatch, shards):
     """Nothing of what was computed before stays in memory but the batch at hand, and the one before it."""
-    import gc
     import weakref
 
     alive, most, in_batches = weakref.WeakSet[Ragged](), [], targets.in_batches
@@ -196,7 +195,6 @@ def test_signals_are_written_as_they_come(teach, monkeypatch, shards):
     def watched(model, prefix, rows, packing, name):
         for one in in_batches(model, prefix, rows, Packing(1, packing.length), name):
             alive.add(one[2])
-            gc.collect()
             most.append(len(alive))
             yield one
 

@@ -238,7 +238,14 @@ def test_pmap_on_eight_devices_equals_jit_on_one(problem):
     assert int(one[0].step) == int(eight[0].step) == 5
 
 
-@pytest.mark.parametrize(("shape", "devices"), [((1, 100), 1), ((3, 40), 1), ((3, 40), 8)])
+@pytest.mark.parametrize(
+    ("shape", "devices"),
+    [
+        ((3, 40), 1),
+        pytest.param((1, 100), 1, marks=pytest.mark.slow),
+        pytest.param((3, 40), 8, marks=pytest.mark.slow),
+    ],
+)
 def test_a_packed_batch_gives_the_update_of_its_sequences(problem, shape, devices):
     frozen, config, rows, sigma, _ = problem
     settings = settings_for(config, optimizer=SGD)

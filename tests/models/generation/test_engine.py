@@ -161,7 +161,8 @@ def test_requests_may_be_any_sequences(run):
         assert run(requests, sampling) == expected
 
 
-@pytest.mark.parametrize("group", slow_beside([3, 8], 8))
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [3, 8])
 def test_requests_read_together_are_those_read_one_by_one(run, steps, monkeypatch, group):
     """Whatever the length of each, in chunks; and in the order of the queue."""
     monkeypatch.setattr("jaxsp.models.generation.requests.CHUNK", 16)

@@ -97,6 +97,7 @@ def test_what_is_unknown_may_be_a_control_token_that_the_file_names():
         assert named.encode(row["text"]).ids == build(plain).encode(row["text"]).ids
 
 
+@pytest.mark.slow
 def test_merges_are_bounded_by_the_file():
     """1,024 tokens of one letter: half a million ways to put them together."""
     fields = tokenizer_fields(model="llama")
