@@ -181,7 +181,7 @@ def test_sigma_is_read_once_a_part(config, programs, monkeypatch):
 
     def flops_of(parts, kind):
         settings = make_settings({"grad_accumulation": parts, "kind": kind})
-        return plan.plan(config, settings, context_tokens=9, query_tokens=9).flops
+        return plan.plan(config, settings, context_tokens=99, query_tokens=9).flops
 
     flops = [flops_of(parts, "embedding") for parts in (1, 2, 4)]
     assert flops_of(1, "key_value") == flops_of(4, "key_value") < flops[0]  # it is not read at all
@@ -221,6 +221,7 @@ def test_what_cannot_be_planned(config, tmp_path):
             plan.plan(config, settings, context_tokens=context_tokens, query_tokens=query_tokens)
 
     refuses("at least 1 and --query-tokens at least 2; got 0 and 20", context_tokens=0)
+    refuses("shorter than the context: --prompt-length is 4, --context-tokens 4.", context_tokens=4)
     refuses("window of 512", query_tokens=500)
     refuses("Unknown objective 'klx'", make_settings({"objective": "klx"}))
     refuses("takes 3 devices", make_settings({"parallel": "mesh", "mesh": "data=3"}))

@@ -226,8 +226,8 @@ def _apply(
     return Decoder(config, rewrite).apply({"params": params}, *arguments, method=method)
 
 
+# Called by itself each function is one program, and not one for each of its operations.
 _compiled = functools.partial(jax.jit, static_argnames="config", inline=True)
-"""Called by itself, a function is one program, and not one for each of its operations."""
 
 
 @_compiled
@@ -297,9 +297,7 @@ def _hidden(
     rewrite: Rewrite | None = None,
     own: PyTree = None,
 ) -> tuple[Array, KeyValues, PyTree]:
-    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
-    arguments = jnp.asarray(inputs), jnp.asarray(positions), past, segment_ids, own
-    return _apply(params, config, "hidden", *arguments, rewrite=rewrite)
+    return _apply(params, config, "hidden", inputs, positions, past, segment_ids, own, rewrite=rewrite)
 
 
 @_compiled

@@ -8,7 +8,6 @@ arXiv:2306.15595), ``yarn`` (Peng et al. 2023, arXiv:2309.00071) and ``llama3`` 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,14 +32,12 @@ class Rope:
     magnitude: float = 1.0
 
     def __repr__(self) -> str:
+        """To three digits: other angles show, other rounding on another machine does not."""
         ends = " to ".join(f"{f:.3g}" for f in self.frequencies[:1] + self.frequencies[-1:])
+        if all(self.frequencies):
+            ends += f", mean {math.exp(sum(map(math.log, self.frequencies)) / len(self.frequencies)):.3g}"
         magnitude = "" if self.magnitude == 1 else f", magnitude={self.magnitude:.3g}"
         return f"Rope({len(self.frequencies)} frequencies, {ends}{magnitude})"
-
-    @property
-    def identity(self) -> str:
-        """A short text, equal only for the same angles."""
-        return f"{self!r} #{hashlib.sha256(repr(self.frequencies).encode()).hexdigest()[:8]}"
 
     def without_positions(self) -> Rope:
         """The same width turned by nothing, for layers that ignore positions."""

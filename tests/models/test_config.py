@@ -24,7 +24,7 @@ def test_what_all_layers_share_is_shown_once_and_defaults_are_not():
     assert fits_a_screen(shown)
     flat = " ".join(shown.split())
     assert flat.startswith("DecoderConfig(vocab_size=49152, width=576, layers=30,")
-    assert "ropes=30 × Rope(32 frequencies, 1 to 0.000133))" in flat
+    assert "ropes=30 × Rope(32 frequencies, 1 to 0.000133, mean 0.0115))" in flat
     assert "qkv_bias" not in flat
     assert "sliding_windows" not in flat
 
@@ -37,5 +37,6 @@ def test_layers_of_two_kinds_are_told_apart():
     assert fits_a_screen(repr(config))
     flat = " ".join(repr(config).split())
     assert "sliding_windows=[512, None][0 0 1 0 0 1 0 0 1" in flat
-    assert "ropes=[Rope(32 frequencies, 1 to 0.000133), Rope(32 frequencies, 1 to 1.54e-06)]" in flat
+    near, far = "1 to 0.000133, mean 0.0115", "1 to 1.54e-06, mean 0.00124"
+    assert f"ropes=[Rope(32 frequencies, {near}), Rope(32 frequencies, {far})]" in flat
     assert "qkv_bias=True" in flat

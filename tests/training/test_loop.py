@@ -14,12 +14,11 @@ import pytest
 
 from jaxsp.data.examples import make_rows
 from jaxsp.data.packing import Packing
-from jaxsp.files import checksum
 from jaxsp.training import checkpoint
 from jaxsp.training.checkpoint import Checkpoints
 from jaxsp.training.loop import Block
 from jaxsp.training.optimizers import constant
-from jaxsp.training.slots import OnPolicy, TrainingJob, past_lines
+from jaxsp.training.slots import OnPolicy, TrainingJob, lines_checksum, past_lines
 from jaxsp.training.state import initial_state, stack, unstack
 from jaxsp.typing import Interrupted, UserError
 
@@ -158,7 +157,7 @@ def test_an_error_in_between_leaves_a_checkpoint_and_whole_lines(tmp_path):
         file.write('{"step": 5, "loss": 9}\n{"step": 6, "lo')
     saved = checkpoints.block()
     assert saved is not None
-    lines = checksum(past_lines(metrics, 4))
+    lines = lines_checksum(past_lines(metrics, 4))
     assert saved == {"jobs": ["only"], "tick": 4, "packing": [1, 8], "lines": [lines]}
     states = checkpoints.restore(stack([job(9).state]))
     state = unstack(states, 0)
