@@ -40,8 +40,9 @@ FORMAT = 2
 ARRAYS, MANIFEST, CONTEXT = "prompt.safetensors", "manifest.json", "context.txt"
 _REQUIRED = {
     "format": int, "kind": str, "prompt_length": int, "model": dict, "tokenizer": dict, "slots": dict,
-    "sha256": str,
+    "sha256": str, "context_tokens": int,
 }  # fmt: skip
+_OPTIONAL = {"dtype": str, "training": dict, "versions": dict, "held_out": dict}
 _STORED = {"float32": {"float32"}, "bfloat16": {"float32", "bfloat16"}}  # int8: these, and itself
 
 
@@ -262,14 +263,19 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     if manifest.get("format") == 1:  # 0.1 wrote no seal
         manifest.pop("seal", None)
     manifest = _renamed(unsealed(manifest, file))
-    for name, kind in _REQUIRED.items():
-        if name not in manifest:
-            raise Damaged(f"{file} is damaged: it lacks {name!r}")
-        if type(manifest[name]) is not kind:
+    if missing := _REQUIRED.keys() - manifest.keys():
+        raise Damaged(f"{file} is damaged: it lacks {min(missing)!r}")
+    for name, kind in (_REQUIRED | _OPTIONAL).items():
+        if name in manifest and type(manifest[name]) is not kind:
             raise Damaged(f"{file} is damaged: {name} is {manifest[name]!r:.60}")
     model, slots = manifest["model"], manifest["slots"]
     texts = [model.get("name"), model.get("fingerprint"), manifest["tokenizer"].get("fingerprint")]
-    texts += [slots.get(field.name, "") for field in dataclasses.fields(ChatTexts) if field.type == "str"]
+    # Older ones have the first three alone.
+    texts += [
+        slots.get(field.name, None if field.default is dataclasses.MISSING else "")
+        for field in dataclasses.fields(ChatTexts)
+        if field.type == "str"
+    ]
     if not all(isinstance(text, str) for text in texts) or not isinstance(slots.get("before_ids"), list):
         raise Damaged(f"{file} is damaged: what it says of model, tokenizer or slots is no text")
     return manifest

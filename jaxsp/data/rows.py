@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsp.data import formats
-from jaxsp.errors import Damaged, UserError
+from jaxsp.errors import Damaged, UserError, in_a_line
 from jaxsp.files import parse_json
 
 QUERY = ("query", "question", "prompt", "input", "instruction", "messages")
@@ -218,7 +218,14 @@ def _parquet(data: bytes, name: str, column: str | None) -> Iterator[Row]:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
         columns = _columns(file.schema_arrow.names, name, column)
         rows = file.read(columns=list(columns.values())).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{name} is a damaged Parquet file ({str(error).splitlines()[0]:.120}).") from error
+    except UserError:
+        raise
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # texts and dates that are none
+        raise UserError(f"{name} is a damaged Parquet file ({in_a_line(error, 120)}).") from error
     for i, row in enumerate(rows, start=1):
         yield f"{name}, row {i}", _renamed(row, f"{name}, row {i}", columns)
