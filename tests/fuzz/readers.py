@@ -71,11 +71,12 @@ def ggufs(folder: Path) -> list[bytes]:
         "tokenizer.ggml.merges": ["a b", "ab c"],
     }
     found = []
-    for architecture, fields, more in (
+    kinds: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("llama", merged, {"vocab_size": 261}),
         ("gemma3", SPM, {"layer_types": ["full_attention"]}),
         ("qwen2", {}, {}),
-    ):
+    ]
+    for architecture, fields, more in kinds:
         write_gguf(folder / "m", architecture, {"tokenizer.chat_template": None, **fields}, **sizes, **more)
         found.append((folder / "m").read_bytes())
     return found
@@ -279,7 +280,8 @@ def states(folder: Path) -> None:
 
     place = folder / "checkpoints" / "3" / "default"
     place.mkdir(parents=True)
-    _Handler().save(place, _Content({"a": np.arange(6, dtype=np.float32)}, {"jobs": ["a"], "tick": 3}))
+    states: Any = {"a": np.arange(6, dtype=np.float32)}
+    _Handler().save(place, _Content(states, {"jobs": ["a"], "tick": 3}))
 
 
 def read_states(folder: Path, *, checksum: bool = True) -> Any:
@@ -287,7 +289,7 @@ def read_states(folder: Path, *, checksum: bool = True) -> Any:
 
     if not checksum:
         (folder / "checkpoints/3/default/states.sha256").unlink(missing_ok=True)
-    found = Checkpoints.__new__(Checkpoints)  # orbax's part would take most of the time
+    found: Any = Checkpoints.__new__(Checkpoints)  # orbax's part would take most of the time
     found._directory = folder / "checkpoints"
     found._manager = type("Manager", (), {"all_steps": lambda self: [3]})()
     number, unreadable = found._newest_readable()
