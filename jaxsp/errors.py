@@ -51,7 +51,7 @@ class Interrupted(UserError):
     """The user stopped a run; the state of its last whole step is saved if it has a folder."""
 
 
-def in_a_line(error: object, most: int = 300) -> str:
+def in_a_line(error: object, most: int = 1000) -> str:
     """The words of an error of some library, without ends of lines, to be a part of a sentence.
 
     Args:

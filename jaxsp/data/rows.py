@@ -109,11 +109,9 @@ def _chosen(names: tuple[Any, ...], column: str | None) -> dict[str, Any]:
 
     found = [name for name in names if name == column] if column else those(["query"]) or those(QUERY)
     if len(found) != 1:
-        there = in_a_line(", ".join(map(str, names))) or "none"
+        there = in_a_line(", ".join(map(str, names)), 300) or "none"
         what = f"there is no column {column!r}" if column else "it isn't known which column holds the query"
-        raise UserError(
-            f"{what}; the columns are {there}. Call it query, or name it with --query-column."
-        )
+        raise UserError(f"{what}; the columns are {there}. Call it query, or name it with --query-column.")
     others = {"answer": those(ANSWER), "expect": those(["expect"])}
     others = {ours: [name for name in theirs if name != found[0]] for ours, theirs in others.items()}
     missing = [*(() if others["answer"] else ANSWER), *(() if others["expect"] else ["expect"])]
