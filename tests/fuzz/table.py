@@ -93,10 +93,10 @@ READERS: dict[str, Reader] = {
     "chat template": Reader("t.jinja", given(tiny.CHAT_TEMPLATE, *documents.TEMPLATES), r.template, 150),
     # A saved prompt
     "manifest": Reader("manifest.json", saved, r.read_prompt, 2_500, "json", checked=True),
-    "stranger's manifest": Reader("given.json", r.save_stranger, r.stranger_prompt, 2_500, "json"),
+    "stranger's manifest": Reader("given.json", r.save_stranger, r.stranger_prompt, 1_000, "json"),
     "arrays": Reader(ARRAYS, saved, r.read_prompt, 1_500, "safetensors", checked=True),
     "stranger's arrays": Reader(
-        "given.safetensors", r.save_stranger, r.stranger_arrays, 2_000, "safetensors"
+        "given.safetensors", r.save_stranger, r.stranger_arrays, 1_000, "safetensors"
     ),
     "context.txt": Reader("context.txt", saved, r.read_prompt, 1_000, checked=True),
     # A run's folder

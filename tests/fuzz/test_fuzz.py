@@ -153,6 +153,8 @@ def test_many_inputs(name, folder, capfd):
 
 
 @pytest.mark.fuzz
-def test_there_are_many():
+def test_there_are_many(capfd):
     count = sum(reader.count for reader in READERS.values())
+    with capfd.disabled():
+        print(f"\n{count:,} inputs of {len(READERS)} readers")
     assert count >= 100_000
