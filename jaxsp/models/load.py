@@ -216,7 +216,14 @@ def _located(
     directory = _directory(os.fspath(name_or_path))
     hf = _hugging_face_config(directory)
     family = FAMILIES[hf.model_type]
-    return directory, family, family.config(hf, dtype).replace(quantization=quantization)
+    try:
+        config = family.config(hf, dtype)
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:  # of odd values
+        reason = f"{type(error).__name__}: {in_a_line(error)}"
+        raise UserError(f"{directory / 'config.json'} is not a valid configuration ({reason}).") from error
+    return directory, family, config.replace(quantization=quantization)
 
 
 def default_dtype() -> str:
