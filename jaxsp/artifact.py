@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save
 
 from jaxsp import distributions, prompts
 from jaxsp.data.documents import normal_form
-from jaxsp.errors import RENAMED, Damaged, check_text
+from jaxsp.errors import RENAMED, Damaged, check_text, in_a_line
 from jaxsp.files import as_path, atomic_write, read_json, read_whole, sealed, unsealed
 from jaxsp.models.chat import ChatTexts
 from jaxsp.models.config import DecoderConfig, Quantization
@@ -40,8 +40,9 @@ FORMAT = 2
 ARRAYS, MANIFEST, CONTEXT = "prompt.safetensors", "manifest.json", "context.txt"
 _REQUIRED = {
     "format": int, "kind": str, "prompt_length": int, "model": dict, "tokenizer": dict, "slots": dict,
-    "sha256": str,
+    "sha256": str, "context_tokens": int,
 }  # fmt: skip
+_OPTIONAL = {"dtype": str, "training": dict, "versions": dict, "held_out": dict}
 _STORED = {"float32": {"float32"}, "bfloat16": {"float32", "bfloat16"}}  # int8: these, and itself
 
 
@@ -134,8 +135,7 @@ class SoftPrompt:
         except UserError:
             raise
         except (TypeError, ValueError) as error:  # jax's, of shapes
-            reason = str(error).splitlines()[0]
-            raise Damaged(f"The prompt's arrays don't fit its model ({reason:.120})") from error
+            raise Damaged(f"The prompt's arrays don't fit its model ({in_a_line(error, 120)})") from error
 
     def check(self, model: LanguageModel) -> None:
         """Raises ``UserError`` with the difference if the prompt belongs to another model or tokenizer."""
@@ -206,7 +206,7 @@ class SoftPrompt:
         """Writes the files into ``directory``, the manifest last: it never stands alone."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        data = save(named_arrays(storage.pack(self.sigma, self.manifest["dtype"])))
+        data = save(storage.named_arrays(storage.pack(self.sigma, self.manifest["dtype"])))
         manifest = {**self.manifest, "sha256": hashlib.sha256(data).hexdigest()}
         if self.context is not None:
             manifest["context_sha256"] = hashlib.sha256(self.context.encode()).hexdigest()
@@ -263,14 +263,19 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     if manifest.get("format") == 1:  # 0.1 wrote no seal
         manifest.pop("seal", None)
     manifest = _renamed(unsealed(manifest, file))
-    for name, kind in _REQUIRED.items():
-        if name not in manifest:
-            raise Damaged(f"{file} is damaged: it lacks {name!r}")
-        if type(manifest[name]) is not kind:
+    if missing := _REQUIRED.keys() - manifest.keys():
+        raise Damaged(f"{file} is damaged: it lacks {min(missing)!r}")
+    for name, kind in (_REQUIRED | _OPTIONAL).items():
+        if name in manifest and type(manifest[name]) is not kind:
             raise Damaged(f"{file} is damaged: {name} is {manifest[name]!r:.60}")
     model, slots = manifest["model"], manifest["slots"]
     texts = [model.get("name"), model.get("fingerprint"), manifest["tokenizer"].get("fingerprint")]
-    texts += [slots.get(field.name, "") for field in dataclasses.fields(ChatTexts) if field.type == "str"]
+    # Older ones have the first three alone.
+    texts += [
+        slots.get(field.name, None if field.default is dataclasses.MISSING else "")
+        for field in dataclasses.fields(ChatTexts)
+        if field.type == "str"
+    ]
     decoders = [named.get("decoder", {}) for named in (model, manifest.get("teacher") or {})]
     typed = [(texts, str), ([slots.get("before_ids")], list), (decoders, dict)]
     if not all(isinstance(value, kind) for values, kind in typed for value in values):
@@ -283,7 +288,7 @@ def _read_sigma(file: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     kind, dtype = PROMPT_KINDS[manifest["kind"]], manifest.get("dtype", "int8")
     try:
         stored = load_file(file)
-        sigma = storage.unpack(_nested(stored))
+        sigma = storage.unpack(storage.nested(stored))
         length = kind.prompt_length(sigma)
     except (SafetensorError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise Damaged(f"{file} is damaged ({error!r:.120})") from error
@@ -419,26 +424,6 @@ def environment() -> dict[str, Any]:
         "devices": jax.local_device_count(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
-
-
-def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
-    """The arrays of a tree by their paths, in its order, as safetensors keeps them."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The nested dicts that ``named_arrays`` was given."""
-    sigma: dict[str, Any] = {}
-    for path, array in arrays.items():
-        *folders, name = path.split("/")
-        node = sigma
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = array
-    return sigma
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from jaxsp import prompts
-from jaxsp.artifact import SoftPrompt
+from jaxsp.artifact import MANIFEST, SoftPrompt
+from jaxsp.errors import Damaged, in_a_line
 from jaxsp.evaluation.report import bracket_names, gap_in_words
 from jaxsp.files import size
 from jaxsp.plan import Plan
@@ -50,11 +51,24 @@ def print_plan(plan: Plan, steps: int, advice: str) -> None:
 
 
 def print_prompt(prompt: SoftPrompt) -> None:
-    """Prints what a saved prompt is, and what was measured of it."""
+    """Prints what a saved prompt is, and what was measured of it.
+
+    Raises:
+      Damaged: something of it is missing in its manifest, or is odd there.
+    """
+    try:
+        rows = _about(prompt)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {in_a_line(error, 60)}"
+        raise Damaged(f"The prompt's {MANIFEST} is damaged ({reason})") from error
+    _print_pairs(rows)
+
+
+def _about(prompt: SoftPrompt) -> dict[str, object]:
     manifest = prompt.manifest
     model, training, tokens = manifest["model"], manifest["training"], manifest["context_tokens"]
     lengths = prompts.lengths(prompt.kind, prompt.sigma)
-    rows = {
+    rows: dict[str, object] = {
         "kind": f"{prompt.kind}, {prompt.prompt_length} slots, {manifest['dtype']}",
         "file": size(storage.size(storage.pack(prompt.sigma, manifest["dtype"]))),
         **({"read at": f"{', '.join(map(str, lengths))} slots (--length)"} if lengths[1:] else {}),
@@ -71,7 +85,7 @@ def print_prompt(prompt: SoftPrompt) -> None:
     for name, value in manifest.get("held_out", {}).items():
         number = value["value"] if isinstance(value, dict) else value
         rows[f"held-out {name}"] = "no gap to close" if number is None else f"{number:.3f}"
-    _print_pairs(rows)
+    return rows
 
 
 def _taught_by(teacher: Mapping[str, Any] | None) -> dict[str, str]:

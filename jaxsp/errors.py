@@ -51,6 +51,20 @@ class Interrupted(UserError):
     """The user stopped a run; the state of its last whole step is saved if it has a folder."""
 
 
+def in_a_line(error: object, most: int = 1000) -> str:
+    """The words of an error of some library, without ends of lines, to be a part of a sentence.
+
+    Args:
+      error: the error.
+      most: characters that are kept.
+
+    Example:
+      >>> in_a_line(ValueError("no\\n  field: a."))
+      'no field: a'
+    """
+    return " ".join(str(error).split())[:most].rstrip(".")
+
+
 def check_text(value: Any, what: str) -> None:
     """Raises ``UserError`` if a value is no text, empty, or none that a file could hold.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import functools
 import io
 import logging
@@ -10,6 +11,7 @@ import re
 import signal
 import sys
 import threading
+from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1, but for tabs and ends of lines
 
@@ -55,6 +57,8 @@ def prepare() -> None:
             stream.reconfigure(errors=errors)
     if threading.current_thread() is threading.main_thread():  # no other may set it
         signal.signal(signal.SIGTERM, _interrupt)
+        if sys.unraisablehook is sys.__unraisablehook__:
+            sys.unraisablehook = _unraisable
 
 
 def flush() -> None:
@@ -68,6 +72,14 @@ def flush() -> None:
     except OSError:  # Python would say so once more when it flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
+
+
+def _unraisable(found: Any) -> None:
+    """An interrupt that came where Python can raise nothing, as it collects garbage, comes once more."""
+    if found.exc_type is KeyboardInterrupt:
+        threading.Timer(0.1, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(found)
 
 
 def _interrupt(*_: object) -> None:

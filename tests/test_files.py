@@ -15,6 +15,7 @@ import pytest
 
 from jaxsp import files
 from jaxsp.artifact import SoftPrompt
+from jaxsp.console import print_prompt
 from jaxsp.data.documents import read_queries
 from jaxsp.errors import Damaged, UserError
 from jaxsp.models.lazy_tokenizer import LazyTokenizer
@@ -290,3 +291,18 @@ def test_json_is_read_in_one_place():
         "files.py",
         "models/chat_renderer.py",
     ]
+
+
+def test_a_report_may_say_any_number_of_steps(tmp_path):
+    result(tmp_path)
+    (tmp_path / "run" / "checksums.json").unlink()
+    for steps in (2**40, [], "1", None, 1.5):
+        (tmp_path / "report.json").write_text(json.dumps({"error": "no", "steps": steps}))
+        with pytest.raises(Damaged, match="lacks lines"):
+            Result.load(tmp_path)
+
+
+def test_what_is_shown_of_an_odd_manifest_is_one_sentence():
+    for training in ({}, {"objective": "kl", "steps": 1, "learning_rate": [], "seed": 0}):
+        with pytest.raises(Damaged, match=r"manifest\.json is damaged \((KeyError|TypeError): "):
+            print_prompt(prompt(training=training))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from jaxsp import terminal
 from jaxsp.console import _print, _table
 from jaxsp.progress import Display
 from jaxsp.terminal import visible
@@ -85,3 +89,11 @@ def test_streams_that_are_closed_or_full(command, code, said):
     line = f"{shlex.quote(sys.executable)} -m jaxsp {command}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_an_interrupt_that_nothing_could_raise_comes_once_more():
+    """As where jax frees memory while Python collects garbage."""
+    ignored: Any = SimpleNamespace(exc_type=KeyboardInterrupt)
+    terminal._unraisable(ignored)
+    with pytest.raises(KeyboardInterrupt):
+        time.sleep(10)

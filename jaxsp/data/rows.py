@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsp.data import formats
-from jaxsp.errors import Damaged, UserError
+from jaxsp.errors import Damaged, UserError, in_a_line
 from jaxsp.files import parse_json
 
 QUERY = ("query", "question", "prompt", "input", "instruction", "messages")
@@ -109,11 +109,9 @@ def _chosen(names: tuple[Any, ...], column: str | None) -> dict[str, Any]:
 
     found = [name for name in names if name == column] if column else those(["query"]) or those(QUERY)
     if len(found) != 1:
-        there = ", ".join(map(str, names)) or "none"
+        there = in_a_line(", ".join(map(str, names)), 300) or "none"
         what = f"there is no column {column!r}" if column else "it isn't known which column holds the query"
-        raise UserError(
-            f"{what}; the columns are {there:.300}. Call it query, or name it with --query-column."
-        )
+        raise UserError(f"{what}; the columns are {there}. Call it query, or name it with --query-column.")
     others = {"answer": those(ANSWER), "expect": those(["expect"])}
     others = {ours: [name for name in theirs if name != found[0]] for ours, theirs in others.items()}
     missing = [*(() if others["answer"] else ANSWER), *(() if others["expect"] else ["expect"])]
@@ -218,7 +216,14 @@ def _parquet(data: bytes, name: str, column: str | None) -> Iterator[Row]:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
         columns = _columns(file.schema_arrow.names, name, column)
         rows = file.read(columns=list(columns.values())).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{name} is a damaged Parquet file ({str(error).splitlines()[0]:.120}).") from error
+    except UserError:
+        raise
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # texts and dates that are none
+        raise UserError(f"{name} is a damaged Parquet file ({in_a_line(error, 120)}).") from error
     for i, row in enumerate(rows, start=1):
         yield f"{name}, row {i}", _renamed(row, f"{name}, row {i}", columns)

@@ -17,6 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxsp import compile_cache
+from jaxsp.errors import in_a_line
 from jaxsp.files import as_path, read_json
 from jaxsp.models import sharding
 from jaxsp.models.chat import ChatOptions, turn_ends
@@ -215,7 +216,14 @@ def _located(
     directory = _directory(os.fspath(name_or_path))
     hf = _hugging_face_config(directory)
     family = FAMILIES[hf.model_type]
-    return directory, family, family.config(hf, dtype).replace(quantization=quantization)
+    try:
+        config = family.config(hf, dtype)
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:  # of odd values
+        reason = f"{type(error).__name__}: {in_a_line(error)}"
+        raise UserError(f"{directory / 'config.json'} is not a valid configuration ({reason}).") from error
+    return directory, family, config.replace(quantization=quantization)
 
 
 def default_dtype() -> str:
@@ -327,7 +335,7 @@ def _hugging_face_config(directory: Path) -> PreTrainedConfig | SimpleNamespace:
     try:
         hf = AutoConfig.from_pretrained(file.parent, trust_remote_code=False)
     except Exception as error:  # of many kinds, all about this file
-        raise UserError(f"{file} is not a valid configuration ({error}).") from error
+        raise UserError(f"{file} is not a valid configuration ({in_a_line(error)}).") from error
     # transformers may take a file for another type than it says: Mistral with layer_types is its Ministral.
     _check_family(file, hf.model_type)
     if method := getattr(hf, "quantization_config", None):
@@ -383,7 +391,9 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             return cast("PreTrainedTokenizerBase", LazyTokenizer(directory))
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        found.encode("a")  # odd settings are an error of use
+        return found
     except Exception as error:  # transformers raises many kinds here
         if (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file():
             raise UserError(
@@ -393,7 +403,7 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
                 " the weights alone."
             ) from error
         raise UserError(
-            f"{directory} holds no readable tokenizer ({error}); pass tokenizer=None to load the"
+            f"{directory} holds no readable tokenizer ({in_a_line(error)}); pass tokenizer=None to load the"
             " weights alone."
         ) from error
 

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
+from jaxsp.errors import in_a_line
 from jaxsp.files import parse_json, read_json
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.decoder import parameter_shapes
@@ -52,11 +53,12 @@ def weight_files(directory: Path) -> list[Path]:
             names = sorted(set(read_json(index)["weight_map"].values()))
             files = [directory / name for name in names]
             outside = [name for name in names if not _is_inside(directory, name)]
+            absent = [file.name for file in files if not file.is_file()]
         except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
             raise UserError(f"{index} is not a valid weight index; download it again.") from error
         if outside:
             raise UserError(f"{index} names the file {outside[0]!r:.120}, which is not in its folder.")
-        if absent := [file.name for file in files if not file.is_file()]:
+        if absent:
             raise UserError(f"{directory} lacks the weight file {absent[0]} that its index names.")
         return files
     file = directory / "model.safetensors"
@@ -157,7 +159,7 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{file} is not a complete safetensors file ({error}); download it again."
+                f"{file} is not a complete safetensors file ({in_a_line(error)}); download it again."
             ) from error
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")

@@ -1,4 +1,4 @@
-"""The dtypes that a prompt can be saved in, and what rounding makes of it."""
+"""A prompt's arrays as they are stored: their names, their dtypes, and what rounding makes of them."""
 
 from __future__ import annotations
 
@@ -62,3 +62,23 @@ def size(stored: PyTree) -> int:
 def rounded(sigma: PyTree, dtype: str) -> PyTree:
     """σ as it is read back after being saved in ``dtype``."""
     return unpack(pack(sigma, dtype))
+
+
+def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
+    """The arrays of a tree by their paths, in its order, as safetensors keeps them."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The nested dicts that ``named_arrays`` was given."""
+    sigma: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *folders, name = path.split("/")
+        node = sigma
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = array
+    return sigma

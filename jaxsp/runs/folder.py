@@ -106,7 +106,8 @@ class Result:
             checksums = unsealed(read_json(file), file)
         report = read_json(folder / REPORT, finite=False, sha256=checksums.get(REPORT))
         lines = read_json_lines(folder / METRICS, sha256=checksums.get(METRICS))
-        if [line.get("step") for line in lines] != [*range(report.get("steps", len(lines) - 1) + 1)]:
+        steps = [line.get("step") for line in lines]
+        if steps != [*range(len(lines))] or report.get("steps", len(lines) - 1) != len(lines) - 1:
             raise Damaged(f"{folder / METRICS} lacks lines: it must have one of every step")
         return cls(SoftPrompt.load(folder), report, lines)
 

@@ -128,7 +128,7 @@ class Runner:
         unfinished = set(itertools.chain(*shares))
         rows = {j.id: table.row(self._load(j).report) for j in self.jobs if j.id not in unfinished}
         to_do = [job for job in self.jobs if job.id in unfinished]
-        own = [job for job in to_do if job.id in shares[jax.process_index() if self.divided else 0]]
+        own = [job for job in to_do if job.id in shares[self._index]]
         waiting = collections.deque(self.jobs)
         early: dict[str, Result] = {}  # finished before one that comes first; not kept if on disk
 
@@ -162,6 +162,8 @@ class Runner:
                 where = str(error) or "Interrupted."
             raise Interrupted(f"{where}{saved}") from None
         self._write_table(rows)
+        for key in groups(self.jobs):  # those of a run that ended while it removed them
+            self._remove_checkpoints(key)
         if self.folder is not None and not self.single and processes.is_first():
             self.display.say(f"Results: {self.folder.results}")
 
@@ -200,6 +202,17 @@ class Runner:
                     checkpoints.close()
                     names += saved["jobs"] if saved else []
         return names
+
+    def _remove_checkpoints(self, key: str) -> None:
+        """Everything is in the jobs' folders."""
+        is_ours = self.folder is not None and (self.divided or processes.is_first())
+        if is_ours and (folder := self._checkpoint_folder(key, self._index)).is_dir():
+            shutil.rmtree(folder)
+
+    @property
+    def _index(self) -> int:
+        """The number of the process, where each has checkpoints of its own."""
+        return jax.process_index() if self.divided else 0
 
     def _checkpoint_folder(self, key: str, process: int) -> Path:
         assert self.folder is not None
@@ -260,11 +273,10 @@ class Runner:
     def _train(self, key: str, jobs: Sequence[Job], on_step: Callback) -> Iterator[tuple[Job, Result]]:
         """The results of jobs that can train side by side, as they finish."""
         settings, by_id = jobs[0].settings, {job.id: job for job in jobs}
-        checkpoints = folder = None
-        saved, placed = None, list[TrainingJob | None]()
+        checkpoints = saved = None
+        placed = list[TrainingJob | None]()
         if self.folder is not None:
-            folder = self._checkpoint_folder(key, jax.process_index() if self.divided else 0)
-            checkpoints, saved = self.earlier.opened(folder)
+            checkpoints, saved = self.earlier.opened(self._checkpoint_folder(key, self._index))
             if saved is not None:
                 placed = self.earlier.placed(
                     checkpoints,
@@ -296,10 +308,9 @@ class Runner:
         for result in block.run():
             job = by_id[result.id]
             yield job, self._finish(job, result)
-        if checkpoints is not None and folder is not None:
+        if checkpoints is not None:
             checkpoints.close()
-            if processes.is_first():  # everything is in the jobs' folders
-                shutil.rmtree(folder)
+            self._remove_checkpoints(key)
 
     def _slots(self, jobs: Sequence[Job]) -> int:
         """The number of prompts that train in one step."""

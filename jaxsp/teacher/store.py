@@ -211,6 +211,7 @@ class Store:
                     os.link(file, folder / file.name)
                 except OSError:  # another disk, or one without links
                     shutil.copyfile(file, folder / file.name)
+                    _settle(folder / file.name)
 
         with _writing(self.own):
             try:
@@ -246,10 +247,13 @@ def _record(folder: Path, key: str, about: dict[str, Any], write: Callable[[Path
 
     def whole(entry: Path) -> None:
         write(entry)
+        for file in entry.iterdir():
+            _settle(file)
         files = {file.name: [file.stat().st_size, _sha256(file)] for file in sorted(entry.iterdir())}
         manifest = {"version": VERSION, "key": key, "files": files, **about}
         sealed = json.dumps({**manifest, "sha256": checksum(manifest)}, ensure_ascii=False)
         (entry / MANIFEST).write_text(sealed, "utf-8")
+        _settle(entry / MANIFEST)
 
     return _install(folder, key, whole)
 
@@ -261,9 +265,6 @@ def _install(folder: Path, key: str, write: Callable[[Path], None]) -> Path:
     try:
         scratch.mkdir()
         write(scratch)
-        for file in scratch.iterdir():
-            with file.open("rb") as stream:
-                flush(stream)
         try:
             scratch.rename(entry)
         except OSError:
@@ -272,6 +273,12 @@ def _install(folder: Path, key: str, write: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return entry
+
+
+def _settle(file: Path) -> None:
+    """Waits until a file is on the disk: a run can't go on without its entries, if the power fails."""
+    with file.open("r+b") as stream:
+        flush(stream)
 
 
 def _remove(entry: Path) -> None:

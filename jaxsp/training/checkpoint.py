@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from jaxsp import processes
-from jaxsp.artifact import named_arrays
 from jaxsp.errors import Damaged
 from jaxsp.files import atomic_write, parse_json, read_whole
+from jaxsp.prompts.storage import named_arrays
 from jaxsp.training.state import TrainState
 from jaxsp.typing import UserError
 

@@ -76,6 +76,7 @@ def test_files_of_queries(read, name, content, expected):
     ("name", "content", "words"),
     [
         ("q.csv", "a?\nb?\n", ("line 1", "columns are a?.", "--query-column")),
+        ("q.csv", '"a\nb?"\nc?\n', ("line 1", "columns are a b?.")),
         ("q.csv", "query,answer\na,b,c\n", ("line 2: 3 cells", "2 columns", "quotes")),
         ("q.csv", 'query,answer\n"a,b\n', ("no table",)),
         ("q.csv", "query,anwser\na,b\n", ("'anwser'", "did you mean answer?")),

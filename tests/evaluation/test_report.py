@@ -45,8 +45,8 @@ def query(text: str, split: str, kl: float, answer: str = "yes") -> dict:
     return {"query": text, "split": split, **measured, **answers}
 
 
-@pytest.fixture
-def report() -> dict:
+def example() -> dict:
+    """All that the report for people shows, but for the plots."""
     part = {"queries": 2, "brackets": {"prompt": ROW, "no_context": {**ROW, "kl": float("nan")}}}
     return {
         "prompt_length": 4,
@@ -78,6 +78,11 @@ def report() -> dict:
         ],
         "seconds": {"load": 0.0, "total": 12.345},
     }
+
+
+@pytest.fixture
+def report() -> dict:
+    return example()
 
 
 def test_the_report_for_people(report):

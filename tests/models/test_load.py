@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxsp
 from jaxsp.models import load
+from jaxsp.models.load import model_config
 from jaxsp.typing import UserError
 from tests import tiny
 from tests.conftest import WITHOUT_TORCH
@@ -354,3 +355,10 @@ def test_a_snapshot_of_the_hub_has_links_to_its_blobs(tmp_path):
     index = {"weight_map": dict.fromkeys(load_file(blobs / "abc"), "model.safetensors")}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     assert jaxsp.load_model(directory, dtype="float32").config.layers == 2
+
+
+def test_odd_values_of_a_configuration_are_one_sentence(tmp_path):
+    rope = {"rope_theta": 10000.0, "rope_type": []}
+    (tmp_path / "config.json").write_text(json.dumps(tiny.config("qwen3", rope_parameters=rope)))
+    with pytest.raises(UserError, match=r"config\.json is not a valid configuration \(.*\)\.$"):
+        model_config(tmp_path, "float32")

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from typing import Any
 
 import numpy as np
@@ -168,49 +164,6 @@ def test_a_finished_run_is_read_not_done_again(calm_model, results, monkeypatch)
     again = compress_many(calm_model, UNEVEN, out=out, at_once=2, resume=True)
     assert [r.report for r in again] == json.loads(json.dumps([r.report for r in found]))
     assert again[0].lines == found[0].lines
-
-
-@pytest.mark.slow
-def test_killed_and_resumed(calm_directory, calm_model, tmp_path):
-    """Killed in the middle of a block, twice: what was finished stays, the rest is the same to the bit."""
-    file = tmp_path / "contexts.jsonl"
-    jobs = [job(f"j{i}", f"{CONTEXT} No. {i}.", seed=i, steps=30 + 7 * i) for i in range(4)]
-    jobs.append(job("other", kind="embedding", steps=30))  # a group of its own, after the default's
-    file.write_text("\n".join(json.dumps(row) for row in jobs))
-    settings = {**OPTIONS, "checkpoint_every": 5, "at_once": 2}
-    options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    command = [
-        sys.executable, "-m", "jaxsp", "compress-many", str(file), "--out", str(tmp_path / "pieces"),
-        "--model", str(calm_directory), "--dtype", "float32", *options,
-    ]  # fmt: skip
-
-    def steps_done(name):
-        lines = tmp_path / "pieces" / name / "metrics.jsonl"
-        return lines.read_bytes().count(b"\n") - 1 if lines.exists() else 0
-
-    compress_many(calm_model, jobs, out=tmp_path / "whole", **settings)
-    for number, (name, steps) in enumerate([("j1", 12), ("j2", 11), ("other", 12)]):
-        more = ["--resume"] if number else []
-        process = subprocess.Popen([*command, *more], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while steps_done(name) < steps and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    first = tmp_path / "pieces" / "j0" / "report.json"
-    written = first.stat().st_mtime_ns
-    assert not (tmp_path / "pieces" / "other" / "report.json").exists()
-    compress_many(calm_model, jobs, out=tmp_path / "pieces", resume=True, **settings)
-    assert (tmp_path / "pieces" / "results.parquet").is_file()
-    assert first.stat().st_mtime_ns == written
-    for row in jobs:
-        whole, pieces = (tmp_path / out / row["id"] for out in ("whole", "pieces"))
-        for name in ("prompt.safetensors", "context.txt"):
-            assert (whole / name).read_bytes() == (pieces / name).read_bytes()
-        texts = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (whole, pieces)]
-        for a, b in zip(*texts, strict=True):
-            assert {**json.loads(a), "seconds": 0} == {**json.loads(b), "seconds": 0}
-        kl = [json.loads((folder / "report.json").read_text())["held_out"] for folder in (whole, pieces)]
-        assert kl[0] == kl[1]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
+from jaxsp.errors import in_a_line
 from jaxsp.files import parse_json
 from jaxsp.models.chat import turn_ends
 from jaxsp.models.families import FAMILIES
@@ -123,13 +124,17 @@ def _config(metadata: Metadata, name: str, tensors: dict[str, StoredTensor]) -> 
     if "token_embd.weight" not in tensors:
         raise UserError("it lacks the tensor token_embd.weight")
     words = metadata.read("tokenizer.ggml.tokens", list)
-    vocabulary = tensors["token_embd.weight"].shape[0]
+    vocabulary, *wide = tensors["token_embd.weight"].shape
     layers, width, heads = map(size, ("block_count", "embedding_length", "attention.head_count"))
+    if wide != [width]:
+        raise UserError(f"its embeddings have the width {wide}, but by its metadata {width}")
     if layers > len(tensors):
         raise UserError(f"it has {len(tensors)} tensors for {layers} layers")
     if len(words) > vocabulary:
         raise UserError(f"it has {len(words)} tokens, but embeddings of only {vocabulary}")
     head = size("attention.key_length", width // heads)
+    if head > width:  # what is made of it would take its size
+        raise UserError(f"its heads are {head} wide, the model {width}")
     if head % 2 or size("rope.dimension_count", head) != head:
         raise UserError("its rotary embedding does not turn whole heads")
     if not metadata.read(f"{name}.attention.causal", bool, True):
@@ -260,7 +265,7 @@ def _described(config: dict[str, Any]) -> tuple[dict[str, Any], Iterable[Destina
         decoder = family.config(SimpleNamespace(**config), "float32")
         return config, destinations_of(decoder, family.tensors(decoder)).values()
     except Exception as error:  # what the libraries make of sizes that no model has
-        raise UserError(f"its metadata describe no model ({error})") from error
+        raise UserError(f"its metadata describe no model ({in_a_line(error)})") from error
 
 
 def _outputs(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxsp.errors import in_a_line
 from jaxsp.models.gguf.reader import Metadata
 from jaxsp.typing import UserError
 
@@ -132,7 +133,7 @@ def build(metadata: Metadata) -> Tokenizer:
     except UserError:
         raise
     except Exception as error:  # what the library makes of a damaged vocabulary
-        raise UserError(f"its tokenizer can't be built ({error})") from error
+        raise UserError(f"its tokenizer can't be built ({in_a_line(error)})") from error
     return tokenizer
 
 

@@ -401,6 +401,8 @@ ZEROS = np.zeros((4, 4), np.float32), Kind.F32
         ("llama", {}, {UP: ZEROS}, r"ffn_up.weight is \(4, 4\), but by its metadata \(48, 32\)"),
         ("llama", {"llama.block_count": 3}, {}, "lacks the tensor blk.2.attn_k.weight"),
         ("llama", {"llama.block_count": 1 << 30}, {}, "21 tensors for 1073741824 layers"),
+        ("llama", {"llama.embedding_length": 1 << 30}, {}, r"width \[32\], but by its metadata 1073741824"),
+        ("gemma3", SPM | {"gemma3.attention.key_length": 1 << 30}, {}, "heads are 1073741824 wide"),
         ("llama", {"llama.context_length": 0}, {}, "llama.context_length is 0"),
         ("llama", {"llama.context_length": "long"}, {}, "'llama.context_length' is not of type int"),
         ("llama", {"llama.embedding_length": None}, {}, "'llama.embedding_length' is missing"),
