@@ -172,7 +172,7 @@ class RunFolder:
             raise UserError(f"{path} is a file; give a folder.")
         if resume and not self.settings.is_file():
             raise UserError(f"There is no run to resume in {path}; leave --resume away to start one.")
-        if not resume and not overwrite and path.is_dir() and any(path.iterdir()):
+        if not resume and not overwrite and path.is_dir() and not self._is_free():
             raise UserError(
                 f"The folder {path} is not empty; go on with --resume, replace what is there with"
                 " --overwrite, or choose another with --out."
@@ -182,6 +182,12 @@ class RunFolder:
             existing = existing.parent
         if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
             raise UserError(f"The folder {path} can't be written to; choose another with --out.")
+
+    def _is_free(self) -> bool:
+        """Whether nothing is here but what a run leaves that ended before it had its settings."""
+        run = self.settings.parent
+        others = (path for path in self.directory.rglob("*") if path != run)
+        return all(run in path.parents and path.suffix == ".part" for path in others)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -44,6 +44,18 @@ def test_every_kind_goes_on_where_it_was_interrupted(kind, tiny_model, tmp_path)
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
+def test_a_run_that_ended_before_its_settings_has_taken_no_folder(tmp_path):
+    ours = folder.RunFolder(tmp_path / "out")
+    ours.settings.parent.mkdir(parents=True)
+    (ours.settings.parent / "settings.json.0123abcd.part").write_text("{")
+    ours.check(resume=False, overwrite=False)
+    for file in ("run/x.txt", "settings.json.0123abcd.part"):
+        (tmp_path / "out" / file).write_text("")
+        with pytest.raises(jaxsp.UserError, match="is not empty"):
+            ours.check(resume=False, overwrite=False)
+        (tmp_path / "out" / file).unlink()
+
+
 def test_two_runs_in_one_folder(tiny_model, tmp_path):
     """The second is told; what the first has written stays."""
     first = folder.RunFolder(tmp_path / "out")
