@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from jaxsp import prompts
 from jaxsp.artifact import SoftPrompt
 from jaxsp.evaluation.report import bracket_names, gap_in_words
+from jaxsp.exports import Exported
 from jaxsp.files import size
 from jaxsp.plan import Plan
 from jaxsp.prompts import storage
@@ -114,6 +115,21 @@ def print_answers(report: Mapping[str, Any], most: int) -> None:
     names = "query", "answer_full_context", "answer_prompt", "answer_no_context"
     rows = ([query[name] for name in names] for query in held_out[:most])
     _print(_table(rows, "question", "full context", "soft prompt σ", "no context", title="Held-out"))
+
+
+def print_export(found: Exported) -> None:
+    """Prints where an export lies, and what was measured in its consumer or how it can be."""
+    if found.missing is None:
+        _print(
+            f"{found.folder}: checked on {found.queries} questions, KL {found.kl:.2g} from jaxsp's own"
+            f" distributions, largest difference of a logit {found.logit_difference:.2g}.",
+            f"How to use it: {found.folder / 'README.md'}",
+        )
+        return
+    _print(
+        f"{found.folder} is written, and unchecked: {found.missing} is not installed. To check it:",
+        found.check,
+    )
 
 
 def print_study(study: Study, file: Path | None) -> None:
