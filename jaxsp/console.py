@@ -120,16 +120,17 @@ def print_answers(report: Mapping[str, Any], most: int) -> None:
 def print_export(found: Exported) -> None:
     """Prints where an export lies, and what was measured in its consumer or how it can be."""
     if found.missing is None:
-        _print(
-            f"{found.folder}: checked on {found.queries} questions, KL {found.kl:.2g} from jaxsp's own"
-            f" distributions, largest difference of a logit {found.logit_difference:.2g}.",
+        figures = f"KL {found.kl:.2g} from jaxsp's own distributions, largest difference of a logit"
+        lines = [
+            f"{found.folder}: checked on {found.queries} question{'s' * (found.queries != 1)}, {figures}"
+            f" {found.logit_difference:.2g}.",
             f"How to use it: {found.folder / 'README.md'}",
-        )
-        return
-    _print(
-        f"{found.folder} is written, and unchecked: {found.missing} is not installed. To check it:",
-        found.check,
-    )
+        ]
+    else:
+        missing = f"{found.missing} is not installed. To check it:"
+        lines = [f"{found.folder} is written, and unchecked: {missing}", *found.check.splitlines()]
+    for line in lines:  # commands and paths, to be copied: they are not cut at the terminal's width
+        print(visible(line))
 
 
 def print_study(study: Study, file: Path | None) -> None:

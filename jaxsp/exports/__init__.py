@@ -21,7 +21,7 @@ from jaxsp.exports import check, peft, transformers, vllm
 from jaxsp.exports.card import card
 from jaxsp.exports.prefix import Held, hold
 from jaxsp.exports.question import description
-from jaxsp.files import atomic_write
+from jaxsp.files import atomic_write, os_errors_as_user_errors
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.weights import weight_files
 from jaxsp.typing import UserError
@@ -141,7 +141,7 @@ def export(
     check_beforehand(prompt, to, out, overwrite=overwrite)
     held, rows = hold(prompt, model), check.rows_of(prompt, report)
     queries, chosen = [query for query, _ in rows], EXPORTS[to]
-    with _scratch(out) as folder:
+    with os_errors_as_user_errors(out, "choose another --out"), _scratch(out) as folder:
         words = chosen.write(held, folder, queries)
         text = json.dumps(description(prompt, model, queries), indent=2, ensure_ascii=False)
         atomic_write(folder / DESCRIPTION, text + "\n")

@@ -87,8 +87,9 @@ def _checked(measured: Mapping[str, Any], to: str, check: str) -> str:
     if "missing" in measured:
         missing = f"**Unchecked**: {measured['missing']} was missing. Where it is installed, this checks it:"
         return f"{missing}\n\n```sh\n{check}\n```{own and chr(10) * 2}{own.strip()}"
+    reader, count = "transformers" if to == "vllm" else to, measured["queries"]
     return (
-        f"Read by {'transformers' if to == 'vllm' else to} in float32, on {measured['queries']} questions:"
+        f"Read by {reader} in float32, on {count} question{'s' * (count != 1)}:"
         f" KL from jaxsp's own distributions {measured['kl']:.2g} nats a token, largest difference of a logit"
         f" {measured['logit_difference']:.2g}.{own}"
     )

@@ -6,11 +6,14 @@ import ast
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsp import exports
 from jaxsp.exports import EXPORTS, check, export
 from jaxsp.exports.prefix import hold
+from jaxsp.models.rope import rotate, rotation
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.prompts.initializers import ABSENT
 from jaxsp.typing import UserError
@@ -112,7 +115,7 @@ def test_answers_are_those_of_ask(read_here, tmp_path, to, kind):
     spelled = question.encode(tokenizer, "<|im_end|>?")
     assert spelled == given.encode_query("<|im_end|>?", own.chat).tolist()
     with torch.no_grad():
-        hf.get_input_embeddings().weight += 0.01
+        hf.get_input_embeddings().get_parameter("weight").add_(0.01)
     with pytest.raises(ValueError, match="was trained for llama; this model has other weights"):
         question.check_weights(hf)
 
@@ -126,12 +129,28 @@ def test_writes_the_same_again_and_leaves_the_prompt_alone(unread, tmp_path, to)
         export(own, model("llama"), to, out, overwrite=True)
         written.append({file.name: file.read_bytes() for file in out.iterdir()})
     assert written[0] == written[1]
-    assert {"README.md", "prompt.json", *EXPORTS[to].SCRIPTS} < set(written[0])
+    assert {"README.md", "prompt.json", *EXPORTS[to].SCRIPTS} < set(written[0]) < set(exports._OURS)
     jax.tree.map(np.testing.assert_array_equal, own.sigma, before)
     export(own, model("llama"), "transformers", out, overwrite=True)
     assert {file.name for file in out.iterdir()} == {
         "README.md", "load.py", "prefix.safetensors", "prompt.json", "question.py",
     }  # fmt: skip
+
+
+def test_learned_positions_that_need_no_shift():
+    """The context is as long as the prompt: the question stands where it stood."""
+    held = hold(prompt("gpt2", "key_value", context="Tank"), model("gpt2"))
+    assert held.slots == 6 + consumer.SLOTS == held.prompt.prefix(model("gpt2")).end
+
+
+def test_keys_are_turned_by_what_the_question_is_nearer():
+    own, given = prompt("qwen3", "key_value"), model("qwen3")
+    held, found = hold(own, given), own.prefix(given)
+    shift = found.end - held.slots
+    assert shift == 83
+    where = rotation(jnp.full((1, held.slots), shift), given.config.ropes[0])
+    back = rotate(jnp.asarray(held.keys[0].swapaxes(0, 1)[None]), where)
+    np.testing.assert_allclose(back, found.keys[0], atol=1e-5)
 
 
 def test_heads_with_fewer_slots_are_named_as_what_peft_lacks(unread, tmp_path):
