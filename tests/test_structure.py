@@ -202,6 +202,7 @@ def test_the_wheel_runs_from_an_empty_folder(wheel, tmp_path):
     assert (target / "jaxsp" / "py.typed").is_file()
     assert (target / "jaxsp" / "demo" / "manual.md").is_file()
     assert (target / "jaxsp" / "evaluation" / "report.md.jinja").is_file()
+    assert all((target / "jaxsp" / name).is_file() for name in CONSUMERS)
     script = target / "bin" / "jaxsp"
     result = subprocess.run(
         [sys.executable, str(script), "compress", "nowhere.txt", "--queries", "q.txt"],

@@ -27,8 +27,8 @@ python load.py "How long is the cable?"
 what the model reads. What it then reads must be what `encode` in `question.py` gives: the text between the
 soft prompt and the question, the question, and the text that the answer begins after. `load.py` does that.
 
-`answer` in `load.py` reads all anew for each token. PEFT's `generate` is not used: PEFT 0.21.2 with transformers
-5.24 puts the soft prompt in front of every new token again, and so gives another answer."""
+`answer` in `load.py` reads all anew for each token. PEFT's `generate` is not used: PEFT 0.21.2 with
+transformers 5.24 puts the soft prompt in front of every new token again, and so gives another answer."""
 
 
 def write(held: Held, out: Path, queries: Sequence[str] = ()) -> dict[str, str]:
