@@ -73,7 +73,9 @@ def write(held: Held, out: Path, queries: Sequence[str] = ()) -> dict[str, str]:
             " (its chat template has changed or is missing, or there was --system, --slot or"
             " --template-option); export --to peft or transformers."
         )
-    words = model.tokenizer.convert_ids_to_tokens(sorted(control_ids(model.tokenizer)))  # pyright: ignore
+    tokenizer: Any = model.tokenizer
+    ids = {*control_ids(tokenizer), tokenizer.unk_token_id} - {None}  # a server has no plain form of either
+    words = tokenizer.convert_ids_to_tokens(sorted(ids))
     ends = sorted({*model.stop_ids, *held.prompt.stop_ids})
     known = {"lead": lead, "refused": [*words, _PLACEHOLDER], "stop_token_ids": ends,
              "chat_template_kwargs": {THINKING: False}}  # fmt: skip

@@ -112,6 +112,15 @@ def test_a_template_that_takes_parts_is_given_all_of_the_text(monkeypatch, tmp_p
     assert json.loads((out / "chat.json").read_text())["lead"] == "\n\n"
 
 
+def test_the_word_of_what_is_unknown_is_refused_too(monkeypatch, tmp_path):
+    """It may be the one that ends a text, as SmolLM2's; jaxsp's own question may have it."""
+    own, given = with_template(CHAT_TEMPLATE, monkeypatch)
+    assert given.tokenizer is not None
+    given.tokenizer.unk_token = "<|endoftext|>"
+    out = export(own, given, "vllm", tmp_path / "out").folder
+    assert "<|endoftext|>" in json.loads((out / "chat.json").read_text())["refused"]
+
+
 @pytest.mark.parametrize("case", ["no template", "a system text", "another template"])
 def test_a_chat_that_a_server_lays_out_otherwise_is_refused(monkeypatch, tmp_path, case):
     template, chat = CHAT_TEMPLATE, {}
