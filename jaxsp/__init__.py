@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         compress as compress,
         compress_many as compress_many,
         evaluate as evaluate,
+        export as export,
         questions as questions,
     )
     from jaxsp.artifact import SoftPrompt as SoftPrompt
@@ -42,7 +43,7 @@ __version__ = "0.2.0"
 
 _ROOMS = ("distributions", "losses", "training")
 _NAMES = {
-    "api": ("ask", "compress", "compress_many", "evaluate", "questions"),
+    "api": ("ask", "compress", "compress_many", "evaluate", "export", "questions"),
     "artifact": ("SoftPrompt",),
     "data.documents": ("Query",),
     "data.examples": ("make_rows",),

@@ -1,4 +1,4 @@
-"""The few calls most people need: compress, compress_many, ask, evaluate."""
+"""The few calls most people need: compress, compress_many, ask, evaluate, export."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, overload
 
-from jaxsp import processes
+from jaxsp import exports, processes
 from jaxsp.artifact import SoftPrompt, check_decoder, named_model
 from jaxsp.data.documents import Query, as_queries
 from jaxsp.errors import check_text
 from jaxsp.evaluation import brackets, report as reports
+from jaxsp.exports import Exported
+from jaxsp.files import as_path
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.models.load import as_model
+from jaxsp.models.load import as_model, load_model
 from jaxsp.progress import Display
-from jaxsp.runs.folder import Result
+from jaxsp.runs.folder import REPORT, Result
 from jaxsp.runs.start import Start, open_run, run_one
 from jaxsp.settings import Options, make_settings, plain
 from jaxsp.study import Study, study
@@ -287,6 +289,58 @@ def evaluate(
         summary = reports.summarise(model, problem, measured, context, settings, other)
     reports.mark_trained_on(summary, prompt)
     return {**reports.report_header(model, prompt), "taught_by": other and other.summary, **summary}
+
+
+def export(
+    prompt: SoftPrompt | str | Path,
+    to: str,
+    *,
+    out: str | Path,
+    model: LanguageModel | str | Path | None = None,
+    length: int | None = None,
+    overwrite: bool = False,
+    with_model: bool = False,
+) -> Exported:
+    """Writes a saved prompt for another program, and measures there that it is the same.
+
+    Args:
+      prompt: the soft prompt, or its folder.
+      to: ``"peft"``, ``"transformers"`` or ``"vllm"``.
+      out: the folder to write.
+      model: that it was trained for, in float32, or its name; by default the one of the name it had then.
+      length: number of slots, of a nested prompt; by default all.
+      overwrite: replace an earlier export in ``out``.
+      with_model: copy the model's weights, as safetensors, and its tokenizer, too.
+
+    Returns:
+      What was measured, if torch and the other program are installed: the KL and the largest difference of a
+      logit.
+
+    Raises:
+      UserError: the format can't hold this prompt, the prompt belongs to another model, or the other program
+        makes something else of it; nothing is then written.
+
+    Example:
+      >>> import jaxsp
+      >>> jaxsp.export(demo_folder, "pfet", out=demo_folder / "peft")
+      Traceback (most recent call last):
+      jaxsp.errors.UserError: There is no format 'pfet'; did you mean peft?
+    """
+    source, report = None, None
+    if not isinstance(prompt, SoftPrompt):
+        source = as_path(prompt, "The prompt")
+        source = source.parent if source.is_file() else source
+        prompt = SoftPrompt.load(source)
+        report = Result.load(source).report if (source / REPORT).is_file() else None
+    if length is not None:
+        prompt = prompt.cut(length)
+    folder = as_path(out, "The folder")
+    exports.check_beforehand(prompt, to, folder, overwrite=overwrite)
+    if not isinstance(model, LanguageModel):
+        name = named_model(prompt.manifest["model"]) if model is None else model
+        model = load_model(name, dtype="float32")
+    options = {"source": source, "report": report, "overwrite": overwrite, "with_model": with_model}
+    return exports.export(prompt, model, to, folder, **options)
 
 
 def _optional(model: LanguageModel | str | Path | None) -> LanguageModel | None:

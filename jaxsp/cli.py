@@ -16,6 +16,7 @@ import tyro
 from jaxsp.arguments import parse, program
 from jaxsp.cache import Cache
 from jaxsp.errors import Interrupted, UserError
+from jaxsp.export_command import Export
 from jaxsp.files import os_errors_as_user_errors
 from jaxsp.options import (
     EMBEDDED,
@@ -27,6 +28,7 @@ from jaxsp.options import (
     Output,
     Processes,
     QueryColumn,
+    Saved,
     WithChat,
     WithTeacher,
     ways_to_need_less,
@@ -36,7 +38,6 @@ from jaxsp.terminal import flush, prepare, visible
 
 # What computes is imported where a command runs: --help and a misspelt option need not wait for it.
 if TYPE_CHECKING:
-    from jaxsp.artifact import SoftPrompt
     from jaxsp.models.language_model import LanguageModel
 
 _STARTED = time.perf_counter()
@@ -222,31 +223,7 @@ class Plan(AllOptions, ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Saved:
-    directory: tyro.conf.Positional[Folder]
-    """The folder that compress wrote."""
-    model: str | None = None
-    """The model's folder, file or id, if it is not where it was."""
-    dtype: str | None = None
-    """Dtype of weights and activations."""
-    length: int | None = None
-    """Slots to read, of a nested prompt; by default all."""
-
-    def prompt(self) -> SoftPrompt:
-        from jaxsp.artifact import SoftPrompt
-
-        prompt = SoftPrompt.load(self.directory)
-        return prompt if self.length is None else prompt.cut(self.length)
-
-    def load(self, prompt: SoftPrompt) -> LanguageModel:
-        from jaxsp.artifact import named_model
-
-        name = named_model(prompt.manifest["model"]) if self.model is None else self.model
-        return ModelOptions(name, self.dtype, prompt.quantization).load().stopping_at(prompt.stop_ids)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ask(_Saved):
+class Ask(Saved):
     """Ask the model a question, with a soft prompt in place of the document."""
 
     examples: ClassVar[str] = """
@@ -288,7 +265,7 @@ class Ask(_Saved):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluate(_Saved):
+class Evaluate(Saved):
     """Measure a soft prompt between its brackets, on queries of your choice."""
 
     examples: ClassVar[str] = """
@@ -382,7 +359,9 @@ class Demo:
         print(f'Ask it yourself:  {program()} ask {shlex.quote(self.out)} "How long is the cable?"')
 
 
-Command = Compress | CompressMany | Questions | Plan | Ask | Evaluate | Inspect | Report | Cache | Demo
+Command = (
+    Compress | CompressMany | Questions | Plan | Ask | Evaluate | Export | Inspect | Report | Cache | Demo
+)
 COMMANDS: dict[str, type[Command]] = {
     "compress": Compress,
     "compress-many": CompressMany,
@@ -390,6 +369,7 @@ COMMANDS: dict[str, type[Command]] = {
     "plan": Plan,
     "ask": Ask,
     "evaluate": Evaluate,
+    "export": Export,
     "inspect": Inspect,
     "report": Report,
     "cache": Cache,

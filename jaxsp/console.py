@@ -14,6 +14,7 @@ from jaxsp import prompts
 from jaxsp.artifact import MANIFEST, SoftPrompt
 from jaxsp.errors import Damaged, in_a_line
 from jaxsp.evaluation.report import bracket_names, gap_in_words
+from jaxsp.exports import Exported
 from jaxsp.files import size
 from jaxsp.plan import Plan
 from jaxsp.prompts import storage
@@ -128,6 +129,22 @@ def print_answers(report: Mapping[str, Any], most: int) -> None:
     names = "query", "answer_full_context", "answer_prompt", "answer_no_context"
     rows = ([query[name] for name in names] for query in held_out[:most])
     _print(_table(rows, "question", "full context", "soft prompt σ", "no context", title="Held-out"))
+
+
+def print_export(found: Exported) -> None:
+    """Prints where an export lies, and what was measured in its consumer or how it can be."""
+    if found.missing is None:
+        figures = f"KL {found.kl:.2g} from jaxsp's own distributions, largest difference of a logit"
+        lines = [
+            f"{found.folder}: checked on {found.queries} question{'s' * (found.queries != 1)}, {figures}"
+            f" {found.logit_difference:.2g}.",
+            f"How to use it: {found.folder / 'README.md'}",
+        ]
+    else:
+        missing = f"{found.missing} is not installed. To check it:"
+        lines = [f"{found.folder} is written, and unchecked: {missing}", *found.check.splitlines()]
+    for line in lines:  # commands and paths, to be copied: they are not cut at the terminal's width
+        print(visible(line))
 
 
 def print_study(study: Study, file: Path | None) -> None:

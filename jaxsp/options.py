@@ -16,6 +16,7 @@ from jaxsp.settings import PromptSettings, Settings
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from jaxsp.artifact import SoftPrompt
     from jaxsp.models.chat import ChatOptions
     from jaxsp.models.language_model import LanguageModel
 
@@ -174,6 +175,32 @@ class Output:
     """Go on with the interrupted run in --out."""
     overwrite: bool = False
     """Replace an earlier run in --out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A saved prompt, and its model."""
+
+    directory: tyro.conf.Positional[Folder]
+    """The folder that compress wrote."""
+    model: str | None = None
+    """The model's folder, file or id, if it is not where it was."""
+    dtype: str | None = None
+    """Dtype of weights and activations."""
+    length: int | None = None
+    """Slots to read, of a nested prompt; by default all."""
+
+    def prompt(self) -> SoftPrompt:
+        from jaxsp.artifact import SoftPrompt
+
+        prompt = SoftPrompt.load(self.directory)
+        return prompt if self.length is None else prompt.cut(self.length)
+
+    def load(self, prompt: SoftPrompt) -> LanguageModel:
+        from jaxsp.artifact import named_model
+
+        name = named_model(prompt.manifest["model"]) if self.model is None else self.model
+        return ModelOptions(name, self.dtype, prompt.quantization).load().stopping_at(prompt.stop_ids)
 
 
 def ways_to_need_less(command: Any) -> str:

@@ -29,26 +29,28 @@ FLOORS = [
     ["distributions"],
     ["teacher"],
     ["artifact"],
-    ["training", "evaluation", "export"],
+    ["training", "evaluation", "exports"],
     ["plan", "study"],
     ["runs", "demo"],
     ["api"],
     ["console", "options"],
-    ["cache"],
+    ["cache", "export_command"],
     ["cli"],
     ["__main__", "__init__"],
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+# Scripts of exports, which run in other processes than jaxsp's.
+CONSUMERS = {f"exports/consumers/{name}.py" for name in ("check", "peft", "transformers")}
 # Heavy packages, and the only places that may import them.
 ONLY_IN = {
     "matplotlib": {"evaluation/plots.py"},
     "orbax": {"training/checkpoint.py"},
-    "transformers": {"models/lazy_tokenizer.py", "models/load.py", "models/gguf/convert.py"},
+    "transformers": {"models/lazy_tokenizer.py", "models/load.py", "models/gguf/convert.py", *CONSUMERS},
     "jinja2": {"evaluation/report.py", "models/chat_renderer.py"},
     "rich": {"progress.py", "console.py", "cli.py"},
-    "tyro": {"arguments.py", "cache.py", "cli.py", "options.py"},
+    "tyro": {"arguments.py", "cache.py", "cli.py", "export_command.py", "options.py"},
     "flax": {"models/decoder.py", "models/layers.py", "models/weights.py"},
-    "torch": set(),
+    "torch": CONSUMERS,
 }
 
 
@@ -200,6 +202,7 @@ def test_the_wheel_runs_from_an_empty_folder(wheel, tmp_path):
     assert (target / "jaxsp" / "py.typed").is_file()
     assert (target / "jaxsp" / "demo" / "manual.md").is_file()
     assert (target / "jaxsp" / "evaluation" / "report.md.jinja").is_file()
+    assert all((target / "jaxsp" / name).is_file() for name in CONSUMERS)
     script = target / "bin" / "jaxsp"
     result = subprocess.run(
         [sys.executable, str(script), "compress", "nowhere.txt", "--queries", "q.txt"],

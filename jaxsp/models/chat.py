@@ -12,7 +12,7 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,23 @@ class ChatTexts:
         return [i for i in ids if i in known][:1] or ([] if own is None else [own])
 
 
+def conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """The text of a chat up to where the answer begins, as a server makes it; ``None`` without a template.
+
+    Args:
+      tokenizer: a ``transformers`` tokenizer.
+      messages: with ``role`` and ``content`` each; a content may also be a list of parts, where the template
+        takes that.
+
+    Raises:
+      UserError: the template fails.
+    """
+    if (template := _template(tokenizer)) is None:
+        return None
+    variables = {**_NOTHING, **_special_tokens(tokenizer), THINKING: False, "add_generation_prompt": True}
+    return render(template, [list(messages)], variables)[0]
+
+
 def turn_ends(tokenizer: Any) -> list[int]:
     """Tokens that end the assistant's turn by the chat template; none where that can't be read.
 
@@ -207,7 +224,7 @@ def _around_answer(
 
 
 def render(
-    template: str, conversations: list[list[dict[str, str]]], variables: Mapping[str, Any]
+    template: str, conversations: Sequence[Sequence[Mapping[str, Any]]], variables: Mapping[str, Any]
 ) -> list[str]:
     """The texts of conversations by a chat template, which runs in a process of its own.
 

@@ -1,0 +1,121 @@
+"""The README of an export: what it is, what it needs, what was measured, how to use it here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from jaxsp.exports.prefix import NEVER, Held
+from jaxsp.models.load import EMBEDDED, hub_id
+from jaxsp.terminal import visible
+
+MOST_LOST = 10
+"""Queries that are named as lost, at most."""
+
+
+_REFUSES = "`load.py` refuses a model with other embeddings."
+_OF_A_SERVER = "A server can't tell: with other weights the answers are others."
+
+
+def card(
+    held: Held,
+    to: str,
+    use: str,
+    measured: Mapping[str, Any],
+    check: str,
+    report: Mapping[str, Any] | None,
+    with_model: bool,
+) -> str:
+    """The text.
+
+    Args:
+      held: the soft prompt.
+      to: the format.
+      use: how it is used there.
+      measured: what ``check.measure`` found.
+      check: the command that checks it.
+      report: the run's ``report.json``, if it is known.
+      with_model: whether the model's files lie in the export.
+    """
+    prompt, model = held.prompt, held.model
+    tokens = prompt.manifest["context_tokens"]
+    parts = [
+        f"# A soft prompt for {model.short_name}, for {to}",
+        f"{prompt.prompt_length} slots of kind {prompt.kind} stand in for a document of {tokens} tokens."
+        " Learnt by jaxsp. With it the model answers questions about the document, each by itself; it is of"
+        " use with this one model.",
+        "## Use",
+        use,
+        "## The model",
+        f"{_weights(held, with_model)} {_OF_A_SERVER if to == 'vllm' else _REFUSES}",
+        "## Checked",
+        _checked(measured, to, check),
+    ]
+    if limit := _limit(held, to):
+        parts.append(limit)
+    if report is not None and "held_out" in report:
+        parts += ["## Measured by jaxsp", _brackets(report)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _weights(held: Held, with_model: bool) -> str:
+    model = held.model
+    found = hub_id(model.name)
+    text = f"Weights with the fingerprint `{model.fingerprint}` (jaxsp's SHA-256 over all tensors). "
+    if with_model:
+        text += "They lie in `model/`."
+    elif found:
+        text += f"`{found}` had them on the model hub when this was written."
+    else:
+        origin = "a GGUF file" if model.name.endswith(".gguf") or model.name == EMBEDDED else "a folder"
+        text += (
+            f"They come from {origin}, `{model.short_name}`, and lie as safetensors in"
+            f" `{os.fspath(model.directory)}` of the machine that wrote this: load them from there, or export"
+            " with `--with-model`, which copies them into `model/`. A model of this name on a hub may have"
+            " others."
+        )
+    return text
+
+
+def _checked(measured: Mapping[str, Any], to: str, check: str) -> str:
+    own = (
+        " vLLM itself was not run: its input was read by transformers, as `inputs_embeds`."
+        if to == "vllm"
+        else ""
+    )
+    if "missing" in measured:
+        missing = f"**Unchecked**: {measured['missing']} was missing. Where it is installed, this checks it:"
+        return f"{missing}\n\n```sh\n{check}\n```{own and chr(10) * 2}{own.strip()}"
+    reader, count = "transformers" if to == "vllm" else to, measured["queries"]
+    return (
+        f"Read by {reader} in float32, on {count} question{'s' * (count != 1)}:"
+        f" KL from jaxsp's own distributions {measured['kl']:.2g} nats a token, largest difference of a logit"
+        f" {measured['logit_difference']:.2g}.{own}"
+    )
+
+
+def _limit(held: Held, to: str) -> str | None:
+    if held.until is None or to == "transformers" or held.vectors is not None or held.until.min() == NEVER:
+        return None
+    return (
+        f"Exact for the first {held.until.min()} tokens of a question and its answer: after them a sliding"
+        " window would leave out the chat's first tokens, which are nearer here."
+    )
+
+
+def _brackets(report: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {name.replace('_', ' ')} | {found['kl']:.3f} |"
+        for name, found in report["held_out"]["brackets"].items()
+        if isinstance(found.get("kl"), float)
+    ]
+    text = "| held-out queries with | KL, nats a token |\n|---|---:|\n" + "\n".join(rows)
+    if verdict := report.get("verdict", {}).get("text"):
+        text += f"\n\n{visible(verdict)}"
+    lost = [q["query"] for q in report.get("queries", []) if q.get("captured") is False]
+    if lost:
+        shown = "\n".join(f"- {' '.join(visible(query).split())}" for query in lost[:MOST_LOST])
+        more = f"\n- and {len(lost) - MOST_LOST} more" if len(lost) > MOST_LOST else ""
+        text += f"\n\nHeld-out queries whose facts are lost ({len(lost)}):\n\n{shown}{more}"
+    return text
