@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import peft
 import torch
@@ -45,7 +45,7 @@ class Peft:
 
     def __init__(self, job: Job, model: peft.PeftModel) -> None:
         self._job, self._model = job, model
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
 
     def student(self, index: Sequence[int]) -> Tensor:
         """Logits ``[N, V]`` at all answer positions of these queries."""
@@ -84,8 +84,9 @@ def prompt_tuning(job: Job, base: Model) -> Peft:
     first = torch.tensor(job.preamble + job.context[: job.prompt_length])
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(first))
     model = peft.get_peft_model(base, config)
-    vectors = base.model.embed_tokens(first)
-    model.prompt_encoder["default"].embedding.weight.data.copy_(vectors)
+    vectors = base.get_input_embeddings()(first)
+    encoder: Any = model.prompt_encoder["default"]
+    encoder.embedding.weight.data.copy_(vectors)
     return Peft(job, model)
 
 
