@@ -77,9 +77,17 @@ def flush() -> None:
 def _unraisable(found: Any) -> None:
     """An interrupt that came where Python can raise nothing, as it collects garbage, comes once more."""
     if found.exc_type is KeyboardInterrupt:
-        threading.Timer(0.1, _thread.interrupt_main).start()
+        threading.Timer(0.1, _wake).start()
     else:
         sys.__unraisablehook__(found)
+
+
+def _wake() -> None:
+    """Sends the main thread what ``prepare`` takes for Ctrl-C, also while it waits."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+    else:
+        _thread.interrupt_main()
 
 
 def _interrupt(*_: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from jaxsp.artifact import SoftPrompt
 from jaxsp.data.examples import Rows, make_rows
 from jaxsp.exports.prefix import Held
 from jaxsp.exports.question import ORDINARY
+from jaxsp.files import parse_json
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.typing import Array, KeyValues, Params, UserError
@@ -104,4 +104,4 @@ def _read_there(to: str, folder: Path, model: Path, expected: Path) -> dict[str,
     if done.returncode:
         reason = done.stderr.strip().rpartition("\n")[2] or f"it ended with code {done.returncode}"
         raise UserError(f"The export can't be read in its consumer: {reason:.300}; nothing was written.")
-    return json.loads(done.stdout.strip().rpartition("\n")[2])
+    return parse_json(done.stdout.strip().rpartition("\n")[2], "The consumer's answer")

@@ -111,13 +111,6 @@ def go_on(photographed, model, monkeypatch, number: int, to: Path, *, machine: b
     assert_same(outcome(to / "out"), whole, when)
 
 
-@pytest.mark.parametrize("photographed", [compress], indirect=True, ids=lambda run: run.__name__)
-def test_it_dies_before_a_few_changes(photographed, tiny_model, monkeypatch, tmp_path):
-    count = len(photographed[1].events)
-    for number in (2 * count // 5, 4 * count // 5, count - 1):
-        go_on(photographed, tiny_model, monkeypatch, number, tmp_path / str(number), machine=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "photographed", [compress, compress_many], indirect=True, ids=lambda run: run.__name__

@@ -133,7 +133,7 @@ def _config(metadata: Metadata, name: str, tensors: dict[str, StoredTensor]) -> 
     if len(words) > vocabulary:
         raise UserError(f"it has {len(words)} tokens, but embeddings of only {vocabulary}")
     head = size("attention.key_length", width // heads)
-    if head > width:  # what is made of it would take its size
+    if head > 16 * width:  # no model's; what is made of it would take its size
         raise UserError(f"its heads are {head} wide, the model {width}")
     if head % 2 or size("rope.dimension_count", head) != head:
         raise UserError("its rotary embedding does not turn whole heads")
