@@ -471,7 +471,7 @@ def test_the_layout_of_the_chat(compress, jaxsp_command, tmp_path):
     out = tmp_path / "out"
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["slots"]["before"] == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
-    refused(compress("--resume", "--steps", 0), "chat_options was {'system': 'Be brief.'")
+    refused(compress("--resume", "--steps", 0), "chat_options.system was 'Be brief.' and is now")
     report = json.loads((out / "report.json").read_text())
     queries = tmp_path / "held.txt"
     queries.write_text("\n".join(q["query"] for q in report["queries"] if q["split"] == "held_out"))
