@@ -7,6 +7,7 @@ threads and its signals itself, by the entry point of the console script.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import signal
@@ -79,7 +80,7 @@ def _be(words: list[str], errors: str) -> None:
     """Becomes the command, and ends with it."""
     for number, name in enumerate((os.devnull, os.devnull, errors)):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), number)
-    sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115 (until the process ends)
+    sys.stdin = io.TextIOWrapper(io.FileIO(0), encoding="utf-8")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["jaxsp", *words]
     code = 1

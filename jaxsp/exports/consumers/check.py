@@ -58,7 +58,7 @@ def main(kind, folder, path, expected):
         import transformers
 
         if kind == "peft":
-            import peft  # noqa: F401
+            importlib.import_module("peft")
     except ImportError as error:
         return {"missing": error.name}
     transformers.logging.set_verbosity_error()

@@ -21,7 +21,7 @@ def load_prefix(model):
     for layer, (keys, values) in enumerate(zip(*pairs, strict=True)):
         cache.update(keys[None], values[None], layer)
     if "bias" in arrays:
-        setattr(cache, "more", [arrays[name].to(model.device) for name in ("bias", "until")])  # noqa: B010
+        vars(cache)["more"] = [arrays[name].to(model.device) for name in ("bias", "until")]
         model.set_attn_implementation("eager")  # the one that takes a mask of its own for each head
         for part in model.modules():
             if type(part).__name__.endswith("Attention") and add_bias not in part._forward_pre_hooks.values():
