@@ -356,7 +356,7 @@ class Demo:
         result = api.compress(model, context, queries, held_out=held_out, **output, **settings)
         console.print_answers(result.report, most=3)
         console.print_summary(result, self.out, _STARTED)
-        print(f'Ask it yourself:  {program()} ask {shlex.quote(self.out)} "How long is the cable?"')
+        print(f'Ask it yourself:  {program()} ask {shlex.quote(self.out)} "How much does it weigh?"')
 
 
 Command = (
