@@ -37,7 +37,7 @@ The server must be one that takes `prompt_embeds` as a part of a chat's message 
 template adds what belongs there. A question with control tokens is refused, as the server would take them for
 such."""
 
-_PLACEHOLDER = "<prompt_embeds>"
+_STAND_IN = "<prompt_embeds>"
 """The word that vLLM puts in the place of vectors, as one token of its own."""
 
 
@@ -77,7 +77,7 @@ def write(held: Held, out: Path, queries: Sequence[str] = ()) -> dict[str, str]:
     ids = {*control_ids(tokenizer), tokenizer.unk_token_id} - {None}  # a server has no plain form of either
     words = tokenizer.convert_ids_to_tokens(sorted(ids))
     ends = sorted({*model.stop_ids, *held.prompt.stop_ids})
-    known = {"lead": lead, "refused": [*words, _PLACEHOLDER], "stop_token_ids": ends,
+    known = {"lead": lead, "refused": [*words, _STAND_IN], "stop_token_ids": ends,
              "chat_template_kwargs": {THINKING: False}}  # fmt: skip
     atomic_write(out / "chat.json", json.dumps(known, indent=2, ensure_ascii=False) + "\n")
     sigma = held.vectors[len(held.prompt.manifest["slots"]["before_ids"]) :]
@@ -99,8 +99,8 @@ class _Content:
             return False
         core = tokenizers.Tokenizer.from_str(core.to_str())
         core.encode_special_tokens = False
-        core.add_special_tokens([tokenizers.AddedToken(_PLACEHOLDER, special=True)])
-        place = core.token_to_id(_PLACEHOLDER)
+        core.add_special_tokens([tokenizers.AddedToken(_STAND_IN, special=True)])
+        place = core.token_to_id(_STAND_IN)
         for query in queries:
             try:
                 text = conversation(model.tokenizer, [{"role": "user", "content": self._content(query)}])
@@ -112,7 +112,7 @@ class _Content:
         return True
 
     def _content(self, query: str) -> Any:
-        texts = _PLACEHOLDER, self.lead + query
+        texts = _STAND_IN, self.lead + query
         return "\n".join(texts) if self.form == "string" else [{"type": "text", "text": t} for t in texts]
 
 

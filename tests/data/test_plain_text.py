@@ -13,6 +13,7 @@ from hypothesis import example, given, strategies as st
 from jaxsp.data.documents import read_context
 from jaxsp.data.plain_text import from_html, from_notebook
 from jaxsp.typing import UserError
+from tests.fuzz.documents import PDF
 
 PAGE = """<!-- saved --><!DOCTYPE html>
 <html><head><title>The  cup</title><style>p { }</style><script>if (a < b) { }</script></head>
@@ -139,23 +140,8 @@ def test_a_pdf_needs_its_extra(tmp_path, monkeypatch):
 
 
 def test_a_real_pdf(tmp_path):
-    stream = b"BT /F1 12 Tf 9 9 Td (The cable is 90 cm long.) Tj ET"
-    objects = [
-        b"<< /Type /Catalog /Pages 2 0 R >>",
-        b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 200 50] /Contents 4 0 R"
-        b" /Resources << /Font << /F1 5 0 R >> >> >>",
-        b"<< /Length %d >> stream\n%s\nendstream" % (len(stream), stream),
-        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
-    ]
-    data, places = b"%PDF-1.4\n", []
-    for i, content in enumerate(objects, start=1):
-        places.append(len(data))
-        data += b"%d 0 obj %s endobj\n" % (i, content)
-    table = b"".join(b"%010d 00000 n \n" % place for place in places)
-    end = b"trailer << /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF" % len(data)
     file = tmp_path / "a.pdf"
-    file.write_bytes(data + b"xref\n0 6\n0000000000 65535 f \n" + table + end)
+    file.write_bytes(PDF)
     assert read_context(file) == "The cable is 90 cm long."
     file.write_bytes(b"%PDF-1.4 damaged")
     with pytest.raises(UserError, match="PDF that can't be read"):

@@ -36,7 +36,7 @@ def read_here(monkeypatch):
 
 
 def refusal(to, family, kind, bias=False) -> str:
-    """What the format must say of it; nothing, if it holds it."""
+    """The sentence by which the format must refuse it; empty, if it holds it."""
     if family == "gpt2" and kind != "embedding":
         return "gpt2 has learned positions, which can't be shifted: the question stands at 93, after 10 slots"
     if to == "vllm" and kind != "embedding":

@@ -1,4 +1,4 @@
-"""What is refused, what is left behind then, and an export where torch is missing."""
+"""Refusals, the files left behind then, and an export where torch is missing."""
 
 from __future__ import annotations
 

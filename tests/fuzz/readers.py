@@ -49,7 +49,7 @@ Inputs = list[bytes] | None
 
 
 def quietly(function: Callable[..., Any], *arguments: Any) -> str:
-    """What is printed."""
+    """The words that are printed."""
     box = io.StringIO()
     with contextlib.redirect_stdout(box), contextlib.redirect_stderr(io.StringIO()):
         function(*arguments)
@@ -60,7 +60,7 @@ def quietly(function: Callable[..., Any], *arguments: Any) -> str:
 
 
 def ggufs(folder: Path) -> list[bytes]:
-    """Of two kinds of tokenizers, without a chat template: that takes a process of its own."""
+    """Two kinds of tokenizers, without a chat template: that takes a process of its own."""
     sizes: dict[str, Any] = {
         "num_hidden_layers": 1, "hidden_size": 8, "head_dim": 4, "intermediate_size": 8,
         "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -151,7 +151,7 @@ def _config(folder: Path) -> Any:
 
 
 def plain_tokenizer(folder: Path) -> Any:
-    """Whatever is there may be asked for."""
+    """A tokenizer asked for all that is there."""
     try:
         found = LazyTokenizer(folder)
         return found.encode("a b"), found.eos_token_id, found.special_tokens_map, found.chat_template
@@ -251,7 +251,7 @@ def read_older_result(folder: Path) -> Any:
 
 
 def finished(folder: Path) -> None:
-    """What another run has measured."""
+    """The files of a finished run."""
     older_result(folder)
     report = {**example(), "steps": 1, "by_position": {"prompt": [0.5, 0.25], "no_context": [1.0, 2.0]}}
     report["by_length"] = {"2": 0.5, "4": 0.25}
@@ -384,7 +384,7 @@ def jobs(folder: Path) -> Any:
 
 
 def command(folder: Path) -> Any:
-    """What has been read is the command; none is run."""
+    """The command that is read; none is run."""
     text = (folder / "words").read_bytes().decode("utf-8", "surrogateescape").replace("\0", "")
     words = [word for word in text.split("\n") if word]
     try:

@@ -1,4 +1,4 @@
-"""Whatever stands in a file: it is read as it should be, or one sentence says what is wrong.
+"""A file may say anything: it is read as it should be, or one sentence says what is wrong.
 
 No other exception, no more memory than some times the file's size, no more than a few seconds, and where
 there is a checksum never silently something else. ``pytest -m fuzz -n2`` takes about ten minutes.
@@ -53,7 +53,7 @@ def limited() -> Iterator[None]:
 
 
 def outcome(reader: Reader, folder: Path) -> Any:
-    """What is read, or ``None`` for a sentence; raises what is neither."""
+    """The thing read, or ``None`` for a sentence; raises what is neither."""
     size = (folder / reader.file).stat().st_size
     try:
         return repr(reader.read(folder))
