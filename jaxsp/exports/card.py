@@ -86,7 +86,7 @@ def _checked(measured: Mapping[str, Any], to: str, check: str) -> str:
     )
     if "missing" in measured:
         missing = f"**Unchecked**: {measured['missing']} was missing. Where it is installed, this checks it:"
-        return f"{missing}\n\n```sh\n{check}\n```{own and chr(10) * 2}{own.strip()}"
+        return "\n\n".join(filter(None, (missing, f"```sh\n{check}\n```", own.strip())))
     reader, count = "transformers" if to == "vllm" else to, measured["queries"]
     return (
         f"Read by {reader} in float32, on {count} question{'s' * (count != 1)}:"
