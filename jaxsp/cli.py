@@ -311,7 +311,7 @@ class Inspect:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Write the report and the plots of a run anew, from what was measured; loads no model."""
+    """Write report.html, report.md and the plots of a run anew, from what was measured; loads no model."""
 
     examples: ClassVar[str] = """
       jaxsp report prompt/

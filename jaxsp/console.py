@@ -18,7 +18,7 @@ from jaxsp.exports import Exported
 from jaxsp.files import size
 from jaxsp.plan import Plan
 from jaxsp.prompts import storage
-from jaxsp.runs.folder import Result
+from jaxsp.runs.folder import PAGE, Result
 from jaxsp.study import Study
 from jaxsp.teacher.store import Entry
 from jaxsp.terminal import visible
@@ -119,7 +119,7 @@ def print_summary(result: Result, out: str, started: float) -> None:
     _print(
         f"{report['prompt_length']} slots for {report['context_tokens']} tokens"
         f" ({report['compression']:.1f}×), {time.perf_counter() - started:.0f} s in all.",
-        f"Report: {folder / 'report.md'}   Prompt: {folder / 'prompt.safetensors'}",
+        f"Report: {folder / PAGE} (as text: report.md)   Prompt: {folder / 'prompt.safetensors'}",
     )
 
 
