@@ -42,8 +42,9 @@ def bars(rows: Iterable[Mapping[str, Any]], most: float | None = None) -> list[B
       most: the value at the right end; by default the largest there is.
 
     Example:
-      >>> [(bar.width, bar.span) for bar in bars([{"name": "a", "label": "a", "value": 1.0, "low": 0, "high": 2}])]
-      [(50.0, (0.0, 100.0))]
+      >>> (bar,) = bars([{"name": "a", "label": "a", "value": 1.0, "low": 0.0, "high": 2.0}])
+      >>> bar.width, bar.span
+      (50.0, (0.0, 100.0))
     """
     rows = [row for row in rows if _is_number(row["value"])]
     ends = [row.get("high") if _is_number(row.get("high")) else row["value"] for row in rows]

@@ -120,10 +120,7 @@ class Result:
           Damaged: a file is missing, or not as it was written.
         """
         folder = Path(directory)
-        checksums, file = {}, folder / CHECKSUMS
-        if file.exists():  # older runs have none
-            checksums = unsealed(read_json(file), file)
-        report = read_json(folder / REPORT, finite=False, sha256=checksums.get(REPORT))
+        report, checksums = _read_report(folder)
         lines = read_json_lines(folder / METRICS, sha256=checksums.get(METRICS))
         steps = [line.get("step") for line in lines]
         if steps != [*range(len(lines))] or report.get("steps", len(lines) - 1) != len(lines) - 1:
@@ -132,6 +129,40 @@ class Result:
         if file.is_file():  # older runs have none
             tokens = read_json(file, list, finite=False, sha256=checksums.get(TOKENS))
         return cls(SoftPrompt.load(folder), report, lines, tokens)
+
+
+def _read_report(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The report of a run, and the checksums of its files."""
+    checksums, file = {}, folder / CHECKSUMS
+    if file.exists():  # older runs have none
+        checksums = unsealed(read_json(file), file)
+    return read_json(folder / REPORT, finite=False, sha256=checksums.get(REPORT)), checksums
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report of a finished run, without its prompt.
+
+    Args:
+      folder: the run's.
+
+    Raises:
+      Damaged: it is not as it was written.
+    """
+    return _read_report(folder)[0]
+
+
+def finished_runs(directory: str | Path) -> list[Path]:
+    """The folders of finished runs: the folder itself, or those in a folder of many, by name.
+
+    Raises:
+      UserError: there is none.
+    """
+    folder = as_path(directory, "The folder")
+    folder = folder.parent if folder.is_file() else folder
+    found = [folder] if (folder / REPORT).is_file() else sorted(f.parent for f in folder.glob(f"*/{REPORT}"))
+    if not found:
+        raise UserError(f"{folder} holds no finished run (no {REPORT}).")
+    return found
 
 
 def write_reports(directory: str | Path) -> tuple[list[Path], list[str]]:
@@ -143,13 +174,8 @@ def write_reports(directory: str | Path) -> tuple[list[Path], list[str]]:
     Raises:
       UserError: there is no finished run.
     """
-    folder = as_path(directory, "The folder")
-    folder = folder.parent if folder.is_file() else folder
-    found = [folder] if (folder / REPORT).is_file() else sorted(f.parent for f in folder.glob(f"*/{REPORT}"))
-    if not found:
-        raise UserError(f"{folder} holds no finished run (no {REPORT}).")
     written, problems = [], []
-    for one in found:
+    for one in finished_runs(directory):
         try:
             result = Result.load(one)
             if result.error is None:
@@ -241,6 +267,22 @@ class RunFolder:
             yield
         finally:
             os.close(handle)
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a run is at work in the folder, as far as locks tell."""
+        try:
+            import fcntl
+        except ImportError:  # on Windows there are no locks of a folder
+            return True
+        handle = os.open(self.directory, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until it is closed, at once
+        except OSError:  # it is taken, or a file system without locks
+            return True
+        finally:
+            os.close(handle)
+        return False
 
     def start(self, settings: dict[str, Any]) -> None:
         """Makes the folder ready for a run with these settings: an earlier run's files go, others stay.
