@@ -59,7 +59,7 @@ def test_what_can_not_be_compared_is_refused():
     own = run("c")
     assert isinstance(own.report, dict)
     own.report["taught_by"] = {"name": "big", "signal": "answers"}
-    with pytest.raises(UserError, match="c can't be compared with a: .*another figure"):
+    with pytest.raises(UserError, match=r"c can't be compared with a: .*another figure"):
         compare([run("a"), run("b"), own])
 
 
