@@ -30,7 +30,7 @@ FLOORS = [
     ["teacher"],
     ["artifact"],
     ["training", "evaluation", "exports"],
-    ["plan", "study"],
+    ["callbacks", "plan", "study"],
     ["runs", "demo"],
     ["api"],
     ["console", "options", "watching"],

@@ -126,7 +126,7 @@ class WatchedRun:
     @property
     def has_ended(self) -> bool:
         """Whether nothing more will come: its report is there, or no process is at work in its folder."""
-        if not self.is_many and self.prompts[0].report is not None:
+        if not self.is_many and self.folder.report.is_file():
             return True
         above = RunFolder(self.folder.directory.absolute().parent)
         places = [self.folder] if self.is_many else [self.folder, above]  # of a job of many

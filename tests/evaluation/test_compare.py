@@ -76,7 +76,7 @@ def test_the_page_has_the_numbers_of_the_reports():
     second.report["gap_closed"] = {"value": 0.5, "low": None, "high": None}
     second.report["held_out"]["brackets"]["prompt"]["kl"] = 0.75
     found = check(html(compare([first, second])))
-    for text in ("81.2% (-50.0% to 100.0%)", "50.0%", "0.750", "0.250 (0.125 to 0.375)", "1 of 3", "steps"):
+    for text in ("81.2% (-50.0% to 100.0%)", "50.0%", "0.750", "0.250 (0.125 to 0.375)", "2 of 3", "steps"):
         assert text in found.text
     assert "a/report.html" in found.addresses
     assert found.text.count("yes | no") == 3  # the full context's, and that of each run
