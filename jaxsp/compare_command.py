@@ -26,15 +26,13 @@ class Compare:
 
     def run(self) -> None:
         from jaxsp import console
-        from jaxsp.evaluation.compare import compare, html
         from jaxsp.files import as_path, atomic_write
-        from jaxsp.runs.compared import check_out, read_runs
+        from jaxsp.runs.compared import check_out, compare_folders
 
         if not self.directories:
             raise UserError("There is nothing to compare; give two folders of runs, or one of many.")
         file = as_path(self.out, "--out")
         check_out(file)
-        runs, left_out = read_runs(self.directories, file)
-        found = compare(runs, of_many=len(self.directories) == 1)
-        atomic_write(file, html(found))
+        found, left_out, page = compare_folders(self.directories, file)
+        atomic_write(file, page)
         console.print_comparison(found, left_out, file)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxsp.artifact import CONTEXT
-from jaxsp.errors import Damaged, UserError
-from jaxsp.evaluation.compare import Run
+from jaxsp.errors import Damaged, UserError, in_a_line
+from jaxsp.evaluation.compare import Comparison, Run, compare, html
 from jaxsp.files import as_path
 from jaxsp.runs.folder import PAGE, REPORT, finished_runs, read_report
 
@@ -24,6 +24,32 @@ def check_out(file: Path) -> None:
         raise UserError(f"There is no folder {file.parent}; choose another with --out.")
     if file.exists() and _MADE_HERE not in file.read_bytes()[:4096]:
         raise UserError(f"{file} is there already and is no page of jaxsp; choose another with --out.")
+
+
+_DAMAGE = (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError)
+
+
+def compare_folders(directories: Sequence[str], out: Path) -> tuple[Comparison, list[str], str]:
+    """The comparison of the runs in some folders, what is wrong with those left out, and its page.
+
+    Args:
+      directories: folders of one run each, or one of many.
+      out: where the page will be.
+
+    Raises:
+      UserError: they can't be compared, or a report is damaged.
+    """
+    runs, left_out = read_runs(directories, out)
+    try:
+        found = compare(runs, of_many=len(directories) == 1)
+        return found, left_out, html(found)
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        raise UserError(
+            f"A report in {', '.join(map(str, directories))} is damaged, or was written by another version of"
+            f" jaxsp ({type(error).__name__}: {in_a_line(error, 120)})."
+        ) from error
 
 
 def read_runs(directories: Sequence[str], out: Path) -> tuple[list[Run], list[str]]:
@@ -58,8 +84,8 @@ def read_runs(directories: Sequence[str], out: Path) -> tuple[list[Run], list[st
         run = Run(name, report, document, _link(folder, out))
         try:
             _ = run.figures, run.settings
-        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-            reason = f"{type(error).__name__}: {error}"
+        except _DAMAGE as error:
+            reason = f"{type(error).__name__}: {in_a_line(error, 120)}"
             raise Damaged(
                 f"{folder / REPORT} is damaged, or was written by another version of jaxsp ({reason})"
             ) from error
