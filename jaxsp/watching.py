@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -69,7 +68,8 @@ def _one(prompt: WatchedPrompt, name: str, has_ended: bool) -> RenderableType:
     if prompt.step is None:
         return Group(*parts)
     if prompt.steps:
-        parts.append(ProgressBar(total=prompt.steps, completed=prompt.step, width=WIDTH))
+        done = min(WIDTH * prompt.step // prompt.steps, WIDTH)
+        parts.append(Text("━" * done + "─" * (WIDTH - done)))
     for metric, title in (("held_out_kl", "held-out KL"), ("loss", "training loss")):
         if points := [(step, y) for step, y in prompt.series(metric) if math.isfinite(y)]:
             values = [y for _, y in points]

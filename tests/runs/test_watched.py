@@ -36,7 +36,7 @@ def append(run: RunFolder, *lines: str) -> None:
 def shown(run: WatchedRun, has_ended: bool = False) -> str:
     console = Console(file=io.StringIO(), width=100)
     console.print(watching.view(run, has_ended))
-    return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    return " ".join(console.file.getvalue().split())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_lines_are_read_as_they_come(tmp_path):
