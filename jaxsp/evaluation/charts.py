@@ -47,7 +47,7 @@ def bars(rows: Iterable[Mapping[str, Any]], most: float | None = None) -> list[B
       (50.0, (0.0, 100.0))
     """
     rows = [row for row in rows if _is_number(row["value"])]
-    ends = [row.get("high") if _is_number(row.get("high")) else row["value"] for row in rows]
+    ends = [row["high"] if _is_number(row.get("high")) else row["value"] for row in rows]
     most = most or max(ends, default=1.0) or 1.0
 
     def place(value: float) -> float:
@@ -55,10 +55,9 @@ def bars(rows: Iterable[Mapping[str, Any]], most: float | None = None) -> list[B
 
     found = []
     for row in rows:
-        low, high = row.get("low"), row.get("high")
-        known = _is_number(low) and _is_number(high)
-        span = (place(low), place(high)) if known else None
-        low, high = (low, high) if known else (None, None)
+        known = _is_number(row.get("low")) and _is_number(row.get("high"))
+        low, high = (row["low"], row["high"]) if known else (None, None)
+        span = (place(row["low"]), place(row["high"])) if known else None
         found.append(Bar(row["name"], row["label"], row["value"], low, high, place(row["value"]), span))
     return found
 
