@@ -54,6 +54,9 @@ def watch(
                 sleep(every)
     except KeyboardInterrupt:
         return
+    finally:
+        if not console.is_terminal:  # a terminal's line has been ended
+            console.line()
 
 
 def view(run: WatchedRun, has_ended: bool) -> RenderableType:
