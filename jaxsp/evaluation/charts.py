@@ -48,10 +48,10 @@ def bars(rows: Iterable[Mapping[str, Any]], most: float | None = None) -> list[B
     """
     rows = [row for row in rows if _is_number(row["value"])]
     ends = [row["high"] if _is_number(row.get("high")) else row["value"] for row in rows]
-    most = most or max(ends, default=1.0) or 1.0
+    end: float = most or max(ends, default=1.0) or 1.0
 
     def place(value: float) -> float:
-        return round(min(max(100 * value / most, 0.0), 100.0), 2)
+        return round(min(max(100 * value / end, 0.0), 100.0), 2)
 
     found = []
     for row in rows:
