@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxsp.errors import UserError
 from jaxsp.evaluation import charts
-from jaxsp.evaluation.page import render
+from jaxsp.evaluation.page import render, series
 
 UNIMPORTANT = ("checkpoint_every", "parallel", "mesh")
 """Settings that decide nothing of the result."""
@@ -20,8 +20,8 @@ VALUES = 4
 BRACKETS = ("prompt", "truncated_context", "no_context")
 """Those whose KL the table has."""
 
-MOST_BARS, MOST_ANSWERS = 60, 12
-"""Runs whose bars, and whose answers, a page shows at most."""
+MOST_BARS, MOST_ANSWERS, MOST_CURVES = 60, 12, 8
+"""Runs whose bars, whose answers, and whose curves a page shows at most: there is a colour for each curve."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +33,14 @@ class Run:
       report: the fields of its ``report.json``.
       document: the text that σ stands for, or ``None``.
       page: address of its own page, seen from the page of all, or ``None``.
+      lines: its training's metrics, a dict a step, if they are known.
     """
 
     name: str
     report: Mapping[str, Any]
     document: str | None = None
     page: str | None = None
+    lines: Sequence[Mapping[str, Any]] = ()
 
     @functools.cached_property
     def held_out(self) -> dict[str, Mapping[str, Any]]:
@@ -182,6 +184,7 @@ def html(found: Comparison) -> str:
     for run in shown:
         interval = run.report["held_out"].get("kl_intervals", {}).get("prompt", {})
         kl.append({"name": "prompt", "label": run.name, **interval, "value": run.figures["prompt"]})
+    curves = {f"run-{i}": (run.name, series(run.lines, "held_out_kl")) for i, run in enumerate(found.runs)}
     queries = list(found.runs[0].held_out.values()) if found.same_queries else []
     return render(
         "compare.html.jinja",
@@ -189,6 +192,7 @@ def html(found: Comparison) -> str:
         gaps=charts.bars(gaps, most=1.0),
         kl=charts.bars(kl),
         cut=len(found.runs) - len(shown),
+        training=charts.chart(curves, {}) if len(curves) <= MOST_CURVES else None,
         settings=[
             [in_words(values[i]) for values in found.differing.values()] for i in range(len(found.runs))
         ],

@@ -237,17 +237,24 @@ def _training(
 ) -> tuple[charts.Chart | None, charts.Chart | None]:
     """The chart of the held-out KL, with the loss if that is KL, too; else the loss in one of its own."""
 
-    def series(name: str) -> list[tuple[float, float]]:
-        known = [(line["step"], line[name]) for line in lines if name in line]
-        every = max(1, math.ceil(len(known) / MOST_POINTS))
-        return known[::every] + (known[-1:] if (len(known) - 1) % every else [])
-
-    loss, brackets = ("loss of the batch", series("loss")), report["held_out"]["brackets"]
-    held_out = {"prompt": ("held-out KL of σ", series("held_out_kl"))}
+    loss, brackets = ("loss of the batch", series(lines, "loss")), report["held_out"]["brackets"]
+    held_out = {"prompt": ("held-out KL of σ", series(lines, "held_out_kl"))}
     levels = {name: (name.replace("_", " "), brackets[name]["kl"]) for name in LEVELS if name in brackets}
     if report["objective"] == "kl":
         return charts.chart({"loss": loss, **held_out}, levels), None
     return charts.chart(held_out, levels), charts.chart({"loss": loss}, {})
+
+
+def series(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """A metric by the steps at which it is known; of a long run some of them, and the last.
+
+    Args:
+      lines: the training's metrics, a dict a step.
+      name: key of the metric.
+    """
+    known = [(line["step"], line[name]) for line in lines if name in line]
+    every = max(1, math.ceil(len(known) / MOST_POINTS))
+    return known[::every] + (known[-1:] if (len(known) - 1) % every else [])
 
 
 def _answers(report: Mapping[str, Any], tokens: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

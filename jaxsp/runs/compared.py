@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxsp.artifact import CONTEXT
 from jaxsp.errors import Damaged, UserError, in_a_line
-from jaxsp.evaluation.compare import Comparison, Run, compare, html
-from jaxsp.files import as_path
-from jaxsp.runs.folder import PAGE, REPORT, finished_runs, read_report
+from jaxsp.evaluation.compare import MOST_CURVES, Comparison, Run, compare, html
+from jaxsp.files import as_path, read_json_lines
+from jaxsp.runs.folder import METRICS, PAGE, REPORT, finished_runs, read_report
 
 _MADE_HERE = b'<meta name="generator" content="jaxsp">'
 
@@ -81,7 +83,11 @@ def read_runs(directories: Sequence[str], out: Path) -> tuple[list[Run], list[st
             continue
         file = folder / CONTEXT
         document = file.read_text("utf-8", "replace") if file.is_file() else None
-        run = Run(name, report, document, _link(folder, out))
+        lines = list[dict[str, Any]]()
+        if len(folders) <= MOST_CURVES:  # others are not drawn
+            with contextlib.suppress(Damaged):
+                lines = read_json_lines(folder / METRICS)
+        run = Run(name, report, document, _link(folder, out), lines)
         try:
             _ = run.figures, run.settings
         except _DAMAGE as error:

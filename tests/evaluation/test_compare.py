@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from jaxsp.errors import UserError
 from jaxsp.evaluation import compare as module
 from jaxsp.evaluation.compare import Run, compare, html
-from tests.evaluation.test_page import EVIL, check, report
+from tests.evaluation.test_page import EVIL, LINES, check, report
 
 
 def run(name: str, document: str | None = "One.", page: str | None = None, **changes: Any) -> Run:
@@ -91,6 +92,23 @@ def test_names_and_texts_are_no_markup():
 
     found = compare([evil(EVIL), evil(f"{EVIL}2")])
     assert check(html(found)).text.count("alert(1)") > 10
+
+
+def test_curves_of_a_few_runs_are_drawn(monkeypatch):
+    runs = [dataclasses.replace(run(name), lines=LINES) for name in "ab"]
+    text = html(compare(runs))
+    check(text)
+    assert text.count('class="run-') == 2
+    assert "--run-1:" in text
+    assert "Training" not in html(compare([run("a"), run("b")]))  # without lines
+    monkeypatch.setattr(module, "MOST_CURVES", 1)
+    assert "Training" not in html(compare(runs))
+
+
+def test_there_is_a_colour_for_each_curve():
+    text = html(compare([run("a"), run("b")]))
+    for i in range(module.MOST_CURVES):
+        assert text.count(f"--run-{i}: #") == 2  # light and dark
 
 
 def test_answers_of_many_runs_are_left_out(monkeypatch):
