@@ -110,7 +110,7 @@ def check_teacher(model: LanguageModel, problem: Problem) -> None:
     if problem.has_other_teacher:
         return
     part = int(job.part_of[held_out[0]])
-    rows = problem.rows.take(held_out[job.part_of[held_out] == part][:CHECKED])
+    rows = problem.some(held_out[job.part_of[held_out] == part][:CHECKED])
     prefix = read_part(model, job, part, problem.preamble)
     kl = at_positions(model, prefix, rows, problem.packing, ("kl",))["kl"].sum() / rows.mask.sum()
     if not kl <= (allowed := SAME if model.config.dtype == "float32" else SAME_IN_16_BITS):
@@ -146,7 +146,7 @@ def _after_parts(
     for part in np.unique(part_of[others]).tolist():
         some = [i for i in others if part_of[i] == part]
         prefix = read_part(model, job, part, problem.preamble)
-        rows, head = problem.rows.take(some), problem.teacher_head
+        rows, head = problem.some(some), problem.teacher_head
         for name, values in at_positions(model, prefix, rows, problem.packing, teacher_head=head).items():
             positions[name][some] = values
         queries = [job.query_ids[i] for i in some]
@@ -265,12 +265,16 @@ def measure(
 def _positions(
     model: LanguageModel, prefix: KeyValues | None, problem: Problem, *, held_out_alone: bool
 ) -> dict[str, np.ndarray]:
-    index = np.flatnonzero(~problem.job.is_train) if held_out_alone else np.arange(len(problem.rows))
-    rows, head = problem.rows.take(index), problem.teacher_head
-    found = at_positions(model, prefix, rows, problem.packing, teacher_head=head)
-    every = {name: np.full(problem.rows.mask.shape, np.nan, np.float32) for name in found}
-    for name, values in found.items():
-        every[name][index] = values
+    groups, head = [np.flatnonzero(~problem.job.is_train)], problem.teacher_head
+    if not held_out_alone:
+        groups = [np.arange(len(problem.rows))]
+        if not problem.wanted.is_usual:
+            groups = list(problem.wanted.rows(problem.job.is_train).values())
+    every: dict[str, np.ndarray] = {}
+    for index in groups:
+        found = at_positions(model, prefix, problem.some(index), problem.packing, teacher_head=head)
+        for name, values in found.items():
+            every.setdefault(name, np.full(problem.rows.mask.shape, np.nan, np.float32))[index] = values
     return every
 
 

@@ -192,8 +192,8 @@ def test_signals_are_written_as_they_come(teach, monkeypatch, shards):
 
     alive, most, in_batches = weakref.WeakSet[Ragged](), [], targets.in_batches
 
-    def watched(model, prefix, rows, packing, name):
-        for one in in_batches(model, prefix, rows, Packing(1, packing.length), name):
+    def watched(model, prefix, rows, packing, *signal):
+        for one in in_batches(model, prefix, rows, Packing(1, packing.length), *signal):
             alive.add(one[2])
             most.append(len(alive))
             yield one
@@ -228,7 +228,7 @@ def test_the_key_holds_all_that_decides_what_is_said(tiny_model):
     }
     assert len(set(keys.values())) == len(keys), keys
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(problems, "VERSION", stores.VERSION + 1)
+        patch.setattr("jaxsp.teacher.keys.VERSION", stores.VERSION + 1)
         assert key() != keys["same"]
     assert key() == keys["same"]
     assert key(settings=make_settings({**SETTINGS, "steps": 9})) == keys["same"]
