@@ -481,6 +481,42 @@ def test_two_runs_at_once(tiny_model, tiny_directory, job, tmp_path, shared, cap
         check(only(folder))
 
 
+# What an evaluation asks
+
+
+@pytest.fixture(scope="module")
+def prompt(tiny_model):
+    return compress(tiny_model, steps=0, kind="embedding", progress=False).prompt
+
+
+def test_an_evaluation_reads_what_the_teacher_said(tiny_model, prompt, shared, asked, capfd, monkeypatch):
+    """And says so; a damaged entry is made anew, and without a cache it is asked again."""
+
+    def evaluate() -> tuple[dict[str, Any], str]:
+        found = jaxsp.evaluate(tiny_model, prompt, QUERIES[:2])
+        return found, capfd.readouterr().err
+
+    first, said = evaluate()
+    assert READ not in said
+    second, said = evaluate()
+    assert f"{READ} {shared}\n" in said
+    assert len(asked) == 1
+    assert second == first
+    entry = only(shared)
+    flip(entry / "hidden-0-00000.bin")
+    third, said = evaluate()
+    assert f"{entry} is damaged: hidden-0-00000.bin has another SHA-256" in " ".join(said.split())
+    assert READ not in said
+    assert len(asked) == 2
+    assert third == first
+    check(only(shared))
+    monkeypatch.setenv("JAXSP_TEACHER_CACHE", "off")
+    fourth, said = evaluate()
+    assert READ not in said
+    assert len(asked) == 3
+    assert fourth == first
+
+
 # The command
 
 
