@@ -328,14 +328,14 @@ def run_teacher(
       display: shows that it goes on.
       store: where all is kept.
       wanted: what it is to say; by default its last hidden states everywhere.
-      answers: its own, where they are known; else those that it gave when all hidden states were wanted.
+      answers: its own, where they are known; by default those that all runs share, of its last hidden states.
     """
     store = store or Store(None)
     key, usual = said_key(model, job, settings, wanted), teacher_key(model, job, settings)
     if (kept := store.read(key, _read(job, wanted), "Teacher's answers and signals")) is not None:
         return Problem(job, preamble, *kept, wanted=wanted)
     if answers is None and key != usual:
-        known = store.read(usual, _read(job, USUAL), "Teacher's answers")
+        known = store.shared_alone.read(usual, _read(job, USUAL), "Teacher's answers")
         answers = known and known[1]
     prefix = functools.lru_cache(maxsize=1)(lambda part: read_part(model, job, part, preamble))
     if answers is None:
@@ -425,7 +425,8 @@ def keep(
         for name, target in rows.targets.items()
         if name in SIGNALS
     ]
-    shown = about("teacher", model.name, job.parts[0].text, len(rows), tokens=len(job.context_ids))
+    kind = "teacher" if wanted.is_usual else f"teacher ({wanted.train})"
+    shown = about(kind, model.name, job.parts[0].text, len(rows), tokens=len(job.context_ids))
 
     def write(folder: Path) -> None:
         targets.write(folder, rows, answers, given if said is None else said(), places)

@@ -128,6 +128,21 @@ def test_stored_entries_train_as_those_taken_from_hidden_states():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_all_tokens_are_the_full_divergence():
+    best = fused_top_k(HIDDEN, HEAD, MASK, k=V)
+    assert not np.asarray(best.tail).any()
+    given = dict(zip(("teacher_log_probs", "teacher_ids", "teacher_tail"), best, strict=True))
+
+    def loss(student, objective, **given: Any):
+        return fused_objective(objective, student, HEAD, MASK, **given)[0].sum()
+
+    student = jnp.asarray(STUDENT)
+    ours = jax.value_and_grad(loss)(student, "topk_kl", **given)
+    theirs = jax.value_and_grad(loss)(student, "kl", teacher_hidden=HIDDEN)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
+
+
 def test_an_objective_says_how_many_entries_it_compares():
     assert OBJECTIVES["topk_kl"].entries == 64
     assert parse("topk_kl(k=20)").entries == 20
@@ -143,7 +158,8 @@ def test_an_objective_says_how_many_entries_it_compares():
 def test_a_tail_goes_with_its_entries():
     best = fused_top_k(HIDDEN, HEAD, k=3)
     entries = {"teacher_log_probs": best.log_probs, "teacher_ids": best.ids}
-    for given in ({**entries, "teacher_tail": best.tail[:1]}, {"teacher_tail": best.tail}):
+    wrong: list[dict[str, Any]] = [{**entries, "teacher_tail": best.tail[:1]}, {"teacher_tail": best.tail}]
+    for given in wrong:
         with pytest.raises(ValueError, match=r"teacher_tail must have shape \[3, 7\] and stand beside"):
             fused_objective("topk_kl", STUDENT, HEAD, teacher_hidden=HIDDEN, **given)
     with pytest.raises(ValueError, match=r"teacher_tail must have shape \[3, 7\], not \[1, 7\]"):

@@ -32,7 +32,7 @@ from jaxsp.teacher import problem as problems, targets
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import read_part, read_preamble, run_teacher, said_key, teacher_key, tokenize
 from jaxsp.teacher.signals import SIGNALS, USUAL, Wanted
-from jaxsp.teacher.store import Store
+from jaxsp.teacher.store import Store, entries
 from jaxsp.training.drivers import DRIVERS
 from jaxsp.training.start import start_state
 from jaxsp.training.state import stack
@@ -325,6 +325,7 @@ def test_a_token_takes_as_many_bytes_as_are_said(calm_model, tmp_path):
     assert "516" in (SIGNALS["top_k"].__doc__ or "")
 
 
+@pytest.mark.slow
 def test_all_tokens_are_the_full_divergence(calm_model):
     """Trained on as many as there are, σ goes the way of kl, but for rounding."""
     found = {}
@@ -366,8 +367,13 @@ def test_answers_that_the_teacher_gave_are_not_asked_for_again(calm_model, tmp_p
     found = asked(calm_model, wanted("top_k"), Store(None, tmp_path, lines.append))
     assert found.answers == usual.answers
     assert lines == [f"Teacher's answers: read from {tmp_path}"]
-    asked(calm_model, Wanted.by(as_objective("topk_kl(k=6)"), V), Store(None, tmp_path))
+    store = Store(tmp_path.with_name("own"), tmp_path)
+    asked(calm_model, Wanted.by(as_objective("topk_kl(k=6)"), V), store)
     assert len(list(tmp_path.iterdir())) == 3
+    (own,) = tmp_path.with_name("own").iterdir()  # not the hidden states, of which it took the answers
+    assert list(own.glob("top_k-*.bin"))
+    kinds = sorted(entry.about["kind"] for entry in entries(tmp_path))
+    assert kinds == ["teacher", "teacher (top_k)", "teacher (top_k)"]
 
 
 @pytest.mark.slow
@@ -480,12 +486,10 @@ def test_a_document_alone_gives_what_it_needs(calm_model, heeded, tmp_path):
     found = jaxsp.compress(
         calm_model, CONTEXT, objective=OBJECTIVE["top_k"], out=tmp_path / "out", progress=False, **settings
     )
-    entries = [
-        path for path in (tmp_path / "out" / "run" / "teachers").iterdir() if (path / "signals.json").exists()
-    ]
-    assert [sorted({file.name.split("-")[0] for file in e.glob("*.bin")}) for e in entries] == [
-        ["hidden", "top_k"]
-    ]
+    files = (tmp_path / "out" / "run" / "teachers").glob("*/*.bin")
+    assert {file.name.split("-")[0] for file in files} == {"hidden", "top_k"}
+    kinds = [entry.about["kind"] for entry in entries(tmp_path / "out" / "run" / "teachers")]
+    assert sorted(kinds) == ["study", "teacher (top_k)"]
     assert found.report["train"]["best_tokens"] == 5
     said = " ".join((tmp_path / "out" / "report.md").read_text().split())
     assert "The KL on these is that of the teacher's 5 best tokens and of all others together" in said
