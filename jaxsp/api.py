@@ -22,6 +22,7 @@ from jaxsp.settings import Options, make_settings, plain
 from jaxsp.study import Study, study
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import read_preamble, run_teacher, tokenize
+from jaxsp.teacher.store import Store
 from jaxsp.training.slots import Callback
 from jaxsp.typing import NonFiniteLoss, UserError
 
@@ -243,6 +244,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures a saved prompt between its brackets, on queries of your choice.
 
+    What the teacher says is kept for the next time, and read where it is known, as ``compress`` does.
+
     Args:
       model: the model that the prompt was trained for, or its name.
       prompt: the soft prompt, or its folder.
@@ -276,12 +279,14 @@ def evaluate(
     settings = make_settings({**known, "kind": prompt.kind, "prompt_length": prompt.prompt_length})
     other = _teacher_of(prompt, model, teacher)
     texts = context, [], asked, settings
+    store = Store.of_run(None, display.say)
+    who = other.model if other else model
+    job = tokenize(who, *texts)
+    said = run_teacher(who, job, settings.teacher, read_preamble(who), display, store)
     if other is None:
-        job = tokenize(model, *texts)
-        problem = run_teacher(model, job, settings.teacher, read_preamble(model), display)
+        problem = said
     else:
-        model, job = other.student, tokenize(other.model, *texts)
-        said = run_teacher(other.model, job, settings.teacher, read_preamble(other.model), display)
+        model = other.student
         own = tokenize(model, *texts)
         problem = other.problem(said, own, read_preamble(model), settings)
     with display.phase("evaluate", "Evaluation"):

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxsp.data.examples import Rows
 from jaxsp.data.packing import Packing
+from jaxsp.losses import Objective, as_objective
 from jaxsp.models import decoder, sharding
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.output_head import OutputHead
@@ -28,6 +29,7 @@ from jaxsp.models.sharding import DATA, along
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.prompts.initializers import Source, Start
 from jaxsp.settings import Settings
+from jaxsp.teacher.signals import SIGNALS, Wanted
 from jaxsp.training.drivers import cut_axis, mesh_of, sharded_update
 from jaxsp.training.state import TrainState, initial_state
 from jaxsp.training.update import Frozen, UpdateSettings
@@ -160,7 +162,9 @@ def plan(
         return Memory(*sizes, context_bytes)
 
     readings = parts if PROMPT_KINDS[settings.prompt.kind].IS_READ else 0
-    flops = step_flops(config, settings.prompt.prompt_length, query_tokens, packing, readings)
+    wanted = Wanted.by(as_objective(settings.training.objective), config.vocab_size)
+    heads = 3 if wanted.train == "hidden" else 2  # the teacher's part is known
+    flops = step_flops(config, settings.prompt.prompt_length, query_tokens, packing, readings, heads)
     rate = matmul_rate(config)
     working = 1 if jax.default_backend() == "cpu" else devices  # a CPU's devices are one processor
     limit = memory_limit or device_memory(devices)
@@ -275,7 +279,7 @@ def compiled(
     teacher_head = jax.eval_shape(lambda: teacher_head)
     states, batches = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((prompts, *leaf.shape), leaf.dtype),
-        (jax.eval_shape(start), _batch(config, packing, teacher_head)),
+        (jax.eval_shape(start), _batch(config, packing, teacher_head, chosen.objective)),
     )
     cut = 0
     if mesh is not None:
@@ -296,7 +300,12 @@ def compiled(
 
 
 def step_flops(
-    config: DecoderConfig, prompt_length: int, query_tokens: int, packing: Packing, readings: int = 1
+    config: DecoderConfig,
+    prompt_length: int,
+    query_tokens: int,
+    packing: Packing,
+    readings: int = 1,
+    heads: int = 3,
 ) -> float:
     """Floating-point operations of an update that it can't do without.
 
@@ -311,6 +320,7 @@ def step_flops(
       query_tokens: tokens of a query with its answer; the answer's are half of them.
       packing: shape of the batch.
       readings: number of times that σ is read: once for each part that the batch is computed in, if at all.
+      heads: products with the output head: of the teacher, of the student, and back.
     """
     tokens, own = packing.tokens, readings * prompt_length
     projections = config.width * config.head_width * (2 * config.heads + 2 * config.kv_heads)
@@ -319,8 +329,7 @@ def step_flops(
     attended += own * (PREAMBLE_TOKENS + prompt_length / 2)
     attention = 4 * config.heads * config.head_width * attended
     layer = 2 * 2 * (tokens + own) * (projections + mlp) + 3 * attention
-    # The head: of the teacher, of the student, and back.
-    return config.layers * layer + 3 * 2 * config.width * config.vocab_size * tokens / 2
+    return config.layers * layer + heads * 2 * config.width * config.vocab_size * tokens / 2
 
 
 def matmul_rate(config: DecoderConfig) -> float:
@@ -382,13 +391,22 @@ def largest(size_of: Callable[[int], float], limit: float, rows: int, *, multipl
     return max((n for n, size in known.items() if size <= limit), default=0)
 
 
-def _batch(config: DecoderConfig, packing: Packing, teacher_head: OutputHead | None) -> Rows:
-    """The shapes of a packed batch with the teacher's hidden states."""
+def _batch(
+    config: DecoderConfig, packing: Packing, teacher_head: OutputHead | None, objective: Objective
+) -> Rows:
+    """The shapes of a packed batch with what the objective needs of the teacher."""
     shape = packing.rows, packing.length
     of: Any = jax.ShapeDtypeStruct  # stands for an array
     ids, live = of(shape, jnp.int32), of(shape, jnp.bool_)
     width, dtype = config.width, config.dtype
     if teacher_head is not None:
         width, dtype = teacher_head.unembedding.shape[1], teacher_head.unembedding.dtype
-    targets = {"tokens": ids, "hidden": of((*shape, width), dtype)}
-    return Rows(ids, ids, ids, live, targets, ids)
+    rows = Rows(ids, ids, ids, live, {"tokens": ids}, ids)
+    tokens = config.vocab_size if teacher_head is None else teacher_head.unembedding.shape[0]
+    wanted = Wanted.by(objective, tokens)
+    if wanted.train == "hidden":
+        return rows.with_targets(hidden=of((*shape, width), dtype))
+    say = functools.partial(SIGNALS[wanted.train].at_positions, **dict(wanted.options))
+    given = decoder.parameter_shapes(config), decoder.empty_prefix(config), rows
+    said = jax.eval_shape(lambda params, prefix, rows: say(params, config, prefix, rows), *given)
+    return rows.with_targets(**{wanted.train: said})

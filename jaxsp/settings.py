@@ -75,7 +75,9 @@ class TrainingSettings:
     objective: str = "kl"
     """Training objective: kl, reverse_kl, js, total_variation, topk_kl, truncated_kl, nll, entropy,
     confidence_shift, cosine_similarity, distribution_cosine_similarity or hidden_mse; with options as in
-    js(beta=0.3), or a mixture such as kl=0.7,nll=0.3. In Python also an Objective of your own."""
+    js(beta=0.3), or a mixture such as kl=0.7,nll=0.3. For topk_kl and truncated_kl the teacher's 64 best
+    tokens are kept, or 20 with topk_kl(k=20): they take less memory and disk than all that kl needs. In
+    Python also an Objective of your own."""
     steps: int | None = _setting(None, type=int, per_prompt=True, at_least=0, below=2**31)
     """Updates of the prompt; 0 keeps it as it starts. By default 100, for nested 150, for embedding 500."""
     on_policy: float = _setting(0.0, per_prompt=True, at_least=0, at_most=1)

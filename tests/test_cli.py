@@ -144,7 +144,7 @@ def test_compress_writes_everything(compress, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["kl=0.7,nll=0.3,temperature=2", "cosine_similarity"])
+@pytest.mark.parametrize("objective", ["kl=0.7,nll=0.3,temperature=2", "cosine_similarity", "topk_kl(k=20)"])
 def test_any_objective_of_the_table_and_mixtures_train(compress, tmp_path, objective):
     code, _, err = compress("--objective", objective)
     assert code == 0, err

@@ -18,7 +18,7 @@ from jaxsp.typing import EMPTY, Array, Bool, Int, PyTree
 TARGET_INPUTS: dict[str, tuple[str, ...]] = {
     "tokens": ("targets",),
     "hidden": ("teacher_hidden",),
-    "top_k": ("teacher_log_probs", "teacher_ids"),
+    "top_k": ("teacher_log_probs", "teacher_ids", "teacher_tail"),
 }
 
 
@@ -36,7 +36,7 @@ class Rows:
       mask: ``[B, A]`` True where there is one.
       targets: what the teacher said there, by the names in ``Objective.needs``, each ``[B, A, ...]``:
         ``tokens`` (the answer ŷ, always there), and what ``teacher.targets`` adds, such as ``hidden``; an
-        array, or a ``Ragged`` that is read as it is used.
+        array, or a ``Ragged`` that is read as it is used, or a tuple of such.
       segment_ids: ``[B, T]`` which of its row's sequences a token belongs to, counted from 0, ``EMPTY`` for
         padding; ``None`` if every row is one sequence.
     """

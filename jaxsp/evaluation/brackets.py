@@ -113,7 +113,7 @@ def check_teacher(model: LanguageModel, problem: Problem) -> None:
     if problem.has_other_teacher:
         return
     part = int(job.part_of[held_out[0]])
-    rows = problem.rows.take(held_out[job.part_of[held_out] == part][:CHECKED])
+    rows = problem.some(held_out[job.part_of[held_out] == part][:CHECKED])
     prefix = read_part(model, job, part, problem.preamble)
     kl = at_positions(model, prefix, rows, problem.packing, ("kl",))["kl"].sum() / rows.mask.sum()
     if not kl <= (allowed := SAME if model.config.dtype == "float32" else SAME_IN_16_BITS):
@@ -149,7 +149,7 @@ def _after_parts(
     for part in np.unique(part_of[others]).tolist():
         some = [i for i in others if part_of[i] == part]
         prefix = read_part(model, job, part, problem.preamble)
-        rows, head = problem.rows.take(some), problem.teacher_head
+        rows, head = problem.some(some), problem.teacher_head
         for name, values in at_positions(model, prefix, rows, problem.packing, teacher_head=head).items():
             positions[name][some] = values
         queries = [job.query_ids[i] for i in some]
@@ -278,17 +278,22 @@ def _positions(
     with_states: bool = False,
 ) -> tuple[dict[str, np.ndarray], dict[int, np.ndarray]]:
     """The metrics of all queries, NaN of those not measured; and the states of those held out, if wanted."""
-    is_train = problem.job.is_train
-    index = np.flatnonzero(~is_train) if held_out_alone else np.arange(len(problem.rows))
-    rows, head = problem.rows.take(index), problem.teacher_head
-    wanted = np.flatnonzero(~is_train[index]).tolist() if with_states else []
-    found, states = at_positions_with_states(
-        model, prefix, rows, problem.packing, frozenset(wanted), teacher_head=head
-    )
-    every = {name: np.full(problem.rows.mask.shape, np.nan, np.float32) for name in found}
-    for name, values in found.items():
-        every[name][index] = values
-    return every, {int(index[i]): own for i, own in states.items()}
+    is_train, head = problem.job.is_train, problem.teacher_head
+    groups = [np.flatnonzero(~is_train)]
+    if not held_out_alone:
+        groups = [np.arange(len(problem.rows))]
+        if not problem.wanted.is_usual:
+            groups = list(problem.wanted.rows(is_train).values())
+    every: dict[str, np.ndarray] = {}
+    states: dict[int, np.ndarray] = {}
+    for index in groups:
+        wanted = frozenset(np.flatnonzero(~is_train[index]).tolist() if with_states else [])
+        rows = problem.some(index)
+        found, own = at_positions_with_states(model, prefix, rows, problem.packing, wanted, teacher_head=head)
+        for name, values in found.items():
+            every.setdefault(name, np.full(problem.rows.mask.shape, np.nan, np.float32))[index] = values
+        states |= {int(index[i]): some for i, some in own.items()}
+    return every, states
 
 
 def _key(prefix: KeyValues) -> bytes:

@@ -43,6 +43,11 @@ def _misses(student_logits: Array, targets: Array, mask: Array) -> Array:
     return jnp.where(mask, jnp.argmax(student_logits, axis=-1) != targets, False).astype(jnp.float32)
 
 
+def _misses_best(student_logits: Array, teacher_ids: Array, mask: Array) -> Array:
+    """1 where the most probable token is not the teacher's, else 0."""
+    return _misses(student_logits, teacher_ids[..., 0], mask)
+
+
 _OF_TOKENS = ("student_logits", "targets")
 
 OF_ANSWERS = {
@@ -52,6 +57,16 @@ OF_ANSWERS = {
 }
 """The metrics where of the teacher only its answers are known. It then counts as certain of them: the KL
 divergence from a distribution that is all on one token is that token's negative log-likelihood."""
+
+OF_TOP_K = {
+    "kl": OBJECTIVES["topk_kl"],
+    "topk_kl": OBJECTIVES["topk_kl"],
+    "nll": OBJECTIVES["nll"],
+    "zero_one": Objective(_misses_best, ("student_logits", "teacher_ids"), differentiable=False),
+    "entropy": OBJECTIVES["entropy"],
+}
+"""The metrics where of the teacher its best tokens are known, and the mass of the rest. The KL divergence is
+then that of these: at most the whole one."""
 
 _RESAMPLES = 4000
 
@@ -71,12 +86,20 @@ def _at_positions(
         states, head = jnp.asarray(rows.targets["hidden"]), teacher_head or head
     else:
         states = distributions.answer_hidden(params, config, prefix, rows)
-    if "hidden" not in rows.targets:
-        found = {name: distributions.compare(OF_ANSWERS[name], states, head, rows)[0] for name in names}
-        return found, states
+    if (known := _known(rows)) is not None:
+        entries = dict.fromkeys(known[name] for name in names)
+        found = {e: distributions.compare(e, states, head, rows, teacher_head)[0] for e in entries}
+        return {name: found[known[name]] for name in names}, states
     first, *others = names
     values, measured = distributions.compare(first, states, head, rows, teacher_head, others)
     return {first: values, **measured}, states
+
+
+def _known(rows: Rows) -> dict[str, Objective] | None:
+    """The metrics of rows without the teacher's last hidden states; ``None`` if they are there: all."""
+    if "hidden" in rows.targets:
+        return None
+    return OF_TOP_K if "top_k" in rows.targets else OF_ANSWERS
 
 
 def at_positions(
@@ -91,11 +114,12 @@ def at_positions(
 
     Args:
       model: the frozen model.
-      prefix: prefix of the bracket measured; ``None`` for the teacher's own last hidden states.
+      prefix: prefix of the bracket measured; ``None`` for the teacher's own last hidden states, or for its
+        answers where nothing else is known.
       rows: with the teacher's targets.
       packing: packing of the batches they are read in.
       names: keys of ``jaxsp.losses.OBJECTIVES``; those that compare hidden states of two widths are left
-        out, and without the teacher's distributions all but ``OF_ANSWERS``.
+        out, and without the teacher's distributions all but ``OF_TOP_K`` or ``OF_ANSWERS``.
       teacher_head: head of the teacher, if it is another model.
 
     Returns:
@@ -128,9 +152,9 @@ def at_positions_with_states(
       The metrics; and by index the states ``[A, D]`` at the answer positions of a row.
     """
     batches = packing.in_order(rows)
-    if "hidden" not in rows.targets:
-        names = [name for name in names if name in OF_ANSWERS]
-        if prefix is None:  # certain of its own answers
+    if (known := _known(rows)) is not None:
+        names = [name for name in names if name in known]
+        if prefix is None and known is OF_ANSWERS:  # certain of its own
             return {name: np.zeros(rows.mask.shape, np.float32) for name in names}, {}
     elif rows.targets["hidden"].shape[-1] != model.config.width:
         names = [name for name in names if not OBJECTIVES[name].compares_hidden]

@@ -80,7 +80,11 @@ def summarise(
 
     def part(split: np.ndarray, names: Iterable[str]) -> dict[str, Any]:
         brackets = {
-            name: {m: float(v[split].sum() / counts[split].sum()) for m, v in positions[name].items()}
+            name: {
+                m: float(v[split].sum() / counts[split].sum())
+                for m, v in positions[name].items()
+                if not np.isnan(v[split]).all()  # not measured on these
+            }
             for name in names
         }
         there = decisive & split[:, None]
@@ -110,6 +114,8 @@ def summarise(
         }
     if is_train.any():
         report["train"] = part(is_train, TRAINED)
+        if best := dict(problem.wanted.options).get("k"):
+            report["train"]["best_tokens"] = best
     report["queries"] = _queries(model, problem, positions, answers, decisive)
     report |= _right(report["queries"])
     report["cut_answers"] = _cut_answers(model, problem, measured, settings, teacher)

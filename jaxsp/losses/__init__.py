@@ -42,6 +42,7 @@ Array([[0., 0., 0.]], dtype=float32)
 
 from jaxsp.losses.divergence import js_divergence, kl_divergence, reverse_kl_divergence, total_variation
 from jaxsp.losses.fused import fused_kl_divergence, fused_negative_log_likelihood, fused_objective
+from jaxsp.losses.fused_top_k import TopKAndTail, fused_top_k
 from jaxsp.losses.likelihood import (
     candidate_scores,
     negative_log_likelihood,
@@ -59,6 +60,7 @@ __all__ = [
     "OBJECTIVES",
     "Objective",
     "TopK",
+    "TopKAndTail",
     "Total",
     "as_objective",
     "candidate_scores",
@@ -69,6 +71,7 @@ __all__ = [
     "fused_kl_divergence",
     "fused_negative_log_likelihood",
     "fused_objective",
+    "fused_top_k",
     "hidden_mse",
     "js_divergence",
     "kl_divergence",

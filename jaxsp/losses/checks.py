@@ -51,6 +51,16 @@ def check_floating(last: str = "v", /, **named: AnyArray) -> None:
         raise ValueError(f"The {kind} must have one shape; got {shapes}.")
 
 
+def check_head(name: str, hidden: AnyArray, head_name: str, head: AnyArray) -> int:
+    """The number of the head's tokens, which is floating ``[v, d]`` for floating vectors ``[*b, t, d]``."""
+    check_floating("d", **{name: hidden})
+    if head.ndim != 2 or 0 in head.shape or not jnp.issubdtype(head.dtype, jnp.floating):
+        raise ValueError(f"{head_name} must be floating [v, d], not {head.dtype} {list(head.shape)}.")
+    if head.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"{name} has vectors of {hidden.shape[-1]} and {head_name} rows of {head.shape[1]}.")
+    return head.shape[0]
+
+
 def check_batch(name: str, array: AnyArray, batch: tuple[int, ...], last: str) -> None:
     """The array is ``[*batch, last]``."""
     if array.shape[:-1] != batch:

@@ -142,7 +142,7 @@ def _one_chunk(
     def logits_of(hidden: Array, head: Array) -> Array:
         # A NaN under the mask must not reach the gradient. And on jax 0.10's CPU backend the product,
         # fused with the softmax's reduction for want of something between them, takes 1.5 times as long.
-        raw = jnp.where(live[:, None], _product("nd,vd->nv", hidden, head, hidden.dtype), 0)
+        raw = jnp.where(live[:, None], product("nd,vd->nv", hidden, head, hidden.dtype), 0)
         return raw if rule else vocabulary.gather(raw, axis)
 
     def cap(softcap: float | None, raw: Array) -> Array:
@@ -170,11 +170,11 @@ def _one_chunk(
     if "student_logits" in settings.objective.inputs:
         (to_raw,) = uncap(to_logits)
         to_raw = to_raw if rule else vocabulary.own_part(to_raw, head.shape[0], axis)
-        to_hidden += vocabulary.total(_product("nv,vd->nd", to_raw, head, student.dtype), axis)
+        to_hidden += vocabulary.total(product("nv,vd->nd", to_raw, head, student.dtype), axis)
     return (values, measured), to_hidden.astype(student.dtype)
 
 
-def _product(spec: str, left: Array, head: Array, dtype: Any) -> Array:
+def product(spec: str, left: Array, head: Array, dtype: Any) -> Array:
     """With the head, of logits' gradients or of hidden states, whose ``dtype`` it is."""
     # In bfloat16 or else float32: a gradient of probabilities underflows in float16.
     dtype = jnp.bfloat16 if jnp.promote_types(dtype, head.dtype) == jnp.bfloat16 else jnp.float32

@@ -148,6 +148,7 @@ def fused_objective(
     targets: Tokens | None = None,
     teacher_log_probs: Float[AnyArray, "*b t k"] | None = None,
     teacher_ids: Int[AnyArray, "*b t k"] | None = None,
+    teacher_tail: Float[AnyArray, "*b t"] | None = None,
     metrics: Sequence[str] = (),
     softcap: float | None = None,
     chunk_size: int | None = None,
@@ -166,6 +167,7 @@ def fused_objective(
       targets: ``[*b, t]`` gold tokens.
       teacher_log_probs: ``[*b, t, k]``, see ``topk_kl_divergence``; by default from ``teacher_hidden``.
       teacher_ids: ``[*b, t, k]``.
+      teacher_tail: ``[*b, t]``, probability of all others; by default what these leave of 1.
       metrics: further objectives, as text, to evaluate on the same logits, without a gradient.
       softcap: logits are c·tanh(x / c), on both sides if there is no ``teacher_softcap`` (Gemma 2).
       chunk_size: positions at a time; by default as many as fit a budget (256 MiB on a CPU, else 1 GiB).
@@ -196,17 +198,11 @@ def fused_objective(
     tokens = _check_heads(student_hidden, unembedding, teacher_hidden, teacher_unembedding)
     own_softcap = _checked_softcap("softcap", softcap)
     other = own_softcap if teacher_softcap is None else _checked_softcap("teacher_softcap", teacher_softcap)
-    if chunk_size is not None:
-        checks.check_count("chunk_size", chunk_size)
     batch, everyone = student_hidden.shape[:-1], tokens * vocabulary.shards(axis_name)
-    optional = {
-        "live": checks.check_mask(mask, batch),
-        "teacher_hidden": teacher_hidden,
-        "targets": targets,
-        "teacher_log_probs": teacher_log_probs,
-        "teacher_ids": teacher_ids,
-    }
+    best = {"teacher_log_probs": teacher_log_probs, "teacher_ids": teacher_ids, "teacher_tail": teacher_tail}
+    optional = {"teacher_hidden": teacher_hidden, "targets": targets, **best}
     given = {name: array for name, array in optional.items() if array is not None}
+    given["live"] = checks.check_mask(mask, batch)
     _check_given(given, everyone, (objective, *(entry for _, entry in measures)))
     # Metrics of a sharded head want whole logits: then the objective may as well take them, too.
     gathered = axis_name is not None and bool(measures)
@@ -216,6 +212,7 @@ def fused_objective(
         chunk_size = chunked_head.chunk_size(
             math.prod(batch), width, masked=mask is not None, metrics=len(measures)
         )
+    checks.check_count("chunk_size", chunk_size)
     settings = chunked_head.ChunkSettings(
         objective, rule, measures, chunk_size, mask is None, (other, own_softcap), axis_name
     )
@@ -243,6 +240,11 @@ def _check_given(given: dict[str, AnyArray], everyone: int, entries: Sequence[Ob
             checks.check_batch(name, given[name], live.shape, last)
     if "targets" in given:
         checks.check_ids(given["targets"], live.shape, everyone, live)
+    if "teacher_tail" in given and (given["teacher_tail"].shape != live.shape or len(top) < 2):
+        raise ValueError(
+            f"teacher_tail must have shape {list(live.shape)} and stand beside teacher_log_probs and"
+            f" teacher_ids; it has {list(given['teacher_tail'].shape)}."
+        )
     if len(top) == 2:
         log_probs = given["teacher_log_probs"]
         there = live[..., None] & (log_probs != -jnp.inf)
@@ -256,21 +258,12 @@ def _check_given(given: dict[str, AnyArray], everyone: int, entries: Sequence[Ob
 
 
 def _check_heads(student: AnyArray, head: AnyArray, teacher: AnyArray | None, other: AnyArray | None) -> int:
-    tokens = _check_head("student_hidden", student, "unembedding", head)
+    tokens = checks.check_head("student_hidden", student, "unembedding", head)
     if teacher is not None:
         name, other = ("unembedding", head) if other is None else ("teacher_unembedding", other)
-        if _check_head("teacher_hidden", teacher, name, other) != tokens:
+        if checks.check_head("teacher_hidden", teacher, name, other) != tokens:
             raise ValueError(
                 f"unembedding has {tokens} rows and teacher_unembedding {other.shape[0]};"
                 " teacher and student must share the vocabulary."
             )
     return tokens
-
-
-def _check_head(name: str, hidden: AnyArray, head_name: str, head: AnyArray) -> int:
-    checks.check_floating("d", **{name: hidden})
-    if head.ndim != 2 or 0 in head.shape or not jnp.issubdtype(head.dtype, jnp.floating):
-        raise ValueError(f"{head_name} must be floating [v, d], not {head.dtype} {list(head.shape)}.")
-    if head.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"{name} has vectors of {hidden.shape[-1]} and {head_name} rows of {head.shape[1]}.")
-    return head.shape[0]

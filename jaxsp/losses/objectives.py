@@ -49,6 +49,7 @@ class Objective:
       reference: where it comes from; no part of what it is.
       options: keyword arguments of the function, by name. Sorted pairs once stored, without those that
         equal the function's defaults: equal objectives compile once.
+      optional: names of more arrays, which the function takes by keyword where they are there.
 
     Raises:
       UserError: the function has no such option.
@@ -86,6 +87,7 @@ class Objective:
     differentiable: bool = True
     reference: str = dataclasses.field(default="", compare=False)
     options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
+    optional: tuple[str, ...] = ()
 
     def __post_init__(self):
         given: dict[str, Any] = dict(self.options)
@@ -120,6 +122,11 @@ class Objective:
         return tuple(name for name, makes in _NEEDS.items() if makes.intersection(self.inputs))
 
     @property
+    def entries(self) -> int:
+        """Best tokens of the teacher at a position that it compares, where it compares the best alone."""
+        return dict(self.options).get("k", TOP_K)
+
+    @property
     def compares_hidden(self) -> bool:
         """Whether it compares hidden states: those of teacher and student must then be of one width."""
         return set(_HIDDEN) <= set(self.inputs)
@@ -138,12 +145,14 @@ class Objective:
         """
         options, logits = dict(self.options), available.get("teacher_logits")
         absent = all(available.get(name) is None for name in TEACHER_TOP_K)
-        if "teacher_ids" in self.inputs and absent and logits is not None:
-            available |= zip(TEACHER_TOP_K, top_k(logits, options.get("k", TOP_K)), strict=True)
+        if _compares_best(self) and absent and logits is not None:
+            best = dict(zip(TEACHER_TOP_K, top_k(logits, self.entries), strict=True))
+            available |= {**best, "teacher_tail": None}
         for name in self.inputs:
             if available.get(name) is None:
                 raise ValueError(f"This objective needs {name}; it was not given.")
-        return self.function(*(available[name] for name in self.inputs), mask, **options)
+        more = {name: available[name] for name in self.optional if available.get(name) is not None}
+        return self.function(*(available[name] for name in self.inputs), mask, **options, **more)
 
     def check_differentiable(self) -> None:
         """Raises ``UserError`` if there is no gradient to train on."""
@@ -170,7 +179,9 @@ OBJECTIVES: dict[str, Objective] = {
     "reverse_kl": Objective(reverse_kl_divergence, reference="arXiv:2306.08543"),
     "js": Objective(js_divergence, reference="arXiv:2306.13649"),
     "total_variation": Objective(total_variation, reference="arXiv:2307.15190"),
-    "topk_kl": Objective(topk_kl_divergence, _TOP_K, reference="Cover & Thomas 2006, ch. 2"),
+    "topk_kl": Objective(
+        topk_kl_divergence, _TOP_K, reference="Cover & Thomas 2006, ch. 2", optional=("teacher_tail",)
+    ),
     "truncated_kl": Objective(truncated_kl_divergence, _TOP_K, reference="arXiv:2506.06266"),
     "nll": Objective(negative_log_likelihood, ("student_logits", "targets"), reference="arXiv:2501.09223"),
     "zero_one": Objective(zero_one, differentiable=False, reference="arXiv:2501.09223"),
@@ -200,6 +211,10 @@ class _Mixture(Objective):
 
     def __str__(self) -> str:
         return ",".join(f"{entry}={_plain(weight)}" for weight, entry in self.terms)
+
+    @property
+    def entries(self) -> int:
+        return max((entry.entries for _, entry in self.terms if _compares_best(entry)), default=TOP_K)
 
 
 def mixture(*, temperature: float = 1.0, **weights: float) -> Objective:
@@ -349,10 +364,22 @@ def _mixed(terms: Sequence[tuple[str, dict, float | None]], temperature: float =
         if entry in (other for _, other in parts):
             raise UserError(f"The mixture has {entry} twice; add up its weights.")
         parts.append((weight, entry))
+    # One that names no k compares as many as alone, however many another one asks for.
+    if max((entry.entries for _, entry in parts if _compares_best(entry)), default=0) > TOP_K:
+        parts = [(weight, _with_own_k(entry)) for weight, entry in parts]
     if len(parts) == 1 and parts[0][0] == 1 and parts[0][1].sense == "minimise":
         return parts[0][1]  # which compiles to less
     inputs = dict.fromkeys(name for _, entry in parts for name in entry.inputs)
     return _Mixture(sum, tuple(inputs), terms=tuple(parts))
+
+
+def _compares_best(entry: Objective) -> bool:
+    return "teacher_ids" in entry.inputs
+
+
+def _with_own_k(entry: Objective) -> Objective:
+    options = {"k": entry.entries, **dict(entry.options)}
+    return dataclasses.replace(entry, options=options) if _compares_best(entry) else entry
 
 
 def _checked(entry: Objective, options: dict[str, Any]) -> Objective:
@@ -375,6 +402,7 @@ def _options_of(objective: Objective) -> tuple[dict[str, Any], bool]:
     takes any others."""
     parameters = list(inspect.signature(objective.function).parameters.values())
     rest = parameters[len(objective.inputs) + 1 :]
+    rest = [p for p in rest if p.name not in objective.optional]
     known = {p.name: p.default for p in rest if p.kind is not p.VAR_KEYWORD}
     return known, len(known) < len(rest)
 

@@ -67,6 +67,7 @@ def topk_kl_divergence(
     mask: Mask = None,
     *,
     k: int | None = None,
+    teacher_tail: Float[AnyArray, "*b t"] | None = None,
 ) -> Losses:
     r"""KL divergence over the teacher's k best tokens and one bucket for all the others (the tail).
 
@@ -83,6 +84,8 @@ def topk_kl_divergence(
       student_logits: ``[*b, t, v]``, any float dtype.
       mask: ``[*b, t]``, True where a position counts; all if ``None``.
       k: entries used, the first ones, of those given; all if ``None``.
+      teacher_tail: ``[*b, t]``, probability of all tokens that are not given; no gradient flows to it. By
+        default it is what the given ones leave of 1, which rounding makes inexact where that is little.
 
     Returns:
       ``[*b, t]`` float32, in nats.
@@ -102,12 +105,15 @@ def topk_kl_divergence(
     """
     log_p, ids, log_q, mask = _prepared(teacher_log_probs, teacher_ids, student_logits, mask, k)
     log_q, log_q_tail = _listed_and_tail(log_q, ids)
-    p_tail = -jnp.expm1(jax.nn.logsumexp(log_p, axis=-1))
+    if teacher_tail is None:
+        p_tail, exact_above = -jnp.expm1(jax.nn.logsumexp(log_p, axis=-1)), _ROUNDING
+    else:
+        p_tail, exact_above = _mass_beyond(k, teacher_log_probs, teacher_tail, mask), 0.0
     some = p_tail > 0
     rest = p_tail * (jnp.log(jnp.where(some, p_tail, 1.0)) - jnp.where(some, log_q_tail, 0.0))
     # A listed mass of 1 may be a little less by rounding, and the rest far from 0 where q has hardly
     # any: it must not lift the sum above the full divergence.
-    rest = jnp.where(p_tail > _ROUNDING, rest, jnp.where(some, jnp.minimum(rest, 0.0), 0.0))
+    rest = jnp.where(p_tail > exact_above, rest, jnp.where(some, jnp.minimum(rest, 0.0), 0.0))
     return jnp.where(mask, jnp.sum(kl_terms(log_p, log_q), axis=-1) + rest, 0.0)
 
 
@@ -174,6 +180,15 @@ def _prepared(
     ids = jnp.where(there & (ids >= 0), ids, vocabulary)
     log_p = jnp.where(mask[..., None], log_p, -jnp.inf)
     return log_p[..., :k], ids[..., :k], jax.nn.log_softmax(logits, axis=-1), mask
+
+
+def _mass_beyond(k: int | None, log_probs: AnyArray, tail: AnyArray, mask: Array) -> Array:
+    """The mass of all tokens but the first k: of the entries after these, and of those not given."""
+    if tail.shape != mask.shape:
+        raise ValueError(f"teacher_tail must have shape {list(mask.shape)}, not {list(tail.shape)}.")
+    left_out = jnp.asarray(log_probs, jnp.float32)[..., log_probs.shape[-1] if k is None else k :]
+    mass = jnp.asarray(tail, jnp.float32) + jnp.sum(jnp.exp(left_out), axis=-1)
+    return jax.lax.stop_gradient(jnp.where(mask, mass, 0.0))
 
 
 def _listed_and_tail(log_q: Array, ids: Array) -> tuple[Array, Array]:

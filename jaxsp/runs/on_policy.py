@@ -130,7 +130,7 @@ class OnPolicyRows:
         own, read = [row for row, ids in enumerate(answers) if ids is not None], self.problem.read
         pieces = [self.problem.train]
         order = list(range(len(pieces[0])))
-        signals = [name for name in pieces[0].targets if name != "tokens"]
+        signals = [(n, self.problem.wanted.options_of(n)) for n in pieces[0].targets if n != "tokens"]
         part_of = read.part_of[self._numbers[own]]
         for part in np.unique(part_of).tolist():
             some = [row for row, other in zip(own, part_of, strict=True) if other == part]
@@ -140,7 +140,7 @@ class OnPolicyRows:
             context = read_part(self.teacher, read, part, self.teacher_preamble)
             # The same shapes whatever was answered.
             packing = Packing.for_all(np.full(len(some), self._longest(asked)))
-            said = (targets.in_batches(self.teacher, context, rows, packing, name) for name in signals)
+            said = (targets.in_batches(self.teacher, context, rows, packing, *signal) for signal in signals)
             found = targets.in_order(itertools.chain.from_iterable(said))
             for place, row in enumerate(some, start=sum(map(len, pieces))):
                 order[row] = place

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from jaxsp import processes
+from jaxsp.losses import as_objective
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.runs.job import Job
 from jaxsp.study import Study, study, study_key
 from jaxsp.teacher.another import Teacher
-from jaxsp.teacher.problem import Problem, keep, read_preamble, run_teacher, teacher_key
+from jaxsp.teacher.problem import Problem, keep, read_preamble, run_teacher, said_key, teacher_key
 from jaxsp.teacher.samples import count, sample
+from jaxsp.teacher.signals import Wanted
 from jaxsp.teacher.store import Store, about
 from jaxsp.typing import KeyValues
 
@@ -60,6 +62,7 @@ class Problems:
         self.asked = teacher.model if teacher else model  # who answers
         self.teacher_preamble = read_preamble(teacher.model) if teacher else preamble
         self._problems, self._studies = Kept[Problem](), Kept[Study]()
+        self._answers = Kept[list[list[int]]]()  # of the teacher, whatever else is wanted of it
 
     def of(self, job: Job, display: Display) -> Problem:
         """The job with what the teacher said."""
@@ -69,17 +72,23 @@ class Problems:
             job = dataclasses.replace(job, train=found.train, held_out=found.held_out)
         tokenized = job.tokenized(self.asked)
         seed = job.settings.training.seed if count(job.settings.teacher) else None
-        key = teacher_key(self.asked, tokenized, job.settings.teacher), tokenized.is_train.tobytes(), seed
+        shared = self.model if self.teacher is None or self.teacher.difference is None else self.asked
+        tokens = min(self.asked.config.vocab_size, shared.config.vocab_size)
+        wanted = Wanted.by(as_objective(job.settings.training.objective), tokens)
+        usual = teacher_key(self.asked, tokenized, job.settings.teacher)
+        said = said_key(self.asked, tokenized, job.settings.teacher, wanted)
+        key = said, tokenized.is_train.tobytes(), seed
         if (known := self._problems.get(key)) is not None:
             return known
-        if made is None:
-            texts = self.asked, tokenized, job.settings.teacher, self.teacher_preamble
-            made = run_teacher(*texts, display, self.store)
+        if made is not None and wanted.is_usual:
+            made = keep(self.store, said, self.asked, made) or made
         else:
-            made = keep(self.store, key[0], self.asked, made) or made
+            texts = self.asked, tokenized, job.settings.teacher, self.teacher_preamble
+            answers = made.answers if made else self._answers.get(usual)
+            made = run_teacher(*texts, display, self.store, wanted, answers)
+        self._answers.keep(usual, made.answers)
         if found is not None and processes.is_first():
             self._keep_study(asked, found)  # last: who finds it, finds what was said
-        shared = self.model if self.teacher is None or self.teacher.difference is None else self.asked
         sampled = self.asked, tokenized, job.settings, self.teacher_preamble, display, self.store
         index, samples = sample(*sampled, vocab_size=shared.config.vocab_size) or ([], None)
         if self.teacher is not None:

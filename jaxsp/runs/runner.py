@@ -22,6 +22,7 @@ from jaxsp.evaluation import brackets, report as reports, table
 from jaxsp.evaluation.brackets import Measured
 from jaxsp.evaluation.metrics import mean_kl_function
 from jaxsp.evaluation.tokens import by_token
+from jaxsp.losses import as_objective
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.sharding import DATA, local
 from jaxsp.progress import Display
@@ -32,7 +33,8 @@ from jaxsp.runs.problems import Kept, Problems
 from jaxsp.runs.resume import Earlier
 from jaxsp.settings import Settings, plain
 from jaxsp.teacher.another import Teacher
-from jaxsp.teacher.problem import Problem, TokenizedJob, read_preamble, teacher_key
+from jaxsp.teacher.problem import Problem, TokenizedJob, read_preamble, said_key
+from jaxsp.teacher.signals import Wanted
 from jaxsp.teacher.store import Store
 from jaxsp.training.drivers import DRIVERS, Driver, mesh_of
 from jaxsp.training.loop import Block
@@ -431,8 +433,9 @@ def bracket_key(
 ) -> tuple[Any, ...]:
     """Equal where the brackets are: of the teacher, the queries held out, and the prompt before training."""
     start = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(initial))
-    split = job.is_train.tobytes()
-    return teacher_key(model, job, settings.teacher), split, tuple(plain(settings.prompt).items()), start
+    split, objective = job.is_train.tobytes(), as_objective(settings.training.objective)
+    key = said_key(model, job, settings.teacher, Wanted.by(objective, model.config.vocab_size))
+    return key, split, tuple(plain(settings.prompt).items()), start
 
 
 def _summary(result: Result) -> str:

@@ -172,7 +172,7 @@ class Teacher:
                 f"The longest answer with its query, after the context, takes {taken} tokens, more than the"
                 f" model's window of {window}. Lower --max-answer-tokens."
             )
-        return Problem(job, preamble, rows, answers, self.head, said.job)
+        return Problem(job, preamble, rows, answers, self.head, said.job, wanted=said.wanted)
 
     def _encoded_again(self, answer: list[int]) -> list[int]:
         """The teacher's answer in the student's tokens, with its end of turn if the answer has one."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,17 +17,22 @@ from jaxsp.data.documents import Query
 from jaxsp.data.examples import Rows, joined, make_rows
 from jaxsp.data.packing import Packing
 from jaxsp.data.parts import Part, check_length, cut, search
-from jaxsp.data.ragged import Ragged
 from jaxsp.models import decoder
 from jaxsp.models.chat import ChatTexts
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.output_head import OutputHead
 from jaxsp.progress import Display
-from jaxsp.settings import Settings, TeacherSettings, plain
+from jaxsp.settings import Settings, TeacherSettings
 from jaxsp.teacher import targets
 from jaxsp.teacher.answers import answer_ids
-from jaxsp.teacher.signals import SIGNALS
-from jaxsp.teacher.store import VERSION, Store, about
+from jaxsp.teacher.keys import (
+    digest as digest,
+    identity as identity,
+    said_key as said_key,
+    teacher_key as teacher_key,
+)
+from jaxsp.teacher.signals import SIGNALS, USUAL, Wanted
+from jaxsp.teacher.store import Store, about
 from jaxsp.typing import Bool, Int, KeyValues, UserError
 
 QUERY_TOKENS = 128
@@ -114,6 +118,7 @@ class Problem:
       teacher_head: head of the teacher, if it is another model.
       teacher_job: the same queries with the context as the teacher read it, if it is another model.
       samples: more rows to train on: queries of the job with other answers of the teacher (``samples.py``).
+      wanted: the signals that the rows have.
       packing: shape of the batches in which all rows are read once.
     """
 
@@ -124,6 +129,7 @@ class Problem:
     teacher_head: OutputHead | None = None
     teacher_job: TokenizedJob | None = None
     samples: Problem | None = None
+    wanted: Wanted = USUAL
 
     @property
     def read(self) -> TokenizedJob:
@@ -133,7 +139,7 @@ class Problem:
     @property
     def has_other_teacher(self) -> bool:
         """Whether another model is the teacher: one with its own head, or one that gave its answers alone."""
-        return self.teacher_head is not None or "hidden" not in self.rows.targets
+        return self.teacher_job is not None
 
     @property
     def packing(self) -> Packing:
@@ -175,8 +181,8 @@ class Problem:
     @property
     def train(self) -> Rows:
         """The rows to train on, one a query, and then the samples."""
-        rows = self.rows.take(np.flatnonzero(self.job.is_train))
-        return joined([rows, self.samples.rows]) if self.samples else rows
+        rows = self.some(np.flatnonzero(self.job.is_train))
+        return joined([rows, self.samples.train]) if self.samples else rows
 
     @property
     def train_part_of(self) -> Int[np.ndarray, " n"]:
@@ -192,7 +198,14 @@ class Problem:
     @property
     def held_out(self) -> Rows:
         """The rows to measure on."""
-        return self.rows.take(np.flatnonzero(~self.job.is_train))
+        return self.some(np.flatnonzero(~self.job.is_train))
+
+    def some(self, index: Sequence[int] | np.ndarray) -> Rows:
+        """The rows of some queries, all to train on or none, with the signals that these have."""
+        is_train = self.job.is_train[np.asarray(index, int)]
+        there = {"tokens", *self.wanted.rows(is_train)}
+        targets = {name: target for name, target in self.rows.targets.items() if name in there}
+        return dataclasses.replace(self.rows, targets=targets).take(index)
 
 
 def tokenize(
@@ -293,28 +306,6 @@ def read_part(model: LanguageModel, job: TokenizedJob, part: int, preamble: KeyV
     return decoder.read_long(model.params, model.config, ids, preamble, least=least)
 
 
-def teacher_key(model: LanguageModel, job: TokenizedJob, settings: TeacherSettings) -> str:
-    """Equal where the teacher says the same: of the model and where it stops, the texts, all of its settings.
-
-    Devices are no part of it: they differ in rounding alone.
-    """
-    # As bytes: written as numbers, those of a long document would take a hundred times the room.
-    texts = job.preamble_ids.tolist(), job.context_ids.tobytes(), job.query_ids, job.given_ids
-    parts = [part.ids.tobytes() for part in job.parts], job.part_of.tolist(), job.found.tolist()
-    asked = [dataclasses.astuple(query) for query in job.queries]
-    return digest((*identity(model), *texts, *parts, asked, plain(settings)))
-
-
-def identity(model: LanguageModel) -> tuple[Any, ...]:
-    """Everything that decides what a model says, and how that is kept."""
-    return VERSION, model.fingerprint, dataclasses.astuple(model.config), model.stop_ids
-
-
-def digest(value: Any) -> str:
-    """A short text, equal for values that are written alike."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-
 def run_teacher(
     model: LanguageModel,
     job: TokenizedJob,
@@ -322,35 +313,72 @@ def run_teacher(
     preamble: KeyValues,
     display: Display,
     store: Store | None = None,
+    wanted: Wanted = USUAL,
+    answers: list[list[int]] | None = None,
 ) -> Problem:
     """The teacher's answers and signals; those in the store are read, new ones kept there as they come.
 
     Several processes share the work: each answers every n-th query.
+
+    Args:
+      model: the teacher.
+      job: what it is asked.
+      settings: its settings.
+      preamble: its prefix before the context.
+      display: shows that it goes on.
+      store: where all is kept.
+      wanted: what it is to say; by default its last hidden states everywhere.
+      answers: its own, where they are known; by default those that all runs share, of its last hidden states.
     """
-    key, store = teacher_key(model, job, settings), store or Store(None)
-    read = functools.partial(targets.read, rows_of=functools.partial(_rows, job))
-    if (kept := store.read(key, read, "Teacher's answers and signals")) is not None:
-        return Problem(job, preamble, *kept)
+    store = store or Store(None)
+    key, usual = said_key(model, job, settings, wanted), teacher_key(model, job, settings)
+    if (kept := store.read(key, _read(job, wanted), "Teacher's answers and signals")) is not None:
+        return Problem(job, preamble, *kept, wanted=wanted)
+    if answers is None and key != usual:
+        known = store.shared_alone.read(usual, _read(job, USUAL), "Teacher's answers")
+        answers = known and known[1]
+    prefix = functools.lru_cache(maxsize=1)(lambda part: read_part(model, job, part, preamble))
+    if answers is None:
+        answers = _answers(model, job, settings, prefix, display)
+    rows = _rows(job, answers)
+    places = wanted.rows(job.is_train)
+
+    def said() -> Iterator[targets.Said]:
+        return targets.by_part(model, prefix, len(job.parts), job.part_of, rows, wanted, places)
+
+    with display.phase("signals", "Teacher's distributions"):
+        problem, several = Problem(job, preamble, rows, answers, wanted=wanted), processes.are_several()
+        if not several and (kept := keep(store, key, model, problem, said)) is not None:
+            return kept
+        found = targets.gathered(targets.in_order(said()), rows, places)
+        problem = dataclasses.replace(problem, rows=rows.with_targets(**found))
+    if several and processes.is_first():
+        keep(store, key, model, problem)
+    return problem
+
+
+def _answers(
+    model: LanguageModel,
+    job: TokenizedJob,
+    settings: TeacherSettings,
+    prefix: Callable[[int], KeyValues],
+    display: Display,
+) -> list[list[int]]:
+    """The teacher's own answers; ``prefix`` gives that of a part of the context."""
     count = len(job.queries)
     # What the document itself answers, nobody compares with the teacher's own words.
     known = {i: ids for i, ids in enumerate(job.given_ids) if ids is not None and job.queries[i].seed}
     open_ones = [i for i in range(count) if i not in known]
-    prefix = functools.lru_cache(maxsize=1)(lambda part: read_part(model, job, part, preamble))
-
-    def by_part(index: Sequence[int]) -> Iterator[tuple[KeyValues, list[int]]]:
-        """The queries of this process among some, with the prefix that they are read after."""
-        own = [index[i] for i in processes.strided_shard(len(index))]
-        for part in range(len(job.parts)):
-            some = [i for i in own if job.part_of[i] == part]
-            if some or (not own and part == 0):  # a process without queries joins in what all do
-                yield prefix(part), some
-
+    own = [open_ones[i] for i in processes.strided_shard(len(open_ones))]
     with display.phase("answers", f"Answers to {len(open_ones)} queries") as note:
         made, done = dict[int, list[int]](), itertools.count(1)
-        for context, some in by_part(open_ones):
+        for part in range(len(job.parts)):
+            some = [i for i in own if job.part_of[i] == part]
+            if not some and (own or part > 0):
+                continue  # a process without queries joins in what all do
             answered = answer_ids(
                 model,
-                context,
+                prefix(part),
                 [job.query_ids[i] for i in some],
                 max_tokens=settings.max_answer_tokens,
                 on_batch=lambda _: note(f"{next(done)} done"),
@@ -358,27 +386,7 @@ def run_teacher(
             made |= zip(some, answered, strict=True)
         gathered = processes.gather_strided([made[i] for i in sorted(made)], len(open_ones))
         found = known | dict(zip(open_ones, gathered, strict=True))
-        answers = [found[i] for i in range(count)]
-    rows = _rows(job, answers)
-
-    def said() -> Iterator[targets.Said]:
-        for context, some in by_part(range(count)):
-            taken, packing = rows.take(some), Packing.for_all(rows.lengths)
-            if len(job.parts) > 1 and some:
-                packing = Packing(Packing.for_all(taken.lengths).rows, packing.length)
-            for name in SIGNALS:
-                for _, index, values in targets.in_batches(model, context, taken, packing, name):
-                    yield name, np.array(some, int)[index], values
-
-    with display.phase("signals", "Teacher's distributions"):
-        if not processes.are_several():
-            kept = keep(store, key, model, Problem(job, preamble, rows, answers), said)
-            return kept or Problem(job, preamble, rows.with_targets(**targets.in_order(said())), answers)
-        gathered = jax.tree.map(lambda leaf: _gathered(leaf, rows), targets.in_order(said()))
-    problem = Problem(job, preamble, rows.with_targets(**gathered), answers)
-    if processes.is_first():
-        keep(store, key, model, problem)
-    return problem
+        return [found[i] for i in range(count)]
 
 
 def _rows(job: TokenizedJob, answers: Sequence[Sequence[int]]) -> Rows:
@@ -388,11 +396,10 @@ def _rows(job: TokenizedJob, answers: Sequence[Sequence[int]]) -> Rows:
     return make_rows(job.query_ids, [given or own for given, own in zip(job.given_ids, answers, strict=True)])
 
 
-def _gathered(values: Ragged, rows: Rows) -> Ragged:
-    """The rows of all processes."""
-    lengths = rows.mask.sum(axis=1).tolist()
-    padded = processes.gather_strided(values.padded(max(lengths)), len(lengths))
-    return Ragged([row[:length] for row, length in zip(padded, lengths, strict=True)])
+def _read(job: TokenizedJob, wanted: Wanted) -> Callable[[Path], tuple[Rows, list[list[int]]]]:
+    return functools.partial(
+        targets.read, rows_of=functools.partial(_rows, job), places=wanted.rows(job.is_train)
+    )
 
 
 def keep(
@@ -406,19 +413,23 @@ def keep(
 
     Args:
       store: where.
-      key: its ``teacher_key``.
+      key: its ``said_key``.
       model: the teacher.
       problem: without signals if ``said`` gives them.
       said: the signals, batch by batch; called again if they are to be written again.
     """
-    job, rows, answers = problem.job, problem.rows, problem.answers
-    every = np.arange(len(rows))
-    given = [(name, every, target) for name, target in rows.targets.items() if name in SIGNALS]
-    shown = about("teacher", model.name, job.parts[0].text, len(rows), tokens=len(job.context_ids))
+    job, rows, answers, wanted = problem.job, problem.rows, problem.answers, problem.wanted
+    places = wanted.rows(job.is_train)
+    given = [
+        (name, places[name], jax.tree.map(lambda leaf, own=places[name]: leaf[own], target))
+        for name, target in rows.targets.items()
+        if name in SIGNALS
+    ]
+    kind = "teacher" if wanted.is_usual else f"teacher ({wanted.train})"
+    shown = about(kind, model.name, job.parts[0].text, len(rows), tokens=len(job.context_ids))
 
     def write(folder: Path) -> None:
-        targets.write(folder, rows, answers, given if said is None else said())
+        targets.write(folder, rows, answers, given if said is None else said(), places)
 
-    read = functools.partial(targets.read, rows_of=functools.partial(_rows, job))
-    kept = store.write(key, shown, write, read)
-    return kept and Problem(job, problem.preamble, *kept)
+    kept = store.write(key, shown, write, _read(job, wanted))
+    return kept and Problem(job, problem.preamble, *kept, wanted=wanted)

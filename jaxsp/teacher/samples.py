@@ -14,11 +14,13 @@ import numpy as np
 
 from jaxsp import processes
 from jaxsp.files import read_json
+from jaxsp.losses import as_objective
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.settings import Settings, TeacherSettings
 from jaxsp.teacher.answers import answer_ids
 from jaxsp.teacher.problem import Problem, TokenizedJob, digest, read_part, run_teacher, teacher_key
+from jaxsp.teacher.signals import Wanted
 from jaxsp.teacher.store import Store, about
 from jaxsp.typing import AnyArray, Array, KeyValues, UserError
 
@@ -87,6 +89,8 @@ def sample(
     asked = [(number, sample) for number in numbers for sample in range(several)]
     chosen = settings.training.seed, numbers, teacher_key(model, job, settings.teacher)
     key = digest(chosen)
+    tokens = min(model.config.vocab_size, vocab_size)
+    wanted = Wanted.by(as_objective(settings.training.objective), tokens)
     if (answers := store.read(key, _read, "Sampled answers")) is None:
         with display.phase("answers", f"Sampled answers to {len(numbers)} queries"):
             own = [asked[i] for i in processes.strided_shard(len(asked))]
@@ -105,7 +109,7 @@ def sample(
     taken = dataclasses.replace(taken, queries=queries, given_ids=[ids for _, ids in kept])
     with display.phase("signals", "Teacher's distributions on them"):
         quiet = Display(visible=False)
-        return index, run_teacher(model, taken, settings.teacher, preamble, quiet, store)
+        return index, run_teacher(model, taken, settings.teacher, preamble, quiet, store, wanted)
 
 
 def _write(folder: Path, answers: list[list[int]]) -> None:

@@ -108,6 +108,13 @@ class Store:
             store._leave(error)
             return store
 
+    @property
+    def shared_alone(self) -> Store:
+        """The same without the run's folder: for what is read once, and is not to be the run's own."""
+        store = Store(None, self.shared, self._say)
+        store._said = self._said
+        return store
+
     def read(self, key: str, read: Callable[[Path], T], what: str) -> T | None:
         """The content that ``read`` makes of an entry's folder; ``None`` if there is no such entry.
 

@@ -59,7 +59,8 @@ OPTIONS = {"temperature": 2.5, "beta": 0.3, "label_smoothing": 0.1, "k": 2, "n":
 
 def option_names(entry) -> list[str]:
     """The options of an objective: its function's parameters after the inputs and the mask."""
-    return list(inspect.signature(entry.function).parameters)[len(entry.inputs) + 1 :]
+    others = list(inspect.signature(entry.function).parameters)[len(entry.inputs) + 1 :]
+    return [name for name in others if name not in entry.optional]
 
 
 # Every entry with each of its options: (name, {option: value}).

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -28,6 +30,9 @@ The tank of the K7 holds 1.2 litres. Its cable is 90 centimetres long. The lid i
 - Price of a filter: 9 euros
 """
 
+
+ENGLISH = "The lid of it is on the top, and to take it off is a work of a minute for a man with a tool in it."
+"""Makes the text one that is known for English by its commonest words."""
 
 FORMS = {"the", "of", "is", "it", "its", "a", "with", "in"}
 """Words of the text that forms have, too."""
@@ -55,6 +60,64 @@ def test_a_seed_asks_for_sentences_of_its_chunk(name):
             assert set(words(draft.expect)) <= set(words(chunk.text))
             if draft.answer is not None:
                 assert any(draft.answer in whole.sentences[i].text for i in draft.sentences)
+
+
+ASKED = {
+    "question": r"(What|How|Which|When|Who|Where)?",
+    "other_words": r"Can you tell me|Do you know",
+    "what_is": r"What is the .*\?",
+    "use_case": r"How can I|I would like to know",
+    "quote": r'Quote the sentence that begins with ".*"\.',
+    "complete": r'Continue as in the text: ".*',
+    "mention": r'Which sentence has the word ".*"\?',
+    "about": r'What does the text say about ".*"\?',
+    "reword": r'Say in your own words the sentence that begins with ".*"\.',
+    "true_or_false": r'Is this true, and if not, what is\? ".*"',
+    "facts": r"Give the key facts of .* as (a list|JSON|the rows of a table)\.",
+    "summary": r"Summarise .* in one sentence\.",
+}
+"""What each form asks, or how the model is to begin."""
+
+
+def test_every_form_is_a_file_and_a_line():
+    """And every file of a form is in the table."""
+    assert set(SEEDS) == set(ASKED)
+    files = {path.stem for path in Path(seeds.__path__[0]).glob("*.py")} - {"__init__", "draft"}
+    assert files == set(SEEDS)
+    for name, seed in SEEDS.items():
+        assert vars(seed)["__name__"] == f"jaxsp.study.seeds.{name}"
+        assert seed.__doc__
+        assert seed.WEIGHT >= 1
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_a_seed_asks_in_its_form(name):
+    english = Document.of(f"{TEXT}\n{ENGLISH}", lambda text: len(text.split()))
+    texts = [draft.text for chunk in english.chunks for draft in SEEDS[name].drafts(english, chunk)]
+    assert all(re.fullmatch(ASKED[name], text) for text in texts), texts
+
+
+def test_key_facts_are_asked_for_in_every_form_of_each_part():
+    whole = document()
+    for chunk in whole.chunks:
+        forms = [draft.text.split(" as ")[1] for draft in SEEDS["facts"].drafts(whole, chunk)]
+        assert forms == ["a list.", "JSON.", "the rows of a table."]
+
+
+def test_a_sentence_is_asked_for_as_it_is_and_with_another_figure():
+    whole = document()
+    drafts = SEEDS["true_or_false"].drafts(whole, whole.chunks[0])
+    true, false = (draft.text.split('"')[1] for draft in drafts)
+    assert true in TEXT
+    assert false not in TEXT
+    assert re.sub(r"[\d.]+", "", false) == re.sub(r"[\d.]+", "", true)
+
+
+def test_other_words_ask_for_a_fact_that_a_question_asks_for():
+    whole = document()
+    for chunk in whole.chunks:
+        facts = {(d.sentences, d.expect) for d in SEEDS["question"].drafts(whole, chunk) if d.expect}
+        assert {(d.sentences, d.expect) for d in SEEDS["other_words"].drafts(whole, chunk)} <= facts
 
 
 @pytest.mark.parametrize("name", SEEDS)

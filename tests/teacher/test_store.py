@@ -192,8 +192,8 @@ def test_signals_are_written_as_they_come(teach, monkeypatch, shards):
 
     alive, most, in_batches = weakref.WeakSet[Ragged](), [], targets.in_batches
 
-    def watched(model, prefix, rows, packing, name):
-        for one in in_batches(model, prefix, rows, Packing(1, packing.length), name):
+    def watched(model, prefix, rows, packing, *signal):
+        for one in in_batches(model, prefix, rows, Packing(1, packing.length), *signal):
             alive.add(one[2])
             most.append(len(alive))
             yield one
@@ -228,7 +228,7 @@ def test_the_key_holds_all_that_decides_what_is_said(tiny_model):
     }
     assert len(set(keys.values())) == len(keys), keys
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(problems, "VERSION", stores.VERSION + 1)
+        patch.setattr("jaxsp.teacher.keys.VERSION", stores.VERSION + 1)
         assert key() != keys["same"]
     assert key() == keys["same"]
     assert key(settings=make_settings({**SETTINGS, "steps": 9})) == keys["same"]
@@ -479,6 +479,42 @@ def test_two_runs_at_once(tiny_model, tiny_directory, job, tmp_path, shared, cap
         assert_same_sigma(jaxsp.SoftPrompt.load(tmp_path / name).sigma, third.prompt.sigma)
     for folder in (shared, *(tmp_path / name / "run" / "teachers" for name in "abc")):
         check(only(folder))
+
+
+# What an evaluation asks
+
+
+@pytest.fixture(scope="module")
+def prompt(tiny_model):
+    return compress(tiny_model, steps=0, kind="embedding", progress=False).prompt
+
+
+def test_an_evaluation_reads_what_the_teacher_said(tiny_model, prompt, shared, asked, capfd, monkeypatch):
+    """And says so; a damaged entry is made anew, and without a cache it is asked again."""
+
+    def evaluate() -> tuple[dict[str, Any], str]:
+        found = jaxsp.evaluate(tiny_model, prompt, QUERIES[:2])
+        return found, capfd.readouterr().err
+
+    first, said = evaluate()
+    assert READ not in said
+    second, said = evaluate()
+    assert f"{READ} {shared}\n" in said
+    assert len(asked) == 1
+    assert second == first
+    entry = only(shared)
+    flip(entry / "hidden-0-00000.bin")
+    third, said = evaluate()
+    assert f"{entry} is damaged: hidden-0-00000.bin has another SHA-256" in " ".join(said.split())
+    assert READ not in said
+    assert len(asked) == 2
+    assert third == first
+    check(only(shared))
+    monkeypatch.setenv("JAXSP_TEACHER_CACHE", "off")
+    fourth, said = evaluate()
+    assert READ not in said
+    assert len(asked) == 3
+    assert fourth == first
 
 
 # The command

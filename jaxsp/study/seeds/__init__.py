@@ -13,6 +13,7 @@ from jaxsp.study.seeds import (
     complete,
     facts,
     mention,
+    other_words,
     question,
     quote,
     reword,
@@ -40,6 +41,7 @@ class Seed(Protocol):
 
 SEEDS: dict[str, Seed] = {
     "question": question,
+    "other_words": other_words,
     "what_is": what_is,
     "use_case": use_case,
     "quote": quote,

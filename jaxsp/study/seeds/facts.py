@@ -1,4 +1,4 @@
-"""The key facts of a part of the document: as a list, as JSON or as the rows of a table, by turns."""
+"""The key facts of a part of the document: as a list, as JSON and as the rows of a table."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ FORMS = ("a list", "JSON", "the rows of a table")
 
 
 def drafts(document: Document, chunk: Chunk) -> list[Draft]:
-    form = FORMS[document.chunks.index(chunk) % len(FORMS)]
-    return [Draft(f"Give the key facts of {document.name_of(chunk)} as {form}.", chunk.sentences)]
+    name = document.name_of(chunk)
+    return [Draft(f"Give the key facts of {name} as {form}.", chunk.sentences) for form in FORMS]
