@@ -33,6 +33,7 @@ from jaxsp.options import (
     WithTeacher,
     ways_to_need_less,
 )
+from jaxsp.serve.command import Serve
 from jaxsp.settings import Options, Settings, check_limits, make_settings, plain
 from jaxsp.terminal import flush, prepare, visible
 
@@ -360,7 +361,18 @@ class Demo:
 
 
 Command = (
-    Compress | CompressMany | Questions | Plan | Ask | Evaluate | Export | Inspect | Report | Cache | Demo
+    Compress
+    | CompressMany
+    | Questions
+    | Plan
+    | Ask
+    | Serve
+    | Evaluate
+    | Export
+    | Inspect
+    | Report
+    | Cache
+    | Demo
 )
 COMMANDS: dict[str, type[Command]] = {
     "compress": Compress,
@@ -368,6 +380,7 @@ COMMANDS: dict[str, type[Command]] = {
     "questions": Questions,
     "plan": Plan,
     "ask": Ask,
+    "serve": Serve,
     "evaluate": Evaluate,
     "export": Export,
     "inspect": Inspect,

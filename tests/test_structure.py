@@ -34,7 +34,7 @@ FLOORS = [
     ["runs", "demo"],
     ["api"],
     ["console", "options"],
-    ["cache", "export_command"],
+    ["cache", "export_command", "serve"],
     ["cli"],
     ["__main__", "__init__"],
 ]
@@ -48,9 +48,11 @@ ONLY_IN = {
     "transformers": {"models/lazy_tokenizer.py", "models/load.py", "models/gguf/convert.py", *CONSUMERS},
     "jinja2": {"evaluation/report.py", "models/chat_renderer.py"},
     "rich": {"progress.py", "console.py", "cli.py"},
-    "tyro": {"arguments.py", "cache.py", "cli.py", "export_command.py", "options.py"},
+    "tyro": {"arguments.py", "cache.py", "cli.py", "export_command.py", "options.py", "serve/command.py"},
     "flax": {"models/decoder.py", "models/layers.py", "models/weights.py"},
     "torch": CONSUMERS,
+    "starlette": {"serve/app.py"},
+    "uvicorn": {"serve/server.py"},
 }
 
 

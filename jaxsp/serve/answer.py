@@ -1,0 +1,125 @@
+"""An answer as its tokens come: its text, where it ends, and how likely its tokens were."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxsp.models.generation.likely import Likely
+
+_HALF = "\N{REPLACEMENT CHARACTER}"
+
+
+class Token(NamedTuple):
+    """A token of an answer; logarithms of probabilities are natural ones.
+
+    Attributes:
+      text: of this token alone.
+      log: of its probability.
+      top: text and logarithm of the most probable tokens in its place.
+      offset: characters of the answer before it.
+    """
+
+    text: str
+    log: float
+    top: list[tuple[str, float]]
+    offset: int
+
+
+@dataclasses.dataclass(eq=False)
+class Answer:
+    """The text of tokens that come in pieces; what may yet change is held back.
+
+    Attributes:
+      tokenizer: decodes them.
+      stops: texts before which the answer ends.
+      stop_ids: tokens that end it.
+      ids: all tokens so far.
+      reason: why it has ended: ``stop`` or ``length``; ``None``: it has not.
+    """
+
+    tokenizer: Any
+    stops: Sequence[str] = ()
+    stop_ids: Sequence[int] = ()
+    ids: list[int] = dataclasses.field(default_factory=list)
+    reason: str | None = None
+    _shown: str = ""
+    _logs: list[tuple[float, list[tuple[int, float]]]] = dataclasses.field(default_factory=list)
+    _told: int = 0
+    _offsets: list[int] = dataclasses.field(default_factory=lambda: [0])
+
+    def add(
+        self, ids: Sequence[int], ended: bool, likely: Likely | None = None, alternatives: int = 0
+    ) -> str:
+        """Takes further tokens and gives the text that is certain now, beyond what was given before.
+
+        Args:
+          ids: the tokens.
+          ended: whether they are the last ones.
+          likely: their probabilities, if wanted.
+          alternatives: most probable tokens that are kept of each.
+        """
+        self.ids += ids
+        if likely is not None:
+            for log, tops, logs in zip(likely.chosen_RA, likely.ids_RAN, likely.log_RAN, strict=True):
+                best = zip(tops[:alternatives].tolist(), logs[:alternatives].tolist(), strict=True)
+                self._logs.append((float(log), list(best)))
+        text = self._decode(self.ids)
+        ends = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        if ends:  # the one that is complete first, as if it had been looked for after every token
+            text, self.reason = text[: min(ends)[1]], "stop"
+        elif ended:
+            self.reason = "stop" if self.ids and self.ids[-1] in self.stop_ids else "length"
+        else:
+            text = self._certain(text)
+        new, self._shown = text[len(self._shown) :], max(self._shown, text, key=len)
+        return new
+
+    @property
+    def text(self) -> str:
+        """All text that is certain."""
+        return self._shown
+
+    def tokens(self) -> list[Token]:
+        """The tokens of the certain text that were not given before, where their probabilities are known.
+
+        What ends the answer is not among them.
+        """
+        found = []
+        last = len(self._logs) - (bool(self.ids) and self.ids[-1] in self.stop_ids)
+        while self._told < last:
+            n = self._told
+            if n == len(self._offsets) - 1:
+                self._offsets.append(len(self._decode(self.ids[: n + 1]).rstrip(_HALF)))
+            start, end, shown = self._offsets[n], self._offsets[n + 1], len(self._shown)
+            if end > shown and not (self.reason and start < shown):  # a stop may cut through a token
+                break
+            log, best = self._logs[n]
+            alternatives = [(self._piece(i), value) for i, value in best]
+            found.append(Token(self._piece(self.ids[n]), log, alternatives, self._offsets[n]))
+            self._told += 1
+        return found
+
+    def _certain(self, text: str) -> str:
+        """The text without half a character, and without what may begin a stop."""
+        text = text.rstrip(_HALF)
+        for size in range(min(len(text), max(map(len, self.stops), default=1) - 1), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self.stops):
+                return text[:-size]
+        return text
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _piece(self, token: int) -> str:
+        return token_text(self.tokenizer, token)
+
+
+@functools.lru_cache(maxsize=100_000)
+def token_text(tokenizer: Any, token: int) -> str:
+    """The text of a token within a text; signs of a missing half stand for a part of a character."""
+    anchor = tokenizer.encode("a", add_special_tokens=False)
+    before = str(tokenizer.decode(anchor, skip_special_tokens=False))
+    return str(tokenizer.decode([*anchor, token], skip_special_tokens=False))[len(before) :]
