@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import sys
 
@@ -60,4 +61,7 @@ def is_loopback(host: str) -> bool:
       >>> is_loopback("localhost"), is_loopback("127.0.0.2"), is_loopback("0.0.0.0")
       (True, True, False)
     """
-    return host.lower() in LOOPBACK or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() in LOOPBACK

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 from jaxsp.models.generation.likely import Likely
 
+LEAST = -9999.0
+"""Logarithm of a probability that is as good as 0: JSON has no infinity."""
+
 _HALF = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -65,7 +68,7 @@ class Answer:
         if likely is not None:
             for log, tops, logs in zip(likely.chosen_RA, likely.ids_RAN, likely.log_RAN, strict=True):
                 best = zip(tops[:alternatives].tolist(), logs[:alternatives].tolist(), strict=True)
-                self._logs.append((float(log), list(best)))
+                self._logs.append((max(float(log), LEAST), [(i, max(one, LEAST)) for i, one in best]))
         text = self._decode(self.ids)
         ends = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         if ends:  # the one that is complete first, as if it had been looked for after every token

@@ -67,12 +67,15 @@ class Scheduler:
     def __init__(self, make_batch: Callable[[], Live], slots: int, queue: int) -> None:
         self._make_batch, self._slots, self._most = make_batch, slots, slots + queue
         self._changed = threading.Condition()
-        self._queue = collections.deque[Job]()  # these five are shared
+        # By all threads, under the condition's lock:
+        self._queue = collections.deque[Job]()
         self._left: set[Job] = set()
         self._jobs: dict[Job, float] = {}  # all that are not finished, and when they came
         self._durations = collections.deque[float](maxlen=32)
         self._closed = False
+        # By the batch's own thread:
         self._batch: Live | None = self._warm()
+        self._joining = collections.deque[Job]()
         self._rows: dict[int, Job] = {}
         self._step_seconds = LOOK_SECONDS
         self._thread = threading.Thread(target=self._run, name="jaxsp-batch", daemon=True)
@@ -147,10 +150,13 @@ class Scheduler:
             except Exception:  # of the device: these requests are lost, the server is not
                 _LOG.exception("The batch failed, and is made anew.")
                 self._batch = None
-                with self._changed:
-                    lost = list(self._rows.values()) or list(self._queue)
-                    self._queue = collections.deque(job for job in self._queue if job not in lost)
+                lost = [*self._rows.values(), *self._joining]
+                if not lost:  # there is no batch
+                    with self._changed:
+                        lost = list(self._queue)
+                        self._queue.clear()
                 self._rows = {}
+                self._joining.clear()
                 self._refuse(lost, "The server failed; its log says why.", 500)
         self._refuse(list(self._jobs), "The server is closing.", 503)
 
@@ -166,17 +172,19 @@ class Scheduler:
         with self._changed:
             left, self._left = self._left, set()
             gone = [row for row, job in self._rows.items() if job in left]
-            new = [self._queue.popleft() for _ in range(min(batch.free + len(gone), len(self._queue)))]
+            for _ in range(min(batch.free + len(gone), len(self._queue))):
+                self._joining.append(self._queue.popleft())
         for row in gone:
             batch.drop(row)
             del self._rows[row]
-        for job in new:
+        while self._joining:
+            job = self._joining[0]
             try:
                 row = batch.add(job.ids, job.sampling, after=job.prefix, seed=job.seed, likely=job.likely)
+                self._rows[row] = job
             except UserError as error:
                 self._refuse([job], str(error), 400)
-            else:
-                self._rows[row] = job
+            self._joining.popleft()
         if not self._rows:
             return
         before, start = batch.steps, time.perf_counter()

@@ -224,7 +224,7 @@ def test_a_client_that_is_wrong_is_told_in_openais_form(chat, service):
     with pytest.raises(openai.BadRequestError, match=r"tokens; this server reads up to 256\. Sh") as long:
         chat(messages=user("word " * 100))
     assert (long.value.code, long.value.param) == ("context_length_exceeded", "messages")
-    with pytest.raises(openai.BadRequestError, match=r"Token '\?' has the id 99999, outside"):
+    with pytest.raises(openai.BadRequestError, match="has the id 99999, outside"):
         service.client.completions.create(model="pump", prompt=[99999])
     with pytest.raises(openai.BadRequestError, match=r"outside|too large"):
         service.client.completions.create(model="pump", prompt=[2**70])

@@ -135,7 +135,7 @@ class Batch:
         total, order_R = self._started + len(self._waiting), None
         if not self._in_order:
             order_R = np.zeros(len(self._state.count_R), np.int32)
-            order_R[np.arange(self._started, total) % len(order_R)] = self._waiting
+            order_R[np.arange(self._started, total) % len(order_R)] = list(self._waiting)
         given = dataclasses.replace(self._given, total=np.int32(total), order_R=order_R)
         state = self._state = _advance(given, self._state, self._cut_B, np.int32(steps))
         started, index_B, running_B, count_R, tokens_RA = jax.device_get(
