@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import httpx
@@ -14,6 +15,9 @@ import pytest
 from jaxsp.models import decoder
 from jaxsp.models.generation import Sampling, generate
 from jaxsp.models.text import encode
+from jaxsp.serve.exchange import Limits, _longest
+from jaxsp.serve.refusal import Refusal
+from jaxsp.serve.schema import read_chat
 from tests.serve.running import KINDS, LIMITS, asked, running, shelf
 
 QUESTION = "What is fact 7?"
@@ -233,11 +237,13 @@ def test_a_client_that_is_wrong_is_told_in_openais_form(chat, service):
 
 
 def test_the_window_bounds_a_request_where_it_is_smaller():
-    with (
-        running(query_tokens=500) as service,
-        pytest.raises(openai.BadRequestError, match="the model's window leaves"),
-    ):
-        service.client.chat.completions.create(model="pump", messages=user("x" * 480))
+    served = shelf()["pump"]
+    wish, wide = read_chat({"model": "pump", "messages": user()}), Limits(query_tokens=500, answer_tokens=400)
+    room = 512 - served.prefix.end
+    assert [_longest(served, wish, n, wide) for n in (1, room - 9, room - 1)] == [min(400, room - 1), 9, 1]
+    with pytest.raises(Refusal, match=f"have {room} tokens; the model's window leaves {room - 1}"):
+        _longest(served, wish, room, wide)
+    assert _longest(served, dataclasses.replace(wish, max_tokens=5), room - 9, wide) == 5
 
 
 JUNK = {
