@@ -417,5 +417,5 @@ def _refusals_as_user_errors() -> Iterator[None]:
     try:
         yield
     except Refusal as refusal:
-        assert json.loads(refusal.body) == refusal.content
+        json.loads(refusal.body)  # it can be sent
         raise UserError(str(refusal)) from None
