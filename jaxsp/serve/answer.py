@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from tokenizers import pre_tokenizers
 
 from jaxsp.models.generation.likely import Likely
 
@@ -15,19 +18,24 @@ LEAST = -9999.0
 _HALF = "\N{REPLACEMENT CHARACTER}"
 
 
+class Likelihood(NamedTuple):
+    """A token, and the natural logarithm of its probability."""
+
+    token: int
+    log: float
+
+
 class Token(NamedTuple):
-    """A token of an answer; logarithms of probabilities are natural ones.
+    """A token of an answer.
 
     Attributes:
-      text: of this token alone.
-      log: of its probability.
-      top: text and logarithm of the most probable tokens in its place.
+      chosen: the token.
+      top: the most probable ones in its place.
       offset: characters of the answer before it.
     """
 
-    text: str
-    log: float
-    top: list[tuple[str, float]]
+    chosen: Likelihood
+    top: list[Likelihood]
     offset: int
 
 
@@ -49,7 +57,7 @@ class Answer:
     ids: list[int] = dataclasses.field(default_factory=list)
     reason: str | None = None
     _shown: str = ""
-    _logs: list[tuple[float, list[tuple[int, float]]]] = dataclasses.field(default_factory=list)
+    _logs: list[tuple[float, list[Likelihood]]] = dataclasses.field(default_factory=list)
     _told: int = 0
     _offsets: list[int] = dataclasses.field(default_factory=lambda: [0])
 
@@ -68,7 +76,9 @@ class Answer:
         if likely is not None:
             for log, tops, logs in zip(likely.chosen_RA, likely.ids_RAN, likely.log_RAN, strict=True):
                 best = zip(tops[:alternatives].tolist(), logs[:alternatives].tolist(), strict=True)
-                self._logs.append((max(float(log), LEAST), [(i, max(one, LEAST)) for i, one in best]))
+                self._logs.append(
+                    (max(float(log), LEAST), [Likelihood(i, max(one, LEAST)) for i, one in best])
+                )
         text = self._decode(self.ids)
         ends = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         if ends:  # the one that is complete first, as if it had been looked for after every token
@@ -100,8 +110,7 @@ class Answer:
             if end > shown and not (self.reason and start < shown):  # a stop may cut through a token
                 break
             log, best = self._logs[n]
-            alternatives = [(self._piece(i), value) for i, value in best]
-            found.append(Token(self._piece(self.ids[n]), log, alternatives, self._offsets[n]))
+            found.append(Token(Likelihood(self.ids[n], log), best, self._offsets[n]))
             self._told += 1
         return found
 
@@ -116,13 +125,29 @@ class Answer:
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _piece(self, token: int) -> str:
-        return token_text(self.tokenizer, token)
-
 
 @functools.lru_cache(maxsize=100_000)
 def token_text(tokenizer: Any, token: int) -> str:
-    """The text of a token within a text; signs of a missing half stand for a part of a character."""
+    """The text of a token within a text; a sign of a missing half stands for a part of a character."""
     anchor = tokenizer.encode("a", add_special_tokens=False)
     before = str(tokenizer.decode(anchor, skip_special_tokens=False))
     return str(tokenizer.decode([*anchor, token], skip_special_tokens=False))[len(before) :]
+
+
+def token_bytes(tokenizer: Any, token: int) -> list[int] | None:
+    """The bytes of a token, also where they are a part of a character; ``None`` if they can't be known."""
+    if _HALF not in (text := token_text(tokenizer, token)):
+        return list(text.encode())
+    word = str(tokenizer.convert_ids_to_tokens(token))
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", word):  # as SentencePiece writes a byte
+        return [int(byte[1], 16)]
+    return [_alphabet()[sign] for sign in word] if set(word) <= _alphabet().keys() else None
+
+
+@functools.cache
+def _alphabet() -> dict[str, int]:
+    """The bytes by the signs that byte-level vocabularies write for them: itself, or one beyond Latin-1."""
+    signs = sorted(pre_tokenizers.ByteLevel.alphabet())
+    known = {sign: ord(sign) for sign in signs if ord(sign) < 256}
+    others = [sign for sign in signs if ord(sign) >= 256]
+    return {**known, **dict(zip(others, sorted({*range(256)} - {*known.values()}), strict=True))}

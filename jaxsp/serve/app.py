@@ -8,6 +8,7 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -201,7 +202,7 @@ def _check_access(request: Request, api_key: str | None, names: set[str]) -> Non
             )
         return
     try:
-        name = (request.url.hostname or "").lower()
+        name = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
     except ValueError:
         name = ""
     if name not in names:

@@ -58,7 +58,8 @@ class Exchange:
         self._wish, self._served, self._read, self._seconds = wish, served, len(ids), limits.seconds
         self._answer = Answer(served.model.tokenizer, wish.stop, served.stop_ids)
         self._news: asyncio.Queue[News] = asyncio.Queue()
-        self._form = Form(wish.messages is not None, wish.model, served.model.fingerprint)
+        tokenizer, fingerprint = served.model.tokenizer, served.model.fingerprint
+        self._form = Form(wish.messages is not None, wish.model, fingerprint, tokenizer)
         self._scheduler, loop = scheduler, asyncio.get_running_loop()
 
         def deliver(news: News) -> None:

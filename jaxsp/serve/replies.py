@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jaxsp.serve.answer import Token
+from jaxsp.serve.answer import Likelihood, Token, token_bytes, token_text
 from jaxsp.serve.refusal import Refusal
 
 DONE = b"data: [DONE]\n\n"
@@ -39,6 +39,7 @@ class Form:
       chat: whether it is that of a chat.
       model: name of the soft prompt.
       fingerprint: of the frozen model's weights.
+      tokenizer: gives the texts of tokens.
       id: of the answer.
       created: time in seconds.
     """
@@ -46,6 +47,7 @@ class Form:
     chat: bool
     model: str
     fingerprint: str
+    tokenizer: Any
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
@@ -98,27 +100,27 @@ class Form:
         own = said if self.chat else {"text": text}
         logs = None
         if tokens is not None:
-            logs = _chat_logs(tokens) if self.chat else _completion_logs(tokens)
+            logs = self._chat_logs(tokens) if self.chat else self._completion_logs(tokens)
         return {"index": 0, **own, "logprobs": logs, "finish_reason": reason}
 
+    def _chat_logs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        content = [
+            {**self._log(token.chosen), "top_logprobs": [self._log(one) for one in token.top]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
 
-def _chat_logs(tokens: Sequence[Token]) -> dict[str, Any]:
-    content = [
-        {**_log(token.text, token.log), "top_logprobs": [_log(text, log) for text, log in token.top]}
-        for token in tokens
-    ]
-    return {"content": content, "refusal": None}
+    def _log(self, one: Likelihood) -> dict[str, Any]:
+        text, data = self._text(one), token_bytes(self.tokenizer, one.token)
+        return {"token": text, "logprob": one.log, "bytes": data}
 
+    def _completion_logs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        return {
+            "tokens": [self._text(token.chosen) for token in tokens],
+            "token_logprobs": [token.chosen.log for token in tokens],
+            "top_logprobs": [{self._text(one): one.log for one in token.top} for token in tokens],
+            "text_offset": [token.offset for token in tokens],
+        }
 
-def _log(text: str, log: float) -> dict[str, Any]:
-    whole = "\N{REPLACEMENT CHARACTER}" not in text
-    return {"token": text, "logprob": log, "bytes": list(text.encode()) if whole else None}
-
-
-def _completion_logs(tokens: Sequence[Token]) -> dict[str, Any]:
-    return {
-        "tokens": [token.text for token in tokens],
-        "token_logprobs": [token.log for token in tokens],
-        "top_logprobs": [dict(token.top) for token in tokens],
-        "text_offset": [token.offset for token in tokens],
-    }
+    def _text(self, one: Likelihood) -> str:
+        return token_text(self.tokenizer, one.token)

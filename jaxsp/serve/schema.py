@@ -80,7 +80,8 @@ def read_completion(body: Mapping[str, Any]) -> Wish:
     given = _read(body, _COMPLETION, _ONLY_COMPLETION)
     if "prompt" not in given:
         raise Refusal("prompt is missing: the text to go on with.", param="prompt")
-    return Wish(**{"max_tokens": 16, **given, "alternatives": given.pop("logprobs", None)})
+    alternatives = given.pop("logprobs", None)
+    return Wish(**{"max_tokens": 16, **given}, alternatives=alternatives)
 
 
 def _read(body: Mapping[str, Any], fields: Mapping[str, Any], only: Mapping[str, tuple]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def make_server(
     # uvicorn waits for the requests that are there when it is asked to end, and they have their limit.
     config = uvicorn.Config(
         app, http="h11", ws="none", lifespan="off", log_config=None, log_level="error", access_log=False,
-        server_header=False, timeout_graceful_shutdown=int(limits.seconds) + 1,
+        server_header=False, proxy_headers=False, timeout_graceful_shutdown=int(limits.seconds) + 1,
     )  # fmt: skip
     return uvicorn.Server(config)
 

@@ -52,15 +52,8 @@ class Running:
 
     url: str
     scheduler: Scheduler
-    key: str = "any"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"base_url": self.url, "api_key": self.key, "max_retries": 0}
-
-    @property
-    def client(self) -> Any:
-        return openai.OpenAI(**self.options)
+    client: Any
+    options: dict[str, Any]
 
     @property
     def place(self) -> tuple[str, int]:
@@ -79,8 +72,10 @@ def running(
         thread = threading.Thread(target=server.run, args=(made, listener, lambda: None))
         url = address.base_url(listener)
         thread.start()
+        options = {"base_url": url, "api_key": api_key or "any", "max_retries": 0}
         try:
-            yield Running(url, scheduler, api_key or "any")
+            with openai.OpenAI(**options) as client:
+                yield Running(url, scheduler, client, options)
         finally:
             made.should_exit = True
             thread.join(60)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from jaxsp.models.generation.likely import Likely
-from jaxsp.serve.answer import Answer
+from jaxsp.models.text import encode
+from jaxsp.serve.answer import Answer, token_bytes, token_text
 
 
 class Bytes:
@@ -75,12 +78,27 @@ def test_tokens_are_those_of_the_text_that_was_given(by):
         assert all(token.offset <= len(answer.text) for token in tokens)
         if answer.reason:
             break
-    assert [token.text for token in tokens if token.text.isascii()] == ["a", " ", " "]
-    assert tokens[0].top == [("a", -0.5)]
+    assert bytes(token.chosen.token for token in tokens) == "a é ".encode()
+    assert tokens[0].top == [(97, -0.5)]
     assert [token.offset for token in tokens][:2] == [0, 1]
 
 
 def test_the_token_that_ends_an_answer_is_not_among_its_tokens():
     answer = Answer(Bytes(), (), [256])
     answer.add([97, 98, 256], True, likely(3), 2)
-    assert [(token.text, token.offset) for token in answer.tokens()] == [("a", 0), ("b", 1)]
+    assert [(token.chosen.token, token.offset) for token in answer.tokens()] == [(97, 0), (98, 1)]
+
+
+def test_the_bytes_of_a_token_may_be_a_part_of_a_character(tiny_model):
+    tokenizer = tiny_model.tokenizer
+    ids = encode(tokenizer, "é\n 🙂")
+    assert bytes(i for token in ids for i in token_bytes(tokenizer, token) or ()) == "é\n 🙂".encode()
+    assert token_text(tokenizer, 2) == "<|im_end|>"
+
+
+def test_sentencepiece_writes_bytes_out():
+    words = {"a": 0, "<0xC3>": 1, "\N{REPLACEMENT CHARACTER}": 2}
+    core = Tokenizer(models.BPE(words, [], byte_fallback=True))
+    core.decoder = decoders.ByteFallback()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    assert [token_bytes(tokenizer, token) for token in range(3)] == [[97], [0xC3], None]

@@ -16,6 +16,7 @@ def test_defaults_are_those_of_ask():
     assert (wish.temperature, wish.top_p, wish.max_tokens, wish.stream) == (0, 1, None, False)
     assert (wish.stop, wish.seed, wish.alternatives) == ((), None, None)
     assert read_completion(COMPLETION).max_tokens == 16
+    assert read_completion({**COMPLETION, "logprobs": 0}).alternatives == 0
 
 
 def test_null_is_a_field_left_out():

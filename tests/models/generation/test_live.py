@@ -11,7 +11,7 @@ import pytest
 
 from jaxsp import distributions
 from jaxsp.models.generation import Live, Sampling, generate
-from jaxsp.typing import UserError
+from jaxsp.typing import KeyValues, UserError
 
 SLOTS, QUERY, ANSWER = 3, 40, 32
 
@@ -64,19 +64,15 @@ def requests(count: int) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def alone(tiny_model, prefixes):
-    """The answers of ``generate`` behind each prefix by itself."""
+    """The answers of ``generate``, where all are there from the start."""
+    several = KeyValues.side_by_side(KeyValues.alike(prefixes))
 
     def alone(asked: list[Request]) -> list[list[int]]:
-        found: dict[int, list[int]] = {}
-        for row, prefix in enumerate(prefixes):
-            own = [i for i, request in enumerate(asked) if request.after == row]
-            keys = jax.vmap(jax.random.key)(np.array([asked[i].seed for i in own], np.uint32))
-            answers = generate(
-                tiny_model.params, tiny_model.config, prefix, [asked[i].ids for i in own],
-                [asked[i].sampling for i in own], key=keys,
-            )  # fmt: skip
-            found.update(zip(own, answers, strict=True))
-        return [found[i] for i in range(len(asked))]
+        return generate(
+            tiny_model.params, tiny_model.config, several, [one.ids for one in asked],
+            [one.sampling for one in asked], after=[one.after for one in asked],
+            key=jax.vmap(jax.random.key)(np.array([one.seed for one in asked], np.uint32)),
+        )  # fmt: skip
 
     return alone
 
@@ -91,7 +87,8 @@ def served(live: Live, asked: list[Request], steps, arrivals, dropped=()) -> dic
     answers: dict[int, list[int]] = {i: [] for i in waiting}
     while waiting or live.busy:
         for _ in range(min(arrivals(), live.free, len(waiting))):
-            rows[add(live, asked[waiting[0]])] = waiting.pop(0)
+            i = waiting.pop(0)
+            rows[add(live, asked[i])] = i
         for news in live.advance(steps()):
             i = rows[news.row]
             answers[i] += news.ids
@@ -161,7 +158,7 @@ def test_probabilities_come_with_the_tokens(live, tiny_model, alone):
         news += live.advance(2)
     own = [one for one in news if one.row == row]
     assert all(one.likely is None for one in news if one.row != row)
-    (expected,) = alone([asked, *({}.values())])
+    expected = alone([asked] * 2)[0]
     assert [i for one in own for i in one.ids] == expected
     tops = np.concatenate([one.likely.ids_RAN for one in own])
     chosen = np.concatenate([one.likely.chosen_RA for one in own])
