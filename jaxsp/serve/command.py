@@ -15,7 +15,7 @@ import tyro
 
 from jaxsp.errors import UserError
 from jaxsp.files import as_path
-from jaxsp.options import Folder, ModelOptions
+from jaxsp.options import ModelOptions
 from jaxsp.serve.address import base_url, bind, is_loopback
 from jaxsp.settings import check_limits
 
@@ -35,7 +35,7 @@ class Serve:
       jaxsp serve many/* --port 9000 --slots 16
       JAXSP_API_KEY=... jaxsp serve prompt/ --host 0.0.0.0
     """
-    directories: tyro.conf.Positional[tuple[Folder, ...]]
+    directories: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR [DIR ...]")]]
     """Folders that compress wrote, all for one model; name@LENGTH is a shorter prompt of a nested one."""
     model: str | None = None
     """The model's folder, file or id, if it is not where it was."""

@@ -18,7 +18,6 @@ import pytest
 
 from jaxsp.serve import address, command
 from jaxsp.serve.server import open_shelf
-from tests.conftest import WITHOUT_TORCH
 from tests.serve.running import asked, shelf
 from tests.test_files import prompt
 
@@ -76,11 +75,10 @@ def process(tmp_path):
     """The server as a process of its own; it is given time to compile."""
     for name in ("bike", "lamp"):
         shelf()[name].prompt.save(tmp_path / name)
-    code = f"{WITHOUT_TORCH}from jaxsp.cli import main; sys.argv[0] = 'jaxsp'; main()"
     words = ["serve", "bike", "lamp", "--port", "0", "--slots", "2", "--dtype", "float32"]
     sizes = ["--max-query-tokens", "128", "--max-answer-tokens", "300"]
     started = subprocess.Popen(
-        [sys.executable, "-c", code, *words, *sizes], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+        [sys.executable, "-m", "jaxsp", *words, *sizes], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     yield started
