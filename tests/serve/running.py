@@ -72,7 +72,7 @@ def running(
         thread = threading.Thread(target=server.run, args=(made, listener, lambda: None))
         url = address.base_url(listener)
         thread.start()
-        options = {"base_url": url, "api_key": api_key or "any", "max_retries": 0}
+        options = {"base_url": url, "api_key": api_key or "any", "max_retries": 0, "timeout": 60}
         try:
             with openai.OpenAI(**options) as client:
                 yield Running(url, scheduler, client, options)

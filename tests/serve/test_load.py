@@ -21,7 +21,7 @@ LONG = {"model": "pump", "max_tokens": 64, "messages": [{"role": "user", "conten
 
 async def everyone(service: Running, count: int) -> None:
     """So many at once, over all prompts; every other one is streamed, each third sampled."""
-    async with openai.AsyncOpenAI(**service.options, timeout=120) as client:
+    async with openai.AsyncOpenAI(**service.options) as client:
         create: Any = client.chat.completions.create
 
         async def ask(i: int) -> tuple[int, str]:
@@ -75,12 +75,14 @@ def test_a_client_that_leaves_frees_its_slot(slowly, stream):
         if stream:
             assert b"200 OK" in connection.recv(4096)
         assert until(lambda: service.scheduler._rows)
+        (served,) = service.scheduler._rows.values()
         waiting = [request(service, LONG) for _ in range(3)]
         assert until(lambda: service.scheduler.count == 4)
         waiting[1].close()
         start = time.monotonic()
         connection.close()
         assert until(lambda: service.scheduler.count == 2)
+        assert until(lambda: served not in service.scheduler._rows.values())
         assert time.monotonic() - start < 1.5  # of 64 tokens' 3.2 seconds
         waiting[0].close()
         waiting[2].close()
