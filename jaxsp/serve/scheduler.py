@@ -74,7 +74,8 @@ class Scheduler:
         self._durations = collections.deque[float](maxlen=32)
         self._closed = False
         # By the batch's own thread:
-        self._batch: Live | None = self._warm()
+        self._batch: Live | None = make_batch()
+        self._batch.warm_up()
         self._joining = collections.deque[Job]()
         self._rows: dict[int, Job] = {}
         self._step_seconds = LOOK_SECONDS
@@ -132,14 +133,6 @@ class Scheduler:
         known = self._durations
         mean = sum(known) / len(known) if known else 1.0
         return max(1, min(60, math.ceil(mean / self._slots)))
-
-    def _warm(self) -> Live:
-        """A batch whose program has run once."""
-        batch = self._make_batch()
-        batch.add([0], Sampling(max_tokens=1))
-        while batch.busy:
-            batch.advance(1)
-        return batch
 
     def _run(self) -> None:
         while self._wait():

@@ -42,7 +42,7 @@ class _State(NamedTuple):
     index_B: Int[Array, " b"]  # the request that a slot serves
     running_B: Bool[Array, " b"]
     last_BD: Float[Array, "b d"]  # the hidden states that predict the next tokens
-    tokens_RA: Int[Array, "r a"]
+    tokens_RA: Int[Array, "r a"]  # as wide as the longest answer
     count_R: Int[Array, " r"]
     query_LBZGF: tuple[Array, Array]  # keys and values of the queries
     answer_LBAGF: tuple[Array, Array]  # and of the answers, a ring: column = step % A
@@ -150,6 +150,27 @@ class Batch:
             Progress(row, tokens_RA[row, : count_R[row]].tolist(), row not in slot_of) for row in under_way
         ]
 
+    def resize(self, query_tokens: int, answer_tokens: int) -> None:
+        """Makes room for other lengths: what is under way must fit, and what waits when it is read.
+
+        A step costs as much as there is room. Each pair of sizes is a program of its own.
+
+        Args:
+          query_tokens: of the longest request, at most those that the table has; a multiple of the chunk.
+          answer_tokens: that any answer may have until the next call, at most those at the start.
+        """
+        if (query_tokens, answer_tokens) != self.sizes:
+            state = self._state
+            step, query, answer = _resized(
+                state.step, state.query_LBZGF, state.answer_LBAGF, query_tokens, answer_tokens
+            )
+            self._state = state._replace(step=step, query_LBZGF=query, answer_LBAGF=answer)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Tokens of a request, and of an answer, that there is room for."""
+        return self._state.query_LBZGF[0].shape[2], self._state.answer_LBAGF[0].shape[2]
+
     def likely(self) -> Likely | None:
         """The probabilities of all tokens so far, by row and place, where the table has room for the wish."""
         return jax.device_get(self._state.likely)
@@ -176,6 +197,26 @@ def _start(
         prefix=None if several is None else several.rows(jnp.zeros(B, jnp.int32)),
         likely=None if table.likely_B is None else Likely.room(R, A),
     )
+
+
+@functools.partial(jax.jit, static_argnames=("Z", "A"))
+def _resized(
+    step: Array, query: tuple[Array, Array], answer: tuple[Array, Array], Z: int, A: int
+) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+    """The step and the caches with room for ``Z`` tokens of a query and ``A`` of an answer."""
+    before = answer[0].shape[2]
+
+    def columns(cache: Array, first: int, count: int) -> Array:
+        more = max(0, first + count - cache.shape[2])
+        cache = jnp.pad(cache, [(0, more if axis == 2 else 0) for axis in range(cache.ndim)])
+        return cache[:, :, first : first + count]
+
+    def ring(cache: Array) -> Array:
+        """From the oldest column on, of which the newest ones are kept."""
+        return columns(jnp.roll(cache, -(step % before), axis=2), max(0, before - A), A)
+
+    queries = tuple(columns(cache, 0, Z) for cache in query)
+    return jnp.full_like(step, min(A, before)), queries, tuple(map(ring, answer))
 
 
 def _room(config: DecoderConfig, rows: int, size: int) -> tuple[Array, Array]:
@@ -212,7 +253,7 @@ def _read(given: _Given, rows: int, state: _State) -> _State:
     """Reads up to ``rows`` requests, the next of the queue, each into a slot that is free."""
     params, config, chunk = given.params, given.config, given.chunk
     prefix, table = given.prefix, given.table
-    (B,), (R, Z) = state.running_B.shape, table.ids_BZ.shape
+    (B,), R, Z = state.running_B.shape, len(table.ids_BZ), state.query_LBZGF[0].shape[2]
     slot_N = jnp.argsort(state.running_B)[:rows]  # the free ones first
     number_N = state.started + jnp.arange(rows, dtype=jnp.int32)
     served_N = ~state.running_B[slot_N] & (number_N < given.total)
@@ -269,7 +310,7 @@ def _step(given: _Given, state: _State) -> _State:
     """Chooses the next token of each slot and reads it; the ring is written in place."""
     params, config, table = given.params, given.config, given.table
     prefix = given.prefix if state.prefix is None else state.prefix
-    R, A = state.tokens_RA.shape
+    R, A = len(state.tokens_RA), state.answer_LBAGF[0].shape[2]
     requests: Requests = jax.tree.map(lambda all_R: all_R[state.index_B], table)
     count_B = state.count_R[state.index_B]
     logits_BV = decoder.unembed(params, config, state.last_BD)

@@ -16,6 +16,10 @@ from jaxsp.models.generation.requests import Requests, TokenIds, as_arrays, chec
 from jaxsp.models.generation.sampling import Sampling, round_up, tabulate
 from jaxsp.typing import Array, KeyValues, Params, UserError
 
+SMALLEST, GROWTH = 128, 4
+"""Tokens that there is room for where nobody needs more, and the factor to the next size: a step costs as
+much as there is room."""
+
 CHUNK = 32
 """Query tokens read at once: most are short, and all others wait meanwhile."""
 
@@ -34,7 +38,7 @@ class Live:
     """A loop that requests join while others are under way, and leave before their end.
 
     A request's tokens depend on itself, its prefix and its seed, not on what else is there; in bfloat16 up to
-    rounding. Nothing is compiled after the first request, whatever the sampling of the later ones.
+    rounding. Nothing is compiled after ``warm_up``, whatever the sampling and the lengths of the requests.
 
     Args:
       params: the frozen weights.
@@ -74,11 +78,17 @@ class Live:
         self._room, self._stops, self._several = round_up(query_tokens, chunk), stops, len(prefixes) > 1
         nobody = self._as_arrays([], Sampling(), 0, 0, False)
         self._table: Requests = jax.tree.map(lambda one: one[jnp.zeros(rows, int)], nobody)
-        A = round_up(answer_tokens, 16)
-        self._batch = Batch(params, config, prefix, self._table, chunk, slots, A)
+        self._batch = Batch(params, config, prefix, self._table, chunk, slots, round_up(answer_tokens, 16))
+        self._levels = [self._batch.sizes]
+        most, size = self._batch.sizes, SMALLEST
+        while size < max(most):
+            level = min(round_up(size, chunk), most[0]), min(round_up(size, 16), most[1])
+            self._levels.insert(-1, level)
+            size *= GROWTH
         self._free = list(range(rows))
         self._seen: dict[int, int] = {}  # tokens by rows
         self._wants: dict[int, bool] = {}  # their probabilities
+        self._lengths: dict[int, int] = {}  # tokens of the requests
 
     @property
     def free(self) -> int:
@@ -126,7 +136,7 @@ class Live:
         row = self._free.pop(0)
         self._table = _put(self._table, self._as_arrays(request, sampling, after, seed, likely), row)
         self._batch.put(row, self._table)
-        self._seen[row], self._wants[row] = 0, likely
+        self._seen[row], self._wants[row], self._lengths[row] = 0, likely, len(request)
         return row
 
     def drop(self, row: int) -> None:
@@ -150,6 +160,7 @@ class Live:
         """
         found = []
         likely = None
+        self._fit(steps)
         for row, ids, ended in self._batch.advance(steps):
             start, stop = self._seen[row], len(ids)
             own = None
@@ -162,6 +173,25 @@ class Live:
                 del self._seen[row]
                 self._free.append(row)
         return found
+
+    def warm_up(self) -> None:
+        """Compiles all that will be needed; nothing may be under way."""
+        for level in self._levels:
+            for other in self._levels:
+                self._batch.resize(*level)
+                self._batch.resize(*other)
+            self._batch.resize(*level)
+            row = self.add([0], Sampling(max_tokens=1))
+            while self._batch.busy:
+                self._batch.advance(1)
+            del self._seen[row]
+            self._free.append(row)
+
+    def _fit(self, steps: int) -> None:
+        """Makes as much room as the requests need for so many steps, and no more."""
+        query = max((self._lengths[row] for row in self._seen), default=0)
+        answer = min(max(self._seen.values(), default=0) + steps, self._sizes[1])
+        self._batch.resize(*next(level for level in self._levels if query <= level[0] and answer <= level[1]))
 
     def _as_arrays(
         self, request: TokenIds, sampling: Sampling, after: int, seed: int, likely: bool

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxsp import distributions
-from jaxsp.models.generation import Live, Sampling, generate
+from jaxsp.models.generation import Live, Sampling, generate, live as live_module
 from jaxsp.typing import KeyValues, UserError
 
 SLOTS, QUERY, ANSWER = 3, 40, 32
@@ -29,7 +29,9 @@ def prefixes(tiny_model):
 
 
 @pytest.fixture
-def live(tiny_model, prefixes):
+def live(tiny_model, prefixes, monkeypatch):
+    """With two sizes, so that it changes between them."""
+    monkeypatch.setattr(live_module, "SMALLEST", 16)
     sizes = {"slots": SLOTS, "query_tokens": QUERY, "answer_tokens": ANSWER}
     return Live(tiny_model.params, tiny_model.config, prefixes, **sizes)
 
@@ -119,9 +121,13 @@ def test_answers_do_not_depend_on_when_who_comes_and_leaves(live, alone):
     assert [again[i] for i in range(40)] == expected[::-1]
 
 
-def test_nothing_is_compiled_after_the_first_request(live, caplog):
+def test_nothing_is_compiled_after_the_start(live, caplog):
     asked = requests(12)
-    served(live, asked[:1], lambda: 1, lambda: 1)
+    jax.clear_caches()  # other tests have compiled much
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        live.warm_up()
+    assert any("Compiling" in message for message in caplog.messages)
+    caplog.clear()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         served(live, asked, lambda: 3, lambda: 2)
         live.drop(add(live, asked[0], likely=True))
@@ -130,6 +136,21 @@ def test_nothing_is_compiled_after_the_first_request(live, caplog):
             live.advance(5)
     compiled = [message for message in caplog.messages if "Compiling" in message]
     assert not compiled
+
+
+def test_there_is_as_much_room_as_is_needed(live):
+    sizes = live._levels
+    assert sizes == [(32, 16), (64, 32)]
+    assert live._batch.sizes == sizes[1]
+    live.add([5] * 32, Sampling(max_tokens=20))
+    found = [(live.advance(4), live._batch.sizes) for _ in range(5)]
+    assert [size for _, size in found] == [sizes[0]] * 4 + [sizes[1]]
+    live.add([5] * 33, Sampling(max_tokens=1))
+    live.advance(1)
+    assert live._batch.sizes == sizes[1]
+    live.add([5], Sampling(max_tokens=2))
+    live.advance(1)
+    assert live._batch.sizes == sizes[0]
 
 
 def test_one_that_leaves_frees_its_slot_and_its_row(live):
