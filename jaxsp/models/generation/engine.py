@@ -295,12 +295,15 @@ def _read(given: _Given, rows: int, state: _State) -> _State:
             None if own.bias is None or prefix.bias is None else put(own.bias, prefix.bias),
         )
     keys, values = map(put, state.query_LBZGF, queries)
+    count_R = state.count_R
+    if given.order_R is not None:  # another request may have had the row
+        count_R = count_R.at[jnp.where(served_N, index_N, R)].set(0, mode="drop")  # R: nowhere
     return state._replace(
         started=state.started + jnp.sum(served_N, dtype=jnp.int32),
         index_B=state.index_B.at[slot_N].set(index_N, mode="drop"),
         running_B=state.running_B.at[slot_N].set(True, mode="drop"),
         last_BD=state.last_BD.at[slot_N].set(last_ND, mode="drop"),
-        count_R=state.count_R.at[jnp.where(served_N, index_N, R)].set(0, mode="drop"),  # R: nowhere
+        count_R=count_R,
         query_LBZGF=(keys, values),
         prefix=own,
     )
