@@ -14,7 +14,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxsp import distributions as distributions, losses as losses, training as training
+    from jaxsp import (
+        callbacks as callbacks,
+        distributions as distributions,
+        losses as losses,
+        training as training,
+    )
     from jaxsp.api import (
         ask as ask,
         compress as compress,
@@ -41,7 +46,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-_ROOMS = ("distributions", "losses", "training")
+_ROOMS = ("callbacks", "distributions", "losses", "training")
 _NAMES = {
     "api": ("ask", "compress", "compress_many", "evaluate", "export", "questions"),
     "artifact": ("SoftPrompt",),

@@ -15,6 +15,7 @@ import tyro
 
 from jaxsp.arguments import parse, program
 from jaxsp.cache import Cache
+from jaxsp.compare_command import Compare
 from jaxsp.errors import Interrupted, UserError
 from jaxsp.export_command import Export
 from jaxsp.files import os_errors_as_user_errors
@@ -36,6 +37,7 @@ from jaxsp.options import (
 from jaxsp.serve.command import Serve
 from jaxsp.settings import Options, Settings, check_limits, make_settings, plain
 from jaxsp.terminal import flush, prepare, visible
+from jaxsp.watch_command import Watch
 
 # What computes is imported where a command runs: --help and a misspelt option need not wait for it.
 if TYPE_CHECKING:
@@ -312,7 +314,7 @@ class Inspect:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Write the report and the plots of a run anew, from what was measured; loads no model."""
+    """Write report.html, report.md and the plots of a run anew, from what was measured; loads no model."""
 
     examples: ClassVar[str] = """
       jaxsp report prompt/
@@ -361,19 +363,9 @@ class Demo:
 
 
 Command = (
-    Compress
-    | CompressMany
-    | Questions
-    | Plan
-    | Ask
-    | Serve
-    | Evaluate
-    | Export
-    | Inspect
-    | Report
-    | Cache
-    | Demo
-)
+    Compress | CompressMany | Questions | Plan | Ask | Serve | Evaluate | Export | Inspect
+    | Report | Compare | Watch | Cache | Demo
+)  # fmt: skip
 COMMANDS: dict[str, type[Command]] = {
     "compress": Compress,
     "compress-many": CompressMany,
@@ -385,6 +377,8 @@ COMMANDS: dict[str, type[Command]] = {
     "export": Export,
     "inspect": Inspect,
     "report": Report,
+    "compare": Compare,
+    "watch": Watch,
     "cache": Cache,
     "demo": Demo,
 }

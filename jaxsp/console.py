@@ -13,12 +13,14 @@ from rich.table import Column, Table
 from jaxsp import prompts
 from jaxsp.artifact import MANIFEST, SoftPrompt
 from jaxsp.errors import Damaged, in_a_line
+from jaxsp.evaluation.compare import Comparison, in_words
+from jaxsp.evaluation.page import number
 from jaxsp.evaluation.report import bracket_names, gap_in_words
 from jaxsp.exports import Exported
 from jaxsp.files import size
 from jaxsp.plan import Plan
 from jaxsp.prompts import storage
-from jaxsp.runs.folder import Result
+from jaxsp.runs.folder import PAGE, Result
 from jaxsp.study import Study
 from jaxsp.teacher.store import Entry
 from jaxsp.terminal import visible
@@ -119,7 +121,7 @@ def print_summary(result: Result, out: str, started: float) -> None:
     _print(
         f"{report['prompt_length']} slots for {report['context_tokens']} tokens"
         f" ({report['compression']:.1f}×), {time.perf_counter() - started:.0f} s in all.",
-        f"Report: {folder / 'report.md'}   Prompt: {folder / 'prompt.safetensors'}",
+        f"Report: {folder / PAGE} (as text: report.md)   Prompt: {folder / 'prompt.safetensors'}",
     )
 
 
@@ -171,6 +173,20 @@ def result_row(result: Result) -> list[str]:
 def print_results(rows: Iterable[list[str]]) -> None:
     """Prints the rows of many prompts."""
     _print(_table(rows, "id", "objective", "K", "tokens", "gap closed", "σ: KL", "none: KL", box=None))
+
+
+def print_comparison(found: Comparison, left_out: Sequence[str], file: Path) -> None:
+    """Prints several runs side by side, what differs between them, and where their page lies."""
+    rows = []
+    for run in found.runs:
+        own, gap = run.figures, {"value": run.figures["gap"]}
+        kl = [number(own[name]) for name in ("prompt", "no_context", "decisive")]
+        rows.append([run.name, gap_in_words(gap), *kl, "{} of {}".format(*own["captured"]), own["slots"]])
+    for i, values in enumerate(zip(*found.differing.values(), strict=True)):
+        rows[i] += map(in_words, values)
+    columns = "run", "gap closed", "σ: KL", "none: KL", "decisive", "captured", "K"
+    names = [name.replace("_", " ") for name in found.differing]
+    _print(_table(rows, *columns, *names, box=None), found.text, *left_out, f"Page: {file}")
 
 
 def print_entries(entries: Sequence[Entry], folder: Path, now: float) -> None:

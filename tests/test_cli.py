@@ -94,6 +94,8 @@ def test_compress_writes_everything(compress, tmp_path):
         "context.txt",
         "report.json",
         "report.md",
+        "report.html",
+        "tokens.json",
         "metrics.jsonl",
         "plots/training.png",
         "plots/by_position.png",
@@ -665,17 +667,19 @@ def test_where_there_is_no_gap_to_close_tables_say_so():
 
 
 def test_report_writes_what_the_run_wrote(jaxsp_command, finished, tmp_path):
-    names = ["report.md", *(f"plots/{name}.png" for name in ("training", "by_position", "by_query"))]
+    reports = ["report.html", "report.md"]
+    names = [*reports, *(f"plots/{name}.png" for name in ("training", "by_position", "by_query"))]
     many = tmp_path / "many"
     for name in ("a", "b"):
         shutil.copytree(finished, many / name)
         for file in names:
             (many / name / file).unlink()
-    assert jaxsp_command("report", many / "b")[:2] == (0, f"{many / 'b' / 'report.md'}\n")
+    code, out, _ = jaxsp_command("report", many / "b")
+    assert (code, out.splitlines()) == (0, [str(many / "b" / file) for file in reports])
     assert not (many / "a" / "report.md").exists()
-    assert jaxsp_command("report", many)[1].splitlines() == [str(many / i / "report.md") for i in "ab"]
+    assert jaxsp_command("report", many)[1].splitlines() == [str(many / i / f) for i in "ab" for f in reports]
     for name in ("a", "b"):
-        assert (many / name / "report.md").read_bytes() == (finished / "report.md").read_bytes()
+        assert all((many / name / file).read_bytes() == (finished / file).read_bytes() for file in reports)
         assert all((many / name / file).is_file() for file in names)
     refused(jaxsp_command("report", tmp_path), "holds no finished run")
     report = json.loads((finished / "report.json").read_text())
@@ -697,7 +701,7 @@ def test_report_writes_what_the_run_wrote(jaxsp_command, finished, tmp_path):
     (many / "a" / "report.json").write_text(json.dumps(report))
     (many / "a" / "prompt.safetensors").write_bytes(b"")
     code, out, err = jaxsp_command("report", many)
-    assert out.splitlines() == [str(many / "b" / "report.md")]  # the others are written
+    assert out.splitlines() == [str(many / "b" / file) for file in reports]  # the others are written
     refused((code, out, err), many / "a" / "prompt.safetensors", "is damaged")
     shutil.copy(finished / "prompt.safetensors", many / "a")
     (many / "a" / "report.json").write_text(json.dumps({**report, "error": "The loss is not finite"}))

@@ -50,6 +50,13 @@ def result(folder: Path) -> None:
     )
 
 
+def with_tokens(folder: Path) -> None:
+    """An older run but for the tokens."""
+    result(folder)
+    (folder / "run" / "checksums.json").unlink()
+    (folder / "tokens.json").write_text("[]")
+
+
 def store_entry(folder: Path) -> None:
     Store(folder).write("key", {}, lambda entry: samples._write(entry, [[1, 2]]), samples._read)
 
@@ -85,6 +92,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], str, Callable[[Path], Any]]] = {
     "report": (result, "report.json", Result.load),
     "metrics": (result, "metrics.jsonl", Result.load),
     "checksums": (result, "run/checksums.json", Result.load),
+    "tokens": (with_tokens, "tokens.json", Result.load),
     "lines": (result, "metrics.jsonl", lambda f: past_lines(f / "metrics.jsonl", 1)),
     "settings": (
         lambda f: RunFolder(f).start({"steps": 2}),
@@ -129,6 +137,7 @@ HARMLESS = {
     # What was always there once is missed; numbers that are not finite harm neither; a text is a query.
     ("checksums", "missing"), ("lines", "missing"), ("index", "missing"), ("report", "NaN"),
     ("report", "infinite"), ("tokenizer", "NaN"), ("tokenizer", "infinite"), ("queries", "a text"),
+    ("tokens", "missing"),
 }  # fmt: skip
 
 

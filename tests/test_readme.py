@@ -54,6 +54,8 @@ def test_a_command_line_can_be_parsed(words):
 
 def test_all_commands_are_shown():
     shown = {words[0] for words in JAXSP} | set(re.findall(r"uv run -q jaxsp (\S+)", README))
+    comments = [re.findall(r"# .*", block) for block in blocks(README, "sh")]
+    shown |= set(re.findall(r"jaxsp ([\w-]+)", str(comments)))
     assert shown == set(COMMANDS)
 
 

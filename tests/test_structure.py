@@ -30,11 +30,11 @@ FLOORS = [
     ["teacher"],
     ["artifact"],
     ["training", "evaluation", "exports"],
-    ["plan", "study"],
+    ["callbacks", "plan", "study"],
     ["runs", "demo"],
     ["api"],
-    ["console", "options"],
-    ["cache", "export_command", "serve"],
+    ["console", "options", "watching"],
+    ["cache", "compare_command", "export_command", "serve", "watch_command"],
     ["cli"],
     ["__main__", "__init__"],
 ]
@@ -46,9 +46,18 @@ ONLY_IN = {
     "matplotlib": {"evaluation/plots.py"},
     "orbax": {"training/checkpoint.py"},
     "transformers": {"models/lazy_tokenizer.py", "models/load.py", "models/gguf/convert.py", *CONSUMERS},
-    "jinja2": {"evaluation/report.py", "models/chat_renderer.py"},
-    "rich": {"progress.py", "console.py", "cli.py"},
-    "tyro": {"arguments.py", "cache.py", "cli.py", "export_command.py", "options.py", "serve/command.py"},
+    "jinja2": {"evaluation/page.py", "evaluation/report.py", "models/chat_renderer.py"},
+    "rich": {"progress.py", "console.py", "cli.py", "watching.py"},
+    "tyro": {
+        "arguments.py",
+        "cache.py",
+        "cli.py",
+        "compare_command.py",
+        "export_command.py",
+        "options.py",
+        "serve/command.py",
+        "watch_command.py",
+    },
     "flax": {"models/decoder.py", "models/layers.py", "models/weights.py"},
     "torch": CONSUMERS,
     "starlette": {"serve/app.py"},
@@ -204,6 +213,7 @@ def test_the_wheel_runs_from_an_empty_folder(wheel, tmp_path):
     assert (target / "jaxsp" / "py.typed").is_file()
     assert (target / "jaxsp" / "demo" / "manual.md").is_file()
     assert (target / "jaxsp" / "evaluation" / "report.md.jinja").is_file()
+    assert (target / "jaxsp" / "evaluation" / "html" / "report.html.jinja").is_file()
     assert all((target / "jaxsp" / name).is_file() for name in CONSUMERS)
     script = target / "bin" / "jaxsp"
     result = subprocess.run(

@@ -166,6 +166,6 @@ class Document:
 
 
 def embedded() -> LanguageModel:
-    """The model of all cells, in a dtype that every machine has; the variants' kinds are in the table."""
+    """The model of all cells, in one dtype on every machine; the variants' kinds are in the table."""
     variants.register()
-    return jaxsp.load_model(dtype="float32")
+    return jaxsp.load_model(dtype="bfloat16")

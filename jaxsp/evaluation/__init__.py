@@ -1,1 +1,1 @@
-"""The measurement of σ in place of the context: brackets, metrics, report, plots."""
+"""The measurement of σ in place of the context: brackets, metrics, reports, pages, plots."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsp import distributions, prompts
-from jaxsp.evaluation.metrics import at_positions
+from jaxsp.evaluation.metrics import at_positions, at_positions_with_states
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS, storage
 from jaxsp.settings import Settings
@@ -54,6 +54,9 @@ class Measured(NamedTuple):
     """Each metric of a position, ``[N, A]``; NaN for queries on which the bracket is not measured."""
     answers: list[list[int]]
     """Free-running answers to the held-out queries, as token ids."""
+    states: dict[int, np.ndarray] | None = None
+    """Last hidden states ``[A, D]`` at the answer positions of the held-out queries, by their numbers; of σ
+    alone."""
 
 
 def measure_all(
@@ -87,7 +90,7 @@ def measure_all(
     measured = {**known, **measure(model, problem, new, settings.teacher.max_answer_tokens)}
     if "full_context" not in known:
         check_teacher(model, problem)
-        positions = _positions(model, None, problem, held_out_alone=True)
+        positions, _ = _positions(model, None, problem, held_out_alone=True)
         measured["full_context"] = Measured(positions, problem.job.held_out(problem.answers))
     job, most = problem.job, settings.teacher.max_answer_tokens
     if problem.has_other_teacher and len(job.parts) == 1 and "own_context" not in known:
@@ -140,7 +143,7 @@ def _after_parts(
 ) -> Measured:
     """The held-out queries, each after one part: the teacher's own where it read that one, else read anew."""
     job = problem.job
-    positions = _positions(model, None, problem, held_out_alone=True)
+    positions, _ = _positions(model, None, problem, held_out_alone=True)
     answers = {i: problem.answers[i] for i in np.flatnonzero(~job.is_train).tolist()}
     others = [i for i in answers if problem.has_other_teacher or part_of[i] != job.part_of[i]]
     for part in np.unique(part_of[others]).tolist():
@@ -252,26 +255,40 @@ def measure(
     stacked = KeyValues.side_by_side(list(distinct.values()))
     after = np.repeat(np.arange(count), len(queries)).tolist() if count > 1 else None
     answers = answer_ids(model, stacked, queries * count, max_tokens=max_tokens, after=after)
-    measured = {
-        key: Measured(
-            _positions(model, prefix, problem, held_out_alone=key not in trained),
-            answers[i * len(queries) : (i + 1) * len(queries)],
+    measured = {}
+    for i, (key, prefix) in enumerate(distinct.items()):
+        own, with_states = answers[i * len(queries) : (i + 1) * len(queries)], key == keys.get("prompt")
+        positions, states = _positions(
+            model, prefix, problem, held_out_alone=key not in trained, with_states=with_states
         )
-        for i, (key, prefix) in enumerate(distinct.items())
+        measured[key] = Measured(positions, own, states if with_states else None)
+    # Of the others they would be kept for all jobs that have the same.
+    return {
+        name: measured[key] if name == "prompt" else measured[key]._replace(states=None)
+        for name, key in keys.items()
     }
-    return {name: measured[key] for name, key in keys.items()}
 
 
 def _positions(
-    model: LanguageModel, prefix: KeyValues | None, problem: Problem, *, held_out_alone: bool
-) -> dict[str, np.ndarray]:
-    index = np.flatnonzero(~problem.job.is_train) if held_out_alone else np.arange(len(problem.rows))
+    model: LanguageModel,
+    prefix: KeyValues | None,
+    problem: Problem,
+    *,
+    held_out_alone: bool,
+    with_states: bool = False,
+) -> tuple[dict[str, np.ndarray], dict[int, np.ndarray]]:
+    """The metrics of all queries, NaN of those not measured; and the states of those held out, if wanted."""
+    is_train = problem.job.is_train
+    index = np.flatnonzero(~is_train) if held_out_alone else np.arange(len(problem.rows))
     rows, head = problem.rows.take(index), problem.teacher_head
-    found = at_positions(model, prefix, rows, problem.packing, teacher_head=head)
+    wanted = np.flatnonzero(~is_train[index]).tolist() if with_states else []
+    found, states = at_positions_with_states(
+        model, prefix, rows, problem.packing, frozenset(wanted), teacher_head=head
+    )
     every = {name: np.full(problem.rows.mask.shape, np.nan, np.float32) for name in found}
     for name, values in found.items():
         every[name][index] = values
-    return every
+    return every, {int(index[i]): own for i, own in states.items()}
 
 
 def _key(prefix: KeyValues) -> bytes:

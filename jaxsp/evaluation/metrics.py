@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -64,17 +64,19 @@ def _at_positions(
     rows: Rows,
     names: tuple[str, ...],
     teacher_head: OutputHead | None,
-) -> dict[str, Array]:
+) -> tuple[dict[str, Array], Array]:
+    """The metrics, and the last hidden states that they come from."""
     head = OutputHead.of(params, config)
     if prefix is None:
         states, head = jnp.asarray(rows.targets["hidden"]), teacher_head or head
     else:
         states = distributions.answer_hidden(params, config, prefix, rows)
     if "hidden" not in rows.targets:
-        return {name: distributions.compare(OF_ANSWERS[name], states, head, rows)[0] for name in names}
+        found = {name: distributions.compare(OF_ANSWERS[name], states, head, rows)[0] for name in names}
+        return found, states
     first, *others = names
     values, measured = distributions.compare(first, states, head, rows, teacher_head, others)
-    return {first: values, **measured}
+    return {first: values, **measured}, states
 
 
 def at_positions(
@@ -99,19 +101,49 @@ def at_positions(
     Returns:
       By name, ``[N, A]`` float32; 0 under a False mask.
     """
+    return at_positions_with_states(model, prefix, rows, packing, (), names, teacher_head)[0]
+
+
+def at_positions_with_states(
+    model: LanguageModel,
+    prefix: KeyValues | None,
+    rows: Rows,
+    packing: Packing,
+    states_of: Collection[int],
+    names: Sequence[str] = POSITION_METRICS,
+    teacher_head: OutputHead | None = None,
+) -> tuple[dict[str, Float[np.ndarray, "n a"]], dict[int, Float[np.ndarray, "_ d"]]]:
+    """``at_positions``, and the last hidden states that were measured.
+
+    Args:
+      model: as in ``at_positions``, and so are the others.
+      prefix: prefix of the bracket measured, or ``None``.
+      rows: with the teacher's targets.
+      packing: packing of the batches.
+      states_of: indices of the rows whose states are wanted; none is kept of the others.
+      names: metrics.
+      teacher_head: head of the teacher.
+
+    Returns:
+      The metrics; and by index the states ``[A, D]`` at the answer positions of a row.
+    """
     batches = packing.in_order(rows)
     if "hidden" not in rows.targets:
         names = [name for name in names if name in OF_ANSWERS]
         if prefix is None:  # certain of its own answers
-            return {name: np.zeros(rows.mask.shape, np.float32) for name in names}
+            return {name: np.zeros(rows.mask.shape, np.float32) for name in names}, {}
     elif rows.targets["hidden"].shape[-1] != model.config.width:
         names = [name for name in names if not OBJECTIVES[name].compares_hidden]
     given = tuple(names), teacher_head
-    parts = [
-        _at_positions(model.params, model.config, prefix, packing.pack(rows, index), *given)
-        for index in batches
-    ]
-    return {name: packing.unpack([p[name] for p in parts], rows, batches) for name in names}
+    parts, kept = [], dict[int, np.ndarray]()
+    for index in batches:
+        batch = packing.pack(rows, index)
+        found, states = _at_positions(model.params, model.config, prefix, batch, *given)
+        parts.append(found)
+        if wanted := [i for i in index.tolist() if i in states_of]:
+            of_rows = dict(zip(index.tolist(), packing.split(states, rows, index).rows, strict=True))
+            kept |= {i: of_rows[i] for i in wanted}
+    return {name: packing.unpack([p[name] for p in parts], rows, batches) for name in names}, kept
 
 
 def mean_kl_function(

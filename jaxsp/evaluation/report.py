@@ -17,7 +17,7 @@ from jaxsp import distributions
 from jaxsp.artifact import SoftPrompt
 from jaxsp.evaluation.brackets import BRACKETS, IN_PARTS, TRAINED, Measured
 from jaxsp.evaluation.facts import agrees, has_expected, is_right, says, stands_in
-from jaxsp.evaluation.metrics import ANSWER_METRICS, Answer, gap_closed
+from jaxsp.evaluation.metrics import ANSWER_METRICS, Answer, gap_closed, interval
 from jaxsp.files import atomic_write, size
 from jaxsp.models import decoder
 from jaxsp.models.language_model import LanguageModel
@@ -104,6 +104,10 @@ def summarise(
         report["gap_closed_vs_first_part"] = gap("first_part", others)
     for name, found in report["held_out"]["brackets"].items():
         found |= _of_answers(problem, answers["full_context"], answers[name])
+    if len(held_out) > 1:
+        report["held_out"]["kl_intervals"] = {
+            name: interval(kl[name][~is_train], counts[~is_train], settings.training.seed) for name in known
+        }
     if is_train.any():
         report["train"] = part(is_train, TRAINED)
     report["queries"] = _queries(model, problem, positions, answers, decisive)

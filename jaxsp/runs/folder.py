@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxsp.artifact import ARRAYS, CONTEXT, MANIFEST, SoftPrompt
 from jaxsp.errors import Damaged
-from jaxsp.evaluation import report as reports
+from jaxsp.evaluation import page, report as reports
 from jaxsp.files import (
     as_path,
     as_read,
@@ -27,16 +27,20 @@ from jaxsp.files import (
     unsealed,
 )
 from jaxsp.settings import differences
+from jaxsp.study.lost import lost, passages
 from jaxsp.typing import UserError
 
 VERSION = 5
 """Version of the files in a run's folder; 0.1 wrote none."""
 
 REPORT, METRICS, RESULTS = "report.json", "metrics.jsonl", "results.parquet"
+MARKDOWN, PAGE = "report.md", "report.html"
+TOKENS = "tokens.json"
+"""The held-out answers token by token: for the page, and too long for a report that people read."""
 CHECKSUMS = "run/checksums.json"
-"""SHA-256 of the report and the metrics; the prompt's own files have theirs in the manifest."""
+"""SHA-256 of these three; the prompt's own files have theirs in the manifest."""
 
-_OURS = (REPORT, "report.md", "plots", METRICS, "run", ARRAYS, MANIFEST, CONTEXT)
+_OURS = (REPORT, MARKDOWN, PAGE, "plots", METRICS, TOKENS, "run", ARRAYS, MANIFEST, CONTEXT)
 _ANEW = "start anew with --overwrite"
 
 
@@ -48,11 +52,14 @@ class Result:
       prompt: the trained soft prompt.
       report: what was measured (``report.json`` as a dict).
       lines: the training's metrics, a dict a step.
+      tokens: the held-out answers token by token (``tokens.json``), as ``jaxsp.evaluation.tokens`` gives
+        them; ``None`` of runs that did not keep them.
     """
 
     prompt: SoftPrompt
     report: dict[str, Any]
     lines: list[dict[str, Any]]
+    tokens: list[dict[str, Any]] | None = None
 
     def __repr__(self) -> str:
         return f"Result({self.prompt!r}, {self.error or self.report['verdict']['text']})"
@@ -80,18 +87,30 @@ class Result:
         return self.report.get("error")
 
     def save(self, directory: str | Path) -> None:
-        """Writes prompt, manifest, metrics, plots and report into ``directory``, ``report.json`` last."""
+        """Writes prompt, manifest, metrics, plots and reports into ``directory``, ``report.json`` last."""
         folder = Path(directory)
         self.prompt.save(folder)
         lines = "".join(json.dumps(line) + "\n" for line in self.lines)
         if self.error is None:
-            reports.write(self.report, self.lines, folder)
-        content = {METRICS: lines, REPORT: reports.as_json(self.report)}
+            self.write_reports(folder)
+        content = {METRICS: lines}
+        if self.tokens is not None:
+            content[TOKENS] = json.dumps(self.tokens, ensure_ascii=False, separators=(",", ":"))
+        content[REPORT] = reports.as_json(self.report)
         checksums = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in content.items()}
         (folder / CHECKSUMS).parent.mkdir(exist_ok=True)
         atomic_write(folder / CHECKSUMS, json.dumps(sealed(checksums)))
         for name, text in content.items():
             atomic_write(folder / name, text)
+
+    def write_reports(self, folder: Path) -> list[Path]:
+        """Writes the reports for people, and the plots, into a folder that is there; gives the reports."""
+        reports.write(self.report, self.lines, folder)
+        missed, context = lost(self.report["queries"]), self.prompt.context
+        document = [] if context is None else passages(context, missed)
+        text = page.html(self.report, self.lines, self.tokens, document, missed)
+        atomic_write(folder / PAGE, text)
+        return [folder / PAGE, folder / MARKDOWN]
 
     @classmethod
     def load(cls, directory: str | Path) -> Result:
@@ -101,19 +120,53 @@ class Result:
           Damaged: a file is missing, or not as it was written.
         """
         folder = Path(directory)
-        checksums, file = {}, folder / CHECKSUMS
-        if file.exists():  # older runs have none
-            checksums = unsealed(read_json(file), file)
-        report = read_json(folder / REPORT, finite=False, sha256=checksums.get(REPORT))
+        report, checksums = _read_report(folder)
         lines = read_json_lines(folder / METRICS, sha256=checksums.get(METRICS))
         steps = [line.get("step") for line in lines]
         if steps != [*range(len(lines))] or report.get("steps", len(lines) - 1) != len(lines) - 1:
             raise Damaged(f"{folder / METRICS} lacks lines: it must have one of every step")
-        return cls(SoftPrompt.load(folder), report, lines)
+        tokens, file = None, folder / TOKENS
+        if file.is_file():  # older runs have none
+            tokens = read_json(file, list, finite=False, sha256=checksums.get(TOKENS))
+        return cls(SoftPrompt.load(folder), report, lines, tokens)
+
+
+def _read_report(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The report of a run, and the checksums of its files."""
+    checksums, file = {}, folder / CHECKSUMS
+    if file.exists():  # older runs have none
+        checksums = unsealed(read_json(file), file)
+    return read_json(folder / REPORT, finite=False, sha256=checksums.get(REPORT)), checksums
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report of a finished run, without its prompt.
+
+    Args:
+      folder: the run's.
+
+    Raises:
+      Damaged: it is not as it was written.
+    """
+    return _read_report(folder)[0]
+
+
+def finished_runs(directory: str | Path) -> list[Path]:
+    """The folders of finished runs: the folder itself, or those in a folder of many, by name.
+
+    Raises:
+      UserError: there is none.
+    """
+    folder = as_path(directory, "The folder")
+    folder = folder.parent if folder.is_file() else folder
+    found = [folder] if (folder / REPORT).is_file() else sorted(f.parent for f in folder.glob(f"*/{REPORT}"))
+    if not found:
+        raise UserError(f"{folder} holds no finished run (no {REPORT}).")
+    return found
 
 
 def write_reports(directory: str | Path) -> tuple[list[Path], list[str]]:
-    """Writes ``report.md`` and the plots anew: of one prompt, or of every one in a folder of many.
+    """Writes the reports for people and the plots anew: of one prompt, or of every one in a folder of many.
 
     Returns:
       The reports, and what is wrong with the others, a sentence each.
@@ -121,25 +174,19 @@ def write_reports(directory: str | Path) -> tuple[list[Path], list[str]]:
     Raises:
       UserError: there is no finished run.
     """
-    folder = as_path(directory, "The folder")
-    folder = folder.parent if folder.is_file() else folder
-    found = [folder] if (folder / REPORT).is_file() else sorted(f.parent for f in folder.glob(f"*/{REPORT}"))
-    if not found:
-        raise UserError(f"{folder} holds no finished run (no {REPORT}).")
     written, problems = [], []
-    for one in found:
+    for one in finished_runs(directory):
         try:
             result = Result.load(one)
             if result.error is None:
-                reports.write(result.report, result.lines, one)
-                written.append(one / "report.md")
+                written += result.write_reports(one)
             else:
                 problems.append(f"{one}: its training failed, there is nothing to show ({result.error})")
         except UserError as error:
             problems.append(str(error).rstrip("."))
         except OSError as error:
             problems.append(f"{error.filename or one}: {error.strerror}")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
             reason = f"{type(error).__name__}: {error}"
             problems.append(
                 f"{one / REPORT} is damaged, or was written by another version of jaxsp ({reason})"
@@ -220,6 +267,22 @@ class RunFolder:
             yield
         finally:
             os.close(handle)
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a run is at work in the folder, as far as locks tell."""
+        try:
+            import fcntl
+        except ImportError:  # on Windows there are no locks of a folder
+            return True
+        handle = os.open(self.directory, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until it is closed, at once
+        except OSError:  # it is taken, or a file system without locks
+            return True
+        finally:
+            os.close(handle)
+        return False
 
     def start(self, settings: dict[str, Any]) -> None:
         """Makes the folder ready for a run with these settings: an earlier run's files go, others stay.

@@ -21,6 +21,7 @@ from jaxsp.data.packing import Packing
 from jaxsp.evaluation import brackets, report as reports, table
 from jaxsp.evaluation.brackets import Measured
 from jaxsp.evaluation.metrics import mean_kl_function
+from jaxsp.evaluation.tokens import by_token
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.sharding import DATA, local
 from jaxsp.progress import Display
@@ -376,6 +377,7 @@ class Runner:
             "settings": plain(settings),
             **reports.report_header(self.model, prompt),
         }
+        tokens = None
         if trained.error is None:
             sigmas = {"prompt": prompt.sigma, "initial": initial}
             with display.phase("evaluate", "Evaluation"):
@@ -385,6 +387,7 @@ class Runner:
                         "stored": brackets.storage_costs(self.model, problem, kept, settings),
                     }
                 )
+            tokens = measured.pop("tokens")
             prompt.manifest["held_out"] = {
                 "gap_closed": measured["gap_closed"],
                 **measured["held_out"]["brackets"]["prompt"],
@@ -398,13 +401,13 @@ class Runner:
         display.add("train", sum(line.get("seconds", 0.0) for line in trained.lines))
         seconds = {name: display.seconds.get(name, 0.0) for name in PHASES}
         report |= {"seconds": {**seconds, "total": sum(seconds.values())}, "environment": environment()}
-        result = Result(prompt, report, trained.lines)
+        result = Result(prompt, report, trained.lines, tokens)
         if (folder := self._folder(job)) is not None and processes.is_first():
             result.save(folder.directory)
         return result
 
     def _measured(self, job: Job, problem: Problem, sigmas: dict[str, PyTree]) -> dict[str, Any]:
-        """The report's part on the queries: all brackets, the gap closed, the verdict; and costs.
+        """The report's part on the queries: all brackets, the gap closed, the verdict; costs; the tokens.
 
         What σ has no part in is measured once for all jobs that have the same.
         """
@@ -418,6 +421,7 @@ class Runner:
         return {
             **reports.summarise(model, problem, measured, job.context, settings, self.teacher),
             "prefill_seconds": prefill,
+            "tokens": by_token(model, problem, measured),
             "by_length": brackets.length_curve(model, problem, sigma, settings),
         }
 

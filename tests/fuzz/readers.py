@@ -34,6 +34,7 @@ from jaxsp.models.lazy_tokenizer import LazyTokenizer
 from jaxsp.models.load import _load_tokenizer, model_config
 from jaxsp.models.weights import load_params
 from jaxsp.prompts import storage
+from jaxsp.runs.compared import compare_folders
 from jaxsp.runs.folder import Result, RunFolder, write_reports
 from jaxsp.runs.job import check_jobs, read_rows
 from jaxsp.serve.messages import texts_in_turn
@@ -43,6 +44,7 @@ from jaxsp.study.questions import Study
 from jaxsp.teacher import samples, store, targets
 from jaxsp.teacher.store import Store
 from tests import tiny
+from tests.evaluation.test_page import token
 from tests.evaluation.test_report import example
 from tests.gguf_files import SPM, metadata, write_gguf
 from tests.test_files import prompt, result
@@ -261,7 +263,17 @@ def finished(folder: Path) -> None:
     for part in (report["held_out"], report["train"]):
         row = part["brackets"]["prompt"]
         part["brackets"] |= dict.fromkeys(("full_context", "truncated_context", "no_context"), row)
+    report["held_out"]["kl_intervals"] = {"prompt": {"value": 0.5, "low": 0.25, "high": 0.75}}
     (folder / "report.json").write_text(as_json(report))
+    (folder / "tokens.json").write_text(json.dumps([token(0, "yes", " |", "")]))
+
+
+def compared(folder: Path) -> Any:
+    """A run beside one that is whole."""
+    other = folder / "other"
+    other.mkdir(exist_ok=True)
+    finished(other)
+    return len(compare_folders([str(other), str(folder)], folder / "compare.html")[2])
 
 
 def rewritten_report(folder: Path) -> None:

@@ -106,6 +106,8 @@ READERS: dict[str, Reader] = {
     "older report.json": Reader("report.json", r.older_result, r.read_older_result, 2_000, "json"),
     "older metrics.jsonl": Reader("metrics.jsonl", r.older_result, r.read_older_result, 2_000, "lines"),
     "report anew": Reader("report.json", r.finished, r.rewritten_report, 30, "json"),
+    "tokens anew": Reader("tokens.json", r.finished, r.rewritten_report, 30, "json"),
+    "report compared": Reader("report.json", r.finished, r.compared, 300, "json"),
     "settings.json": Reader("run/settings.json", started, r.read_settings, 2_500, "json", checked=True),
     "checkpoint": Reader(STATES, r.states, r.read_states, 3_000, "safetensors", checked=True),
     "checkpoint's sum": Reader(STATES.replace("safetensors", "sha256"), r.states, r.read_states, 2_000),

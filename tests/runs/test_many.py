@@ -143,7 +143,7 @@ def test_one_folder_and_one_row_each(calm_model, results):
     assert [row["id"] for row in rows] == [row["id"] for row in UNEVEN]
     for result, row in zip(found, rows, strict=True):
         prompt = jaxsp.SoftPrompt.load(out / row["id"])
-        for name in ("report.md", "plots/training.png", "metrics.jsonl"):
+        for name in ("report.md", "report.html", "tokens.json", "plots/training.png", "metrics.jsonl"):
             assert (out / row["id"] / name).is_file()
         assert_same_sigma(prompt.sigma, result.prompt.sigma)
         assert row["error"] is None
