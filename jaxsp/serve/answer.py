@@ -72,16 +72,21 @@ class Answer:
           likely: their probabilities, if wanted.
           alternatives: most probable tokens that are kept of each.
         """
-        self.ids += ids
         if likely is not None:
             for log, tops, logs in zip(likely.chosen_RA, likely.ids_RAN, likely.log_RAN, strict=True):
                 best = zip(tops[:alternatives].tolist(), logs[:alternatives].tolist(), strict=True)
                 self._logs.append(
                     (max(float(log), LEAST), [Likelihood(i, max(one, LEAST)) for i, one in best])
                 )
-        text = self._decode(self.ids)
-        ends = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
-        if ends:  # the one that is complete first, as if it had been looked for after every token
+        text, ends = "", list[tuple[int, int]]()
+        # With stops token by token, so that an answer has the same ones however they come.
+        for some in ([[token] for token in ids] if self.stops else []) or [ids]:
+            self.ids += some
+            text = self._decode(self.ids)
+            ends = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+            if ends:
+                break
+        if ends:  # the one that is complete first
             text, self.reason = text[: min(ends)[1]], "stop"
         elif ended:
             self.reason = "stop" if self.ids and self.ids[-1] in self.stop_ids else "length"
@@ -101,7 +106,7 @@ class Answer:
         What ends the answer is not among them.
         """
         found = []
-        last = len(self._logs) - (bool(self.ids) and self.ids[-1] in self.stop_ids)
+        last = min(len(self._logs), len(self.ids)) - (bool(self.ids) and self.ids[-1] in self.stop_ids)
         while self._told < last:
             n = self._told
             if n == len(self._offsets) - 1:

@@ -95,7 +95,7 @@ def _read(body: Mapping[str, Any], fields: Mapping[str, Any], only: Mapping[str,
         elif name in fields:
             found[name] = fields[name](name, value)
         else:
-            meant = suggestion(name, [*fields, *only]) or "; leave it out."
+            meant = suggestion(name[:60], [*fields, *only]) or "; leave it out."
             raise Refusal(f"There is no field {name!r:.60}{meant}", param=name[:60])
     if "model" not in found:
         raise Refusal("model is missing: the name of a soft prompt; /v1/models lists them.", param="model")

@@ -180,7 +180,7 @@ class Shelf(Mapping[str, Served]):
           Refusal: there is none.
         """
         if name not in self._all:
-            meant = suggestion(name, self._all) or "; /v1/models lists those that there are."
+            meant = suggestion(name[:100], self._all) or "; /v1/models lists those that there are."
             message = f"There is no model {name!r:.100}{meant}"
             raise Refusal(message, status=404, param="model", code="model_not_found")
         return self._all[name]

@@ -47,6 +47,7 @@ def test_the_pieces_are_the_text_before_what_ends_it(text, stops, expected, reas
     found, answer = pieces(text, stops, by)
     assert "".join(found) == answer.text == expected
     assert answer.reason == reason
+    assert answer.ids == pieces(text, stops, 1)[1].ids
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(found)
 
 
