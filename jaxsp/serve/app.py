@@ -123,14 +123,17 @@ class _Events(StreamingResponse):
         self._close, self._seconds = close, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
+
+    async def stream_response(self, send: Send) -> None:
         async def in_time(message: Message) -> None:
             await asyncio.wait_for(send(message), self._seconds)
 
-        try:
-            with contextlib.suppress(TimeoutError):  # the connection is closed
-                await super().__call__(scope, receive, in_time)
-        finally:
-            self._close()
+        with contextlib.suppress(TimeoutError):  # the connection is closed
+            await super().stream_response(in_time)
 
 
 async def _while_there(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:

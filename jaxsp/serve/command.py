@@ -79,6 +79,7 @@ class Serve:
         limits = Limits(query_tokens=self.max_query_tokens, answer_tokens=self.max_answer_tokens)
         slots = server.default_slots() if self.slots is None else self.slots
         shelf = server.open_shelf(model, found)
+        print("Preparing; the first start compiles, which may take a minute.", file=sys.stderr)
         scheduler = server.open_scheduler(shelf, limits, slots=slots, queue=self.queue)
         made = server.make_server(shelf, scheduler, limits, api_key=key, host=self.host)
 
