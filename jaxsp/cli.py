@@ -34,6 +34,7 @@ from jaxsp.options import (
     WithTeacher,
     ways_to_need_less,
 )
+from jaxsp.serve.command import Serve
 from jaxsp.settings import Options, Settings, check_limits, make_settings, plain
 from jaxsp.terminal import flush, prepare, visible
 from jaxsp.watch_command import Watch
@@ -362,7 +363,7 @@ class Demo:
 
 
 Command = (
-    Compress | CompressMany | Questions | Plan | Ask | Evaluate | Export | Inspect
+    Compress | CompressMany | Questions | Plan | Ask | Serve | Evaluate | Export | Inspect
     | Report | Compare | Watch | Cache | Demo
 )  # fmt: skip
 COMMANDS: dict[str, type[Command]] = {
@@ -371,6 +372,7 @@ COMMANDS: dict[str, type[Command]] = {
     "questions": Questions,
     "plan": Plan,
     "ask": Ask,
+    "serve": Serve,
     "evaluate": Evaluate,
     "export": Export,
     "inspect": Inspect,

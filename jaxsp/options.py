@@ -25,6 +25,8 @@ EMBEDDED = "smollm2-135m-instruct"
 _LIGHTER = {
     "batch_size": "lower --batch-size",
     "at_once": "lower --at-once",
+    "slots": "lower --slots",
+    "max_query_tokens": "lower --max-query-tokens",
     "grad_accumulation": "raise --grad-accumulation",
     "dtype": "take --dtype bfloat16",
     "quantization": "take --quantization int8",

@@ -57,7 +57,10 @@ def demo_folder(tmp_path):
     return tmp_path / "prompt"
 
 
-@pytest.mark.parametrize("name", slow_beside(MODULES, "jaxsp.api", "jaxsp.artifact", "jaxsp.training"))
+SLOW = ("jaxsp.api", "jaxsp.artifact", "jaxsp.models.generation.live", "jaxsp.training")
+
+
+@pytest.mark.parametrize("name", slow_beside(MODULES, *SLOW))
 def test_examples(name, request):
     module = importlib.import_module(name)
     tests = [t for t in doctest.DocTestFinder().find(module) if t.examples]

@@ -34,7 +34,7 @@ FLOORS = [
     ["runs", "demo"],
     ["api"],
     ["console", "options", "watching"],
-    ["cache", "compare_command", "export_command", "watch_command"],
+    ["cache", "compare_command", "export_command", "serve", "watch_command"],
     ["cli"],
     ["__main__", "__init__"],
 ]
@@ -55,10 +55,13 @@ ONLY_IN = {
         "compare_command.py",
         "export_command.py",
         "options.py",
+        "serve/command.py",
         "watch_command.py",
     },
     "flax": {"models/decoder.py", "models/layers.py", "models/weights.py"},
     "torch": CONSUMERS,
+    "starlette": {"serve/app.py"},
+    "uvicorn": {"serve/server.py"},
 }
 
 

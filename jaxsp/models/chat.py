@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,9 @@ from jaxsp.models.text import control_ids, encode, stands_alone
 from jaxsp.typing import UserError
 
 _SEPARATOR = "\n\n"
-_QUERY, _ANSWER = (f"\N{SYMBOL FOR NULL}{name}\N{SYMBOL FOR NULL}" for name in ("query", "answer"))
+_QUERY, _ANSWER, _AGAIN = (
+    f"\N{SYMBOL FOR NULL}{name}\N{SYMBOL FOR NULL}" for name in ("query", "answer", "again")
+)
 _CONTEXT = (
     '\N{SYMBOL FOR NULL}A "context", it\'s <b>BOLD</b> &amp;  {{ as it is }}, a\\b:\n\n\n- one\n\n\t'
     + "Word, " * 100
@@ -140,13 +143,25 @@ class ChatTexts:
 
     def query_ids(self, tokenizer: Any, query: str) -> list[int]:
         """Token ids of what stands after the context, up to where the answer starts."""
-        query = query.rstrip() if self.trims else query
-        between, known = encode(tokenizer, self.between, control=True, behind=_WORD), control_ids(tokenizer)
-        if known.isdisjoint(between):  # mere blanks may be a part of the query's first token
-            asked = encode(tokenizer, self.between + query, behind=_WORD)
-        else:
-            asked = between + (encode(tokenizer, query, behind=self.between) if query else [])
-        return asked + encode(tokenizer, self.after, control=True, behind=_WORD)
+        return self.chat_ids(tokenizer, [query])
+
+    def chat_ids(self, tokenizer: Any, texts: Sequence[str], later: TurnTexts | None = None) -> list[int]:
+        """Token ids of what stands after the context in a chat, up to where the next answer starts.
+
+        Args:
+          tokenizer: a ``transformers`` tokenizer.
+          texts: what the user and the model have said in turn, the user first and last.
+          later: the texts around the later turns; needed if there are any.
+        """
+        fixed = [self.between]
+        if later is not None:
+            fixed += [later.opening, later.turn] * (len(texts) // 2)
+        ids: list[int] = []
+        for place, (before, text) in enumerate(zip(fixed, texts, strict=True)):
+            if self.trims:
+                text = text.strip() if place else text.rstrip()
+            ids += _spoken(tokenizer, before, text)
+        return ids + encode(tokenizer, self.after, control=True, behind=_WORD)
 
     def answer_ids(self, tokenizer: Any, answer: str) -> list[int]:
         """Token ids of an answer that is given, with what ends it."""
@@ -157,6 +172,52 @@ class ChatTexts:
         ids, known = encode(tokenizer, self.end, control=True, behind=_WORD), control_ids(tokenizer)
         own = tokenizer.eos_token_id
         return [i for i in ids if i in known][:1] or ([] if own is None else [own])
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnTexts:
+    """The fixed texts around a chat's later turns: ``query · opening · answer · turn · query · after``.
+
+    Attributes:
+      opening: what stands between a query and the answer that was given to it.
+      turn: what stands between that answer and the next query.
+    """
+
+    opening: str
+    turn: str
+
+    @classmethod
+    def of(cls, tokenizer: Any, options: ChatOptions = ChatOptions()) -> TurnTexts:
+        """The texts by the tokenizer's chat template; without one, those of the plain layout.
+
+        Raises:
+          UserError: the template has no second turn.
+
+        Example:
+          >>> import jaxsp
+          >>> TurnTexts.of(jaxsp.load_model("smollm2-135m-instruct").tokenizer).turn
+          '<|im_end|>\\n<|im_start|>user\\n'
+        """
+        if (template := _template(tokenizer)) is None:
+            return cls(opening="\n", turn=_SEPARATOR)
+        variables = {**_NOTHING, **_special_tokens(tokenizer), THINKING: False, **options.variables}
+        turns = [_turn("user", _QUERY), _turn("assistant", _ANSWER), _turn("user", _AGAIN)]
+        (text,) = render(template, [turns], {**variables, "add_generation_prompt": True})
+        parts = re.split(f"({_QUERY}|{_ANSWER}|{_AGAIN})", text)
+        if parts[1::2] != [_QUERY, _ANSWER, _AGAIN]:
+            raise UserError(
+                "The tokenizer's chat template does not keep the turns of a chat as they are; ask each"
+                " question on its own."
+            )
+        return cls(opening=parts[2], turn=parts[4])
+
+
+def _spoken(tokenizer: Any, before: str, text: str) -> list[int]:
+    """Token ids of a fixed text and of the words behind it, which hold no control tokens."""
+    fixed, known = encode(tokenizer, before, control=True, behind=_WORD), control_ids(tokenizer)
+    if known.isdisjoint(fixed):  # mere blanks may be a part of the first token of the words
+        return encode(tokenizer, before + text, behind=_WORD)
+    return fixed + (encode(tokenizer, text, behind=before) if text else [])
 
 
 def conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str | None:

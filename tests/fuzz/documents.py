@@ -133,3 +133,22 @@ JOBS = [
         "prompt_length": 3, "steps": 3,
     },
 ]  # fmt: skip
+
+_SAMPLING = {"max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["\\n", "b"], "n": 1}
+CHATS = [
+    json.dumps({"model": "a", "messages": messages, **_SAMPLING, **more})
+    for messages in (
+        [{"role": "user", "content": "Hi"}],
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "One?"}]},
+            {"role": "assistant", "content": None, "refusal": None},
+            {"role": "user", "content": "Zwölf 🙂?", "name": "Ann"},
+        ],
+    )
+    for more in (
+        {"logprobs": True, "top_logprobs": 2},
+        {"stream": True, "stream_options": {"include_usage": True}},
+    )
+]
+COMPLETIONS = [json.dumps({"model": "a", "prompt": prompt, **_SAMPLING}) for prompt in ("Hi", ["Hi"], [1, 2])]

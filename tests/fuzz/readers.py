@@ -9,7 +9,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ from jaxsp.prompts import storage
 from jaxsp.runs.compared import compare_folders
 from jaxsp.runs.folder import Result, RunFolder, write_reports
 from jaxsp.runs.job import check_jobs, read_rows
+from jaxsp.serve.messages import texts_in_turn
+from jaxsp.serve.refusal import Refusal
+from jaxsp.serve.schema import read_chat, read_completion
 from jaxsp.study.questions import Study
 from jaxsp.teacher import samples, store, targets
 from jaxsp.teacher.store import Store
@@ -405,3 +408,26 @@ def command(folder: Path) -> Any:
         if stop.code:
             raise AssertionError(stop.code) from stop
         return None
+
+
+# Requests to a server
+
+
+def chat(folder: Path) -> Any:
+    with _refusals_as_user_errors():
+        wish = read_chat(parse_json((folder / "chat.json").read_bytes(), "The body"))
+        return wish, texts_in_turn(wish.messages or [], lambda text: False)
+
+
+def completion(folder: Path) -> Any:
+    with _refusals_as_user_errors():
+        return read_completion(parse_json((folder / "text.json").read_bytes(), "The body"))
+
+
+@contextlib.contextmanager
+def _refusals_as_user_errors() -> Iterator[None]:
+    try:
+        yield
+    except Refusal as refusal:
+        json.loads(refusal.body)  # it can be sent
+        raise UserError(str(refusal)) from None

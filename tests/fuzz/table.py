@@ -150,5 +150,7 @@ READERS: dict[str, Reader] = {
     "jobs": Reader(
         "jobs.jsonl", given("".join(json.dumps(job) + "\n" for job in documents.JOBS)), r.jobs, 300, "lines"
     ),
+    "chat to a server": Reader("chat.json", given(*documents.CHATS), r.chat, 3_000, "json"),
+    "completion of a server": Reader("text.json", given(*documents.COMPLETIONS), r.completion, 1_000, "json"),
     "command line": Reader("words", given(*documents.COMMANDS), r.command, 150),
 }

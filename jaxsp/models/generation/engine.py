@@ -1,8 +1,9 @@
-"""Generation after a prefix, shared or one of several, with continuous batching.
+"""The loop of generation after a prefix, shared or one of several, with continuous batching.
 
 A fixed number of slots (rows of the batch) decode together in one compiled loop. As soon as a sequence
 ends, the next request in the queue is read into its slot. So answers of uneven length cost about their sum
-of tokens, not their number times the longest.
+of tokens, not their number times the longest. Requests that are all there from the start (``generate``) and
+those that come and go (``Live``) go through the same loop.
 
 Where a token's keys are cached is free, as attention masks by position: every slot writes the same column
 of a ring, and which columns are its own follows from how many tokens it has read.
@@ -10,9 +11,9 @@ of a ring, and which columns are its own follows from how many tokens it has rea
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,10 +22,10 @@ import numpy as np
 
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.generation.requests import Requests, TokenIds, Work
-from jaxsp.models.generation.sampling import Sampling, choose, round_up
-from jaxsp.models.generation.stop_strings import Decode, certain, stop_at
-from jaxsp.typing import EMPTY, AnyArray, Array, Bool, Float, Int, KeyValues, Params
+from jaxsp.models.generation.likely import Likely
+from jaxsp.models.generation.requests import Requests
+from jaxsp.models.generation.sampling import choose
+from jaxsp.typing import EMPTY, Array, Bool, Float, Int, KeyValues, Params
 
 GROUP = 8
 """Requests read at once where at least half as many slots are free; the others are read one by one."""
@@ -41,11 +42,12 @@ class _State(NamedTuple):
     index_B: Int[Array, " b"]  # the request that a slot serves
     running_B: Bool[Array, " b"]
     last_BD: Float[Array, "b d"]  # the hidden states that predict the next tokens
-    tokens_RA: Int[Array, "r a"]
+    tokens_RA: Int[Array, "r a"]  # as wide as the longest answer
     count_R: Int[Array, " r"]
     query_LBZGF: tuple[Array, Array]  # keys and values of the queries
     answer_LBAGF: tuple[Array, Array]  # and of the answers, a ring: column = step % A
     prefix: KeyValues | None  # each slot's own, where there are several
+    likely: Likely | None = None  # where any request may ask for it
 
 
 @jax.tree_util.register_dataclass
@@ -59,137 +61,119 @@ class _Given:
     table: Requests
     chunk: int = dataclasses.field(metadata={"static": True})
     total: Array | np.int32
+    """Requests that have come so far."""
+    order_R: Array | np.ndarray | None = None
+    """The row of the table of each, by its number modulo R; None: the first one's is the first."""
 
 
-def generate(
-    params: Params,
-    config: DecoderConfig,
-    prefix: KeyValues,
-    requests: Sequence[TokenIds] | AnyArray,
-    sampling: Sampling | Sequence[Sampling],
-    *,
-    after: Sequence[int] | AnyArray | None = None,
-    slots: int = 16,
-    key: Array | None = None,
-    decode: Decode | None = None,
-    on_finished: Callable[[int, list[int]], None] = lambda index, ids: None,
-) -> list[list[int]]:
-    """Continues every request; requests wait in order for one of the slots.
+class Progress(NamedTuple):
+    """A request's tokens so far, and whether it has ended."""
 
-    An answer depends on its request, its place in ``requests`` and the key, or on its own key alone, not on
-    the slots or on the other requests; in bfloat16 up to rounding, by which a token that is nearly as
-    probable can win.
+    row: int
+    ids: list[int]
+    ended: bool
+
+
+class Batch:
+    """The host's side of the loop: the requests of a table, and the slots that serve them.
 
     Args:
       params: the frozen weights.
       config: configuration of the model.
-      prefix: read before every request: one row, never copied per slot; or several rows, which may hold
-        ``EMPTY`` slots, each read before the requests that name it. Of these each slot keeps a copy.
-      requests: token ids to read after the prefix, none empty; lists or arrays.
-      sampling: for all requests, or one for each.
-      after: the row of ``prefix`` that each request is read after; needed if there are several.
+      prefix: one row for all requests; or several, of which the table names one for each.
+      table: all requests, or room for them.
+      chunk: query tokens that are read at once.
       slots: number of sequences that decode together.
-      key: random key of the draws, or an array of one for each request; needed if any temperature is above 0.
-      decode: the text of token ids; needed if there are stop strings.
-      on_finished: called with the index and the tokens of each answer as it ends.
-
-    Returns:
-      The tokens of each answer, in the order of the requests; a stop id that ended it is its last.
-
-    Raises:
-      UserError: a request that is empty, too long for the model's window or no token ids; a row that
-        the prefix doesn't have; a missing argument.
-
-    Example:
-      >>> import jaxsp
-      >>> from jaxsp.models import decoder
-      >>> model = jaxsp.load_model("smollm2-135m-instruct", dtype="float32")
-      >>> nothing = decoder.empty_prefix(model.config)
-      >>> requests = model.tokenizer(["The capital of France is", "One, two, three,"]).input_ids
-      >>> sampling = Sampling(max_tokens=2)
-      >>> answers = generate(model.params, model.config, nothing, requests, sampling)
-      >>> model.tokenizer.batch_decode(answers)
-      [' Paris.', ' four,']
+      answer_tokens: longest answer.
+      waiting: rows of the table that wait, if all are there from the start.
     """
-    samplings = [sampling] * len(requests) if isinstance(sampling, Sampling) else list(sampling)
-    answers: list[list[int]] = [[] for _ in requests]
-    work = Work(config, prefix, requests, samplings, slots, key, decode, after)
-    for index, ids, ended in _run(params, work):
-        if ended:
-            answers[index] = ids
-            on_finished(index, ids)
-    return answers
 
+    def __init__(
+        self,
+        params: Params,
+        config: DecoderConfig,
+        prefix: KeyValues,
+        table: Requests,
+        chunk: int,
+        slots: int,
+        answer_tokens: int,
+        waiting: range | None = None,
+    ) -> None:
+        several = prefix if len(prefix.positions) > 1 else None
+        self._given = _Given(params, config, prefix, table, chunk, np.int32(0))
+        self._state = _start(params, config, several, table, slots, answer_tokens)
+        self._in_order = waiting is not None
+        self._waiting = collections.deque(waiting or ())
+        self._running: dict[int, int] = {}  # slots by rows
+        self._started = 0
+        self._cut_B = np.zeros(slots, bool)
 
-def stream(
-    params: Params,
-    config: DecoderConfig,
-    prefix: KeyValues,
-    request: TokenIds,
-    sampling: Sampling,
-    *,
-    key: Array | None = None,
-    decode: Decode | None = None,
-) -> Iterator[int]:
-    """The tokens of one answer as they come: those that ``generate`` returns for this request alone.
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or is under way."""
+        return bool(self._waiting or self._running)
 
-    A token that may yet turn out to begin a stop string is held back.
+    @property
+    def steps(self) -> int:
+        """Decoding steps done."""
+        return int(self._state.step)
 
-    Args:
-      params: the frozen weights.
-      config: configuration of the model.
-      prefix: read before the request; batch size 1.
-      request: token ids to read after the prefix, not empty.
-      sampling: rule by which tokens are chosen.
-      key: random key of the draws; needed if the temperature is above 0.
-      decode: the text of token ids; needed if there are stop strings.
+    def put(self, row: int, table: Requests) -> None:
+        """Lets a request wait that has come into the table."""
+        self._given = dataclasses.replace(self._given, table=table)
+        self._waiting.append(row)
 
-    Raises:
-      UserError: as ``generate``.
-    """
-    work = Work(config, prefix, [request], [sampling], 1, key, decode)
+    def drop(self, row: int) -> None:
+        """Takes a request out, wherever it is; another one may have its row at once."""
+        if row in self._running:
+            self._cut_B[self._running.pop(row)] = True
+        elif row in self._waiting:
+            self._waiting.remove(row)
 
-    def tokens() -> Iterator[int]:
-        shown = 0
-        for _, ids, ended in _run(params, work, steps=1):
-            sure = len(ids) if ended else certain(ids, sampling.stop_strings, decode)
-            yield from ids[shown:sure]
-            shown = max(shown, sure)
-
-    return tokens()
-
-
-def _run(params: Params, work: Work, steps: int = STEPS) -> Iterator[tuple[int, list[int], bool]]:
-    """The host's loop: (request, its tokens so far, whether it has ended) every ``steps``."""
-    config, prefix, total = work.config, work.prefix, np.int32(len(work.requests))
-    if not total:
-        return
-    table, chunk = work.table()
-    # Rounded, as the table's sizes are: calls with other limits can share the compiled loop.
-    A = round_up(max(int(sampling.max_tokens) for sampling in work.samplings), 16)
-    B = min(work.slots, round_up(int(total), GROUP)) if total > 1 else 1
-    state = _start(params, config, prefix if work.several else None, table, B, A)
-    given = _Given(params, config, prefix, table, chunk, total)
-    cut_B = np.zeros(B, bool)
-    pending: list[int] = []
-    known = 0
-    while pending or known < total:
-        state = _advance(given, state, cut_B, np.int32(steps))
+    def advance(self, steps: int) -> list[Progress]:
+        """Decodes so many steps, or until no request is left: all requests that were under way."""
+        total, order_R = self._started + len(self._waiting), None
+        if not self._in_order:
+            order_R = np.zeros(len(self._state.count_R), np.int32)
+            order_R[np.arange(self._started, total) % len(order_R)] = list(self._waiting)
+        given = dataclasses.replace(self._given, total=np.int32(total), order_R=order_R)
+        state = self._state = _advance(given, self._state, self._cut_B, np.int32(steps))
         started, index_B, running_B, count_R, tokens_RA = jax.device_get(
             (state.started, state.index_B, state.running_B, state.count_R, state.tokens_RA)
         )
-        pending += range(known, started)
-        known = int(started)
-        slot_of = {int(index_B[slot]): slot for slot in np.flatnonzero(running_B)}
-        cut_B = np.zeros(B, bool)
-        for index in tuple(pending):
-            ids = tokens_RA[index, : count_R[index]].tolist()
-            end = stop_at(ids, work.samplings[index].stop_strings, work.decode)
-            if end is not None and index in slot_of:
-                cut_B[slot_of.pop(index)] = True
-            if index not in slot_of:
-                pending.remove(index)
-            yield index, ids[:end], index not in slot_of
+        slot_of = {int(index_B[slot]): int(slot) for slot in np.flatnonzero(running_B)}
+        under_way = [*self._running, *(self._waiting.popleft() for _ in range(started - self._started))]
+        self._running = {row: slot_of[row] for row in under_way if row in slot_of}
+        self._started = int(started)
+        self._cut_B = np.zeros_like(self._cut_B)
+        return [
+            Progress(row, tokens_RA[row, : count_R[row]].tolist(), row not in slot_of) for row in under_way
+        ]
+
+    def resize(self, query_tokens: int, answer_tokens: int) -> None:
+        """Makes room for other lengths: what is under way must fit, and what waits when it is read.
+
+        A step costs as much as there is room. Each pair of sizes is a program of its own.
+
+        Args:
+          query_tokens: of the longest request, at most those that the table has; a multiple of the chunk.
+          answer_tokens: that any answer may have until the next call, at most those at the start.
+        """
+        if (query_tokens, answer_tokens) != self.sizes:
+            state = self._state
+            step, query, answer = _resized(
+                state.step, state.query_LBZGF, state.answer_LBAGF, query_tokens, answer_tokens
+            )
+            self._state = state._replace(step=step, query_LBZGF=query, answer_LBAGF=answer)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Tokens of a request, and of an answer, that there is room for."""
+        return self._state.query_LBZGF[0].shape[2], self._state.answer_LBAGF[0].shape[2]
+
+    def likely(self) -> Likely | None:
+        """The probabilities of all tokens so far, by row and place, where the table has room for the wish."""
+        return jax.device_get(self._state.likely)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "B", "A"), keep_unused=True)
@@ -211,7 +195,28 @@ def _start(
         query_LBZGF=_room(config, B, Z),
         answer_LBAGF=_room(config, B, A),
         prefix=None if several is None else several.rows(jnp.zeros(B, jnp.int32)),
+        likely=None if table.likely_B is None else Likely.room(R, A),
     )
+
+
+@functools.partial(jax.jit, static_argnames=("Z", "A"))
+def _resized(
+    step: Array, query: tuple[Array, Array], answer: tuple[Array, Array], Z: int, A: int
+) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+    """The step and the caches with room for ``Z`` tokens of a query and ``A`` of an answer."""
+    before = answer[0].shape[2]
+
+    def columns(cache: Array, first: int, count: int) -> Array:
+        more = max(0, first + count - cache.shape[2])
+        cache = jnp.pad(cache, [(0, more if axis == 2 else 0) for axis in range(cache.ndim)])
+        return cache[:, :, first : first + count]
+
+    def ring(cache: Array) -> Array:
+        """From the oldest column on, of which the newest ones are kept."""
+        return columns(jnp.roll(cache, -(step % before), axis=2), max(0, before - A), A)
+
+    queries = tuple(columns(cache, 0, Z) for cache in query)
+    return jnp.full_like(step, min(A, before)), queries, tuple(map(ring, answer))
 
 
 def _room(config: DecoderConfig, rows: int, size: int) -> tuple[Array, Array]:
@@ -248,11 +253,12 @@ def _read(given: _Given, rows: int, state: _State) -> _State:
     """Reads up to ``rows`` requests, the next of the queue, each into a slot that is free."""
     params, config, chunk = given.params, given.config, given.chunk
     prefix, table = given.prefix, given.table
-    (B,), Z = state.running_B.shape, table.ids_BZ.shape[1]
+    (B,), R, Z = state.running_B.shape, len(table.ids_BZ), state.query_LBZGF[0].shape[2]
     slot_N = jnp.argsort(state.running_B)[:rows]  # the free ones first
-    index_N = state.started + jnp.arange(rows, dtype=jnp.int32)
-    served_N = ~state.running_B[slot_N] & (index_N < given.total)
+    number_N = state.started + jnp.arange(rows, dtype=jnp.int32)
+    served_N = ~state.running_B[slot_N] & (number_N < given.total)
     slot_N = jnp.where(served_N, slot_N, B)  # B: nowhere
+    index_N = number_N if given.order_R is None else given.order_R[number_N % R]
     length_N = jnp.where(served_N, table.length_B[index_N], 0)
     if table.after_B is not None:
         prefix = prefix.rows(table.after_B[index_N])
@@ -289,11 +295,15 @@ def _read(given: _Given, rows: int, state: _State) -> _State:
             None if own.bias is None or prefix.bias is None else put(own.bias, prefix.bias),
         )
     keys, values = map(put, state.query_LBZGF, queries)
+    count_R = state.count_R
+    if given.order_R is not None:  # another request may have had the row
+        count_R = count_R.at[jnp.where(served_N, index_N, R)].set(0, mode="drop")  # R: nowhere
     return state._replace(
         started=state.started + jnp.sum(served_N, dtype=jnp.int32),
         index_B=state.index_B.at[slot_N].set(index_N, mode="drop"),
         running_B=state.running_B.at[slot_N].set(True, mode="drop"),
         last_BD=state.last_BD.at[slot_N].set(last_ND, mode="drop"),
+        count_R=count_R,
         query_LBZGF=(keys, values),
         prefix=own,
     )
@@ -303,7 +313,7 @@ def _step(given: _Given, state: _State) -> _State:
     """Chooses the next token of each slot and reads it; the ring is written in place."""
     params, config, table = given.params, given.config, given.table
     prefix = given.prefix if state.prefix is None else state.prefix
-    R, A = state.tokens_RA.shape
+    R, A = len(state.tokens_RA), state.answer_LBAGF[0].shape[2]
     requests: Requests = jax.tree.map(lambda all_R: all_R[state.index_B], table)
     count_B = state.count_R[state.index_B]
     logits_BV = decoder.unembed(params, config, state.last_BD)
@@ -321,6 +331,9 @@ def _step(given: _Given, state: _State) -> _State:
     inputs = decoder.embed(params, config, token_B[:, None])
     states_B1D, new = decoder.hidden(params, config, inputs, here_B[:, None], (prefix, query, answer))
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=column, axis=2)
+    likely = state.likely
+    if likely is not None and requests.likely_B is not None:
+        likely = likely.written(logits_BV, token_B, requests.likely_B & state.running_B, index_B, count_B)
     return state._replace(
         step=state.step + 1,
         running_B=state.running_B & ~stopped_B & (count_B + 1 < requests.max_B),
@@ -328,6 +341,7 @@ def _step(given: _Given, state: _State) -> _State:
         tokens_RA=state.tokens_RA.at[index_B, count_B].set(token_B, mode="drop"),
         count_R=state.count_R.at[index_B].add(1, mode="drop"),
         answer_LBAGF=(write(keys, new.keys), write(values, new.values)),
+        likely=likely,
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation.sampling import Choices, Sampling, are_keys, column, round_up, tabulate
 from jaxsp.models.generation.stop_strings import Decode
-from jaxsp.typing import EMPTY, AnyArray, Array, Int, KeyValues, UserError
+from jaxsp.typing import EMPTY, AnyArray, Array, Bool, Int, KeyValues, UserError
 
 TokenIds = Sequence[int] | AnyArray
 """Token ids of one sequence: a list, a tuple or an array."""
@@ -31,6 +31,8 @@ class Requests(NamedTuple):
     choices: Choices
     after_B: Int[Array, " b"] | None
     """Each one's row of the prefix; None where the prefix has one row."""
+    likely_B: Bool[Array, " b"] | None = None
+    """Whether the probabilities of its tokens are wanted; None: nobody's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Work:
     after: Sequence[int] | AnyArray | None = None
 
     def __post_init__(self) -> None:
-        config, vocab = self.config, self.config.vocab_size
+        config = self.config
         if self.slots < 1:
             raise UserError(f"slots must be at least 1; got {self.slots}.")
         if len(self.samplings) != len(self.requests):
@@ -71,16 +73,7 @@ class Work:
         before_R = (positions_RS.max(axis=1, initial=EMPTY) + 1)[self._rows()]
         each = zip(self.requests, self.samplings, before_R, strict=True)
         for index, (request, sampling, before) in enumerate(each):
-            _check_ids(f"Request {index}", request, vocab)
-            needed = before + len(request) + sampling.max_tokens
-            if needed > config.window:
-                raise UserError(
-                    f"Request {index} has {len(request)} tokens; with the prefix ({before}) and max_tokens"
-                    f" ({sampling.max_tokens}) that is {needed}, more than the model's window of"
-                    f" {config.window}. Shorten one of them."
-                )
-            if (stop := max(sampling.stop_ids, default=0)) >= vocab:
-                raise UserError(f"Stop id {stop} is not a token: the vocabulary has {vocab}.")
+            check_request(f"Request {index}", config, request, sampling, int(before))
             if sampling.temperature and self.key is None:
                 raise UserError(f"Temperature {sampling.temperature} needs a key, as jax.random.key(0).")
             if sampling.stop_strings and self.decode is None:
@@ -96,17 +89,9 @@ class Work:
         R = round_up(len(self.requests), 64)
         longest = max(map(len, self.requests))
         chunk = min(CHUNK, round_up(longest, 16))
-        ids_RZ = np.zeros((R, round_up(longest, chunk)), np.int32)
-        for ids_Z, request in zip(ids_RZ, self.requests, strict=False):
-            ids_Z[: len(request)] = request
-        table = Requests(
-            ids_BZ=jnp.asarray(ids_RZ),
-            length_B=column([len(request) for request in self.requests], R),
-            max_B=column([sampling.max_tokens for sampling in self.samplings], R),
-            choices=tabulate(self.samplings, R, self.key),
-            after_B=column(self._rows().tolist(), R) if self.several else None,
-        )
-        return table, chunk
+        after = self._rows().tolist() if self.several else None
+        choices = tabulate(self.samplings, R, self.key)
+        return as_arrays(self.requests, self.samplings, choices, after, round_up(longest, chunk)), chunk
 
     def _rows(self) -> np.ndarray:
         """The row of the prefix that each request is read after."""
@@ -124,6 +109,52 @@ class Work:
                 f" requests; got {self.after!r:.60}."
             )
         return after.astype(int)
+
+
+def as_arrays(
+    requests: Sequence[TokenIds] | AnyArray,
+    samplings: Sequence[Sampling],
+    choices: Choices,
+    after: Sequence[int] | None,
+    Z: int,
+) -> Requests:
+    """The requests as arrays, with room for ``Z`` tokens each, and as many rows as ``choices`` has."""
+    R = len(choices.stops_BE)
+    ids_RZ = np.zeros((R, Z), np.int32)
+    for ids_Z, request in zip(ids_RZ, requests, strict=False):
+        ids_Z[: len(request)] = request
+    return Requests(
+        ids_BZ=jnp.asarray(ids_RZ),
+        length_B=column([len(request) for request in requests], R),
+        max_B=column([sampling.max_tokens for sampling in samplings], R),
+        choices=choices,
+        after_B=None if after is None else column(after, R),
+    )
+
+
+def check_request(
+    name: str, config: DecoderConfig, request: TokenIds, sampling: Sampling, before: int
+) -> None:
+    """Raises ``UserError`` if a model can't continue a request.
+
+    Args:
+      name: the request's, as the error begins.
+      config: configuration of the model.
+      request: the token ids.
+      sampling: rule by which tokens are chosen.
+      before: position of the first of them, behind the prefix.
+    """
+    vocab = config.vocab_size
+    _check_ids(name, request, vocab)
+    needed = before + len(request) + sampling.max_tokens
+    if needed > config.window:
+        raise UserError(
+            f"{name} has {len(request)} tokens; with the prefix ({before}) and max_tokens"
+            f" ({sampling.max_tokens}) that is {needed}, more than the model's window of"
+            f" {config.window}. Shorten one of them."
+        )
+    if (stop := max(sampling.stop_ids, default=0)) >= vocab:
+        raise UserError(f"Stop id {stop} is not a token: the vocabulary has {vocab}.")
 
 
 def _check_ids(name: str, request: TokenIds, vocab: int) -> None:

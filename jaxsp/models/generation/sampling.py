@@ -14,6 +14,9 @@ import numpy as np
 
 from jaxsp.typing import EMPTY, Array, Float, Int, UserError, ceil_div
 
+LEAST_TOP_P = 1e-9
+"""A smaller one means the same: the most probable token. As a float32 it might be 0, and leave none."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -85,23 +88,26 @@ class Choices(NamedTuple):
     stops_BE: Int[Array, "b e"]  # ``EMPTY`` where there are fewer
 
 
-def tabulate(samplings: Sequence[Sampling], rows: int, key: Array | None) -> Choices:
+def tabulate(
+    samplings: Sequence[Sampling], rows: int, key: Array | None, *, stops: int = 1, always: bool = False
+) -> Choices:
     """The samplings as arrays, with empty rows up to ``rows``; each row draws from a key of its own.
 
     It is the row's of ``key`` if that is an array of keys; else it is made from the key and the row's place.
+    There is room for so many ``stops`` at least, and ``always`` for what draws need.
     """
-    most_stops = max(1, *(len(s.stop_ids) for s in samplings))
+    most_stops = max(stops, *(len(s.stop_ids) for s in samplings))
     stops_BE = np.full((rows, round_up(most_stops, 8)), EMPTY, np.int32)
     for stops_E, sampling in zip(stops_BE, samplings, strict=False):
         stops_E[: len(sampling.stop_ids)] = sampling.stop_ids
     draws = None
-    if any(s.temperature or s.min_tokens for s in samplings):
+    if always or any(s.temperature or s.min_tokens for s in samplings):
         key = jax.random.key(0) if key is None else key  # nobody draws from it then
         draws = Draws(
             key_B=_each(key, rows),
             temperature_B=column([s.temperature for s in samplings], rows, np.float32),
             top_k_B=column([s.top_k for s in samplings], rows),
-            top_p_B=column([s.top_p for s in samplings], rows, np.float32),
+            top_p_B=column([max(s.top_p, LEAST_TOP_P) for s in samplings], rows, np.float32),
             min_B=column([s.min_tokens for s in samplings], rows),
         )
     return Choices(draws, jnp.asarray(stops_BE))

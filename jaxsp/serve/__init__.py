@@ -1,0 +1,24 @@
+"""`jaxsp serve`: saved prompts behind OpenAI's HTTP interface.
+
+A soft prompt is a model there: its name is that of its folder, and ``name@length`` is one of the shorter
+prompts that a nested one holds. All share one frozen model, in one running batch.
+
+What a request means:
+
+- σ stands in the first user message, where the document stood in training. A chat begins with a user message
+  and ends with one; messages of one role that follow each other are one, with an empty line between them.
+- The system turn is a part of the prompt, and stays. A system (or developer) text that is this turn's own, or
+  the document itself, is left out; any other stands in front of the next user message.
+- Control tokens in messages are plain text. A content may be a list of text parts, which are lines.
+- A user message may not be empty; an assistant's may.
+- ``/v1/completions`` goes on with a text right behind σ, without the turns of a chat.
+- The default temperature is 0: the answer of `jaxsp ask`. Samples depend on the request and its seed, not on
+  what else is answered at the time.
+- ``max_tokens`` beyond what the server or the model's window leaves ends the answer there, by ``length``.
+- ``logprobs`` are of the model's whole softmax, before temperature and ``top_p``.
+- ``usage`` counts what the model reads: the text around σ, its slots and the messages. Its details say how
+  many of these are read once for all requests (``cached_tokens``), and how many more the document has than σ
+  has slots (``saved_tokens``).
+- A field that would change the answer, and can't be served, is refused by name; one that only describes the
+  request (``user``, ``metadata``) is not used.
+"""

@@ -1,0 +1,192 @@
+"""The prompts that are served: their names, the tokens of a request behind each, and what these count."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxsp import prompts
+from jaxsp.artifact import SoftPrompt
+from jaxsp.errors import UserError, suggestion
+from jaxsp.models.chat import TurnTexts
+from jaxsp.models.language_model import LanguageModel
+from jaxsp.models.text import control_ids, encode
+from jaxsp.serve.messages import texts_in_turn
+from jaxsp.serve.refusal import Refusal
+from jaxsp.serve.schema import Wish
+from jaxsp.typing import KeyValues
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Served:
+    """One soft prompt, as a model of the interface.
+
+    Attributes:
+      name: of the model.
+      prompt: the soft prompt.
+      model: the frozen model, which all share.
+      prefix: what the model has read before a request.
+      index: of the prefix among all.
+    """
+
+    name: str
+    prompt: SoftPrompt
+    model: LanguageModel
+    prefix: KeyValues
+    index: int
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The prompt in ``/v1/models``."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "jaxsp",
+            "kind": self.prompt.kind,
+            "prompt_length": self.prompt.prompt_length,
+            "context_tokens": self.prompt.manifest["context_tokens"],
+            "base_model": self.model.short_name,
+        }
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Token ids that end an answer."""
+        return self.model.stopping_at(self.prompt.stop_ids).stop_ids
+
+    @property
+    def room(self) -> int:
+        """Tokens that the model's window leaves behind the prefix."""
+        return self.model.config.window - self.prefix.end
+
+    def request_ids(self, wish: Wish) -> list[int]:
+        """Token ids of all that the model reads behind σ.
+
+        Raises:
+          Refusal: the messages are no chat, or an id is none of the model's.
+          UserError: a text can't be encoded.
+        """
+        tokenizer = self.model.tokenizer
+        if wish.messages is not None:
+            texts = texts_in_turn(wish.messages, self._knows)
+            later = self._later if len(texts) > 1 else None
+            ids = self.prompt.chat.chat_ids(tokenizer, texts, later)
+        elif isinstance(wish.prompt, str):
+            ids = encode(tokenizer, wish.prompt, behind="a")
+        else:
+            ids = wish.prompt or []
+        try:
+            return self.model.check_ids(ids).tolist()
+        except (UserError, OverflowError) as error:
+            param = "prompt" if wish.messages is None else "messages"
+            message = str(error) if isinstance(error, UserError) else "A token id is too large."
+            raise Refusal(message, param=param) from None
+
+    def usage(self, read: int, written: int) -> dict[str, Any]:
+        """Tokens of a request and its answer, and those that σ saved."""
+        before = len(self.prompt.manifest["slots"]["before_ids"]) + self.prompt.prompt_length
+        saved = self.prompt.manifest["context_tokens"] - self.prompt.prompt_length
+        return {
+            "prompt_tokens": before + read,
+            "completion_tokens": written,
+            "total_tokens": before + read + written,
+            "prompt_tokens_details": {"cached_tokens": before, "saved_tokens": saved},
+        }
+
+    def _knows(self, text: str) -> bool:
+        """Whether a system text is the document, or the system turn that the prompt has anyway."""
+        said = _words(text)
+        return said in (self._document, "") or any(f" {own}".endswith(f" {said}") for own in self._preamble)
+
+    @functools.cached_property
+    def _document(self) -> str | None:
+        return None if self.prompt.context is None else _words(self.prompt.context)
+
+    @functools.cached_property
+    def _preamble(self) -> list[str]:
+        """The texts between the control tokens before σ."""
+        tokenizer, runs = self.model.tokenizer, [[]]
+        control = control_ids(tokenizer)
+        for i in self.prompt.manifest["slots"]["before_ids"]:
+            if i in control:
+                runs.append([])
+            else:
+                runs[-1].append(i)
+        return [_words(str(_decode(tokenizer, run))) for run in runs if run]
+
+    @functools.cached_property
+    def _later(self) -> TurnTexts:
+        return TurnTexts.of(self.model.tokenizer, self.model.chat_options)
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+class Shelf(Mapping[str, Served]):
+    """All prompts that are served, by their names.
+
+    Args:
+      model: that all were trained for.
+      folders: of the prompts, with what was read from them.
+
+    Raises:
+      UserError: a prompt belongs to another model.
+    """
+
+    def __init__(self, model: LanguageModel, folders: Iterable[tuple[Path, SoftPrompt]]) -> None:
+        self.model = model
+        self.prefixes: list[KeyValues] = []
+        self._all: dict[str, Served] = {}
+        for folder, prompt in folders:
+            try:
+                self._take(self._unused(folder.resolve().name), prompt)
+            except UserError as error:
+                raise UserError(f"{folder}: {error}") from None
+
+    def _unused(self, name: str) -> str:
+        names = (name if n == 1 else f"{name}-{n}" for n in range(1, len(self._all) + 2))
+        return next(each for each in names if each not in self._all)
+
+    def _take(self, name: str, prompt: SoftPrompt) -> None:
+        """A prompt, and each of the shorter ones that it holds."""
+        whole = self._add(name, prompt, prompt.prefix(self.model))
+        lengths = prompts.lengths(prompt.kind, prompt.sigma)
+        for length in lengths if len(lengths) > 1 else ():
+            cut = prompt.cut(length)
+            prefix = whole.prefix if length == prompt.prompt_length else cut.prefix(self.model)
+            self._add(f"{name}@{length}", cut, prefix)
+
+    def _add(self, name: str, prompt: SoftPrompt, prefix: KeyValues) -> Served:
+        if not any(prefix is known for known in self.prefixes):
+            self.prefixes.append(prefix)
+        index = next(i for i, known in enumerate(self.prefixes) if known is prefix)
+        served = self._all[name] = Served(name, prompt, self.model, prefix, index)
+        return served
+
+    def __getitem__(self, name: str) -> Served:
+        """The prompt of a name.
+
+        Raises:
+          Refusal: there is none.
+        """
+        if name not in self._all:
+            meant = suggestion(name[:100], self._all) or "; /v1/models lists those that there are."
+            message = f"There is no model {name!r:.100}{meant}"
+            raise Refusal(message, status=404, param="model", code="model_not_found")
+        return self._all[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
