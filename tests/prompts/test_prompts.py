@@ -52,7 +52,7 @@ def test_a_prompt_equal_to_the_context_is_the_context(tiny_model, preamble, kind
     assert prompt.next_position == context.next_position
     assert prompt.bias is None or not prompt.bias[:, :, there].any()
     if not there.all():  # the context with as many slots, of which some hold nothing: sums in the same order
-        context = KeyValues(prompt.keys, prompt.values, np.where(there, prompt.positions, EMPTY))
+        context = KeyValues(prompt.keys, prompt.values, jnp.where(there, prompt.positions, EMPTY))
     found, expected = (distributions.log_probs(params, config, prefix, rows) for prefix in (prompt, context))
     np.testing.assert_array_equal(found, expected)
 
