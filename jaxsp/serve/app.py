@@ -25,7 +25,7 @@ from jaxsp.serve.refusal import Refusal
 from jaxsp.serve.replies import to_bytes
 from jaxsp.serve.scheduler import Scheduler
 from jaxsp.serve.schema import Wish, read_chat, read_completion
-from jaxsp.serve.served import Shelf
+from jaxsp.serve.served import Served, Shelf
 
 _T = TypeVar("_T")
 
@@ -71,10 +71,11 @@ def make_app(
 
 
 class _Service:
-    """What the routes do."""
+    """The answers of the routes."""
 
     def __init__(self, shelf: Shelf, scheduler: Scheduler, limits: Limits) -> None:
         self._shelf, self._scheduler, self._limits = shelf, scheduler, limits
+        self._arriving = 0  # requests that are being read or encoded
         # One at a time: a tokenizer's switches are shared.
         self._encoder = concurrent.futures.ThreadPoolExecutor(1, "jaxsp-encoder")
 
@@ -96,16 +97,12 @@ class _Service:
         return await self._answered(request, read_completion)
 
     async def _answered(self, request: Request, read: Callable[[dict[str, Any]], Wish]) -> Response:
+        self._scheduler.check_room(self._arriving)
+        self._arriving += 1
         try:
-            wish = read(parse_json(await _body(request, self._limits), "The body"))
-        except Damaged as error:
-            raise Refusal(str(error), code="invalid_json") from None
-        served = self._shelf[wish.model]
-        loop = asyncio.get_running_loop()
-        try:
-            ids = await loop.run_in_executor(self._encoder, served.request_ids, wish)
-        except UserError as error:
-            raise Refusal(str(error), param="prompt" if wish.messages is None else "messages") from None
+            wish, served, ids = await self._encoded(request, read)
+        finally:
+            self._arriving -= 1
         exchange = Exchange(self._scheduler, served, wish, ids, self._limits)
         if wish.stream:
             return _Events(exchange.events(), exchange.close, self._limits.idle_seconds)
@@ -113,6 +110,21 @@ class _Service:
             return _json(await _while_there(request.receive, exchange.whole()))
         finally:
             exchange.close()
+
+    async def _encoded(
+        self, request: Request, read: Callable[[dict[str, Any]], Wish]
+    ) -> tuple[Wish, Served, list[int]]:
+        """A request, the prompt that it is for, and its tokens behind it."""
+        try:
+            wish = read(parse_json(await _body(request, self._limits), "The body"))
+        except Damaged as error:
+            raise Refusal(str(error), code="invalid_json") from None
+        served = self._shelf[wish.model]
+        try:
+            loop = asyncio.get_running_loop()
+            return wish, served, await loop.run_in_executor(self._encoder, served.request_ids, wish)
+        except UserError as error:
+            raise Refusal(str(error), param="prompt" if wish.messages is None else "messages") from None
 
 
 class _Events(StreamingResponse):

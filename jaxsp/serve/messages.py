@@ -79,7 +79,7 @@ def check_words(text: str, param: str) -> None:
 
 
 def texts_in_turn(messages: Sequence[Message], is_known: Callable[[str], bool]) -> list[str]:
-    """What the user and the model have said in turn, the user first and last.
+    """The texts of the user and the model in turn, the user first and last.
 
     Args:
       messages: in their order.

@@ -87,25 +87,37 @@ class Scheduler:
         """Requests that wait or are under way."""
         return len(self._jobs)
 
-    def submit(self, job: Job) -> None:
-        """Lets a job wait for its turn.
+    def check_room(self, arriving: int = 0) -> None:
+        """Checks that another job may come.
+
+        Args:
+          arriving: jobs that are still being read.
 
         Raises:
-          Refusal: too many wait already, or the server is closing.
+          Refusal: too many are there already, or the server is closing.
         """
         with self._changed:
             if self._closed:
                 raise Refusal("The server is closing.", status=503, type="server_error")
-            if len(self._jobs) >= self._most:
+            if (count := len(self._jobs) + arriving) >= self._most:
                 seconds = self._retry_after()
                 raise Refusal(
-                    f"{len(self._jobs)} requests are waiting or being answered, as many as may; try again in"
+                    f"{count} requests are waiting or being answered, as many as may; try again in"
                     f" {seconds} s.",
                     status=429,
                     type="rate_limit_error",
                     code="queue_full",
                     headers={"retry-after": str(seconds)},
                 )
+
+    def submit(self, job: Job) -> None:
+        """Lets a job wait for its turn.
+
+        Raises:
+          Refusal: as ``check_room``.
+        """
+        with self._changed:
+            self.check_room()
             self._jobs[job] = time.monotonic()
             self._queue.append(job)
             self._changed.notify()

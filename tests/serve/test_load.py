@@ -138,6 +138,22 @@ def test_a_full_queue_says_when_to_come_again(slowly):
         assert found.choices[0].message.content == asked("pump", "Go on.", 4)
 
 
+def test_requests_that_are_still_being_sent_count_too():
+    with running(slots=1, queue=1) as service:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n"
+        sending = [socket.create_connection(service.place, timeout=30) for _ in range(2)]
+        for connection in sending:
+            connection.sendall(head + b"content-type: application/json\r\n\r\n{")
+
+        def asking() -> int:
+            return httpx.post(f"{service.url}/completions", json={}).status_code
+
+        assert until(lambda: asking() == 429)
+        for connection in sending:
+            connection.close()
+        assert until(lambda: asking() == 400)
+
+
 def test_what_takes_too_long_ends_in_an_error(slowly):
     with running(seconds=0.4) as service:
         with pytest.raises(openai.InternalServerError, match=r"took more than 0\.4 s") as late:
