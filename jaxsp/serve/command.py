@@ -33,7 +33,7 @@ class Serve:
     examples: ClassVar[str] = """
       jaxsp serve prompt/
       jaxsp serve many/* --port 9000 --slots 16
-      JAXSP_API_KEY=... jaxsp serve prompt/ --host 0.0.0.0
+      jaxsp serve prompt/ --host 0.0.0.0 --api-key "$KEY"
     """
     directories: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR [DIR ...]")]]
     """Folders that compress wrote, all for one model; name@LENGTH is a shorter prompt of a nested one."""
