@@ -12,14 +12,14 @@ from jaxsp.options import Folder
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-    """Show the progress of a run, live, from another terminal; loads no model."""
+    """Show the progress of a run, live, from another terminal, until it ends or Ctrl-C; loads no model."""
 
     examples: ClassVar[str] = """
       jaxsp watch prompt/
       jaxsp watch many/
     """
     directory: tyro.conf.Positional[Folder]
-    """The folder that compress or compress-many writes (--out). It ends with the run, or on Ctrl-C."""
+    """The folder that compress or compress-many writes (--out)."""
 
     def run(self) -> None:
         from jaxsp.watching import watch

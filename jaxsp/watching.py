@@ -100,7 +100,7 @@ def _many(run: WatchedRun, has_ended: bool) -> RenderableType:
 
 
 def _state(prompt: WatchedPrompt, has_ended: bool, beside: int) -> str:
-    """How far a prompt is, in words."""
+    """A prompt's progress, in words."""
     if prompt.report is not None:
         error = prompt.report.get("error")
         return f"failed: {visible(str(error))}" if error else f"finished after {prompt.step or 0} steps"

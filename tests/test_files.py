@@ -86,6 +86,16 @@ def in_rows(file: Path) -> None:
         raise UserError(f"{where}: expected an object.")
 
 
+def test_a_result_saved_over_another_leaves_nothing_of_it(tmp_path):
+    """Its pages and tokens would be taken for those of the new one."""
+    result(tmp_path)
+    for name in ("tokens.json", "report.html", "report.md"):
+        (tmp_path / name).write_text("[]")
+    assert Result.load(tmp_path).tokens is None  # the checksums don't name them
+    result(tmp_path)
+    assert not any((tmp_path / name).exists() for name in ("tokens.json", "report.html", "report.md"))
+
+
 # Whatever reads JSON: what writes it into a folder, the file, and what reads it.
 READERS: dict[str, tuple[Callable[[Path], Any], str, Callable[[Path], Any]]] = {
     "manifest": (lambda f: prompt().save(f), "manifest.json", SoftPrompt.load),

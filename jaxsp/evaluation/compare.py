@@ -44,7 +44,7 @@ class Run:
 
     @functools.cached_property
     def held_out(self) -> dict[str, Mapping[str, Any]]:
-        """What was measured on each held-out query, by its text."""
+        """The measurements of each held-out query, by its text."""
         return {query["query"]: query for query in self.report["queries"] if query["split"] == "held_out"}
 
     @functools.cached_property
@@ -144,7 +144,7 @@ def _check(first: Run, other: Run) -> None:
 
 
 def _in_words(differing: Mapping[str, Sequence[Any]]) -> str:
-    """What differs, in a sentence."""
+    """The differences, in a sentence."""
     if not differing:
         return "All their settings are the same."
     parts = []

@@ -197,7 +197,7 @@ def _tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def next_steps(report: Mapping[str, Any]) -> list[str]:
-    """What a user may do next, the most useful first, a sentence each.
+    """Steps that a user may take next, the most useful first, a sentence each.
 
     Args:
       report: the fields of ``report.json``.
@@ -295,7 +295,9 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "train" in report:
         rows = report["train"]["brackets"]
         kl = [f"{name.replace('_', ' ')} {rows[name]['kl']:.3f}" for name in TRAINED if name in rows]
-        found.append(("KL in training", ", ".join(kl)))
+        best = report["train"].get("best_tokens")
+        of = f" of the {best} best tokens and of all others together" if best else ""
+        found.append((f"KL in training{of}", ", ".join(kl)))
     if environment := report.get("environment"):
         versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
         found.append(("versions", f"Python {environment.get('python')}, {versions}"))

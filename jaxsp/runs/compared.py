@@ -24,8 +24,14 @@ def check_out(file: Path) -> None:
         raise UserError(f"{file} is a folder; give a file with --out.")
     if not file.parent.is_dir():
         raise UserError(f"There is no folder {file.parent}; choose another with --out.")
-    if file.exists() and _MADE_HERE not in file.read_bytes()[:4096]:
-        raise UserError(f"{file} is there already and is no page of jaxsp; choose another with --out.")
+    if file.name == PAGE and (file.parent / REPORT).exists():
+        raise UserError(f"{file} is the report of a run; choose another file with --out.")
+    if file.exists():
+        with file.open("rb") as page:
+            if _MADE_HERE not in page.read(4096):
+                raise UserError(
+                    f"{file} is there already and is no page of jaxsp; choose another with --out."
+                )
 
 
 _DAMAGE = (KeyError, TypeError, AttributeError, ValueError, IndexError, ArithmeticError)

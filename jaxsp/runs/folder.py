@@ -9,6 +9,7 @@ import html
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,10 @@ class Result:
         lines = "".join(json.dumps(line) + "\n" for line in self.lines)
         if self.error is None:
             self.write_reports(folder)
+        # What another result left there would be taken for this one's.
+        stale = [TOKENS] * (self.tokens is None) + [PAGE, MARKDOWN] * (self.error is not None)
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
         content = {METRICS: lines}
         if self.tokens is not None:
             content[TOKENS] = json.dumps(self.tokens, ensure_ascii=False, separators=(",", ":"))
@@ -126,7 +131,8 @@ class Result:
         if steps != [*range(len(lines))] or report.get("steps", len(lines) - 1) != len(lines) - 1:
             raise Damaged(f"{folder / METRICS} lacks lines: it must have one of every step")
         tokens, file = None, folder / TOKENS
-        if file.is_file():  # older runs have none
+        # Older runs have none, and one that the checksums don't name is another run's.
+        if TOKENS in checksums or (not checksums and file.is_file()):
             tokens = read_json(file, list, finite=False, sha256=checksums.get(TOKENS))
         return cls(SoftPrompt.load(folder), report, lines, tokens)
 
@@ -257,13 +263,17 @@ class RunFolder:
             ) from error
         try:
             with contextlib.suppress(OSError):  # a file system without locks
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(
-                        f"Another run is at work in {self.directory}; wait until it has ended, or choose"
-                        " another folder with --out."
-                    ) from None
+                for last in (False, False, True):
+                    try:
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        if last:
+                            raise UserError(
+                                f"Another run is at work in {self.directory}; wait until it has ended, or"
+                                " choose another folder with --out."
+                            ) from None
+                        time.sleep(0.05)  # somebody may only have looked: is_at_work
             yield
         finally:
             os.close(handle)

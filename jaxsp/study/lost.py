@@ -53,6 +53,7 @@ def passages(document: str, queries: Sequence[Mapping[str, Any]]) -> list[Passag
         text = document[found[i].start : found[i].end]
         start = found[i].start + len(text) - len(text.lstrip())
         if start < end:  # a part of the one before
+            pieces[-1] = Passage(pieces[-1].text, (*pieces[-1].lost, *numbers))
             continue
         pieces.append(Passage(document[end:start], ()))
         end = start + len(text.strip())

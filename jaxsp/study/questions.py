@@ -44,6 +44,9 @@ DRAFTS = 4
 HELD_OUT, MOST_HELD_OUT = 0.2, 16
 """Part of the questions to measure on, and their number at most, where the user gives none."""
 
+VERSION = 2
+"""Version of the forms of queries and of the choice between them: a study by an earlier one is not read."""
+
 _FILE = "study.json"
 
 
@@ -108,7 +111,7 @@ def study_key(
     """Equal where a study gives the same queries."""
     texts = [[dataclasses.astuple(query) for query in part] for part in (given, held_out)]
     chosen = plain(settings.study), plain(settings.teacher), settings.training.seed
-    return digest((*identity(model), dataclasses.astuple(model.chat), context, texts, chosen))
+    return digest((VERSION, *identity(model), dataclasses.astuple(model.chat), context, texts, chosen))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,7 +88,7 @@ def query(split, kl, captured):
     return {"query": f"{split} {kl}", "split": split, "kl": kl, "captured": captured}
 
 
-def verdict(gap, queries, truncated=1.0, learnt=1.0, kind="per_head", **more):
+def verdict(gap, queries, truncated=1.0, learnt=1.0, kind="per_head", train=(), **more):
     ours = float(np.mean([q["kl"] for q in queries if q["split"] == "held_out"]))
     brackets = {"prompt": {"kl": ours}, "truncated_context": {"kl": truncated}, "no_context": {"kl": 1e-6}}
     low, high = (None, None) if gap is None else (gap - 0.1, gap + 0.1)
@@ -97,7 +97,7 @@ def verdict(gap, queries, truncated=1.0, learnt=1.0, kind="per_head", **more):
             "queries": queries,
             "gap_closed": {"value": gap, "low": low, "high": high},
             "held_out": {"brackets": brackets},
-            "train": {"brackets": {"prompt": {"decisive_agreement": learnt}}},
+            "train": {"brackets": {"prompt": {"decisive_agreement": learnt}}, **dict(train)},
             **more,
         },
         kind,
@@ -145,6 +145,11 @@ def test_verdicts():
     assert unseen["missed"] == ["held_out 0.9"]
     assert any("--queries" in s for s in unseen["suggestions"])
     assert not any("--prompt-length" in s for s in unseen["suggestions"])
+
+    other = verdict(  # of the training queries another KL was measured
+        0.5, [query("held_out", 0.9, False), query("train", 0.1, True)], train={"best_tokens": 5}
+    )
+    assert not any("--queries" in s for s in other["suggestions"])
 
     small = verdict(0.5, [query("held_out", 0.9, False), query("train", 0.9, False)], learnt=0.5)
     assert any("--prompt-length" in s for s in small["suggestions"])

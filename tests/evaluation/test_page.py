@@ -25,7 +25,7 @@ VOID = {"meta", "link", "img", "br", "rect", "path"}
 
 
 class Reader(HTMLParser):
-    """What a browser would make of a page: its elements, its texts, and the addresses in it."""
+    """A page as a browser reads it: its elements, its texts, and the addresses in it."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -100,7 +100,7 @@ def test_the_tail_counts_beside_the_entries_taken():
 
 
 def test_a_small_tail_is_that_of_the_others():
-    """What the listed mass leaves of 1 is lost to rounding; the student finds the rest far less likely."""
+    """The rest of the listed mass up to 1 is lost to rounding; the student finds it far less likely."""
     teacher, student = (jnp.log(jnp.array([[0.7, 0.3, rest]], jnp.float32)) for rest in (1e-7, 1e-30))
     log_probs, ids, tail = fused_top_k(teacher, jnp.eye(3), k=2)
     assert float(tail[0]) == pytest.approx(1e-7, rel=1e-4)

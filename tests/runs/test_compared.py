@@ -67,6 +67,7 @@ def test_the_jobs_of_many_are_named_by_their_ids(folders, jaxsp_command):
         (["a", ""], "The folder must be a path"),
         (["a", "many/x"], "many/x can't be compared with a: they stand in for other documents"),
         (["a", "b b", "--out", "a/context.txt"], "a/context.txt is there already and is no page of jaxsp"),
+        (["a", "b b", "--out", "a/report.html"], "a/report.html is the report of a run"),
         (["a", "b b", "--out", "a"], "a is a folder; give a file"),
         (["a", "b b", "--out", "c/d.html"], "There is no folder c"),
     ],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import threading
 from pathlib import Path
 
 import jax
@@ -68,6 +71,19 @@ def test_two_runs_in_one_folder(tiny_model, tmp_path):
         assert (tmp_path / "out" / "run" / "settings.json").read_text() == "{}"
     with first.locked():  # it is free again
         pass
+
+
+def test_who_looks_at_a_folder_stops_no_run(tmp_path):
+    """``is_at_work`` takes a shared lock for a moment."""
+    first = folder.RunFolder(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    looking = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    timer = threading.Timer(0.02, os.close, [looking])
+    timer.start()
+    with first.locked():
+        assert first.is_at_work
+    timer.join()
 
 
 @pytest.mark.slow

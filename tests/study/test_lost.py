@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxsp.study import lost as module
 from jaxsp.study.lost import lost, passages
+from jaxsp.study.text import Sentence
 
 DOCUMENT = """# The kettle
 
@@ -45,6 +46,15 @@ def test_a_sentence_is_marked_by_what_the_query_and_the_lost_words_share_with_it
         "It is made in Norway.": (1,),
         "The lid is made of steel.": (2,),
     }
+
+
+def test_sentences_that_overlap_are_marked_for_all(monkeypatch):
+    text = "The cable is 90 cm long. The lid is steel."
+    whole, part = Sentence(text, 0, len(text)), Sentence(text[:24], 0, 25)
+    monkeypatch.setattr(module, "sentences", lambda document: [part, whole])
+    asked = query("And the lid?", "Steel.", "Glass."), query("How long is the cable?", "90 cm", "80 cm")
+    marks = [piece.lost for piece in passages(text, asked) if piece.lost]
+    assert sorted(number for some in marks for number in some) == [0, 1]
 
 
 def test_what_stands_nowhere_marks_nothing():

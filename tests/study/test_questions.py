@@ -76,7 +76,7 @@ ASKED = {
     "facts": r"Give the key facts of .* as (a list|JSON|the rows of a table)\.",
     "summary": r"Summarise .* in one sentence\.",
 }
-"""What each form asks, or how the model is to begin."""
+"""The words of each form, or those that the model is to go on with."""
 
 
 def test_every_form_is_a_file_and_a_line():
@@ -269,7 +269,7 @@ def test_an_interrupted_study_goes_on(calm_model, heeded, tmp_path, monkeypatch)
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_its_key_is_that_of_all_that_decides_it(calm_model):
+def test_its_key_is_that_of_all_that_decides_it(calm_model, monkeypatch):
     settings = make_settings({})
     key = study_key(calm_model, TEXT, [], [], settings)
     assert key == study_key(calm_model, TEXT, [], [], make_settings({"steps": 3, "objective": "nll"}))
@@ -277,6 +277,8 @@ def test_its_key_is_that_of_all_that_decides_it(calm_model):
         assert key != study_key(calm_model, TEXT, [], [], make_settings(changed))
     assert key != study_key(calm_model, TEXT, [Query("What?")], [], settings)
     assert key != study_key(calm_model, TEXT + "!", [], [], settings)
+    monkeypatch.setattr(questions, "VERSION", questions.VERSION + 1)
+    assert key != study_key(calm_model, TEXT, [], [], settings)
 
 
 def test_a_seed_is_one_entry(calm_model, heeded, monkeypatch):

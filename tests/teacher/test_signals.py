@@ -203,7 +203,7 @@ def test_a_plan_knows_the_shapes_of_its_batches(calm_model, name):
 
 @pytest.mark.slow
 def test_a_plan_counts_the_bytes_of_what_is_kept(calm_model):
-    """Of each answer position 8 k + 4 in place of four times the width."""
+    """Each answer position takes 8 k + 4 bytes in place of four times the width."""
     packing, config = Packing(2, 100), calm_model.config
     settings = [make_settings({**SETTINGS, "objective": OBJECTIVE[n]}) for n in ("hidden", "top_k")]
     sizes = [
@@ -378,7 +378,7 @@ def test_answers_that_the_teacher_gave_are_not_asked_for_again(calm_model, tmp_p
 
 @pytest.mark.slow
 def test_objectives_of_one_document_share_its_answers(calm_model, monkeypatch):
-    """Of many jobs in one run, without a store: the teacher is asked once, whatever each needs of it."""
+    """The teacher of many jobs in one run, without a store, is asked once, whatever each needs of it."""
     calls, answer_ids = [], problems.answer_ids
     monkeypatch.setattr(problems, "answer_ids", lambda *a, **k: calls.append(1) or answer_ids(*a, **k))
     row = {"context": CONTEXT, "queries": QUERIES}

@@ -35,7 +35,7 @@ SIGNALS: dict[str, Signal] = {"hidden": hidden, "top_k": top_k}
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What the teacher is to say: of the queries to train on what the objective needs, of the others all.
+    """The signals that are wanted: of queries to train on what the objective needs, of the others all.
 
     By the last hidden states of those held out every figure is exact.
 
@@ -49,7 +49,7 @@ class Wanted:
 
     @classmethod
     def by(cls, objective: Objective, tokens: int) -> Wanted:
-        """What an objective wants, over the ``tokens`` that teacher and student share.
+        """The wishes of an objective, over the ``tokens`` that teacher and student share.
 
         The last hidden states give the others, too.
         """

@@ -18,7 +18,7 @@ SLOTS, QUERY, ANSWER = 3, 40, 32
 
 @pytest.fixture(scope="module")
 def prefixes(tiny_model):
-    """Of several lengths; one has biases."""
+    """Prefixes of several lengths; one has biases."""
     params, config = tiny_model.params, tiny_model.config
     random = np.random.RandomState(3)
     found = [
