@@ -260,8 +260,6 @@ def _read_manifest(file: Path) -> dict[str, Any]:
             f"{file.parent} holds a prompt in format {version}, which this version of jaxsp can't read;"
             " upgrade it."
         )
-    if manifest.get("format") == 1:  # 0.1 wrote no seal
-        manifest.pop("seal", None)
     manifest = _renamed(unsealed(manifest, file))
     if missing := _REQUIRED.keys() - manifest.keys():
         raise Damaged(f"{file} is damaged: it lacks {min(missing)!r}")

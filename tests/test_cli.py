@@ -625,6 +625,10 @@ def test_a_prompt_of_version_0_1_loads(jaxsp_command, finished, tmp_path):
     ):
         manifest["training"][before] = manifest["training"].pop(name)
     (old / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(jaxsp.UserError, match="is damaged"):  # 0.1 wrote no seal: this one is of today's file
+        jaxsp.SoftPrompt.load(old)
+    del manifest["seal"]
+    (old / "manifest.json").write_text(json.dumps(manifest))
     loaded = jaxsp.SoftPrompt.load(old)
     assert loaded.manifest == new.manifest
     assert (loaded.prompt_length, loaded.quantization) == (4, "none")

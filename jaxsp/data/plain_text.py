@@ -174,8 +174,9 @@ def from_html(page: str) -> str:
     try:
         parser.feed(page + end)
         return parser.whole().removesuffix(end).rstrip()
-    except AssertionError as error:  # so Python's parser says it
-        raise UserError(f"it is no HTML that can be read ({error})") from error
+    # So Python's parser says it; of a character whose number has thousands of digits.
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"it is no HTML that can be read ({error!s:.80})") from error
 
 
 def from_notebook(notebook: str) -> str:

@@ -66,9 +66,10 @@ def test_a_page_keeps_its_lines_and_nothing_that_no_reader_sees(tmp_path):
     (tmp_path / "empty.html").write_text("<script>1</script>")
     with pytest.raises(UserError, match="holds no text"):
         read_context(tmp_path / "empty.html")
-    (tmp_path / "odd.html").write_text("<![odd[ x")
-    with pytest.raises(UserError, match=r"odd.html: it is no HTML"):
-        read_context(tmp_path / "odd.html")
+    for odd in ("<![odd[ x", f"<p>&#{'9' * 5000};"):
+        (tmp_path / "odd.html").write_text(odd)
+        with pytest.raises(UserError, match=r"odd.html: it is no HTML"):
+            read_context(tmp_path / "odd.html")
 
 
 TAGS = [

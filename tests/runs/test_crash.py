@@ -136,7 +136,7 @@ def zygote(tmp_path_factory) -> Iterator[Zygote]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "most"), [("compress", 7), ("compress-many", 5)])
+@pytest.mark.parametrize(("name", "most"), [("compress", 12), ("compress-many", 8)])
 def test_it_is_killed_at_random_moments(name, most, zygote, tiny_directory, job, tmp_path):
     """Again and again, in the midst of going on, too; those that are asked to end say how to go on."""
     settings = {**(SETTINGS if name == "compress" else MANY), **LONGER}
