@@ -16,6 +16,7 @@ import openai
 
 from jaxsp.artifact import SoftPrompt
 from jaxsp.serve import address, server
+from jaxsp.serve.brackets import Brackets
 from jaxsp.serve.exchange import Limits
 from jaxsp.serve.scheduler import Scheduler
 from jaxsp.serve.served import Shelf
@@ -67,8 +68,9 @@ def running(
 ) -> Iterator[Running]:
     own = dataclasses.replace(LIMITS, **limits)
     scheduler = server.open_scheduler(shelf(), own, slots=slots, queue=queue)
+    brackets = Brackets(shelf(), own, slots=slots, queue=queue)
     with contextlib.closing(address.bind("127.0.0.1", 0)) as listener:
-        made = server.make_server(shelf(), scheduler, own, api_key=api_key, host="127.0.0.1")
+        made = server.make_server(shelf(), scheduler, brackets, own, api_key=api_key, host="127.0.0.1")
         thread = threading.Thread(target=server.run, args=(made, listener, lambda: None))
         url = address.base_url(listener)
         thread.start()
@@ -79,6 +81,7 @@ def running(
         finally:
             made.should_exit = True
             thread.join(60)
+            brackets.close()
             scheduler.close()
     assert not thread.is_alive()
 
