@@ -158,7 +158,6 @@ def _environment(package: str, template: str) -> jinja2.Environment:
     return environment
 
 
-
 def number(value: Any, digits: int = 3, percent: bool = False) -> str:
     """A number for people; a dash where there is none.
 

@@ -34,13 +34,7 @@ _PLAIN = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
 
 
 def make_app(
-    shelf: Shelf,
-    scheduler: Scheduler,
-    brackets: Brackets,
-    limits: Limits,
-    *,
-    api_key: str | None,
-    host: str,
+    shelf: Shelf, scheduler: Scheduler, brackets: Brackets, limits: Limits, *, api_key: str | None, host: str
 ) -> Starlette:
     """The application.
 

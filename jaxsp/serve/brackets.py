@@ -165,9 +165,7 @@ class Brackets:
         what = "the whole documents" if 1 < len(known) <= MOST_OPEN else what
         return f"The page also asks {what}: from the first question on, keys and values of {size(most)}."
 
-    async def open(
-        self, bracket: Bracket, encoder: concurrent.futures.Executor
-    ) -> tuple[Served, Scheduler]:
+    async def open(self, bracket: Bracket, encoder: concurrent.futures.Executor) -> tuple[Served, Scheduler]:
         """The model, ready to answer, and its batch; nothing may be awaited before a request is in it.
 
         Args:

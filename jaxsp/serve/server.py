@@ -67,13 +67,7 @@ def open_scheduler(shelf: Shelf, limits: Limits, *, slots: int, queue: int) -> S
 
 
 def make_server(
-    shelf: Shelf,
-    scheduler: Scheduler,
-    brackets: Brackets,
-    limits: Limits,
-    *,
-    api_key: str | None,
-    host: str,
+    shelf: Shelf, scheduler: Scheduler, brackets: Brackets, limits: Limits, *, api_key: str | None, host: str
 ) -> uvicorn.Server:
     """The server, to be run with a socket; arguments as in ``make_app``."""
     app = make_app(shelf, scheduler, brackets, limits, api_key=api_key, host=host)
