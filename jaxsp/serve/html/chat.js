@@ -179,9 +179,12 @@ class Answer {
     const text = !this.tokens.length && !this.text.startsWith(" ") ? bytes.replace(/^ /, "") : bytes;
     const span = element("span", "t");
     if (text) span.textContent = shown(text);
-    else if (one.bytes?.length && !bytes) span.append(element("span", "gone", "·"));
+    else if (one.bytes?.length && !bytes) {
+      span.append(element("span", "gone", "·"));
+      span.title = "a part of the next character";
+    }
     span.tabIndex = this.tokens.length ? -1 : 0;
-    const token = { id: identity(one), text: one.token, top: one.top_logprobs, span };
+    const token = { id: identity(one), top: one.top_logprobs, span };
     placeOf.set(span, [this, this.tokens.length]);
     this.tokens.push(token);
     this.words.append(span);
@@ -190,7 +193,7 @@ class Answer {
   // Marks where it is not what the document's answer is.
   mark(reference, isSame) {
     const [own, their] = [this.tokens, reference.tokens];
-    const isEnded = !this.running && !reference.running;
+    const isEnded = [this, reference].every((one) => !one.running && one.reason !== "stopped");
     let first = 0;
     while (first < own.length && first < their.length && sameToken(own[first], their[first])) first++;
     this.other = reference;
@@ -200,8 +203,9 @@ class Answer {
     own.forEach((token, i) => {
       const at = this.partners[i];
       const differs = isEnded ? at < 0 || !sameToken(token, their[at]) : i === first && i < their.length;
-      token.span.classList.toggle("o", differs && i !== first);
-      token.span.classList.toggle("first", differs && i === first && this.side.kind !== DOCUMENT);
+      const leaves = differs && i === first && this.side.kind !== DOCUMENT;
+      token.span.classList.toggle("o", differs && !leaves);
+      token.span.classList.toggle("first", leaves);
       if (isSame && i <= first && at >= 0 && this.side.kind !== DOCUMENT)
         token.span.style.setProperty("--h", Math.sqrt(apart(token, their[at])).toFixed(2));
     });
@@ -211,7 +215,7 @@ class Answer {
   tell() {
     this.state.classList.toggle("error", Boolean(this.error));
     if (this.error) this.state.textContent = this.error.message;
-    else if (this.running) this.state.textContent = this.tokens.length ? `${this.tokens.length} tokens …` : this.side.wait;
+    else if (this.running) this.state.textContent = this.tokens.length ? "…" : this.side.wait;
     else {
       const count = `${this.tokens.length} tokens${this.usage ? `, ${this.usage.prompt_tokens} read before them` : ""}`;
       const end = { length: "; cut at the most that the server gives", stopped: "; stopped" }[this.reason] ?? "";
@@ -254,11 +258,11 @@ function likeliest(title, token) {
 }
 
 function point(span) {
-  if (pointed !== span) pointed?.querySelector(".tip")?.remove();
+  if (pointed === span && span?.querySelector(".tip")) return;
+  pointed?.querySelector(".tip")?.remove();
   pointed = span;
   const found = span && placeOf.get(span);
   if (!found) return;
-  span.querySelector(".tip")?.remove();
   const [answer, at] = found;
   const { other, partners: against, side, first } = answer;
   const tip = element("span", "tip");
@@ -275,6 +279,7 @@ function point(span) {
   if (said) tip.append(element("b", "", said));
   tip.append(two);
   span.append(tip);
+  place(span);
 }
 
 for (const kind of ["mouseover", "focusin"])
@@ -353,6 +358,7 @@ function startChat(entry) {
   byId("turns").replaceChildren();
   byId("missing").textContent = entry.missing ? `The whole document is not asked here. ${entry.missing}` : "";
   byId("missing").hidden = !entry.missing;
+  byId("legend").hidden = Boolean(entry.missing);
   byId("about").textContent =
     `${entry.prompt_length} slots for ${entry.context_tokens} tokens: σ, the whole document and nothing answer side by side. ${entry.base_model}; ${entry.kind}.`;
   controls();
