@@ -22,9 +22,8 @@ What a request means:
 - ``name:document`` and ``name:nothing`` answer as the model does after the whole document, and after nothing:
   what σ stands between. The page at ``/`` asks them beside σ; so may any client. ``/v1/models`` does not list
   them, but gives each by its name. Each is read at its first request, into a batch of its own; at most two
-  documents are kept. There is no ``name:document`` if the folder has no context.txt, or the window no room for
-  it.
-- The page itself is the same for everybody, and needs no key: it asks for one, and what it shows then comes as
+  documents are kept. There is no ``name:document`` if the folder has no context.txt, or the window no room.
+- The page itself is the same for everybody, and needs no key: it asks for one. What it then shows comes as
   JSON (``/page/prompts``). It may stand at any path behind a proxy.
 - A field that would change the answer, and can't be served, is refused by name; one that only describes the
   request (``user``, ``metadata``) is not used.

@@ -64,13 +64,19 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    *, queue: int = 64, slots: int = SLOTS, api_key: str | None = None, **limits: Any
+    *,
+    queue: int = 64,
+    slots: int = SLOTS,
+    api_key: str | None = None,
+    found: Shelf | None = None,
+    **limits: Any,
 ) -> Iterator[Running]:
     own = dataclasses.replace(LIMITS, **limits)
-    scheduler = server.open_scheduler(shelf(), own, slots=slots, queue=queue)
-    brackets = Brackets(shelf(), own, slots=slots, queue=queue)
+    own_shelf = found or shelf()
+    scheduler = server.open_scheduler(own_shelf, own, slots=slots, queue=queue)
+    brackets = Brackets(own_shelf, own, slots=slots, queue=queue)
     with contextlib.closing(address.bind("127.0.0.1", 0)) as listener:
-        made = server.make_server(shelf(), scheduler, brackets, own, api_key=api_key, host="127.0.0.1")
+        made = server.make_server(own_shelf, scheduler, brackets, own, api_key=api_key, host="127.0.0.1")
         thread = threading.Thread(target=server.run, args=(made, listener, lambda: None))
         url = address.base_url(listener)
         thread.start()
