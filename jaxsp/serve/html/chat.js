@@ -458,7 +458,7 @@ async function start() {
   select.onchange = choose;
   byId("anew").onclick = () => startChat(chat.entry);
   choose();
-  byId("question").focus({ preventScroll: true });
+  if (matchMedia("(hover: hover)").matches) byId("question").focus({ preventScroll: true }); // no keyboard on a phone
 }
 
 byId("unlock").addEventListener("submit", (event) => {
