@@ -217,7 +217,7 @@ class Answer {
     if (this.error) this.state.textContent = this.error.message;
     else if (this.running) this.state.textContent = this.tokens.length ? "…" : this.side.wait;
     else {
-      const count = `${this.tokens.length} tokens${this.usage ? `, ${this.usage.prompt_tokens} read before them` : ""}`;
+      const count = `${this.tokens.length} token${this.tokens.length === 1 ? "" : "s"}${this.usage ? `, ${this.usage.prompt_tokens} read before them` : ""}`;
       const end = { length: "; cut at the most that the server gives", stopped: "; stopped" }[this.reason] ?? "";
       this.state.textContent = `${count}${end}.${this.compared()}`;
     }
@@ -245,7 +245,7 @@ function blanks(text) {
   return shown(text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥")) || "(nothing)";
 }
 
-function likeliest(title, token) {
+function likeliest(title, token, otherwise = "") {
   const column = element("span");
   column.append(element("span", "head", title));
   for (const one of token ? token.top : []) {
@@ -253,7 +253,7 @@ function likeliest(title, token) {
     pair.append(element("code", "", blanks(one.token)), `${(100 * Math.exp(one.logprob)).toFixed(1)}%`);
     column.append(pair);
   }
-  if (!token) column.append(element("span", "pair", "no token here"));
+  if (!token) column.append(element("span", "pair", otherwise));
   return column;
 }
 
@@ -272,7 +272,7 @@ function point(span) {
   let said = "";
   if (other) {
     const partner = other.tokens[against[at]];
-    two.append(likeliest(other.side.title, partner));
+    two.append(likeliest(other.side.title, partner, other.running ? "no token yet" : "no token here"));
     if (partner) said = sameToken(answer.tokens[at], partner) ? "The same token" : "Another token";
     if (said && (at > first || !answer.isSame)) said += "; the texts before it differ";
   }
