@@ -95,11 +95,13 @@ function apart(a, b) {
 
 const MOST_CELLS = 4e6;
 
-// The place in b that stands against each place of a, or -1: where the texts are the same, and in order between.
+// The place in b that stands against each place of a, or -1: the first that differs, which comes after the same text;
+// behind it those that are the same, and what is between in its order.
 function partners(a, b) {
   const found = new Array(a.length).fill(-1);
-  let start = 0;
+  let start = 0; // of what has to be found
   while (start < a.length && start < b.length && sameToken(a[start], b[start])) found[start] = start++;
+  if (start < Math.min(a.length, b.length)) found[start] = start++;
   const [n, m] = [a.length - start, b.length - start];
   const width = m + 1;
   const same = [];
