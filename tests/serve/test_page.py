@@ -350,7 +350,8 @@ def test_a_browser_shows_three_answers_and_where_they_differ(service, tmp_path):
         view.until(ENDED.format(3))
         assert [plain(text) for text in view.js(TEXTS)] == [plain(text) for text in expected]
         framed = view.js(
-            "[...document.querySelectorAll('.side .t.first')].map((one) => [...one.parentNode.children].indexOf(one))"
+            "[...document.querySelectorAll('.side .t.first')]"
+            ".map((one) => [...one.parentNode.children].indexOf(one))"
         )
         tokens = [answered(service, name) for name in ("pump", "pump:document", "pump:nothing")]
         for at, own in zip(framed, tokens[::2], strict=True):
