@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import openai
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from jaxsp.artifact import SoftPrompt
 from jaxsp.serve import address, server
@@ -69,6 +71,7 @@ def running(
     slots: int = SLOTS,
     api_key: str | None = None,
     found: Shelf | None = None,
+    below: str = "",
     **limits: Any,
 ) -> Iterator[Running]:
     own = dataclasses.replace(LIMITS, **limits)
@@ -77,6 +80,9 @@ def running(
     brackets = Brackets(own_shelf, own, slots=slots, queue=queue)
     with contextlib.closing(address.bind("127.0.0.1", 0)) as listener:
         made = server.make_server(own_shelf, scheduler, brackets, own, api_key=api_key, host="127.0.0.1")
+        if below:  # as a proxy lets it be
+            inner: Any = made.config.app
+            made.config.app = Starlette(routes=[Mount(below, inner)])
         thread = threading.Thread(target=server.run, args=(made, listener, lambda: None))
         url = address.base_url(listener)
         thread.start()

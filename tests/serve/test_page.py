@@ -359,6 +359,9 @@ def test_a_browser_shows_three_answers_and_where_they_differ(service, tmp_path):
             assert own[at] != tokens[1][at]
         states = view.js("[...document.querySelectorAll('.state')].map((one) => one.textContent)")
         assert f"Leaves the document's answer at token {framed[0] + 1}." in states[0]
+        lists = [json.dumps([{"id": i} for i in ids]) for ids in ([1, 2, 3, 4], [1, 9, 2, 3])]
+        # The first that differs is against its place, though it comes again; the others as they are the same.
+        assert view.js(f"partners({', '.join(lists)})") == [0, 1, 3, -1]
         view.point(".side .t.first")
         assert (
             len(view.js("[...document.querySelectorAll('.tip .pair code')].map((one) => one.textContent)"))
@@ -420,6 +423,18 @@ def test_in_a_browser_the_key_is_asked_for_and_answers_can_be_stopped(slowly, tm
         view.until(ENDED.format(3))
         assert "stopped" in view.js("document.querySelector('.state').textContent")
         view.until("fetch('health').then((found) => found.json()).then((found) => found.requests === 0)")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_in_a_browser_the_page_works_below_a_path(tmp_path):
+    with running(below="/a/path", answer_tokens=8) as service, browsing(tmp_path) as view:
+        view.open(f"{root(service)}a/path/")
+        view.until("!byId('chat').hidden")
+        ask(view)
+        view.until(ENDED.format(3))
+        assert all(view.js(TEXTS))
+        assert view.errors == []
 
 
 def test_the_folder_of_the_page_is_whole():
