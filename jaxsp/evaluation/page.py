@@ -25,6 +25,9 @@ COLUMNS = (
 )  # fmt: skip
 """Figures of the brackets, of those that are known."""
 
+HERE, KINDS = "jaxsp.evaluation", ("css", "js")
+"""The package of the templates that all pages share; the files beside a template of another one."""
+
 LEVELS = ("no_context", "truncated_context")
 """Brackets that the training curve runs between."""
 
@@ -95,27 +98,36 @@ def html(
     )
 
 
-def render(template: str, **fields: Any) -> str:
+def render(template: str, package: str = HERE, **fields: Any) -> str:
     """A page.
 
     Args:
       template: its name.
+      package: where it is, in a folder ``html``; with a style and a script of its name, if it has such, that
+        stand behind those of all pages.
       **fields: what stands in it; texts are escaped.
 
     Raises:
       ValueError: a field is missing.
     """
     try:
-        return _environment().get_template(template).render(fields)
+        return _environment(package, template).get_template(template).render(fields)
     except jinja2.UndefinedError as error:
         raise ValueError(str(error)) from error
 
 
+def policy(template: str, package: str = HERE) -> str:
+    """The content security policy of a page, for the header of HTTP; arguments as in ``render``."""
+    return str(_environment(package, template).globals["policy"])
+
+
 @functools.cache
-def _environment() -> jinja2.Environment:
-    def source(name: str) -> str:
-        folder = importlib.resources.files("jaxsp.evaluation").joinpath("html")
-        return folder.joinpath(name).read_text("utf-8")
+def _environment(package: str, template: str) -> jinja2.Environment:
+    folders = [importlib.resources.files(name).joinpath("html") for name in dict.fromkeys((package, HERE))]
+
+    def source(name: str) -> str | None:
+        found = (folder.joinpath(name) for folder in folders)
+        return next((file.read_text("utf-8") for file in found if file.is_file()), None)
 
     environment = jinja2.Environment(
         autoescape=True,
@@ -124,13 +136,23 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    script = source("page.js")
-    # A browser runs this script and no other, whatever stands in the texts.
+    own = template.partition(".")[0]
+    style, script = ((source(f"page.{kind}") or "") + (source(f"{own}.{kind}") or "") for kind in KINDS)
+    # A browser runs this script and no other, whatever stands in the texts; and asks no other host.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    rules = {
+        "default-src": "'none'",
+        "style-src": "'unsafe-inline'",
+        "script-src": f"'sha256-{digest}'",
+        "connect-src": "'none'" if package == HERE else "'self'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
     environment.globals |= {
-        "css": Markup(source("page.css")),
+        "css": Markup(style),
         "script": Markup(script),
-        "script_hash": f"sha256-{digest}",
+        "policy": Markup("; ".join(f"{name} {value}" for name, value in rules.items())),
     }
     environment.filters |= {"number": number, "heat": heat, "shown": visible, "blanks": _blanks}
     return environment

@@ -1,4 +1,4 @@
-"""`jaxsp serve`: saved prompts behind OpenAI's HTTP interface.
+"""`jaxsp serve`: saved prompts behind OpenAI's HTTP interface, and a page to chat with them.
 
 A soft prompt is a model there: its name is that of its folder, and ``name@length`` is one of the shorter
 prompts that a nested one holds. All share one frozen model, in one running batch.
@@ -19,6 +19,12 @@ What a request means:
 - ``usage`` counts what the model reads: the text around σ, its slots and the messages. Its details say how
   many of these are read once for all requests (``cached_tokens``), and how many more the document has than σ
   has slots (``saved_tokens``).
+- ``name:document`` and ``name:nothing`` answer as the model does after the whole document, and after nothing:
+  what σ stands between. The page at ``/`` asks them beside σ; so may any client. ``/v1/models`` does not list
+  them, but gives each by its name. Each is read at its first request, into a batch of its own; at most two
+  documents are kept. There is no ``name:document`` if the folder has no context.txt, or the window no room.
+- The page itself is the same for everybody, and needs no key: it asks for one. What it then shows comes as
+  JSON (``/page/prompts``). It may stand at any path behind a proxy.
 - A field that would change the answer, and can't be served, is refused by name; one that only describes the
   request (``user``, ``metadata``) is not used.
 """

@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -19,7 +19,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from jaxsp.errors import Damaged, UserError
 from jaxsp.files import parse_json
+from jaxsp.serve import page
 from jaxsp.serve.address import LOOPBACK
+from jaxsp.serve.brackets import Bracket, Brackets
 from jaxsp.serve.exchange import Exchange, Limits
 from jaxsp.serve.refusal import Refusal
 from jaxsp.serve.replies import to_bytes
@@ -28,22 +30,24 @@ from jaxsp.serve.schema import Wish, read_chat, read_completion
 from jaxsp.serve.served import Served, Shelf
 
 _T = TypeVar("_T")
+_PLAIN = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
 
 
 def make_app(
-    shelf: Shelf, scheduler: Scheduler, limits: Limits, *, api_key: str | None, host: str
+    shelf: Shelf, scheduler: Scheduler, brackets: Brackets, limits: Limits, *, api_key: str | None, host: str
 ) -> Starlette:
     """The application.
 
     Args:
       shelf: the prompts.
       scheduler: answers the requests.
+      brackets: what the prompts are compared with.
       limits: of a request.
       api_key: that requests must carry; ``None``: none, and they must come by the name ``host`` or one of
         this machine's own, so that no web page reaches the server by a name of its own (DNS rebinding).
       host: address that the server listens at.
     """
-    service = _Service(shelf, scheduler, limits)
+    service = _Service(shelf, scheduler, brackets, limits)
     names = {*LOOPBACK, host.lower()}
 
     def guarded(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Any]:
@@ -55,6 +59,9 @@ def make_app(
 
     return Starlette(
         routes=[
+            Route("/", service.page),
+            Route("/page/prompts", guarded(service.prompts)),
+            Route("/page/prompts/{name:path}", guarded(service.document)),
             Route("/v1/models", guarded(service.models)),
             Route("/v1/models/{name:path}", guarded(service.model)),
             Route("/v1/chat/completions", guarded(service.chat), methods=["POST"]),
@@ -70,11 +77,22 @@ def make_app(
     )
 
 
+class _Asked(NamedTuple):
+    """A request that is ready for the batch which answers it."""
+
+    wish: Wish
+    served: Served
+    ids: list[int]
+    scheduler: Scheduler
+
+
 class _Service:
     """The answers of the routes."""
 
-    def __init__(self, shelf: Shelf, scheduler: Scheduler, limits: Limits) -> None:
+    def __init__(self, shelf: Shelf, scheduler: Scheduler, brackets: Brackets, limits: Limits) -> None:
         self._shelf, self._scheduler, self._limits = shelf, scheduler, limits
+        self._brackets = brackets
+        self._documents: dict[str, Response] = {}
         self._arriving = 0  # requests that are being read or encoded
         # One at a time: a tokenizer's switches are shared.
         self._encoder = concurrent.futures.ThreadPoolExecutor(1, "jaxsp-encoder")
@@ -84,11 +102,25 @@ class _Service:
         return _json({"object": "list", "data": [served.entry for served in self._shelf.values()]})
 
     async def model(self, request: Request) -> Response:
-        return _json(self._shelf[request.path_params["name"]].entry)
+        return _json(self._meant(request.path_params["name"]).entry)
+
+    async def page(self, request: Request) -> Response:
+        del request
+        return Response(page.html(), headers=page.headers(), media_type="text/html")
+
+    async def prompts(self, request: Request) -> Response:
+        del request
+        return _json(page.listed(self._shelf))
+
+    async def document(self, request: Request) -> Response:
+        served = self._shelf[request.path_params["name"]]
+        if served.name not in self._documents:  # it takes a while where it is long
+            self._documents[served.name] = _json(await asyncio.to_thread(page.document, served))
+        return self._documents[served.name]
 
     async def health(self, request: Request) -> Response:
         del request
-        return _json({"status": "ok", "requests": self._scheduler.count})
+        return _json({"status": "ok", "requests": self._scheduler.count + self._brackets.count})
 
     async def chat(self, request: Request) -> Response:
         return await self._answered(request, read_chat)
@@ -100,31 +132,42 @@ class _Service:
         self._scheduler.check_room(self._arriving)
         self._arriving += 1
         try:
-            wish, served, ids = await self._encoded(request, read)
+            asked = await self._ready(request, read)
         finally:
             self._arriving -= 1
-        exchange = Exchange(self._scheduler, served, wish, ids, self._limits)
-        if wish.stream:
+        exchange = Exchange(asked.scheduler, asked.served, asked.wish, asked.ids, self._limits)
+        if asked.wish.stream:
             return _Events(exchange.events(), exchange.close, self._limits.idle_seconds)
         try:
             return _json(await _while_there(request.receive, exchange.whole()))
         finally:
             exchange.close()
 
-    async def _encoded(
-        self, request: Request, read: Callable[[dict[str, Any]], Wish]
-    ) -> tuple[Wish, Served, list[int]]:
-        """A request, the prompt that it is for, and its tokens behind it."""
+    def _meant(self, name: str) -> Served | Bracket:
+        """The model of a name.
+
+        Raises:
+          Refusal: there is none.
+        """
+        return self._brackets.find(name) or self._shelf[name]
+
+    async def _ready(self, request: Request, read: Callable[[dict[str, Any]], Wish]) -> _Asked:
+        """A request, the model that it is for, and its tokens behind what that has read."""
         try:
             wish = read(parse_json(await _body(request, self._limits), "The body"))
         except Damaged as error:
             raise Refusal(str(error), code="invalid_json") from None
-        served = self._shelf[wish.model]
+        meant = self._meant(wish.model)
+        served = meant.unread if isinstance(meant, Bracket) else meant
         try:
             loop = asyncio.get_running_loop()
-            return wish, served, await loop.run_in_executor(self._encoder, served.request_ids, wish)
+            ids = await loop.run_in_executor(self._encoder, served.request_ids, wish)
         except UserError as error:
             raise Refusal(str(error), param="prompt" if wish.messages is None else "messages") from None
+        if not isinstance(meant, Bracket):
+            return _Asked(wish, served, ids, self._scheduler)
+        served, scheduler = await self._brackets.open(meant, self._encoder)
+        return _Asked(wish, served, ids, scheduler)
 
 
 class _Events(StreamingResponse):
@@ -229,11 +272,11 @@ def _check_access(request: Request, api_key: str | None, names: set[str]) -> Non
 
 
 def _json(content: Any) -> Response:
-    return Response(to_bytes(content), media_type="application/json")
+    return Response(to_bytes(content), headers=_PLAIN, media_type="application/json")
 
 
 def _refusal(refusal: Refusal) -> Response:
-    return Response(refusal.body, refusal.status, refusal.headers, "application/json")
+    return Response(refusal.body, refusal.status, {**_PLAIN, **refusal.headers}, "application/json")
 
 
 async def _refused(request: Request, error: Any) -> Response:
@@ -242,7 +285,7 @@ async def _refused(request: Request, error: Any) -> Response:
 
 
 async def _no_such_page(request: Request, error: Any) -> Response:
-    there = "POST /v1/chat/completions, POST /v1/completions, GET /v1/models and GET /health"
+    there = "POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health and the page at /"
     message = f"There is no {request.method} {request.url.path[:100]} here, but {there}."
     return _refusal(Refusal(message, status=error.status_code, headers=error.headers))
 

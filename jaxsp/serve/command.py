@@ -70,6 +70,7 @@ class Serve:
     def _serve(self, found: list[tuple[Path, SoftPrompt]], listener: socket.socket, key: str | None) -> None:
         from jaxsp.artifact import named_model
         from jaxsp.serve import server
+        from jaxsp.serve.brackets import Brackets
         from jaxsp.serve.exchange import Limits
         from jaxsp.terminal import visible
 
@@ -80,16 +81,19 @@ class Serve:
         slots = server.default_slots() if self.slots is None else self.slots
         shelf = server.open_shelf(model, found)
         print("Preparing; the first start compiles, which may take a minute.", file=sys.stderr)
+        brackets = Brackets(shelf, limits, slots=slots, queue=self.queue)
+        if (memory := brackets.in_words) is not None:
+            print(memory, file=sys.stderr)
         scheduler = server.open_scheduler(shelf, limits, slots=slots, queue=self.queue)
-        made = server.make_server(shelf, scheduler, limits, api_key=key, host=self.host)
+        made = server.make_server(shelf, scheduler, brackets, limits, api_key=key, host=self.host)
 
         def ready() -> None:
-            print(visible(f"Serving {', '.join(shelf)} at {base_url(listener)} (Ctrl-C ends)."), flush=True)
+            url = base_url(listener)
+            chat = f"a page to chat: {url.removesuffix('/v1')}/; Ctrl-C ends"
+            print(visible(f"Serving {', '.join(shelf)} at {url} ({chat})."), flush=True)
 
-        try:
+        with contextlib.closing(scheduler), contextlib.closing(brackets):
             server.run(made, listener, ready)
-        finally:
-            scheduler.close()
 
     def _check(self) -> str | None:
         """Checks the options before anything is loaded, and gives the key."""

@@ -59,12 +59,15 @@ class Scheduler:
     """Lets jobs join the batch in their order as soon as there is room, and tells them their tokens.
 
     Args:
-      make_batch: makes the batch, at the start and after an error; what it compiles is ready at the start.
+      make_batch: makes the batch, at the start and after an error.
       slots: requests that are answered at once.
       queue: requests that may wait.
+      warm_up: whether to compile all at once; else each program is compiled when it is first needed.
     """
 
-    def __init__(self, make_batch: Callable[[], Live], slots: int, queue: int) -> None:
+    def __init__(
+        self, make_batch: Callable[[], Live], slots: int, queue: int, *, warm_up: bool = True
+    ) -> None:
         self._make_batch, self._slots, self._most = make_batch, slots, slots + queue
         self._changed = threading.Condition()
         # By all threads, under the condition's lock:
@@ -75,7 +78,8 @@ class Scheduler:
         self._closed = False
         # By the batch's own thread:
         self._batch: Live | None = make_batch()
-        self._batch.warm_up()
+        if warm_up:
+            self._batch.warm_up()
         self._joining = collections.deque[Job]()
         self._rows: dict[int, Job] = {}
         self._step_seconds = LOOK_SECONDS

@@ -23,33 +23,39 @@ from jaxsp.typing import KeyValues
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Served:
-    """One soft prompt, as a model of the interface.
+    """One soft prompt, or what it is compared with, as a model of the interface.
 
     Attributes:
       name: of the model.
+      folder: of the prompt.
       prompt: the soft prompt.
       model: the frozen model, which all share.
       prefix: what the model has read before a request.
-      index: of the prefix among all.
+      index: of the prefix among all of its batch.
+      kind: of the prompt; or the bracket that stands in its place, see ``jaxsp.serve.brackets``.
+      held: slots of the prompt, or tokens in its place.
     """
 
     name: str
+    folder: Path
     prompt: SoftPrompt
     model: LanguageModel
     prefix: KeyValues
     index: int
+    kind: str
+    held: int
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     @property
     def entry(self) -> dict[str, Any]:
-        """The prompt in ``/v1/models``."""
+        """The model in ``/v1/models``."""
         return {
             "id": self.name,
             "object": "model",
             "created": self.created,
             "owned_by": "jaxsp",
-            "kind": self.prompt.kind,
-            "prompt_length": self.prompt.prompt_length,
+            "kind": self.kind,
+            "prompt_length": self.held,
             "context_tokens": self.prompt.manifest["context_tokens"],
             "base_model": self.model.short_name,
         }
@@ -65,7 +71,7 @@ class Served:
         return self.model.config.window - self.prefix.end
 
     def request_ids(self, wish: Wish) -> list[int]:
-        """Token ids of all that the model reads behind σ.
+        """Token ids of all that the model reads behind the prefix.
 
         Raises:
           Refusal: the messages are no chat, or an id is none of the model's.
@@ -89,8 +95,8 @@ class Served:
 
     def usage(self, read: int, written: int) -> dict[str, Any]:
         """Tokens of a request and its answer, and those that σ saved."""
-        before = len(self.prompt.manifest["slots"]["before_ids"]) + self.prompt.prompt_length
-        saved = self.prompt.manifest["context_tokens"] - self.prompt.prompt_length
+        before = len(self.prompt.manifest["slots"]["before_ids"]) + self.held
+        saved = self.prompt.manifest["context_tokens"] - self.held
         return {
             "prompt_tokens": before + read,
             "completion_tokens": written,
@@ -105,7 +111,8 @@ class Served:
 
     @functools.cached_property
     def _document(self) -> str | None:
-        return None if self.prompt.context is None else _words(self.prompt.context)
+        unknown = self.held == 0 or self.prompt.context is None  # after nothing it is news
+        return None if unknown else _words(self.prompt.context or "")
 
     @functools.cached_property
     def _preamble(self) -> list[str]:
@@ -149,7 +156,7 @@ class Shelf(Mapping[str, Served]):
         self._all: dict[str, Served] = {}
         for folder, prompt in folders:
             try:
-                self._take(self._unused(folder.resolve().name), prompt)
+                self._take(self._unused(folder.resolve().name), folder, prompt)
             except UserError as error:
                 raise UserError(f"{folder}: {error}") from None
 
@@ -157,20 +164,22 @@ class Shelf(Mapping[str, Served]):
         names = (name if n == 1 else f"{name}-{n}" for n in range(1, len(self._all) + 2))
         return next(each for each in names if each not in self._all)
 
-    def _take(self, name: str, prompt: SoftPrompt) -> None:
+    def _take(self, name: str, folder: Path, prompt: SoftPrompt) -> None:
         """A prompt, and each of the shorter ones that it holds."""
-        whole = self._add(name, prompt, prompt.prefix(self.model))
+        whole = self._add(name, folder, prompt, prompt.prefix(self.model))
         lengths = prompts.lengths(prompt.kind, prompt.sigma)
         for length in lengths if len(lengths) > 1 else ():
             cut = prompt.cut(length)
             prefix = whole.prefix if length == prompt.prompt_length else cut.prefix(self.model)
-            self._add(f"{name}@{length}", cut, prefix)
+            self._add(f"{name}@{length}", folder, cut, prefix)
 
-    def _add(self, name: str, prompt: SoftPrompt, prefix: KeyValues) -> Served:
+    def _add(self, name: str, folder: Path, prompt: SoftPrompt, prefix: KeyValues) -> Served:
         if not any(prefix is known for known in self.prefixes):
             self.prefixes.append(prefix)
         index = next(i for i, known in enumerate(self.prefixes) if known is prefix)
-        served = self._all[name] = Served(name, prompt, self.model, prefix, index)
+        held = prompt.prompt_length
+        served = Served(name, folder, prompt, self.model, prefix, index, prompt.kind, held)
+        self._all[name] = served
         return served
 
     def __getitem__(self, name: str) -> Served:
@@ -184,6 +193,9 @@ class Shelf(Mapping[str, Served]):
             message = f"There is no model {name!r:.100}{meant}"
             raise Refusal(message, status=404, param="model", code="model_not_found")
         return self._all[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._all
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._all)

@@ -14,6 +14,7 @@ from jaxsp.errors import UserError
 from jaxsp.models.generation import Live
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.serve.app import make_app
+from jaxsp.serve.brackets import Brackets
 from jaxsp.serve.exchange import Limits
 from jaxsp.serve.scheduler import Scheduler
 from jaxsp.serve.served import Shelf
@@ -66,10 +67,10 @@ def open_scheduler(shelf: Shelf, limits: Limits, *, slots: int, queue: int) -> S
 
 
 def make_server(
-    shelf: Shelf, scheduler: Scheduler, limits: Limits, *, api_key: str | None, host: str
+    shelf: Shelf, scheduler: Scheduler, brackets: Brackets, limits: Limits, *, api_key: str | None, host: str
 ) -> uvicorn.Server:
     """The server, to be run with a socket; arguments as in ``make_app``."""
-    app = make_app(shelf, scheduler, limits, api_key=api_key, host=host)
+    app = make_app(shelf, scheduler, brackets, limits, api_key=api_key, host=host)
     # uvicorn waits for the requests that are there when it is asked to end, and they have their limit.
     config = uvicorn.Config(
         app, http="h11", ws="none", lifespan="off", log_config=None, log_level="error", access_log=False,

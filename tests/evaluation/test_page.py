@@ -21,7 +21,7 @@ LINES = [
     {"step": 1, "loss": 0.75},
     {"step": 2, "loss": 0.5, "held_out_kl": 0.25},
 ]
-VOID = {"meta", "link", "img", "br", "rect", "path"}
+VOID = {"meta", "link", "img", "br", "rect", "path", "input"}
 
 
 class Reader(HTMLParser):

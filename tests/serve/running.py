@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import openai
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from jaxsp.artifact import SoftPrompt
 from jaxsp.serve import address, server
+from jaxsp.serve.brackets import Brackets
 from jaxsp.serve.exchange import Limits
 from jaxsp.serve.scheduler import Scheduler
 from jaxsp.serve.served import Shelf
@@ -63,12 +66,23 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    *, queue: int = 64, slots: int = SLOTS, api_key: str | None = None, **limits: Any
+    *,
+    queue: int = 64,
+    slots: int = SLOTS,
+    api_key: str | None = None,
+    found: Shelf | None = None,
+    below: str = "",
+    **limits: Any,
 ) -> Iterator[Running]:
     own = dataclasses.replace(LIMITS, **limits)
-    scheduler = server.open_scheduler(shelf(), own, slots=slots, queue=queue)
+    own_shelf = found or shelf()
+    scheduler = server.open_scheduler(own_shelf, own, slots=slots, queue=queue)
+    brackets = Brackets(own_shelf, own, slots=slots, queue=queue)
     with contextlib.closing(address.bind("127.0.0.1", 0)) as listener:
-        made = server.make_server(shelf(), scheduler, own, api_key=api_key, host="127.0.0.1")
+        made = server.make_server(own_shelf, scheduler, brackets, own, api_key=api_key, host="127.0.0.1")
+        if below:  # as a proxy lets it be
+            inner: Any = made.config.app
+            made.config.app = Starlette(routes=[Mount(below, inner)])
         thread = threading.Thread(target=server.run, args=(made, listener, lambda: None))
         url = address.base_url(listener)
         thread.start()
@@ -79,6 +93,7 @@ def running(
         finally:
             made.should_exit = True
             thread.join(60)
+            brackets.close()
             scheduler.close()
     assert not thread.is_alive()
 

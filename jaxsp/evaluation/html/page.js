@@ -38,21 +38,25 @@ function place(token) {
   tip.style.setProperty("--x", `${x}px`);
   tip.style.setProperty("--y", `${y}px`);
 }
-for (const answer of document.querySelectorAll(".tokens")) {
-  const tokens = [...answer.querySelectorAll(".t")];
-  tokens.forEach((token, i) => {
-    token.tabIndex = i ? -1 : 0;
-    token.addEventListener("mouseenter", () => place(token));
-    token.addEventListener("focus", () => place(token));
-    token.addEventListener("keydown", (event) => {
-      const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-      if (event.key === "Escape") token.blur();
-      if (!step || !tokens[i + step]) return;
-      event.preventDefault();
-      token.tabIndex = -1;
-      tokens[i + step].tabIndex = 0;
-      tokens[i + step].focus();
-    });
+for (const answer of document.querySelectorAll(".tokens"))
+  answer.querySelectorAll(".t").forEach((token, i) => { token.tabIndex = i ? -1 : 0; });
+const tokenOf = (event) => (event.target instanceof Element ? event.target.closest(".t") : null);
+for (const kind of ["mouseover", "focusin"])
+  document.addEventListener(kind, (event) => {
+    const token = tokenOf(event);
+    if (token) place(token);
   });
-}
+document.addEventListener("keydown", (event) => {
+  const token = tokenOf(event);
+  if (!token) return;
+  if (event.key === "Escape") token.blur();
+  const tokens = [...token.closest(".tokens").querySelectorAll(".t")];
+  const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+  const next = step && tokens[tokens.indexOf(token) + step];
+  if (!next) return;
+  event.preventDefault();
+  token.tabIndex = -1;
+  next.tabIndex = 0;
+  next.focus();
+});
 addEventListener("scroll", () => document.querySelectorAll(".t:hover, .t:focus").forEach(place), { passive: true });
