@@ -62,7 +62,8 @@ def compress(
       overwrite: replace an earlier run in ``out``.
       progress: whether to show what is going on, on standard error.
       callbacks: functions called with every ``Step``, such as ``lambda step: print(step.metrics)``; one that
-        returns ``True`` stops the training at the next evaluation.
+        returns ``True`` stops the training at the next evaluation. A method ``on_end`` of one is called with
+        the id when the training has ended.
       **settings: fields of ``Settings``, such as ``prompt_length=16``, ``steps=100``, ``seed=0``.
         ``objective`` is a name, a text such as ``"js(beta=0.3)"`` or ``"kl=0.7,nll=0.3"``, or a
         ``jaxsp.Objective``; ``optimizer`` a name, or an ``optax.GradientTransformation``, used as it is.

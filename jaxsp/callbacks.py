@@ -41,9 +41,12 @@ class TensorBoard:
         for name, value in step.metrics.items():
             writer.add_scalar(name, value, step.number)
         if "held_out_kl" in step.metrics:
-            writer.flush()  # evaluations are few, and the last step is one
-        if step.number >= step.steps:
-            self._writers.pop(step.job).close()
+            writer.flush()  # evaluations are few
+
+    def on_end(self, job: str) -> None:
+        """Hears that a training has ended."""
+        if (writer := self._writers.pop(job, None)) is not None:
+            writer.close()
 
 
 class WandB:
@@ -68,8 +71,11 @@ class WandB:
             given = {"name": step.job, "reinit": "create_new", **self._options}
             self._runs[step.job] = self._wandb.init(**given)
         self._runs[step.job].log(step.metrics, step=step.number)
-        if step.number >= step.steps:
-            self._runs.pop(step.job).finish()
+
+    def on_end(self, job: str) -> None:
+        """Hears that a training has ended."""
+        if (run := self._runs.pop(job, None)) is not None:
+            run.finish()
 
 
 def _installed(module: str, extra: str) -> Any:

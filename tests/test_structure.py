@@ -61,7 +61,7 @@ ONLY_IN = {
     "flax": {"models/decoder.py", "models/layers.py", "models/weights.py"},
     "torch": CONSUMERS,
     "starlette": {"serve/app.py"},
-    "uvicorn": {"serve/server.py"},
+    "uvicorn": {"serve/connection.py", "serve/server.py"},
 }
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsp.evaluation.brackets import Measured
+from jaxsp.losses.chunked_head import product
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.output_head import OutputHead
 from jaxsp.teacher.problem import Problem
@@ -133,11 +134,8 @@ def _likeliest(
 @functools.partial(jax.jit, static_argnames="vocabulary")
 def _top(head: OutputHead, states: Float[AnyArray, "p d"], vocabulary: int) -> tuple[Array, Array]:
     """The largest probabilities at each position, ``[P, 5]``, and their tokens."""
-    # As the losses have it: float32 at full precision, which accelerators don't give unasked.
-    is_short = jnp.promote_types(states.dtype, head.unembedding.dtype) == jnp.bfloat16
-    dtype, precision = (jnp.bfloat16, None) if is_short else (jnp.float32, jax.lax.Precision.HIGHEST)
-    states, matrix = states.astype(dtype), head.unembedding[:vocabulary].astype(dtype)
-    logits = jnp.einsum("pd,vd->pv", states, matrix, precision=precision, preferred_element_type=jnp.float32)
+    states = jnp.asarray(states)
+    logits = product("pd,vd->pv", states, head.unembedding[:vocabulary], states.dtype)
     if head.softcap is not None:
         logits = head.softcap * jnp.tanh(logits / head.softcap)
     best, ids = jax.lax.top_k(logits, min(LIKELIEST, vocabulary))

@@ -145,13 +145,16 @@ class ChatTexts:
         """Token ids of what stands after the context, up to where the answer starts."""
         return self.chat_ids(tokenizer, [query])
 
-    def chat_ids(self, tokenizer: Any, texts: Sequence[str], later: TurnTexts | None = None) -> list[int]:
+    def chat_ids(
+        self, tokenizer: Any, texts: Sequence[str], later: TurnTexts | None = None, most: int | None = None
+    ) -> list[int]:
         """Token ids of what stands after the context in a chat, up to where the next answer starts.
 
         Args:
           tokenizer: a ``transformers`` tokenizer.
           texts: what the user and the model have said in turn, the user first and last.
           later: the texts around the later turns; needed if there are any.
+          most: number of tokens from which on it is enough to have more, not all; ``None``: none is enough.
         """
         fixed = [self.between]
         if later is not None:
@@ -161,6 +164,8 @@ class ChatTexts:
             if self.trims:
                 text = text.strip() if place else text.rstrip()
             ids += _spoken(tokenizer, before, text)
+            if most is not None and len(ids) > most:
+                return ids
         return ids + encode(tokenizer, self.after, control=True, behind=_WORD)
 
     def answer_ids(self, tokenizer: Any, answer: str) -> list[int]:

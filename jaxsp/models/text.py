@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import weakref
@@ -119,6 +118,7 @@ def stands_alone(tokenizer: Any, before: str) -> bool:
 
 
 _CONTROL = weakref.WeakKeyDictionary[Any, tuple[int, frozenset[int]]]()
+_DISARMED = weakref.WeakKeyDictionary[Any, tuple[int, tokenizers.Tokenizer]]()
 
 
 def control_ids(tokenizer: Any) -> frozenset[int]:
@@ -146,14 +146,16 @@ def _without_control(tokenizer: Any) -> Callable[[str], list[int]]:
     own = _backend(tokenizer)
     if own is None:  # written in Python: it may know a way of its own
         return lambda text: tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    backend = _disarmed(own.to_str(), tuple(sorted(control_ids(tokenizer))))
+    size, backend = _DISARMED.get(tokenizer, (-1, None))
+    if backend is None or size != len(tokenizer):  # as in control_ids; it takes long
+        backend = _disarmed(own.to_str(), control_ids(tokenizer))
+        _DISARMED[tokenizer] = len(tokenizer), backend
     return lambda text: backend.encode(text, add_special_tokens=False).ids
 
 
-@functools.lru_cache(maxsize=2)
-def _disarmed(description: str, forbidden: tuple[int, ...]) -> tokenizers.Tokenizer:
+def _disarmed(description: str, ids: frozenset[int]) -> tokenizers.Tokenizer:
     """A tokenizer whose vocabulary has other names, which no text has, for some ids."""
-    content, ids = parse_json(description, "The tokenizer", finite=False), set(forbidden)
+    content = parse_json(description, "The tokenizer", finite=False)
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] not in ids]
     model = content["model"]
     vocabulary = model["vocab"]
@@ -169,5 +171,5 @@ def _disarmed(description: str, forbidden: tuple[int, ...]) -> tokenizers.Tokeni
         if "merges" in model:
             pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
             model["merges"] = [[a, b] for a, b in pairs if gone.isdisjoint((a, b, a + b))]
-    content["post_processor"] = None
+    content["post_processor"] = content["truncation"] = content["padding"] = None
     return tokenizers.Tokenizer.from_str(json.dumps(content))

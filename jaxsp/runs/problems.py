@@ -76,7 +76,7 @@ class Problems:
         tokens = min(self.asked.config.vocab_size, shared.config.vocab_size)
         wanted = Wanted.by(as_objective(job.settings.training.objective), tokens)
         usual = teacher_key(self.asked, tokenized, job.settings.teacher)
-        said = said_key(self.asked, tokenized, job.settings.teacher, wanted)
+        said = said_key(usual, tokenized, wanted)
         key = said, tokenized.is_train.tobytes(), seed
         if (known := self._problems.get(key)) is not None:
             return known

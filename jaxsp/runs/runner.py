@@ -33,7 +33,7 @@ from jaxsp.runs.problems import Kept, Problems
 from jaxsp.runs.resume import Earlier
 from jaxsp.settings import Settings, plain
 from jaxsp.teacher.another import Teacher
-from jaxsp.teacher.problem import Problem, TokenizedJob, read_preamble, said_key
+from jaxsp.teacher.problem import Problem, TokenizedJob, read_preamble, said_key, teacher_key
 from jaxsp.teacher.signals import Wanted
 from jaxsp.teacher.store import Store
 from jaxsp.training.drivers import DRIVERS, Driver, mesh_of
@@ -308,9 +308,10 @@ class Runner:
             block.resume(placed, saved["tick"], Packing(*saved["packing"]), saved.get("answers", ()))
             if self.single:
                 self.display.say(f"Resuming after step {block.slots[0].step}.")
-        for result in block.run():
-            job = by_id[result.id]
-            yield job, self._finish(job, result)
+        with contextlib.closing(block.run()) as results:  # callbacks hear of the end at once
+            for result in results:
+                job = by_id[result.id]
+                yield job, self._finish(job, result)
         if checkpoints is not None:
             checkpoints.close()
             self._remove_checkpoints(key)
@@ -434,7 +435,8 @@ def bracket_key(
     """Equal where the brackets are: of the teacher, the queries held out, and the prompt before training."""
     start = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(initial))
     split, objective = job.is_train.tobytes(), as_objective(settings.training.objective)
-    key = said_key(model, job, settings.teacher, Wanted.by(objective, model.config.vocab_size))
+    wanted = Wanted.by(objective, model.config.vocab_size)
+    key = said_key(teacher_key(model, job, settings.teacher), job, wanted)
     return key, split, tuple(plain(settings.prompt).items()), start
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -15,14 +14,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from jaxsp.errors import Damaged, UserError
 from jaxsp.files import parse_json
 from jaxsp.serve import page
 from jaxsp.serve.address import LOOPBACK
 from jaxsp.serve.brackets import Bracket, Brackets
-from jaxsp.serve.exchange import Exchange, Limits
+from jaxsp.serve.exchange import Exchange, Limits, took_too_long
 from jaxsp.serve.refusal import Refusal
 from jaxsp.serve.replies import to_bytes
 from jaxsp.serve.scheduler import Scheduler
@@ -137,7 +136,7 @@ class _Service:
             self._arriving -= 1
         exchange = Exchange(asked.scheduler, asked.served, asked.wish, asked.ids, self._limits)
         if asked.wish.stream:
-            return _Events(exchange.events(), exchange.close, self._limits.idle_seconds)
+            return _Events(exchange.events(), exchange.close)
         try:
             return _json(await _while_there(request.receive, exchange.whole()))
         finally:
@@ -159,9 +158,14 @@ class _Service:
             raise Refusal(str(error), code="invalid_json") from None
         meant = self._meant(wish.model)
         served = meant.unread if isinstance(meant, Bracket) else meant
+        loop, seconds = asyncio.get_running_loop(), self._limits.seconds
         try:
-            loop = asyncio.get_running_loop()
-            ids = await loop.run_in_executor(self._encoder, served.request_ids, wish)
+            async with asyncio.timeout(seconds):
+                encode = served.request_ids, wish, self._limits.query_tokens
+                encoding = loop.run_in_executor(self._encoder, *encode)
+                ids = await _while_there(request.receive, encoding)
+        except TimeoutError:
+            raise took_too_long(seconds) from None
         except UserError as error:
             raise Refusal(str(error), param="prompt" if wish.messages is None else "messages") from None
         if not isinstance(meant, Bracket):
@@ -171,11 +175,11 @@ class _Service:
 
 
 class _Events(StreamingResponse):
-    """Server-sent events, whose client may leave, or take no more of them."""
+    """Server-sent events, whose client may leave."""
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None], seconds: float) -> None:
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self._close, self._seconds = close, seconds
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -183,15 +187,8 @@ class _Events(StreamingResponse):
         finally:
             self._close()
 
-    async def stream_response(self, send: Send) -> None:
-        async def in_time(message: Message) -> None:
-            await asyncio.wait_for(send(message), self._seconds)
 
-        with contextlib.suppress(TimeoutError):  # the connection is closed
-            await super().stream_response(in_time)
-
-
-async def _while_there(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
+async def _while_there(receive: Receive, work: Awaitable[_T]) -> _T:
     """The result of the work, which is cancelled if the client leaves.
 
     Raises:

@@ -32,11 +32,11 @@ class Serve:
 
     examples: ClassVar[str] = """
       jaxsp serve prompt/
-      jaxsp serve many/* --port 9000 --slots 16
+      jaxsp serve many/ --port 9000 --slots 16
       jaxsp serve prompt/ --host 0.0.0.0 --api-key "$KEY"
     """
     directories: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR [DIR ...]")]]
-    """Folders that compress wrote, all for one model; name@LENGTH is a shorter prompt of a nested one."""
+    """Folders that compress or compress-many wrote, for one model; a nested prompt is also name@LENGTH."""
     model: str | None = None
     """The model's folder, file or id, if it is not where it was."""
     dtype: str | None = None
@@ -60,8 +60,7 @@ class Serve:
         key = self._check()
         from jaxsp.artifact import SoftPrompt
 
-        folders = [as_path(folder, "The prompt") for folder in self.directories]
-        folders = [folder.parent if folder.is_file() else folder for folder in folders]
+        folders = [folder for directory in self.directories for folder in _prompts(directory)]
         found = [(folder, SoftPrompt.load(folder)) for folder in folders]
         with contextlib.closing(bind(self.host, self.port)) as listener:  # before all that takes long
             self._serve(found, listener, key)
@@ -115,3 +114,18 @@ class Serve:
                 f"Other machines may reach the server at {self.host!r}: give it an --api-key (or ${KEY})."
             )
         return key
+
+
+def _prompts(directory: str) -> list[Path]:
+    """The folder of a prompt; or those in a folder of many whose runs are finished.
+
+    Raises:
+      UserError: the many have finished none.
+    """
+    from jaxsp.artifact import MANIFEST
+    from jaxsp.runs.folder import RunFolder, finished_runs
+
+    folder = as_path(directory, "The prompt")
+    folder = folder.parent if folder.is_file() else folder
+    is_run = RunFolder(folder).settings.is_file() and not (folder / MANIFEST).is_file()
+    return finished_runs(folder) if is_run else [folder]

@@ -86,7 +86,8 @@ class Exchange:
         """
         async for _ in self._texts():
             pass
-        tokens, reason = self._tokens(), self._answer.reason or "stop"
+        tokens, reason = self._tokens(), self._answer.reason
+        assert reason is not None  # all is there
         return self._form.whole(self._answer.text, reason, tokens, self._usage())
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -114,13 +115,7 @@ class Exchange:
                 news = await asyncio.wait_for(self._news.get(), deadline - loop.time())
             except TimeoutError:
                 self.close()
-                raise Refusal(
-                    f"The answer took more than {self._seconds:g} s; ask for fewer tokens, or try again"
-                    " later.",
-                    status=504,
-                    type="server_error",
-                    code="timeout",
-                ) from None
+                raise took_too_long(self._seconds) from None
             if news.error is not None:
                 raise news.error
             text = self._answer.add(news.ids, news.ended, news.likely, self._wish.alternatives or 0)
@@ -135,23 +130,25 @@ class Exchange:
         return self._served.usage(self._read, len(self._answer.ids))
 
 
+def took_too_long(seconds: float) -> Refusal:
+    """The refusal of a request whose time is over."""
+    return Refusal(
+        f"The answer took more than {seconds:g} s; ask for fewer tokens, or try again later.",
+        status=504,
+        type="server_error",
+        code="timeout",
+    )
+
+
 def _longest(served: Served, wish: Wish, count: int, limits: Limits) -> int:
     """Tokens that the answer may have.
 
     Raises:
       Refusal: there is no room for any.
     """
-    window = served.room - 1  # one is the answer's
-    most = min(limits.query_tokens, window)
     if not count:
         raise Refusal("prompt is empty; write a text to go on with.", param="prompt")
-    if count > most:
-        what = "The prompt has" if wish.messages is None else "The messages have"
-        why = f"the model's window leaves {most}" if most == window else f"this server reads up to {most}"
-        raise Refusal(
-            f"{what} {count} tokens; {why}. Shorten the text, or leave out earlier turns.",
-            param="prompt" if wish.messages is None else "messages",
-            code="context_length_exceeded",
-        )
+    if count > served.longest(limits.query_tokens):
+        raise served.too_long(wish, str(count), limits.query_tokens)
     longest = min(limits.answer_tokens, served.room - count)
     return longest if wish.max_tokens is None else min(wish.max_tokens, longest)

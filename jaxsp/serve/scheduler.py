@@ -22,6 +22,9 @@ LOOK_SECONDS = 0.03
 MOST_STEPS = 8
 """Decoding steps between two looks, however short they are."""
 
+LONGEST_PAUSE = 30.0
+"""Seconds between two attempts to make a batch, at most; the first pause is a tenth of one."""
+
 _LOG = logging.getLogger("jaxsp")
 
 
@@ -73,7 +76,7 @@ class Scheduler:
         # By all threads, under the condition's lock:
         self._queue = collections.deque[Job]()
         self._left: set[Job] = set()
-        self._jobs: dict[Job, float] = {}  # all that are not finished, and when they came
+        self._jobs: dict[Job, float | None] = {}  # all that are not finished; since when they have a slot
         self._durations = collections.deque[float](maxlen=32)
         self._closed = False
         # By the batch's own thread:
@@ -122,15 +125,16 @@ class Scheduler:
         """
         with self._changed:
             self.check_room()
-            self._jobs[job] = time.monotonic()
+            self._jobs[job] = None
             self._queue.append(job)
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
         """Takes a job out, wherever it is; it hears no more."""
         with self._changed:
-            if self._jobs.pop(job, None) is None:
+            if job not in self._jobs:
                 return
+            self._finish(job)
             if job in self._queue:
                 self._queue.remove(job)
             else:
@@ -151,29 +155,39 @@ class Scheduler:
         return max(1, min(60, math.ceil(mean / self._slots)))
 
     def _run(self) -> None:
-        while self._wait():
+        pause = 0.0
+        while self._wait(pause):
             try:
                 if self._batch is None:
+                    pause = min(2 * pause or 0.1, LONGEST_PAUSE)  # if it fails
                     self._batch = self._make_batch()
+                pause = 0.0
                 self._turn(self._batch)
             except Exception:  # of the device: these requests are lost, the server is not
                 _LOG.exception("The batch failed, and is made anew.")
                 self._batch = None
-                lost = [*self._rows.values(), *self._joining]
-                if not lost:  # there is no batch
-                    with self._changed:
-                        lost = list(self._queue)
-                        self._queue.clear()
-                self._rows = {}
-                self._joining.clear()
-                self._refuse(lost, "The server failed; its log says why.", 500)
+                self._refuse(self._lost(), "The server failed; its log says why.", 500)
         self._refuse(list(self._jobs), "The server is closing.", 503)
 
-    def _wait(self) -> bool:
-        """Waits for something to do; false if the server closes."""
+    def _lost(self) -> list[Job]:
+        """The jobs that a failure ends: those of the batch; where there was none, all that wait."""
         with self._changed:
-            while not (self._queue or self._rows or self._left or self._closed):
-                self._changed.wait()
+            lost = [*self._rows.values(), *self._joining]
+            if not lost:
+                lost = list(self._queue)
+                self._queue.clear()
+            self._rows = {}
+            self._joining.clear()
+            self._left.clear()  # they had a row there
+        return lost
+
+    def _wait(self, pause: float) -> bool:
+        """Waits for something to do, after a pause; false if the server closes."""
+        with self._changed:
+            if pause:
+                self._changed.wait_for(lambda: self._closed, pause)
+            # Jobs that have left are nothing to do by themselves: they have a row, or no place any more.
+            self._changed.wait_for(lambda: self._queue or self._rows or self._closed)
             return not self._closed
 
     def _turn(self, batch: Live) -> None:
@@ -196,9 +210,13 @@ class Scheduler:
             self._joining.popleft()
         if not self._rows:
             return
-        before, start = batch.steps, time.perf_counter()
+        before, start = batch.steps, time.monotonic()
         found = batch.advance(max(1, min(MOST_STEPS, int(LOOK_SECONDS / self._step_seconds))))
-        self._step_seconds = (time.perf_counter() - start) / max(1, batch.steps - before)
+        self._step_seconds = (time.monotonic() - start) / max(1, batch.steps - before)
+        with self._changed:
+            for row, *_ in found:
+                if self._jobs.get(self._rows[row], start) is None:
+                    self._jobs[self._rows[row]] = start
         for row, ids, ended, likely in found:
             job = self._rows.pop(row) if ended else self._rows[row]
             if ended:
@@ -208,11 +226,12 @@ class Scheduler:
 
     def _finish(self, job: Job) -> None:
         with self._changed:
-            if (came := self._jobs.pop(job, None)) is not None:
-                self._durations.append(time.monotonic() - came)
+            if (since := self._jobs.pop(job, None)) is not None:
+                self._durations.append(time.monotonic() - since)
 
     def _refuse(self, jobs: list[Job], message: str, status: int) -> None:
         kind = "invalid_request_error" if status == 400 else "server_error"
         for job in jobs:
-            self._finish(job)
-            job.deliver(News([], None, True, Refusal(message, status=status, type=kind)))
+            if job in self._jobs:  # else it has left meanwhile
+                self._finish(job)
+                job.deliver(News([], None, True, Refusal(message, status=status, type=kind)))

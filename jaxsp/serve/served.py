@@ -70,18 +70,42 @@ class Served:
         """Tokens that the model's window leaves behind the prefix."""
         return self.model.config.window - self.prefix.end
 
-    def request_ids(self, wish: Wish) -> list[int]:
+    def longest(self, limit: int) -> int:
+        """Tokens that a request may have here, of a server that reads so many."""
+        return min(limit, self.room - 1)  # one is the answer's
+
+    def too_long(self, wish: Wish, count: str, limit: int) -> Refusal:
+        """The refusal of a request that has so many tokens."""
+        most = self.longest(limit)
+        what = "The prompt has" if wish.messages is None else "The messages have"
+        why = "the model's window leaves" if most < limit else "this server reads up to"
+        return Refusal(
+            f"{what} {count} tokens; {why} {most}. Shorten the text, or leave out earlier turns.",
+            param="prompt" if wish.messages is None else "messages",
+            code="context_length_exceeded",
+        )
+
+    def request_ids(self, wish: Wish, limit: int) -> list[int]:
         """Token ids of all that the model reads behind the prefix.
 
+        Args:
+          wish: the request.
+          limit: tokens that the server reads; of a chat that has more not all is encoded.
+
         Raises:
-          Refusal: the messages are no chat, or an id is none of the model's.
+          Refusal: the messages are no chat or too long, or an id is none of the model's.
           UserError: a text can't be encoded.
         """
         tokenizer = self.model.tokenizer
         if wish.messages is not None:
             texts = texts_in_turn(wish.messages, self._knows)
+            most = self.longest(limit)
+            if len(texts) > most:  # each has a token
+                raise self.too_long(wish, f"at least {len(texts)}", limit)
             later = self._later if len(texts) > 1 else None
-            ids = self.prompt.chat.chat_ids(tokenizer, texts, later)
+            ids = self.prompt.chat.chat_ids(tokenizer, texts, later, most)
+            if len(ids) > most:
+                raise self.too_long(wish, f"at least {len(ids)}", limit)
         elif isinstance(wish.prompt, str):
             ids = encode(tokenizer, wish.prompt, behind="a")
         else:

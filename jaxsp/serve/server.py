@@ -15,6 +15,7 @@ from jaxsp.models.generation import Live
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.serve.app import make_app
 from jaxsp.serve.brackets import Brackets
+from jaxsp.serve.connection import given_up_after
 from jaxsp.serve.exchange import Limits
 from jaxsp.serve.scheduler import Scheduler
 from jaxsp.serve.served import Shelf
@@ -73,8 +74,9 @@ def make_server(
     app = make_app(shelf, scheduler, brackets, limits, api_key=api_key, host=host)
     # uvicorn waits for the requests that are there when it is asked to end, and they have their limit.
     config = uvicorn.Config(
-        app, http="h11", ws="none", lifespan="off", log_config=None, log_level="error", access_log=False,
-        server_header=False, proxy_headers=False, timeout_graceful_shutdown=int(limits.seconds) + 1,
+        app, http=given_up_after(limits.idle_seconds), ws="none", lifespan="off", log_config=None,
+        log_level="error", access_log=False, server_header=False, proxy_headers=False,
+        timeout_graceful_shutdown=int(limits.seconds) + 1,
     )  # fmt: skip
     return uvicorn.Server(config)
 

@@ -27,12 +27,11 @@ def teacher_key(model: LanguageModel, job: TokenizedJob, settings: TeacherSettin
     return digest((*identity(model), *texts, *parts, asked, plain(settings)))
 
 
-def said_key(model: LanguageModel, job: TokenizedJob, settings: TeacherSettings, wanted: Wanted) -> str:
+def said_key(usual: str, job: TokenizedJob, wanted: Wanted) -> str:
     """The same, also of the signals that are wanted of it and of which queries are to train on.
 
-    Where all rows have the last hidden states, that is the ``teacher_key``.
+    Where all rows have the last hidden states, that is the ``teacher_key``, which is ``usual``.
     """
-    usual = teacher_key(model, job, settings)
     return usual if wanted.is_usual else digest((usual, wanted, job.is_train.tolist()))
 
 

@@ -331,7 +331,8 @@ def run_teacher(
       answers: its own, where they are known; by default those that all runs share, of its last hidden states.
     """
     store = store or Store(None)
-    key, usual = said_key(model, job, settings, wanted), teacher_key(model, job, settings)
+    usual = teacher_key(model, job, settings)
+    key = said_key(usual, job, wanted)
     if (kept := store.read(key, _read(job, wanted), "Teacher's answers and signals")) is not None:
         return Problem(job, preamble, *kept, wanted=wanted)
     if answers is None and key != usual:

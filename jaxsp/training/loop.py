@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -54,7 +54,7 @@ class Block:
         the last, too. Slots are filled again when the others are evaluated: one evaluation serves all.
       checkpoints: where the states are saved.
       checkpoint_every: steps between checkpoints.
-      callbacks: hear of every step.
+      callbacks: hear of every step, and of the end.
     """
 
     packing: Packing
@@ -99,12 +99,19 @@ class Block:
         self._put(stack([slot.job.state for slot in self.slots]))
         self._pack_held_out()
 
-    def run(self) -> Iterator[TrainingResult]:
+    def run(self) -> Generator[TrainingResult, None, None]:
         """Trains until the queue is empty; gives each prompt as its training ends.
 
         Raises:
           Interrupted: on Ctrl-C, between two steps; the states are then saved.
         """
+        try:
+            yield from self._run()
+        finally:  # it may have failed, or have been interrupted
+            for slot in self._live():
+                self._tell_end(slot)
+
+    def _run(self) -> Iterator[TrainingResult]:
         while True:
             try:
                 self._fill()
@@ -119,8 +126,10 @@ class Block:
                 raise Interrupted(self._where()) from None
             for index, slot in enumerate(self.slots):
                 if slot.finished and not slot.left:
-                    yield self._result(index, slot)
+                    result = self._result(index, slot)
                     slot.left, self.ahead = True, None
+                    self._tell_end(slot)
+                    yield result
 
     def _live(self) -> list[Slot]:
         return [slot for slot in self.slots if not slot.left]
@@ -285,6 +294,12 @@ class Block:
                 step = Step(slot.job.id, line["step"], slot.steps, metrics, sigma)
                 answers = [callback(step) for callback in self.callbacks]  # each hears of it
                 slot.stopped |= True in answers
+
+    def _tell_end(self, slot: Slot) -> None:
+        """Tells the callbacks that want to know it that a training has ended."""
+        for callback in self.callbacks:
+            if (on_end := getattr(callback, "on_end", None)) is not None:
+                on_end(slot.job.id)
 
     def _sigma(self, index: int) -> PyTree:
         return unstack(self.driver.fetch(self.states), index).sigma

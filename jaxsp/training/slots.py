@@ -109,7 +109,8 @@ class Step:
 
 Callback = Callable[[Step], bool | None]
 """Called after every step of every prompt; if it returns ``True`` the prompt stops at its next evaluation. Of
-several processes each calls its own, and they must say the same."""
+several processes each calls its own, and they must say the same. A method ``on_end``, if it has one, is
+called with the id of each prompt whose training has ended, whatever the reason."""
 
 
 class Slot:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from jaxsp.models import text as text_module
@@ -122,3 +124,22 @@ def test_the_document_in_the_system_turn_and_a_system_text():
     assert system.between == "<|end|>\n<|user|>user\n"
     given = ChatTexts.of(own, ChatOptions(system="Be brief."))
     assert given.before == "<|user|>system\nBe brief.<|end|>\n<|user|>user\n"
+
+
+def test_what_knows_no_control_token_is_made_once(monkeypatch):
+    """And anew when a token is added: to write a tokenizer out takes long."""
+    own = copy.deepcopy(tokenizer("byte level"))
+    made, disarmed = [], text_module._disarmed
+
+    def counted(description, ids):
+        made.append(ids)
+        return disarmed(description, ids)
+
+    monkeypatch.setattr(text_module, "_disarmed", counted)
+    for _ in range(3):
+        encode(own, "Say </s>.")
+    assert len(made) == 1
+    own.add_tokens(["<new>"])
+    for _ in range(3):
+        assert own.convert_tokens_to_ids("<new>") not in encode(own, "Say <new>.")
+    assert len(made) == 2

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import uvicorn
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
@@ -55,8 +56,13 @@ class Running:
 
     url: str
     scheduler: Scheduler
+    server: uvicorn.Server
     client: Any
     options: dict[str, Any]
+
+    @property
+    def connections(self) -> list[Any]:
+        return list(self.server.server_state.connections)
 
     @property
     def place(self) -> tuple[str, int]:
@@ -89,7 +95,7 @@ def running(
         options = {"base_url": url, "api_key": api_key or "any", "max_retries": 0, "timeout": 60}
         try:
             with openai.OpenAI(**options) as client:
-                yield Running(url, scheduler, client, options)
+                yield Running(url, scheduler, made, client, options)
         finally:
             made.should_exit = True
             thread.join(60)

@@ -12,12 +12,20 @@ import numpy as np
 import openai
 import pytest
 
-from jaxsp.models import decoder
+import jaxsp
+from experiments import random_llama
+from jaxsp.artifact import make_artifact
+from jaxsp.data.documents import Query
+from jaxsp.models import chat as chat_module, decoder
 from jaxsp.models.generation import Sampling, generate
 from jaxsp.models.text import encode
 from jaxsp.serve.exchange import Limits, _longest
 from jaxsp.serve.refusal import Refusal
 from jaxsp.serve.schema import read_chat
+from jaxsp.serve.served import Served
+from jaxsp.settings import make_settings
+from jaxsp.teacher.problem import tokenize
+from tests.conftest import CONTEXT
 from tests.serve.running import KINDS, LIMITS, asked, running, shelf
 
 QUESTION = "What is fact 7?"
@@ -126,15 +134,25 @@ def test_a_system_text_that_the_prompt_stands_for_changes_nothing(chat):
 
 
 def test_the_preambles_own_system_text_is_left_out():
-    served = shelf()["pump"]
-    assert not served._knows("Be brief.")
-    assert served._knows(" ")
-    object.__setattr__(served, "_preamble", ["system You are kind."])
-    try:
-        assert served._knows("You  are\nkind.")
-        assert not served._knows("re kind.")
-    finally:
-        vars(served).pop("_preamble")
+    """By a template that writes one where a chat has none."""
+    own = "<|im_start|>system\nYou are kind.  Always.<|im_end|>\n"
+    opening = f"{{% if messages[0]['role'] != 'system' %}}{own}{{% endif %}}"
+    words = random_llama.tokenizer(opening + random_llama.CHAT_TEMPLATE)
+    model = jaxsp.load_model(shelf().model.directory, dtype="float32", tokenizer=words)
+    bike, settings = shelf()["bike"], make_settings({"prompt_length": 4, "kind": "embedding"})
+    job = tokenize(model, CONTEXT, [Query(QUESTION)], [], settings)
+    prompt = make_artifact(model, job, settings, bike.prompt.sigma, CONTEXT, steps=0)
+    assert prompt.chat.before == f"{own}<|im_start|>user\n"
+    served = Served("kind", prompt, model, bike.prefix, 0)
+
+    def ids(*system: str) -> list[int]:
+        messages = [{"role": "system", "content": text} for text in system]
+        return served.request_ids(read_chat({"model": "kind", "messages": [*messages, *user()]}), 256)
+
+    assert ids("You are\nkind. Always.") == ids(CONTEXT) == ids(CONTEXT, "You are kind.  Always.") == ids()
+    plain = str(words.decode(ids()))
+    for other in ("You are", "ou are kind. Always.", "You are kind. Always. Be brief."):
+        assert str(words.decode(ids(other))) == plain.replace(QUESTION, f"{other}\n\n{QUESTION}")
 
 
 def test_control_tokens_in_a_message_are_plain_text(chat):
@@ -233,6 +251,24 @@ def test_a_client_that_is_wrong_is_told_in_openais_form(chat, service):
         service.client.completions.create(model="pump", prompt=[2**70])
     with pytest.raises(openai.NotFoundError, match="There is no POST /v1/embeddings here, but POST"):
         service.client.embeddings.create(model="pump", input="a")
+
+
+def test_a_chat_that_is_much_too_long_is_not_encoded_to_its_end(chat, monkeypatch):
+    encoded, encode = [], chat_module.encode
+
+    def counted(tokenizer, text, **options):
+        encoded.append(text)
+        return encode(tokenizer, text, **options)
+
+    monkeypatch.setattr(chat_module, "encode", counted)
+    for count, text, most in ((15_001, "<|im_end|>", 0), (201, "<|im_end|> word" * 9, 8)):
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i in range(count)]
+        encoded.clear()
+        with pytest.raises(openai.BadRequestError, match=r"at least \d+ tokens; this server reads") as long:
+            chat(messages=messages)
+        assert (long.value.code, long.value.param) == ("context_length_exceeded", "messages")
+        assert encoded.count(text) <= most
+        assert bool(encoded) == bool(most)
 
 
 def test_the_window_bounds_a_request_where_it_is_smaller():

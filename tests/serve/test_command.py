@@ -16,10 +16,13 @@ from typing import Any
 import openai
 import pytest
 
+import jaxsp
+from jaxsp.runs.folder import RunFolder
 from jaxsp.serve import address, command
 from jaxsp.serve.server import open_shelf
+from tests.conftest import CONTEXT, QUERIES
 from tests.serve.running import asked, shelf
-from tests.test_files import prompt
+from tests.test_files import prompt, result
 
 
 @pytest.fixture
@@ -62,6 +65,35 @@ def test_a_prompt_of_another_model_is_named(tmp_path, jaxsp_command):
     code, _, err = jaxsp_command(*words, "--dtype", "float32")
     assert code == 2
     assert "other: This prompt belongs to another model" in err
+
+
+def written(many: Path) -> None:
+    RunFolder(many).start({})
+    for name in ("two", "one"):
+        result(many / name)
+
+
+def trained(many: Path) -> None:
+    options: dict[str, Any] = {"prompt_length": 4, "steps": 0, "kind": "embedding", "max_answer_tokens": 4}
+    jobs = [{"id": name, "context": CONTEXT, "queries": QUERIES[:4]} for name in ("two", "one")]
+    list(jaxsp.compress_many(shelf().model, jobs, out=many, progress=False, **options))
+    assert {path.name for path in many.iterdir()} == {"one", "two", "run", "results.parquet"}
+
+
+@pytest.mark.parametrize("make", [written, pytest.param(trained, marks=pytest.mark.slow)])
+def test_a_folder_of_many_stands_for_its_finished_prompts(make, tmp_path, jaxsp_command):
+    many = tmp_path / "many"
+    make(many)
+    assert command._prompts(str(many)) == [many / "one", many / "two"]
+    with contextlib.closing(address.bind("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert "can't listen" in jaxsp_command("serve", many, many / "one", "--port", port)[2]  # all is read
+    (many / "two" / "report.json").unlink()
+    assert command._prompts(str(many)) == [many / "one"]
+    (many / "one" / "report.json").unlink()
+    code, _, err = jaxsp_command("serve", many)
+    assert code == 2
+    assert f"{many} holds no finished run" in err
 
 
 def test_names_are_made_unique(tmp_path):

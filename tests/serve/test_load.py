@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
 import time
 from typing import Any
 
@@ -13,7 +14,8 @@ import openai
 import pytest
 
 from jaxsp.models.generation import Live
-from jaxsp.serve import app
+from jaxsp.serve.connection import Connection
+from jaxsp.serve.served import Served
 from tests.serve.running import KINDS, Running, asked, running, until
 
 LONG = {"model": "pump", "max_tokens": 64, "messages": [{"role": "user", "content": "Go on."}]}
@@ -58,10 +60,14 @@ def test_200_at_once_over_4_prompts():
         assert service.scheduler.count == 0
 
 
-def request(service: Running, body: dict) -> socket.socket:
-    """A connection on which a request has been sent."""
+def request(service: Running, body: dict, receive: int | None = None) -> socket.socket:
+    """A connection on which a request has been sent; it holds ``receive`` bytes that nobody has read."""
     content = json.dumps(body).encode()
-    connection = socket.create_connection(service.place, timeout=30)
+    connection = socket.socket()
+    connection.settimeout(30)
+    if receive is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+    connection.connect(service.place)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(content)}\r\n"
     connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + content)
     return connection
@@ -90,37 +96,76 @@ def test_a_client_that_leaves_frees_its_slot(slowly, stream):
         assert found.choices[0].message.content == asked("pump", "Go on.", 4)
 
 
-def test_a_slow_reader_gets_all_and_holds_up_nobody():
+MUCH = {**LONG, "stream": True, "logprobs": True, "top_logprobs": 20}
+"""Some 100,000 bytes, more than the sockets hold."""
+
+
+@pytest.fixture
+def holds(monkeypatch, request):
+    """The server waits for a client as soon as so many bytes are not sent: by default the least."""
+    made = Connection.connection_made
+
+    def smaller(self, transport):
+        made(self, transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+        transport.set_write_buffer_limits(high=getattr(request, "param", 2048))
+
+    monkeypatch.setattr(Connection, "connection_made", smaller)
+
+
+def waits(service: Running) -> bool:
+    """Whether an answer can't be sent, or not its rest: the server waits for the client."""
+    return any(
+        one.transport.get_write_buffer_size() and (one.flow.write_paused or one.cycle.response_complete)
+        for one in service.connections
+    )
+
+
+def test_a_slow_reader_gets_all_and_holds_up_nobody(holds):
     with running() as service:
-        slow = request(service, {**LONG, "stream": True})
+        slow = request(service, MUCH, receive=2048)
+        assert until(lambda: waits(service))
         client = service.client
         got = b""
         for n in range(20):
             got += slow.recv(7)
             found = client.chat.completions.create(**{**LONG, "model": "bike", "max_tokens": 1 + n % 3})
             assert found.choices[0].message.content == asked("bike", "Go on.", 1 + n % 3)
+        assert waits(service)
         while b"[DONE]" not in got:
-            got += slow.recv(1000)
+            part = slow.recv(1000)
+            assert part
+            got += part
         slow.close()
     pieces = [json.loads(line[6:]) for line in got.split(b"\r\n") if line.startswith(b"data: {")]
     text = "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces)
     assert text == asked("pump", "Go on.", 64)
 
 
-def test_a_reader_that_takes_nothing_more_is_given_up():
-    async def events():
-        yield b"a"
+def test_a_reader_that_takes_nothing_more_is_given_up(holds):
+    """It is there, but its connection ends, and its slot is free."""
+    with running(slots=1, idle_seconds=0.4) as service:
+        silent = request(service, MUCH, receive=2048)
+        assert until(lambda: waits(service))
+        assert until(lambda: not service.connections, 5)
+        assert until(lambda: service.scheduler.count == 0, 5)
+        got = b""
+        while part := silent.recv(2**16):
+            got += part
+        assert b"200 OK" in got
+        assert b"[DONE]" not in got  # but what was sent before is there
+        silent.close()
 
-    async def send(message):
-        await asyncio.sleep(60)
 
-    async def receive() -> Any:
-        await asyncio.sleep(60)
-
-    closed = []
-    response = app._Events(events(), lambda: closed.append(True), 0.05)
-    asyncio.run(response({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send))
-    assert closed == [True]
+@pytest.mark.parametrize("holds", [2048, 2**20], indirect=True)
+def test_a_reader_that_takes_nothing_more_does_not_hold_up_the_end(holds):
+    """Neither while its answer can't be written, nor when all is written but not sent."""
+    with running(idle_seconds=0.4) as service:
+        silent = request(service, MUCH, receive=2048)
+        assert until(lambda: waits(service))
+        start = time.monotonic()
+    assert time.monotonic() - start < 5
+    silent.close()
 
 
 def test_a_full_queue_says_when_to_come_again(slowly):
@@ -150,6 +195,41 @@ def test_requests_that_are_still_being_sent_count_too():
 
         assert until(lambda: asking() == 429)
         for connection in sending:
+            connection.close()
+        assert until(lambda: asking() == 400)
+
+
+@pytest.fixture
+def no_encoder(monkeypatch):
+    """Nothing is encoded while a test runs."""
+    end = threading.Event()
+
+    def waiting(self, wish, limit):
+        assert end.wait(60)
+        return [5]
+
+    monkeypatch.setattr(Served, "request_ids", waiting)
+    yield
+    end.set()
+
+
+def test_the_time_of_a_request_begins_when_it_waits_to_be_encoded(no_encoder):
+    with running(seconds=0.4) as service:
+        for _ in range(2):  # the first is being encoded, the second waits for it
+            with pytest.raises(openai.InternalServerError, match=r"took more than 0\.4 s"):
+                service.client.chat.completions.create(**LONG)
+        assert httpx.get(f"{service.url}/models").status_code == 200
+
+
+def test_a_client_that_leaves_while_it_waits_to_be_encoded_is_noticed(no_encoder):
+    with running(slots=1, queue=1) as service:
+        waiting = [request(service, LONG) for _ in range(2)]
+
+        def asking() -> int:
+            return httpx.post(f"{service.url}/completions", json={}).status_code
+
+        assert until(lambda: asking() == 429)
+        for connection in waiting:
             connection.close()
         assert until(lambda: asking() == 400)
 

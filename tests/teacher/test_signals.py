@@ -398,7 +398,7 @@ def test_the_key_holds_what_is_wanted_and_of_which_queries(calm_model):
 
     def keys(objective, tokens=V):
         chosen = Wanted.by(as_objective(objective), tokens)
-        return [said_key(calm_model, job, settings.teacher, chosen) for job in jobs]
+        return [said_key(teacher_key(calm_model, job, settings.teacher), job, chosen) for job in jobs]
 
     for objective in ("kl", "nll", "hidden_mse", "kl=0.5,topk_kl=0.5"):  # hidden states give the others, too
         assert keys(objective) == [teacher_key(calm_model, job, settings.teacher) for job in jobs]

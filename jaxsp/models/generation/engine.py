@@ -37,7 +37,8 @@ STEPS = 8
 class _State(NamedTuple):
     """Where the queue and the slots are, and the tokens chosen so far; R requests."""
 
-    step: Int[Array, ""]  # decoding steps done
+    done: Int[Array, ""]  # decoding steps of this call
+    column: Int[Array, ""]  # of the ring, the next to be written
     started: Int[Array, ""]  # requests that have got a slot: the first ones
     index_B: Int[Array, " b"]  # the request that a slot serves
     running_B: Bool[Array, " b"]
@@ -45,7 +46,7 @@ class _State(NamedTuple):
     tokens_RA: Int[Array, "r a"]  # as wide as the longest answer
     count_R: Int[Array, " r"]
     query_LBZGF: tuple[Array, Array]  # keys and values of the queries
-    answer_LBAGF: tuple[Array, Array]  # and of the answers, a ring: column = step % A
+    answer_LBAGF: tuple[Array, Array]  # and of the answers, a ring of A columns
     prefix: KeyValues | None  # each slot's own, where there are several
     likely: Likely | None = None  # where any request may ask for it
 
@@ -63,7 +64,7 @@ class _Given:
     total: Array | np.int32
     """Requests that have come so far."""
     order_R: Array | np.ndarray | None = None
-    """The row of the table of each, by its number modulo R; None: the first one's is the first."""
+    """The table's row of each request, by its number (from 0) modulo R; None: the number."""
 
 
 class Progress(NamedTuple):
@@ -107,6 +108,7 @@ class Batch:
         self._running: dict[int, int] = {}  # slots by rows
         self._started = 0
         self._cut_B = np.zeros(slots, bool)
+        self._steps = 0
 
     @property
     def busy(self) -> bool:
@@ -116,7 +118,7 @@ class Batch:
     @property
     def steps(self) -> int:
         """Decoding steps done."""
-        return int(self._state.step)
+        return self._steps
 
     def put(self, row: int, table: Requests) -> None:
         """Lets a request wait that has come into the table."""
@@ -131,20 +133,28 @@ class Batch:
             self._waiting.remove(row)
 
     def advance(self, steps: int) -> list[Progress]:
-        """Decodes so many steps, or until no request is left: all requests that were under way."""
+        """Decodes so many steps, or until no request is left.
+
+        Args:
+          steps: the number; any is the same compiled program.
+
+        Returns:
+          The progress of each request that was under way, those that ended meanwhile included.
+        """
         total, order_R = self._started + len(self._waiting), None
         if not self._in_order:
             order_R = np.zeros(len(self._state.count_R), np.int32)
             order_R[np.arange(self._started, total) % len(order_R)] = list(self._waiting)
         given = dataclasses.replace(self._given, total=np.int32(total), order_R=order_R)
         state = self._state = _advance(given, self._state, self._cut_B, np.int32(steps))
-        started, index_B, running_B, count_R, tokens_RA = jax.device_get(
-            (state.started, state.index_B, state.running_B, state.count_R, state.tokens_RA)
+        done, started, index_B, running_B, count_R, tokens_RA = jax.device_get(
+            (state.done, state.started, state.index_B, state.running_B, state.count_R, state.tokens_RA)
         )
         slot_of = {int(index_B[slot]): int(slot) for slot in np.flatnonzero(running_B)}
         under_way = [*self._running, *(self._waiting.popleft() for _ in range(started - self._started))]
         self._running = {row: slot_of[row] for row in under_way if row in slot_of}
         self._started = int(started)
+        self._steps += int(done)
         self._cut_B = np.zeros_like(self._cut_B)
         return [
             Progress(row, tokens_RA[row, : count_R[row]].tolist(), row not in slot_of) for row in under_way
@@ -161,10 +171,10 @@ class Batch:
         """
         if (query_tokens, answer_tokens) != self.sizes:
             state = self._state
-            step, query, answer = _resized(
-                state.step, state.query_LBZGF, state.answer_LBAGF, query_tokens, answer_tokens
+            column, query, answer = _resized(
+                state.column, state.query_LBZGF, state.answer_LBAGF, query_tokens, answer_tokens
             )
-            self._state = state._replace(step=step, query_LBZGF=query, answer_LBAGF=answer)
+            self._state = state._replace(column=column, query_LBZGF=query, answer_LBAGF=answer)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -185,7 +195,8 @@ def _start(
     del params
     R, Z = table.ids_BZ.shape
     return _State(
-        step=jnp.int32(0),
+        done=jnp.int32(0),
+        column=jnp.int32(0),
         started=jnp.int32(0),
         index_B=jnp.zeros(B, jnp.int32),
         running_B=jnp.zeros(B, bool),
@@ -201,9 +212,9 @@ def _start(
 
 @functools.partial(jax.jit, static_argnames=("Z", "A"))
 def _resized(
-    step: Array, query: tuple[Array, Array], answer: tuple[Array, Array], Z: int, A: int
+    column: Array, query: tuple[Array, Array], answer: tuple[Array, Array], Z: int, A: int
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-    """The step and the caches with room for ``Z`` tokens of a query and ``A`` of an answer."""
+    """The ring's next column and the caches, with room for ``Z`` tokens of a query and ``A`` of an answer."""
     before = answer[0].shape[2]
 
     def columns(cache: Array, first: int, count: int) -> Array:
@@ -213,10 +224,10 @@ def _resized(
 
     def ring(cache: Array) -> Array:
         """From the oldest column on, of which the newest ones are kept."""
-        return columns(jnp.roll(cache, -(step % before), axis=2), max(0, before - A), A)
+        return columns(jnp.roll(cache, -column, axis=2), max(0, before - A), A)
 
     queries = tuple(columns(cache, 0, Z) for cache in query)
-    return jnp.full_like(step, min(A, before)), queries, tuple(map(ring, answer))
+    return jnp.full_like(column, min(A, before) % A), queries, tuple(map(ring, answer))
 
 
 def _room(config: DecoderConfig, rows: int, size: int) -> tuple[Array, Array]:
@@ -227,7 +238,6 @@ def _room(config: DecoderConfig, rows: int, size: int) -> tuple[Array, Array]:
 @functools.partial(jax.jit, donate_argnames="state")
 def _advance(given: _Given, state: _State, cut_B: Array, steps: Array) -> _State:
     """Ends the slots to ``cut``, then decodes so many ``steps``, or until every request has ended."""
-    last = state.step + steps
     group, total = min(GROUP, len(cut_B)), given.total
 
     def refill(state: _State) -> _State:
@@ -243,9 +253,9 @@ def _advance(given: _Given, state: _State, cut_B: Array, steps: Array) -> _State
         return state
 
     def unfinished(state: _State) -> Array:
-        return (state.step < last) & ((state.started < total) | jnp.any(state.running_B))
+        return (state.done < steps) & ((state.started < total) | jnp.any(state.running_B))
 
-    state = state._replace(running_B=state.running_B & ~cut_B)
+    state = state._replace(done=jnp.int32(0), running_B=state.running_B & ~cut_B)
     return jax.lax.while_loop(unfinished, lambda state: _step(given, refill(state)), state)
 
 
@@ -317,11 +327,11 @@ def _step(given: _Given, state: _State) -> _State:
     requests: Requests = jax.tree.map(lambda all_R: all_R[state.index_B], table)
     count_B = state.count_R[state.index_B]
     logits_BV = decoder.unembed(params, config, state.last_BD)
-    token_B = choose(logits_BV, requests.choices, count_B)
+    token_B = choose(logits_BV, requests.choices.where(state.running_B), count_B)
     stopped_B = jnp.any(token_B[:, None] == requests.choices.stops_BE, axis=1)
     index_B = jnp.where(state.running_B, state.index_B, R)  # R: nowhere
 
-    column = state.step % A
+    column = state.column
     here_B = prefix.next_position + requests.length_B + count_B
     ago_A = (column - 1 - jnp.arange(A)) % A + 1  # how many steps, since each column was written
     own_BA = ago_A <= count_B[:, None]
@@ -335,7 +345,8 @@ def _step(given: _Given, state: _State) -> _State:
     if likely is not None and requests.likely_B is not None:
         likely = likely.written(logits_BV, token_B, requests.likely_B & state.running_B, index_B, count_B)
     return state._replace(
-        step=state.step + 1,
+        done=state.done + 1,
+        column=(column + 1) % A,
         running_B=state.running_B & ~stopped_B & (count_B + 1 < requests.max_B),
         last_BD=states_B1D[:, 0],
         tokens_RA=state.tokens_RA.at[index_B, count_B].set(token_B, mode="drop"),

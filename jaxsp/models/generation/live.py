@@ -182,7 +182,7 @@ class Live:
                 self._batch.resize(*other)
             self._batch.resize(*level)
             row = self.add([0], Sampling(max_tokens=1))
-            while self._batch.busy:
+            while self.busy:
                 self._batch.advance(1)
             del self._seen[row]
             self._free.append(row)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp.typing import EMPTY, Array, Float, Int, UserError, ceil_div
+from jaxsp.typing import EMPTY, Array, Bool, Float, Int, UserError, ceil_div
 
 LEAST_TOP_P = 1e-9
 """A smaller one means the same: the most probable token. As a float32 it might be 0, and leave none."""
@@ -86,6 +86,14 @@ class Choices(NamedTuple):
 
     draws: Draws | None  # None where all rows take the most probable token: the rest is then not compiled
     stops_BE: Int[Array, "b e"]  # ``EMPTY`` where there are fewer
+
+    def where(self, wanted_B: Bool[Array, " b"]) -> Choices:
+        """The same of the rows that are wanted; the others ask for nothing that would cost something."""
+        if (draws := self.draws) is None:
+            return self
+        temperature_B = jnp.where(wanted_B, draws.temperature_B, 0)
+        min_B = jnp.where(wanted_B, draws.min_B, 0)
+        return self._replace(draws=draws._replace(temperature_B=temperature_B, min_B=min_B))
 
 
 def tabulate(

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from jaxsp import distributions
-from jaxsp.models.generation import Live, Sampling, generate, live as live_module
+from jaxsp.models.generation import (
+    Live,
+    Sampling,
+    engine,
+    generate,
+    live as live_module,
+    sampling as sampling_module,
+)
 from jaxsp.typing import KeyValues, UserError
 
 SLOTS, QUERY, ANSWER = 3, 40, 32
@@ -151,6 +158,39 @@ def test_there_is_as_much_room_as_is_needed(live):
     live.add([5], Sampling(max_tokens=2))
     live.advance(1)
     assert live._batch.sizes == sizes[0]
+
+
+def test_steps_are_counted_whatever_the_room(live):
+    """The room grows and shrinks between; the ring's column never leaves the ring."""
+    for max_tokens, steps in ((20, 20), (2, 22), (32, 54)):
+        live.add([5], Sampling(max_tokens=max_tokens))
+        while live.busy:
+            before = live.steps
+            live.advance(3)
+            assert 0 < live.steps - before <= 3
+            assert 0 <= live._batch._state.column < live._batch.sizes[1]
+        assert live.steps == steps
+
+
+def test_who_has_ended_costs_the_others_nothing(live, monkeypatch):
+    """A greedy answer goes on without the sort that a sampled one needed, whose slot is at rest."""
+    sorts, most_probable = [], sampling_module._most_probable
+
+    def counted(logits_BV, *options):
+        jax.debug.callback(lambda: sorts.append(True))
+        return most_probable(logits_BV, *options)
+
+    monkeypatch.setattr(sampling_module, "_most_probable", counted)
+    engine._advance.clear_cache()
+    try:
+        live.add([5], Sampling(max_tokens=20))
+        live.add([6], Sampling(temperature=1.0, top_p=0.5, max_tokens=3))
+        for steps, expected in ((3, 3), (8, 3)):
+            live.advance(steps)
+            jax.effects_barrier()
+            assert len(sorts) == expected
+    finally:
+        engine._advance.clear_cache()
 
 
 def test_one_that_leaves_frees_its_slot_and_its_row(live):
