@@ -10,9 +10,9 @@ import hashlib
 import importlib.resources
 import json
 import re
-import urllib.parse
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -23,10 +23,12 @@ from jaxsp import distributions
 from jaxsp.artifact import SoftPrompt
 from jaxsp.evaluation import page as pages
 from jaxsp.serve import brackets as module, page, replies, server
+from jaxsp.serve.app import make_app
 from jaxsp.serve.brackets import DOCUMENT, Bracket, Brackets
 from jaxsp.serve.refusal import Refusal
 from jaxsp.serve.served import Served
 from jaxsp.terminal import visible
+from tests.conftest import slow_beside
 from tests.evaluation.test_page import EVIL, Reader
 from tests.evaluation.test_report import example
 from tests.exports import consumer
@@ -108,7 +110,7 @@ def test_another_name_of_the_server_gets_no_document(service):
     assert found.status_code == 403
 
 
-@pytest.mark.parametrize("name", ["pump", "bike"])
+@pytest.mark.parametrize("name", slow_beside(["pump", "bike"], "bike"))
 def test_the_brackets_answer_as_the_model_does(service, name):
     served = shelf()[name]
     before, create = served.prompt.manifest["slots"]["before_ids"], service.client.chat.completions.create
@@ -275,17 +277,24 @@ def strange(tmp_path_factory) -> Any:
 
 
 def test_markup_stays_text_in_what_the_page_asks_for(strange):
-    with running(found=strange) as service:
-        found = httpx.get(f"{root(service)}page/prompts")
+    scheduler: Any = Idle()
+    brackets = Brackets(strange, LIMITS, slots=1, queue=1)
+    app = make_app(strange, scheduler, brackets, LIMITS, api_key=None, host="127.0.0.1")
+
+    async def get(*paths: str) -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return [await client.get(path) for path in paths]
+
+    names, document, html = asyncio.run(get("/page/prompts", f"/page/prompts/{quote(NAME, safe='')}", "/"))
+    for found in (names, document):
         assert found.headers["content-type"] == "application/json"
         assert found.headers["x-content-type-options"] == "nosniff"
-        assert [entry["id"] for entry in found.json()] == [NAME]
-        shown = httpx.get(f"{root(service)}page/prompts/{urllib.parse.quote(NAME, safe='')}")
-        assert shown.headers["content-type"] == "application/json"
-        content = shown.json()
-        assert "".join(piece["text"] for piece in content["passages"]) == DOCUMENTS
-        assert {text for query in content["lost"] for text in query.values()} == {EVIL}
-        assert EVIL not in httpx.get(root(service)).text
+    assert [entry["id"] for entry in names.json()] == [NAME]
+    content = document.json()
+    assert "".join(piece["text"] for piece in content["passages"]) == DOCUMENTS
+    assert {text for query in content["lost"] for text in query.values()} == {EVIL}
+    assert EVIL not in html.text
 
 
 def test_what_was_lost_is_said_as_far_as_it_is_known(tmp_path):
