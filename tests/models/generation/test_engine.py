@@ -74,14 +74,14 @@ def slowly(tiny_model):
 def steps(monkeypatch):
     """The decoding steps done after every call of the compiled loop."""
     steps = []
-    advance = engine._advance
+    advance = engine.Batch.advance
 
-    def recording(*arguments):
-        state = advance(*arguments)
-        steps.append(int(state.step))
-        return state
+    def recording(self, *arguments):
+        found = advance(self, *arguments)
+        steps.append(self.steps)
+        return found
 
-    monkeypatch.setattr(engine, "_advance", recording)
+    monkeypatch.setattr(engine.Batch, "advance", recording)
     return steps
 
 

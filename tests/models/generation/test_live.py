@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Any
 
 import jax
 import numpy as np
@@ -174,6 +175,7 @@ def test_steps_are_counted_whatever_the_room(live):
 
 def test_who_has_ended_costs_the_others_nothing(live, monkeypatch):
     """A greedy answer goes on without the sort that a sampled one needed, whose slot is at rest."""
+    loop: Any = engine._advance
     sorts, most_probable = [], sampling_module._most_probable
 
     def counted(logits_BV, *options):
@@ -181,7 +183,7 @@ def test_who_has_ended_costs_the_others_nothing(live, monkeypatch):
         return most_probable(logits_BV, *options)
 
     monkeypatch.setattr(sampling_module, "_most_probable", counted)
-    engine._advance.clear_cache()
+    loop.clear_cache()
     try:
         live.add([5], Sampling(max_tokens=20))
         live.add([6], Sampling(temperature=1.0, top_p=0.5, max_tokens=3))
@@ -190,7 +192,7 @@ def test_who_has_ended_costs_the_others_nothing(live, monkeypatch):
             jax.effects_barrier()
             assert len(sorts) == expected
     finally:
-        engine._advance.clear_cache()
+        loop.clear_cache()
 
 
 def test_one_that_leaves_frees_its_slot_and_its_row(live):
