@@ -22,7 +22,6 @@ from jaxsp.models.text import encode
 from jaxsp.serve.exchange import Limits, _longest
 from jaxsp.serve.refusal import Refusal
 from jaxsp.serve.schema import read_chat
-from jaxsp.serve.served import Served
 from jaxsp.settings import make_settings
 from jaxsp.teacher.problem import tokenize
 from tests.conftest import CONTEXT
@@ -143,7 +142,7 @@ def test_the_preambles_own_system_text_is_left_out():
     job = tokenize(model, CONTEXT, [Query(QUESTION)], [], settings)
     prompt = make_artifact(model, job, settings, bike.prompt.sigma, CONTEXT, steps=0)
     assert prompt.chat.before == f"{own}<|im_start|>user\n"
-    served = Served("kind", prompt, model, bike.prefix, 0)
+    served = dataclasses.replace(bike, prompt=prompt, model=model)
 
     def ids(*system: str) -> list[int]:
         messages = [{"role": "system", "content": text} for text in system]

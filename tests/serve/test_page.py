@@ -165,7 +165,7 @@ def test_the_brackets_are_not_listed_but_known(service):
 def test_what_the_document_is_to_nothing_is_news():
     served = shelf()["pump"]
     ids = {
-        kind: len(Bracket(f"pump:{kind}", kind, served).unread.request_ids(wish(served)))
+        kind: len(Bracket(f"pump:{kind}", kind, served).unread.request_ids(wish(served), 256))
         for kind in ("document", "nothing")
     }
     assert ids["nothing"] > ids["document"] + 20
