@@ -35,7 +35,8 @@ from jaxsp.training.start import start_state
 from jaxsp.typing import PyTree
 
 ASKED, HELD_OUT = 22, 8
-"""Questions of a passage of NarrativeQA to train on, and to measure on."""
+"""Questions of a passage of NarrativeQA to train on, and to measure on; of the other documents' questions to
+train on as many are measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,21 +82,23 @@ class Document:
         self.problem: Problem = run_teacher(
             model, job, settings.teacher, read_preamble(model), Display(visible=False), Store(folder)
         )
+        is_train = self.problem.job.is_train
+        self.measured = self.problem.take([*np.flatnonzero(is_train)[:ASKED], *np.flatnonzero(~is_train)])
         nothing = self._positions(self.problem.preamble)
         self.kl_no_context = nothing["kl"].sum(axis=1)
-        self.decisive = self.problem.rows.mask & (nothing["zero_one"] > 0)
+        self.decisive = self.measured.rows.mask & (nothing["zero_one"] > 0)
         self._last = functools.lru_cache(maxsize=1)(self._trained)  # its other lengths need no other training
 
     def _positions(self, prefix: Any) -> dict[str, np.ndarray]:
-        rows, packing = self.problem.rows, self.problem.packing
+        rows, packing = self.measured.rows, self.measured.packing
         return at_positions(self.model, prefix, rows, packing, ("kl", "zero_one"))
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Starts and trains a prompt, and measures it.
 
         Returns:
-          KL and decisive agreement on the training and the held-out queries, the share of held-out queries
-          captured, and seconds: of the start, of a step (median), and of all.
+          KL and decisive agreement on training queries (the first 22) and on the held-out ones, the share of
+          held-out queries captured, and seconds: of the start, of a step (median), and of all.
         """
         sigma, seconds = self._last(dataclasses.replace(cell, length=None))
         kind = cell.kind
@@ -149,7 +152,7 @@ class Document:
         }
 
     def _found(self, prefix: Any) -> dict[str, float]:
-        problem, found, is_train = self.problem, self._positions(prefix), self.problem.job.is_train
+        problem, found, is_train = self.measured, self._positions(prefix), self.measured.job.is_train
         measured: dict[str, float] = {}
         for part, there in (("train", is_train), ("held_out", ~is_train)):
             count, decisive = problem.rows.mask[there].sum(), self.decisive[there]
