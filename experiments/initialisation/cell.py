@@ -83,7 +83,8 @@ class Document:
             model, job, settings.teacher, read_preamble(model), Display(visible=False), Store(folder)
         )
         is_train = self.problem.job.is_train
-        self.measured = self.problem.take([*np.flatnonzero(is_train)[:ASKED], *np.flatnonzero(~is_train)])
+        looked_at = [*np.flatnonzero(is_train)[:ASKED].tolist(), *np.flatnonzero(~is_train).tolist()]
+        self.measured = self.problem.take(looked_at)
         nothing = self._positions(self.problem.preamble)
         self.kl_no_context = nothing["kl"].sum(axis=1)
         self.decisive = self.measured.rows.mask & (nothing["zero_one"] > 0)
