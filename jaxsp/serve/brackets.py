@@ -1,4 +1,4 @@
-"""What σ is compared with, as models of their own: after the whole document, and after nothing.
+"""The two that σ is compared with, as models of their own: after the whole document, and after nothing.
 
 Each has a batch for itself. In that of the soft prompts every request would take the memory of the longest
 prefix, and the time to read it at each token: what σ saves.
@@ -37,7 +37,7 @@ MOST_SLOTS = 4
 
 
 class Key(NamedTuple):
-    """What is read before the requests: equal for soft prompts of one document."""
+    """The texts before the requests: equal for soft prompts of one document."""
 
     kind: str
     before: tuple[int, ...]
@@ -60,7 +60,7 @@ class Bracket:
 
     @functools.cached_property
     def key(self) -> Key:
-        """What it has read."""
+        """The texts that it has read."""
         before = tuple(self.of.prompt.manifest["slots"]["before_ids"])
         return Key(self.kind, before, self.of.prompt.context if self.kind == DOCUMENT else None)
 
