@@ -80,7 +80,7 @@ def _lost(served: Served) -> tuple[list[dict[str, str]], str]:
     try:
         with os_errors_as_user_errors():
             report = read_report(served.folder)
-        if "error" in report:
+        if report.get("error"):
             return [], "What was lost is not known: training failed, and nothing was measured."
         found = [{name: visible(str(query[name])) for name in names} for query in lost(report["queries"])]
         count = sum(query["split"] == "held_out" for query in report["queries"])
