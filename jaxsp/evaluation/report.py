@@ -261,10 +261,10 @@ def report_header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
         "compression": tokens / prompt.prompt_length,
         "kind": prompt.kind,
         "prefix_bytes": {
-            "prompt": _bytes(
+            "prompt": bytes_of(
                 lambda: distributions.prompt_prefix(params, config, prompt.sigma, nothing, prompt.kind)
             ),
-            "full_context": _bytes(lambda: decoder.empty_prefix(config, max(parts))),
+            "full_context": bytes_of(lambda: decoder.empty_prefix(config, max(parts))),
         },
         "objective": training["objective"],
         "steps": training["steps"],
@@ -272,8 +272,12 @@ def report_header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
     }
 
 
-def _bytes(read: Callable[[], KeyValues]) -> int:
-    """Size of a prefix's keys and values, as the model keeps them while it answers."""
+def bytes_of(read: Callable[[], KeyValues]) -> int:
+    """Size of a prefix's keys and values, as the model keeps them while it answers.
+
+    Args:
+      read: gives the prefix; only its shapes are looked at.
+    """
     prefix = jax.eval_shape(read)
     return sum(x.size * x.dtype.itemsize for x in (prefix.keys, prefix.values))
 

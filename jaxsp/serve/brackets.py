@@ -14,10 +14,10 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxsp.errors import UserError
+from jaxsp.evaluation.report import bytes_of
 from jaxsp.files import size
 from jaxsp.models import decoder
 from jaxsp.models.generation import Live
@@ -159,8 +159,8 @@ class Brackets:
                 known[bracket.key] = len(bracket.key.before) + decoder.round_size(bracket.held)
         if not known:
             return None
-        of_token = 2 * config.layers * config.kv_heads * config.head_width * jnp.dtype(config.dtype).itemsize
-        most = sum(sorted(known.values())[-MOST_OPEN:]) * of_token
+        longest = sorted(known.values())[-MOST_OPEN:]
+        most = sum(bytes_of(functools.partial(decoder.empty_prefix, config, length)) for length in longest)
         what = f"up to {MOST_OPEN} whole documents" if len(known) > MOST_OPEN else "the whole document"
         what = "the whole documents" if 1 < len(known) <= MOST_OPEN else what
         return f"The page also asks {what}: from the first question on, keys and values of {size(most)}."
