@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import secrets
 import shlex
@@ -20,7 +21,7 @@ from jaxsp.errors import suggestion
 from jaxsp.exports import check, peft, transformers, vllm
 from jaxsp.exports.card import card
 from jaxsp.exports.prefix import Held, hold
-from jaxsp.exports.question import description
+from jaxsp.exports.question import DESCRIPTION, description
 from jaxsp.files import atomic_write, os_errors_as_user_errors
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.weights import weight_files
@@ -61,7 +62,7 @@ class Export(Protocol):
 
 EXPORTS: dict[str, Export] = {"peft": peft, "transformers": transformers, "vllm": vllm}
 
-DESCRIPTION, CARD, MODEL = "prompt.json", "README.md", "model"
+CARD, MODEL = "README.md", "model"
 _OURS = (
     DESCRIPTION, CARD, MODEL, "load.py", "question.py", "client.py", "chat.json", "prefix.safetensors",
     "adapter_config.json", "adapter_model.safetensors", "prompt_embeds.b64",
@@ -143,7 +144,9 @@ def export(
     queries, chosen = [query for query, _ in rows], EXPORTS[to]
     with os_errors_as_user_errors(out, "choose another --out"), _scratch(out) as folder:
         words = chosen.write(held, folder, queries)
-        text = json.dumps(description(prompt, model, queries), indent=2, ensure_ascii=False)
+        written = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+        described = {**description(prompt, model, queries), "end": held.end, "sha256": written}
+        text = json.dumps(described, indent=2, ensure_ascii=False)
         atomic_write(folder / DESCRIPTION, text + "\n")
         for name, script in chosen.SCRIPTS.items():
             shutil.copyfile(Path(__file__).parent / "consumers" / script, folder / name)

@@ -15,6 +15,7 @@ from jaxsp.files import atomic_write
 from jaxsp.prompts.initializers import ABSENT
 from jaxsp.typing import UserError
 
+CONFIG, ARRAYS = "adapter_config.json", "adapter_model.safetensors"
 SCRIPTS = {"load.py": "peft.py", "question.py": "question.py"}
 NEEDS = ("torch", "transformers", "peft")
 USE = """\
@@ -58,9 +59,9 @@ def write(held: Held, out: Path, queries: Sequence[str] = ()) -> dict[str, str]:
         "num_transformer_submodules": 1,
         "num_virtual_tokens": held.slots,
     }
-    atomic_write(out / "adapter_config.json", json.dumps(adapter, indent=2, sort_keys=True) + "\n")
+    atomic_write(out / CONFIG, json.dumps(adapter, indent=2, sort_keys=True) + "\n")
     arrays = {"prompt_embeddings": np.ascontiguousarray(tensor, np.float32)}
-    atomic_write(out / "adapter_model.safetensors", save(arrays, {"format": "pt"}))
+    atomic_write(out / ARRAYS, save(arrays, {"format": "pt"}))
     return {}
 
 
