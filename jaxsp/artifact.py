@@ -25,7 +25,7 @@ from jaxsp.files import atomic_write, read_json, read_whole, sealed, unsealed
 from jaxsp.models.chat import ChatTexts
 from jaxsp.models.config import DecoderConfig, Quantization
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.models.load import as_model, hub_id
+from jaxsp.models.load import EMBEDDED, as_model, hub_id
 from jaxsp.prompts import PROMPT_KINDS, storage
 from jaxsp.settings import Settings, differences, plain
 from jaxsp.terminal import say_once
@@ -229,8 +229,6 @@ class SoftPrompt:
           Damaged: its files are not as they were written, or do not belong together.
         """
         directory = hub.local(directory, FILES)
-        if directory.is_file():
-            directory = directory.parent
         if not (directory / MANIFEST).is_file() or not (directory / ARRAYS).is_file():
             raise Damaged(f"{directory} holds no soft prompt ({ARRAYS} and {MANIFEST})")
         manifest = check_manifest(read_json(directory / MANIFEST), directory / MANIFEST)
@@ -339,7 +337,7 @@ def named_model(named: Mapping[str, Any]) -> str:
       'smollm2-135m-instruct'
     """
     name = named["name"]
-    if os.path.isabs(name) and not os.path.exists(name):
+    if name.lower() != EMBEDDED and hub_id(name) is None and not os.path.exists(os.path.expanduser(name)):
         raise UserError(
             f"The model that this prompt names was {name}, which is not there; say where it is now (--model,"
             " of a teacher --teacher)."

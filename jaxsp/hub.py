@@ -35,7 +35,7 @@ def is_remote(directory: Any) -> bool:
 
 
 def local(directory: Any, patterns: Sequence[str]) -> Path:
-    """The folder itself; of ``hf://OWNER/NAME`` one that holds some of its files, downloaded once.
+    """The folder itself, also of a file in it; of ``hf://OWNER/NAME`` one with some files, downloaded once.
 
     Args:
       directory: a folder, a file in it, or a repository.
@@ -49,12 +49,28 @@ def local(directory: Any, patterns: Sequence[str]) -> Path:
       'prompt'
     """
     if not is_remote(directory):
-        return as_path(directory, "The prompt")
+        folder = as_path(directory, "The prompt")
+        return folder.parent if folder.is_file() else folder
     repository = check_name(directory.removeprefix(SCHEME))
     import huggingface_hub
 
     with _as_user_errors(repository):
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(patterns)))
+
+
+def name_of(folder: Path) -> str:
+    """The last part of a folder's path; of one that ``local`` has downloaded the repository's name.
+
+    Args:
+      folder: the folder.
+
+    Example:
+      >>> name_of(Path("hub/models--somebody--their-prompt/snapshots/0123"))
+      'their-prompt'
+    """
+    whole = folder.resolve()
+    repository = whole.parents[1].name if whole.parent.name == "snapshots" else ""
+    return repository.rpartition("--")[2] if repository.startswith("models--") else whole.name
 
 
 def check_name(repository: str) -> str:

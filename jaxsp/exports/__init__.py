@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from jaxsp.artifact import SoftPrompt
 from jaxsp.errors import suggestion
 from jaxsp.exports import check, peft, transformers, vllm
-from jaxsp.exports.card import card
+from jaxsp.exports.card import CARD, card
 from jaxsp.exports.prefix import Held, hold
 from jaxsp.exports.question import DESCRIPTION, description
 from jaxsp.files import atomic_write, os_errors_as_user_errors
@@ -62,7 +62,7 @@ class Export(Protocol):
 
 EXPORTS: dict[str, Export] = {"peft": peft, "transformers": transformers, "vllm": vllm}
 
-CARD, MODEL = "README.md", "model"
+MODEL = "model"
 _OURS = (
     DESCRIPTION, CARD, MODEL, "load.py", "question.py", "client.py", "chat.json", "prefix.safetensors",
     "adapter_config.json", "adapter_model.safetensors", "prompt_embeds.b64",
@@ -118,7 +118,7 @@ def export(
     to: str,
     out: Path,
     *,
-    source: Path | None = None,
+    source: Path | str | None = None,
     report: dict[str, Any] | None = None,
     overwrite: bool = False,
     with_model: bool = False,
@@ -166,7 +166,7 @@ def export(
     return Exported(out, *figures, command)
 
 
-def check_command(to: str, out: Path, source: Path | None) -> str:
+def check_command(to: str, out: Path, source: Path | str | None) -> str:
     """The command that checks an export, where its consumer is installed: it is written anew."""
     where = "DIR" if source is None else shlex.quote(str(source))
     packages = " ".join(name for name in EXPORTS[to].NEEDS)

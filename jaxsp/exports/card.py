@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jaxsp
+from jaxsp.artifact import SoftPrompt
 from jaxsp.exports.prefix import NEVER, Held
+from jaxsp.hub import SCHEME
 from jaxsp.models.load import EMBEDDED, hub_id
 from jaxsp.terminal import visible
+
+CARD = "README.md"
 
 MOST_LOST = 10
 """Queries that are named as lost, at most."""
@@ -119,3 +125,45 @@ def _brackets(report: Mapping[str, Any]) -> str:
         more = f"\n- and {len(lost) - MOST_LOST} more" if len(lost) > MOST_LOST else ""
         text += f"\n\nHeld-out queries whose facts are lost ({len(lost)}):\n\n{shown}{more}"
     return text
+
+
+def hub_card(
+    prompt: SoftPrompt, repository: str, report: Mapping[str, Any] | None, formats: Sequence[str]
+) -> str:
+    """The README of a saved prompt in a repository of the model hub.
+
+    Args:
+      prompt: the soft prompt, as it will lie there.
+      repository: its name, ``OWNER/NAME``.
+      report: the run's ``report.json``, if it is known.
+      formats: of exports.
+    """
+    named = prompt.manifest["model"]
+    model, tokens = hub_id(named["name"]), prompt.manifest["context_tokens"]
+    head = ["library_name: jaxsp", "tags: [jax, soft-prompt, prompt-compression]"]
+    if model:
+        head.insert(0, f"base_model: {json.dumps(model)}")
+    stands_for = f"stand in for a document of {tokens} tokens" if tokens else "were learnt by another program"
+    where = "" if model or named["name"].lower() == EMBEDDED else " --model DIR"
+    here = f"{SCHEME}{repository}"
+    brings = "lies beside it" if prompt.context is not None else "is not in this repository"
+    parts = [
+        "---\n" + "\n".join(head) + "\n---",
+        f"# A soft prompt for {visible(named['name'])}",
+        f"{prompt.prompt_length} slots of kind {prompt.kind} {stands_for}. It is a prompt of jaxsp"
+        f" {jaxsp.__version__}, of use with this one model. The document {brings}; what it says may be read"
+        " out of the prompt by asking.",
+        "## Use",
+        f'```sh\npip install jaxsp\njaxsp ask {here}{where} "How long is the cable?"\n'
+        f"jaxsp serve {here}{where}    # OpenAI's HTTP interface\n```",
+        "## Other programs\n\nEach takes the kinds of prompts that it can hold; `jaxsp export` says which.",
+        "```sh\n"
+        + "\n".join(f"jaxsp export {here}{where} --to {name} --out {name}/" for name in formats)
+        + "\n```",
+        "## The model",
+        f"`{visible(named['name'])}`, weights with the fingerprint `{named['fingerprint']}` (jaxsp's SHA-256"
+        " over all tensors). jaxsp refuses other ones.",
+    ]
+    if report is not None and "held_out" in report:
+        parts += ["## Measured by jaxsp", _brackets(report)]
+    return "\n\n".join(parts) + "\n"
