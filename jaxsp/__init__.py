@@ -50,7 +50,7 @@ __version__ = "0.2.0"
 
 _ROOMS = ("callbacks", "distributions", "losses", "training")
 _NAMES = {
-    "api": tuple("ask compress compress_many evaluate export import_peft push questions".split()),
+    "api": ("ask", "compress", "compress_many", "evaluate", "export", "import_peft", "push", "questions"),
     "artifact": ("SoftPrompt",),
     "data.documents": ("Query",),
     "data.examples": ("make_rows",),
