@@ -312,7 +312,7 @@ def export(
 
     Args:
       prompt: the soft prompt, or its folder.
-      to: ``"peft"``, ``"transformers"`` or ``"vllm"``.
+      to: ``"peft"``, ``"transformers"``, ``"vllm"`` or ``"llama.cpp"``.
       out: the folder to write.
       model: that it was trained for, in float32, or its name; by default the one of the name it had then.
       length: number of slots, of a nested prompt; by default all.

@@ -25,7 +25,8 @@ class Export:
     """The folder that compress wrote, or hf://OWNER/NAME."""
     to: Annotated[str, tyro.conf.arg(metavar="FORMAT")]
     """transformers: keys and values of any prompt, with a loader. peft: an adapter of PEFT, of input vectors,
-    or of keys and values without biases. vllm: input vectors for a server, with a client."""
+    or of keys and values without biases. vllm: input vectors for a server, with a client. llama.cpp: input
+    vectors for a GGUF file, with a loader."""
     out: Folder | None = None
     """Folder to write; by default one of the format's name in the prompt's."""
     model: str | None = None
@@ -33,7 +34,7 @@ class Export:
     length: int | None = None
     """Slots to export, of a nested prompt; by default all."""
     with_model: bool = False
-    """Copy the model's weights, as safetensors, and its tokenizer, too."""
+    """Copy the model, too: weights as safetensors and the tokenizer, or the GGUF file for llama.cpp."""
     overwrite: bool = False
     """Replace an earlier export."""
 

@@ -18,12 +18,13 @@ from typing import Any, Protocol
 
 from jaxsp.artifact import SoftPrompt
 from jaxsp.errors import suggestion
-from jaxsp.exports import check, peft, transformers, vllm
+from jaxsp.exports import check, llama_cpp, peft, transformers, vllm
 from jaxsp.exports.card import CARD, card
 from jaxsp.exports.prefix import Held, hold
 from jaxsp.exports.question import DESCRIPTION, description
 from jaxsp.files import atomic_write, os_errors_as_user_errors
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.models.load import gguf_file
 from jaxsp.models.weights import weight_files
 from jaxsp.typing import UserError
 
@@ -59,13 +60,27 @@ class Export(Protocol):
         """
         ...
 
+    def weights(self, model: LanguageModel, scratch: Path) -> Path:
+        """Where the consumer finds the model when it is checked.
 
-EXPORTS: dict[str, Export] = {"peft": peft, "transformers": transformers, "vllm": vllm}
+        Args:
+          model: the model.
+          scratch: a folder that lasts as long as the check, for files that are made for it.
+        """
+        ...
+
+
+EXPORTS: dict[str, Export] = {
+    "peft": peft,
+    "transformers": transformers,
+    "vllm": vllm,
+    "llama.cpp": llama_cpp,
+}
 
 MODEL = "model"
 _OURS = (
     DESCRIPTION, CARD, MODEL, "load.py", "question.py", "client.py", "chat.json", "prefix.safetensors",
-    "adapter_config.json", "adapter_model.safetensors", "prompt_embeds.b64",
+    "adapter_config.json", "adapter_model.safetensors", "prompt_embeds.b64", "prompt_embeds.npy",
 )  # fmt: skip
 """Everything that an export may write."""
 
@@ -151,8 +166,8 @@ def export(
         for name, script in chosen.SCRIPTS.items():
             shutil.copyfile(Path(__file__).parent / "consumers" / script, folder / name)
         if with_model:
-            _copy_model(model, folder / MODEL)
-        found = check.measure(held, to, folder, rows)
+            _copy_model(model, folder / MODEL, to)
+        found = check.measure(held, to, folder, rows, chosen.weights)
         if found.get("kl", 0.0) > check.LARGEST_KL:
             raise UserError(
                 f"{to} makes something else of this prompt: KL {found['kl']:.2g} from jaxsp's own"
@@ -198,8 +213,10 @@ def _move(folder: Path, out: Path) -> None:
         file.replace(out / file.name)
 
 
-def _copy_model(model: LanguageModel, to: Path) -> None:
-    to.mkdir()
+def _copy_model(model: LanguageModel, folder: Path, to: str) -> None:
+    folder.mkdir()
     files = {*weight_files(model.directory), *(f for p in _OF_A_MODEL for f in model.directory.glob(p))}
+    if to == "llama.cpp" and (own := gguf_file(model.name)) is not None:
+        files = {own}
     for file in sorted(files):
-        shutil.copyfile(file, to / file.name)
+        shutil.copyfile(file, folder / file.name)

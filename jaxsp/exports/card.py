@@ -11,7 +11,7 @@ import jaxsp
 from jaxsp.artifact import SoftPrompt
 from jaxsp.exports.prefix import NEVER, Held
 from jaxsp.hub import SCHEME
-from jaxsp.models.load import EMBEDDED, hub_id
+from jaxsp.models.load import EMBEDDED, gguf_file, hub_id
 from jaxsp.terminal import visible
 
 CARD = "README.md"
@@ -21,7 +21,15 @@ MOST_LOST = 10
 
 
 _REFUSES = "`load.py` refuses a model with other embeddings."
-_OF_A_SERVER = "A server can't tell: with other weights the answers are others."
+_OTHER_WEIGHTS = {
+    "vllm": "A server can't tell: with other weights the answers are others.",
+    "llama.cpp": "`load.py` can't tell others of the same width: with them the answers are others.",
+}
+_OF_THE_CHECK = {
+    "vllm": " vLLM itself was not run: its input was read by transformers, as `inputs_embeds`.",
+    "llama.cpp": " For the check the GGUF file's numbers are unpacked to float32, the cache's, too: with a"
+    " quantized matrix llama.cpp rounds what it multiplies to eight bits, whatever the prompt is.",
+}
 
 
 def card(
@@ -54,7 +62,7 @@ def card(
         "## Use",
         use,
         "## The model",
-        f"{_weights(held, with_model)} {_OF_A_SERVER if to == 'vllm' else _REFUSES}",
+        f"{_weights(held, to, with_model)} {_OTHER_WEIGHTS.get(to, _REFUSES)}",
         "## Checked",
         _checked(measured, to, check),
     ]
@@ -65,16 +73,21 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def _weights(held: Held, with_model: bool) -> str:
+def _weights(held: Held, to: str, with_model: bool) -> str:
     model = held.model
-    found = hub_id(model.name)
+    found, file = hub_id(model.name), gguf_file(model.name)
     text = f"Weights with the fingerprint `{model.fingerprint}` (jaxsp's SHA-256 over all tensors). "
     if with_model:
         text += "They lie in `model/`."
+    elif to == "llama.cpp":
+        text += (
+            f"They are those of `{file}` on the machine that wrote this; export with `--with-model` to have"
+            " it in `model/`."
+        )
     elif found:
         text += f"`{found}` had them on the model hub when this was written."
     else:
-        origin = "a GGUF file" if model.name.endswith(".gguf") or model.name == EMBEDDED else "a folder"
+        origin = "a folder" if file is None else "a GGUF file"
         text += (
             f"They come from {origin}, `{model.short_name}`, and lie as safetensors in"
             f" `{os.fspath(model.directory)}` of the machine that wrote this: load them from there, or export"
@@ -85,11 +98,7 @@ def _weights(held: Held, with_model: bool) -> str:
 
 
 def _checked(measured: Mapping[str, Any], to: str, check: str) -> str:
-    own = (
-        " vLLM itself was not run: its input was read by transformers, as `inputs_embeds`."
-        if to == "vllm"
-        else ""
-    )
+    own = _OF_THE_CHECK.get(to, "")
     if "missing" in measured:
         missing = f"**Unchecked**: {measured['missing']} was missing. Where it is installed, this checks it:"
         return "\n\n".join(filter(None, (missing, f"```sh\n{check}\n```", own.strip())))

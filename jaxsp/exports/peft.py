@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from jaxsp.exports.prefix import Held
+from jaxsp.exports.prefix import Held, weights as weights
 from jaxsp.exports.question import model_path
 from jaxsp.files import atomic_write
 from jaxsp.prompts.initializers import ABSENT

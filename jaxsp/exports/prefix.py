@@ -7,6 +7,7 @@ of their cache. Rotary positions are relative: the keys before the question are 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
@@ -99,6 +100,11 @@ def hold(prompt: SoftPrompt, model: LanguageModel) -> Held:
         None if embeddings is None else np.concatenate([_before(prompt, model), np.float32(embeddings)]),
         end,
     )
+
+
+def weights(model: LanguageModel, scratch: Path) -> Path:
+    """The folder of the model's weights, for consumers that read safetensors; as ``Export.weights``."""
+    return model.directory
 
 
 def _before(prompt: SoftPrompt, model: LanguageModel) -> Float[np.ndarray, "p d"]:
