@@ -37,6 +37,7 @@ class ImportPeft:
 
     def run(self) -> None:
         from jaxsp import api, console
+        from jaxsp.artifact import CONTEXT
         from jaxsp.data.documents import read_context
 
         folder = as_path(self.directory, "The adapter")
@@ -45,6 +46,8 @@ class ImportPeft:
         _check(out, self.overwrite)
         context = None if self.document is None else read_context(self.document)
         prompt = api.import_peft(folder, model=self.model, context=context, plain=self.plain)
+        if prompt.context is None:  # an earlier prompt's would be taken for this one's
+            (out / CONTEXT).unlink(missing_ok=True)
         prompt.save(out)
         console.print_import(prompt, out)
 
