@@ -116,7 +116,7 @@ def upload(
         try:
             found = api.model_info(repository)
         except RepositoryNotFoundError:  # the hub says the same of one that is not to be seen
-            there, address = set(), api.create_repo(repository, private=not public).url
+            there, address = set(), str(api.create_repo(repository, private=not public))
         else:
             if not (found.private or public):
                 raise UserError(

@@ -265,7 +265,7 @@ WRONG = {
         lambda f: adapter(f / "a", vectors(model("llama").preamble_ids)),
         "holds the chat template's tokens alone, and no soft prompt",
     ),
-    "an older export": (lambda f: damaged(f, "prompt.json", lambda x: x.pop("end")), "older version of jaxsp"),
+    "an older export": (lambda f: damaged(f, "prompt.json", lambda x: x.pop("end")), "an older version of"),
     "a changed manifest": (
         lambda f: damaged(f, "prompt.json", lambda x: x["manifest"].update(context_tokens=1)),
         "prompt.json is damaged: it is not as it was written",
