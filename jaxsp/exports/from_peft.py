@@ -25,7 +25,6 @@ from jaxsp.exports.peft import ARRAYS, CONFIG
 from jaxsp.exports.prefix import ropes, turned
 from jaxsp.exports.question import DESCRIPTION, ORDINARY
 from jaxsp.files import as_path, read_json, read_whole
-from jaxsp.models import decoder
 from jaxsp.models.chat import ChatTexts
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.text import encode
@@ -220,7 +219,7 @@ class _Held:
         if not n or n > len(self.adapter.tensor):
             return not n
         if self.is_vectors:
-            found = np.asarray(decoder.embed(model.params, model.config, np.array(ids, np.int32)[None])[0])
+            found = np.asarray(model.embed([list(ids)])[0])
             return _alike(self.adapter.tensor[:n], found)
         prefix = _read(model, ids)
         keys, values = self.key_values
@@ -251,7 +250,7 @@ def _prefix(params: Any, config: Any, ids: Any) -> KeyValues:
 
 
 def _read(model: LanguageModel, ids: Sequence[int]) -> KeyValues:
-    return _prefix(model.params, model.config, np.array([ids], np.int32))
+    return _prefix(model.params, model.config, model.check_ids([list(ids)]))
 
 
 def _alike(given: np.ndarray, expected: np.ndarray) -> bool:
@@ -291,8 +290,9 @@ def _ours(known: dict[str, Any], file: Path, data: bytes) -> tuple[dict[str, Any
     if not isinstance(manifest, dict) or type(end) is not int or not isinstance(written, dict):
         raise Damaged(f"{file} is damaged, or of an older version of jaxsp", "export the prompt anew")
     own = check_manifest(manifest, file)
-    if not len(own["slots"]["before_ids"]) < end < 1 << 31:
-        raise Damaged(f"{file} is damaged: end is {end}")
+    before = own["slots"]["before_ids"]
+    if not (all(type(i) is int and 0 <= i < 1 << 31 for i in before) and len(before) < end < 1 << 31):
+        raise Damaged(f"{file} is damaged: end is {end}, after {len(before)} tokens before the prompt")
     return own, end, written.get(ARRAYS) == hashlib.sha256(data).hexdigest()
 
 
