@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from jaxsp.options import Folder
+from jaxsp.terminal import visible
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,4 +41,4 @@ class Push:
             print("Nothing was uploaded (--dry-run).")
             return
         address = hub.upload(self.repository, files, public=self.public, gone=FILES)
-        print(f"Uploaded: {address}   Ask it: jaxsp ask hf://{self.repository}")
+        print(visible(f"Uploaded: {address}   Ask it: jaxsp ask hf://{self.repository}"))

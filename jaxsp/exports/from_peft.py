@@ -124,6 +124,11 @@ class Adapter:
           UserError: the adapter belongs to another model, or questions can't be put behind it.
         """
         kind = KINDS[self.peft_type]
+        if model.config.quantization != "none":
+            raise UserError(
+                "PEFT has no model that jaxsp has quantized; load it with quantization='none' to import one"
+                " of its adapters."
+            )
         if self.manifest is not None:
             SoftPrompt({}, self.manifest).check(model)
         held = _Held(self, model)
@@ -299,7 +304,7 @@ def _ours(known: dict[str, Any], file: Path, data: bytes) -> tuple[dict[str, Any
 def _beginning(tokenizer: Any) -> str:
     """The control tokens that a tokenizer puts before every text."""
     plain, whole = (tokenizer.encode("a", add_special_tokens=added) for added in (False, True))
-    return "".join(tokenizer.convert_ids_to_tokens(whole[: len(whole) - len(plain)]))
+    return "".join(map(tokenizer.convert_ids_to_tokens, whole[: len(whole) - len(plain)]))
 
 
 def _check_questions(tokenizer: Any, chat: ChatTexts, plain: bool) -> None:

@@ -29,7 +29,9 @@ what the model reads. What it then reads must be what `encode` in `question.py` 
 soft prompt and the question, the question, and the text that the answer begins after. `load.py` does that.
 
 `answer` in `load.py` reads all anew for each token. PEFT's `generate` is not used: PEFT 0.21.2 with
-transformers 5.24 puts the soft prompt in front of every new token again, and so gives another answer."""
+transformers 5.24 puts the soft prompt in front of every new token again, and so gives another answer.
+
+`jaxsp import-peft` reads this folder again, also when PEFT has trained the adapter further in it."""
 
 
 def write(held: Held, out: Path, queries: Sequence[str] = ()) -> dict[str, str]:
