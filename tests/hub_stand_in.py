@@ -116,6 +116,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def running() -> Iterator[Server]:
     """A stand-in that is running."""
     with Server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()

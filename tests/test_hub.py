@@ -115,9 +115,7 @@ def test_what_lies_there_is_a_prompt(server, folder, tmp_path):
     assert found.context == own.context
     assert found.sigma["embeddings"].tolist() == own.sigma["embeddings"].tolist()
     model = {**own.manifest["model"], "name": "small-model"}
-    model, teacher = (
-        {**own.manifest[part], **name} for part, name in zip(("model", "teacher"), names, strict=True)
-    )
+    teacher = {**own.manifest["teacher"], "name": "large-model"}
     assert found.manifest == {**own.manifest, "model": model, "teacher": teacher}
 
 

@@ -11,6 +11,9 @@ import numpy as np
 
 import jaxsp
 
+ROOM = 128
+"""Positions that there are."""
+
 
 class Batch(ctypes.Structure):
     """As in llama.h."""
@@ -48,7 +51,9 @@ class Context:
         assert all((batch.n_seq_id[i], batch.seq_id[i][0]) == (1, 0) for i in range(count))
         self.read |= dict(zip(places, vectors, strict=True))
         self.batches.append(count)
-        found = self.model.logits(embeddings=np.stack([*self.read.values()])[None])[0]
+        whole = np.zeros((ROOM, width), np.float32)  # one size, one program
+        whole[: len(self.read)] = [*self.read.values()]
+        found = self.model.logits(embeddings=whole[None])[0]
         self.logits = {i: np.array(found[place]) for i, place in enumerate(places) if batch.logits[i]}
         return 0
 

@@ -188,6 +188,7 @@ def by_peft(kind: str, folder: Path) -> Any:
 @pytest.mark.torch
 @with_torch
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "CARTRIDGE", "PREFIX_TUNING"])
 def test_what_peft_saves_gives_the_logits_that_peft_gives(tmp_path, kind):
     import torch
@@ -232,11 +233,11 @@ WRONG = {
     "no type": (lambda f: adapter(f / "a", random(3), peft_type=[1]), "type [1], which is no soft prompt"),
     "another task": (
         lambda f: adapter(f / "a", random(3), task_type="SEQ_CLS"),
-        "is for 'SEQ_CLS', not for a causal language model",
+        "holds an adapter for 'SEQ_CLS', not for a causal language model",
     ),
     "an encoder, too": (
         lambda f: adapter(f / "a", random(3), task_type="SEQ_2_SEQ_LM", num_transformer_submodules=2),
-        "is for 'SEQ_2_SEQ_LM', not for a causal",
+        "holds an adapter for 'SEQ_2_SEQ_LM', not for a causal",
     ),
     "another width": (
         lambda f: adapter(f / "a", random(3, 33)),
@@ -316,7 +317,7 @@ def test_from_the_command_line_to_an_answer(tmp_path, jaxsp_command):
     ]
     assert f"ask {out}" in said
     code, said, err = jaxsp_command("inspect", out)
-    assert (code, "trained by  PEFT, PROMPT_TUNING" in " ".join(said.split(" "))) == (0, True), err
+    assert (code, "trained by PEFT, PROMPT_TUNING" in " ".join(said.split())) == (0, True), err
     code, said, err = jaxsp_command("ask", out, QUESTION, "--max-tokens", 2, "--dtype", "float32")
     assert code == 0, err
     code, _, err = jaxsp_command("import-peft", folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import sys
+from pathlib import Path
 
 import gguf
 import jax
@@ -25,14 +26,17 @@ HAS_LLAMA_CPP = importlib.util.find_spec("llama_cpp") is not None
 QUANTIZED = "blk.0.ffn_up.weight"
 
 
-@pytest.fixture
-def given(tmp_path, cache, monkeypatch):
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
     """A prompt and a model that was read from GGUF, with a quantized matrix."""
-    monkeypatch.setenv("JAXSP_COMPILE_CACHE", "off")
+    folder = tmp_path_factory.mktemp("gguf")
     matrix = np.random.RandomState(0).standard_normal((48, 32)).astype(np.float32)
     stored = {QUANTIZED: (gguf.quantize(matrix, Kind.Q4_1), Kind.Q4_1)}
-    write_gguf(tmp_path / "small.gguf", tensors=stored)
-    own = jaxsp.load_model(tmp_path / "small.gguf", dtype="float32")
+    write_gguf(folder / "small.gguf", tensors=stored)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXSP_CACHE", str(folder / "cache"))
+        patch.setenv("JAXSP_COMPILE_CACHE", "off")
+        own = jaxsp.load_model(folder / "small.gguf", dtype="float32")
     return make_prompt(own, "embedding"), own
 
 
@@ -76,7 +80,7 @@ def test_the_file_holds_the_chats_text_before_the_prompt_and_the_prompt(given, t
     np.testing.assert_array_equal(vectors, hold(own, model).vectors)
     assert [file.name for file in (out / "model").iterdir()] == ["small.gguf"]
     text = written[0]["README.md"].decode()
-    assert f"python load.py {tmp_path / 'small.gguf'} " in text
+    assert f"python load.py {model.name} " in text
     assert "**Unchecked**: llama_cpp was missing" in text
     assert found.check.startswith("pip install llama-cpp-python\njaxsp export DIR --to llama.cpp --out ")
 
@@ -133,8 +137,8 @@ def test_what_llama_cpp_can_not_hold_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_unpacked_to_float32_the_model_is_the_same(given, tmp_path):
-    write_float32(tmp_path / "small.gguf", tmp_path / "wide.gguf")
+def test_unpacked_to_float32_the_model_is_the_same(given, tmp_path, cache):
+    write_float32(Path(given[1].name), tmp_path / "wide.gguf")
     kinds = {tensor.tensor_type for tensor in gguf.GGUFReader(tmp_path / "wide.gguf").tensors}
     assert kinds == {Kind.F32}
     wide = jaxsp.load_model(tmp_path / "wide.gguf", dtype="float32")
