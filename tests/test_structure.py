@@ -221,7 +221,7 @@ def test_importing_losses_takes_little_longer_than_jax(python):
     assert losses < 1.2 * jax
 
 
-LATE = ["gguf", "huggingface_hub", "markdown_it", "matplotlib", "pyarrow", "starlette", "transformers"]
+LATE = ["gguf", "huggingface_hub", "matplotlib", "orbax", "pyarrow", "starlette", "transformers", "uvicorn"]
 """Packages that a command loads when it comes to what they do."""
 
 

@@ -16,7 +16,6 @@ import numpy as np
 
 from jaxsp.exports.prefix import Held
 from jaxsp.files import atomic_write
-from jaxsp.models.gguf.float32 import write_float32
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.load import gguf_file
 from jaxsp.typing import UserError
@@ -76,5 +75,7 @@ def weights(model: LanguageModel, scratch: Path) -> Path:
     assert file is not None
     if importlib.util.find_spec("llama_cpp") is None:
         return file
+    from jaxsp.models.gguf.float32 import write_float32
+
     write_float32(file, scratch / "model.gguf")
     return scratch / "model.gguf"
