@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from jaxsp.artifact import SoftPrompt
 from jaxsp.errors import suggestion
-from jaxsp.exports import check, llama_cpp, peft, transformers, vllm
+from jaxsp.exports import check, llamacpp, peft, transformers, vllm
 from jaxsp.exports.card import CARD, card
 from jaxsp.exports.prefix import Held, hold
 from jaxsp.exports.question import DESCRIPTION, description
@@ -70,12 +70,7 @@ class Export(Protocol):
         ...
 
 
-EXPORTS: dict[str, Export] = {
-    "peft": peft,
-    "transformers": transformers,
-    "vllm": vllm,
-    "llama.cpp": llama_cpp,
-}
+EXPORTS: dict[str, Export] = {"peft": peft, "transformers": transformers, "vllm": vllm, "llama.cpp": llamacpp}
 
 MODEL = "model"
 _OURS = (

@@ -74,7 +74,8 @@ def module(model: jaxsp.LanguageModel, size: int = 512) -> Any:
             "logits": (ctypes.c_int8 * n_tokens)(),
         }
         batch = Batch(0)
-        for name, kind in Batch._fields_[1:]:
+        kinds: Any = Batch._fields_[1:]
+        for name, kind in kinds:
             if parts[name] is not None:
                 setattr(batch, name, ctypes.cast(parts[name], kind))
         kept[id(batch)] = rows, parts

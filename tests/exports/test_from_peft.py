@@ -44,7 +44,7 @@ def saved(own: SoftPrompt, folder: Path) -> SoftPrompt:
     return SoftPrompt.load(folder)
 
 
-def adapter(folder: Path, tensor: Any, peft_type: str = "PROMPT_TUNING", **config: Any) -> Path:
+def adapter(folder: Path, tensor: Any, peft_type: Any = "PROMPT_TUNING", **config: Any) -> Path:
     """A folder in PEFT's layout, for the tiny llama."""
     folder.mkdir()
     content = {
@@ -146,13 +146,14 @@ def test_others_are_all_of_it_in_front_of_the_whole_chat(tmp_path):
     own = model("llama")
     found = jaxsp.import_peft(adapter(tmp_path / "a", random(3)))
     asked = [{"role": "user", "content": QUESTION}]
-    ids = own.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    tokenizer: Any = own.tokenizer
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
     assert own.encode_query(QUESTION, found.chat).tolist() == list(ids)
     assert (found.prompt_length, found.manifest["slots"]["before_ids"]) == (3, [])
     assert "stands for" not in repr(found)
     assert repr(found).startswith("SoftPrompt(embedding, 3 slots, ")
     plain = jaxsp.import_peft(tmp_path / "a", plain=True)
-    assert own.encode_query(QUESTION, plain.chat).tolist() == own.tokenizer.encode(QUESTION)
+    assert own.encode_query(QUESTION, plain.chat).tolist() == tokenizer.encode(QUESTION)
 
 
 def test_a_model_without_a_chat_template_is_asked_plainly(tmp_path):
@@ -198,7 +199,8 @@ def test_what_peft_saves_gives_the_logits_that_peft_gives(tmp_path, kind):
     found = jaxsp.import_peft(tmp_path / "a")
     assert found.prompt_length == 5
     asked = [{"role": "user", "content": QUESTION}]
-    ids = list(own.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False))
+    tokenizer: Any = own.tokenizer
+    ids = list(tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False))
     answer = own.with_chat(found.chat).encode_answer(ANSWER).tolist()
     z = own.encode_query(QUESTION, found.chat).tolist()
     logits = check._logits(own.params, own.config, found.prefix(own), make_rows([z], [answer]))

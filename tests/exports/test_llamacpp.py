@@ -70,7 +70,7 @@ def fresh(folder, name):
 def test_the_file_holds_the_chats_text_before_the_prompt_and_the_prompt(given, tmp_path, monkeypatch):
     monkeypatch.setattr(check, "_read_there", lambda *_: {"missing": "llama_cpp"})
     own, model = given
-    out, written = tmp_path / "out", []
+    out, written, found = tmp_path / "out", [], None
     for _ in range(2):
         found = export(own, model, "llama.cpp", out, overwrite=True, with_model=True)
         written.append({file.name: file.read_bytes() for file in out.iterdir() if file.is_file()})
@@ -82,6 +82,7 @@ def test_the_file_holds_the_chats_text_before_the_prompt_and_the_prompt(given, t
     text = written[0]["README.md"].decode()
     assert f"python load.py {model.name} " in text
     assert "**Unchecked**: llama_cpp was missing" in text
+    assert found is not None
     assert found.check.startswith("pip install llama-cpp-python\njaxsp export DIR --to llama.cpp --out ")
 
 
@@ -115,12 +116,12 @@ def test_other_tokens_there_are_refused(given, stand_in, tmp_path, monkeypatch):
 
     monkeypatch.setattr(stand_in.Llama, "tokenize", other)
     with pytest.raises(SystemExit, match=r"it gives other tokens to the question 'Hi?"):
-        export(*given, "llama.cpp", tmp_path / "out", report=REPORT)
+        export(given[0], given[1], "llama.cpp", tmp_path / "out", report=REPORT)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_model_of_another_width_is_refused_by_the_loader(given, stand_in, tmp_path, monkeypatch):
-    export(*given, "llama.cpp", tmp_path / "out")
+    export(given[0], given[1], "llama.cpp", tmp_path / "out")
     fresh(tmp_path / "out", "question")
     monkeypatch.setattr(stand_in.Llama, "n_embd", lambda self: 7)
     with pytest.raises(ValueError, match=r"was trained for small\.gguf; this is another model"):
@@ -152,7 +153,7 @@ def test_unpacked_to_float32_the_model_is_the_same(given, tmp_path, cache):
 
 @pytest.mark.skipif(not HAS_LLAMA_CPP, reason="llama-cpp-python must be compiled")
 def test_llama_cpp_itself_gives_what_jaxsp_gives(given, tmp_path):
-    found = export(*given, "llama.cpp", tmp_path / "out", report=REPORT)
+    found = export(given[0], given[1], "llama.cpp", tmp_path / "out", report=REPORT)
     assert found.missing is None
     assert found.kl is not None
     assert found.kl < 1e-6

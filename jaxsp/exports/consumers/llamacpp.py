@@ -6,7 +6,7 @@ python load.py MODEL.gguf "How long is the cable?"
 import ctypes
 import sys
 
-import llama_cpp
+import llama_cpp  # pyright: ignore[reportMissingImports] (it is compiled by whoever uses it)
 import numpy as np
 from question import HERE, PROMPT, encode
 
@@ -38,7 +38,7 @@ def read(model, first, inputs):
     found, size = [], model.n_batch
     for start in range(0, len(inputs), size):
         found += batch(model, first + start, inputs[start : start + size])
-    return np.stack(found) if found else None
+    return np.array(found)
 
 
 def batch(model, first, inputs):

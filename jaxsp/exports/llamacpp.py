@@ -20,7 +20,7 @@ from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.load import gguf_file
 from jaxsp.typing import UserError
 
-SCRIPTS = {"load.py": "llama_cpp.py", "question.py": "question.py"}
+SCRIPTS = {"load.py": "llamacpp.py", "question.py": "question.py"}
 NEEDS = ("llama-cpp-python",)
 USE = """\
 ```sh
