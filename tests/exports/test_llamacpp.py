@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import jaxsp
 from jaxsp.exports import check, export
 from jaxsp.exports.prefix import hold
 from jaxsp.models.gguf.float32 import write_float32
+from jaxsp.models.load import gguf_file
 from jaxsp.typing import UserError
 from tests.exports import llama_stand_in
 from tests.exports.consumer import CONSUMERS, QUESTION, REPORT, make_prompt, model, prompt
@@ -151,9 +154,17 @@ def test_unpacked_to_float32_the_model_is_the_same(given, tmp_path, cache):
     assert wide.chat == given[1].chat
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_LLAMA_CPP, reason="llama-cpp-python must be compiled")
-def test_llama_cpp_itself_gives_what_jaxsp_gives(given, tmp_path):
-    found = export(given[0], given[1], "llama.cpp", tmp_path / "out", report=REPORT)
-    assert found.missing is None
+def test_llama_cpp_itself_gives_what_jaxsp_gives_of_the_embedded_model(optimized, smollm2, tmp_path):
+    own = make_prompt(smollm2, "embedding")
+    found = export(own, smollm2, "llama.cpp", tmp_path / "out")
+    assert (found.missing, found.queries) == (None, 1)
     assert found.kl is not None
-    assert found.kl < 1e-6
+    assert found.kl < check.LARGEST_KL
+    load = tmp_path / "out" / "load.py"
+    done = subprocess.run(
+        [sys.executable, str(load), str(gguf_file(smollm2.name)), "How long is the cable?"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip()
