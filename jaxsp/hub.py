@@ -6,7 +6,6 @@ The token is the hub's own affair: it is taken from ``HF_TOKEN`` or from ``hf au
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -134,7 +133,7 @@ def upload(
 @contextlib.contextmanager
 def _as_user_errors(repository: str) -> Iterator[None]:
     """Turns what the hub and its client raise into one sentence, without the token."""
-    from huggingface_hub import errors, get_token
+    from huggingface_hub import errors
 
     try:
         yield
@@ -148,16 +147,9 @@ def _as_user_errors(repository: str) -> Iterator[None]:
         code = getattr(error.response, "status_code", None)
         if code in (401, 403):
             raise UserError(f"The hub refuses {repository!r} ({code}): {_LOG_IN}.") from error
-        raise UserError(f"The hub refuses {repository!r} ({_words(error, get_token())}).") from error
+        said = in_a_line(getattr(error, "server_message", None) or type(error).__name__, 300)
+        raise UserError(f"The hub refuses {repository!r} ({code}: {said}).") from error
     except Exception as error:  # the hub's client raises many kinds when it can't be reached
-        raise UserError(
-            f"The model hub can't be reached for {repository!r} ({_words(error, get_token())})."
-        ) from error
-
-
-def _words(error: Exception, token: str | None) -> str:
-    """The words of an error, with its kind; a header with the token may be among them."""
-    text = f"{type(error).__name__}: {in_a_line(error, 300)}"
-    for secret in filter(None, (token, os.environ.get("HF_TOKEN"))):
-        text = text.replace(secret.strip(), "(the token)")
-    return text
+        # Not its words: those on a header that is refused hold the token.
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"The model hub can't be reached for {repository!r} ({reason}).") from error

@@ -146,7 +146,7 @@ def test_a_dry_run_asks_the_hub_nothing(server, folder, jaxsp_command):
         ("no token", "Uploading needs a token of the hub: log in with `hf auth login`, or set HF_TOKEN"),
         ("another token", "The hub refuses 'somebody/manual-prompt' (401): log in with `hf auth login`"),
         ("no right", "The hub refuses 'somebody/manual-prompt' (403): log in with `hf auth login`"),
-        ("a fault", "The hub refuses 'somebody/manual-prompt' (HfHubHTTPError: "),
+        ("a fault", "The hub refuses 'somebody/manual-prompt' (418: no)."),
         ("no hub", "The model hub can't be reached for 'somebody/manual-prompt' ("),
         ("an odd token", "The model hub can't be reached for 'somebody/manual-prompt' ("),
     ],
@@ -154,8 +154,7 @@ def test_a_dry_run_asks_the_hub_nothing(server, folder, jaxsp_command):
 def test_what_the_hub_refuses_is_one_sentence_without_the_token(
     server, folder, jaxsp_command, monkeypatch, case, said
 ):
-    token = {"another token": "hf_another", "an odd token": "hf_odd\x00"}.get(case, TOKEN)
-    token = token.replace("\x00", "\x7fé")  # none that a header may have
+    token = {"another token": "hf_another", "an odd token": "hf_odd\x0bone"}.get(case, TOKEN)
     monkeypatch.setenv("HF_TOKEN", token)
     if case == "no token":
         monkeypatch.delenv("HF_TOKEN")
@@ -166,7 +165,7 @@ def test_what_the_hub_refuses_is_one_sentence_without_the_token(
     assert code == 2
     assert err.startswith(f"jaxsp: {said}")
     assert err.count("\n") == 1
-    assert token not in err
+    assert token.partition("\x0b")[0] not in err  # which no header may have
 
 
 @pytest.mark.parametrize(
