@@ -19,6 +19,7 @@ from jaxsp.compare_command import Compare
 from jaxsp.errors import Interrupted, UserError
 from jaxsp.export_command import Export
 from jaxsp.files import os_errors_as_user_errors
+from jaxsp.import_command import ImportPeft
 from jaxsp.options import (
     EMBEDDED,
     AllOptions,
@@ -34,6 +35,7 @@ from jaxsp.options import (
     WithTeacher,
     ways_to_need_less,
 )
+from jaxsp.push_command import Push
 from jaxsp.serve.command import Serve
 from jaxsp.settings import Options, Settings, check_limits, make_settings, plain
 from jaxsp.terminal import flush, prepare, visible
@@ -303,7 +305,7 @@ class Inspect:
       jaxsp inspect prompt/
     """
     directory: tyro.conf.Positional[Folder]
-    """The folder that compress wrote."""
+    """The folder that compress wrote, or hf://OWNER/NAME."""
 
     def run(self) -> None:
         from jaxsp import console
@@ -363,7 +365,7 @@ class Demo:
 
 
 Command = (
-    Compress | CompressMany | Questions | Plan | Ask | Serve | Evaluate | Export | Inspect
+    Compress | CompressMany | Questions | Plan | Ask | Serve | Evaluate | Export | ImportPeft | Push | Inspect
     | Report | Compare | Watch | Cache | Demo
 )  # fmt: skip
 COMMANDS: dict[str, type[Command]] = {
@@ -375,6 +377,8 @@ COMMANDS: dict[str, type[Command]] = {
     "serve": Serve,
     "evaluate": Evaluate,
     "export": Export,
+    "import-peft": ImportPeft,
+    "push": Push,
     "inspect": Inspect,
     "report": Report,
     "compare": Compare,

@@ -184,7 +184,7 @@ class Saved:
     """A saved prompt, and its model."""
 
     directory: tyro.conf.Positional[Folder]
-    """The folder that compress wrote."""
+    """The folder that compress wrote; or hf://OWNER/NAME, a repository of the model hub."""
     model: str | None = None
     """The model's folder, file or id, if it is not where it was."""
     dtype: str | None = None

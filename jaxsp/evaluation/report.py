@@ -266,8 +266,8 @@ def report_header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
             ),
             "full_context": bytes_of(lambda: decoder.empty_prefix(config, max(parts))),
         },
-        "objective": training["objective"],
-        "steps": training["steps"],
+        "objective": training.get("objective"),  # of one that was imported it is not known
+        "steps": training.get("steps"),
         "kept": training.get("keep", "best"),
     }
 

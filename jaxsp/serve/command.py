@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import tyro
 
 from jaxsp.errors import UserError
-from jaxsp.files import as_path
 from jaxsp.options import ModelOptions
 from jaxsp.serve.address import base_url, bind, is_loopback
 from jaxsp.settings import check_limits
@@ -36,7 +35,8 @@ class Serve:
       jaxsp serve prompt/ --host 0.0.0.0 --api-key "$KEY"
     """
     directories: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR [DIR ...]")]]
-    """Folders that compress or compress-many wrote, for one model; a nested prompt is also name@LENGTH."""
+    """Folders that compress or compress-many wrote, or hf://OWNER/NAME, for one model; a nested prompt is
+    also name@LENGTH."""
     model: str | None = None
     """The model's folder, file or id, if it is not where it was."""
     dtype: str | None = None
@@ -122,10 +122,10 @@ def _prompts(directory: str) -> list[Path]:
     Raises:
       UserError: the many have finished none.
     """
-    from jaxsp.artifact import MANIFEST
+    from jaxsp import hub
+    from jaxsp.artifact import FILES, MANIFEST
     from jaxsp.runs.folder import RunFolder, finished_runs
 
-    folder = as_path(directory, "The prompt")
-    folder = folder.parent if folder.is_file() else folder
+    folder = hub.local(directory, FILES)
     is_run = RunFolder(folder).settings.is_file() and not (folder / MANIFEST).is_file()
     return finished_runs(folder) if is_run else [folder]

@@ -12,6 +12,7 @@ from typing import Any
 from jaxsp import prompts
 from jaxsp.artifact import SoftPrompt
 from jaxsp.errors import UserError, suggestion
+from jaxsp.hub import name_of
 from jaxsp.models.chat import TurnTexts
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.text import control_ids, encode
@@ -120,7 +121,8 @@ class Served:
     def usage(self, read: int, written: int) -> dict[str, Any]:
         """Tokens of a request and its answer, and those that σ saved."""
         before = len(self.prompt.manifest["slots"]["before_ids"]) + self.held
-        saved = self.prompt.manifest["context_tokens"] - self.held
+        tokens = self.prompt.manifest["context_tokens"]
+        saved = tokens - self.held if tokens else 0  # of one that was imported it is not known
         return {
             "prompt_tokens": before + read,
             "completion_tokens": written,
@@ -180,7 +182,7 @@ class Shelf(Mapping[str, Served]):
         self._all: dict[str, Served] = {}
         for folder, prompt in folders:
             try:
-                self._take(self._unused(folder.resolve().name), folder, prompt)
+                self._take(self._unused(name_of(folder)), folder, prompt)
             except UserError as error:
                 raise UserError(f"{folder}: {error}") from None
 

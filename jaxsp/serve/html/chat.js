@@ -362,7 +362,7 @@ function startChat(entry) {
   byId("missing").hidden = !entry.missing;
   byId("legend").hidden = Boolean(entry.missing);
   byId("about").textContent =
-    `${entry.prompt_length} slots for ${entry.context_tokens} tokens: σ, the whole document and nothing answer side by side. ${entry.base_model}; ${entry.kind}.`;
+    `${entry.prompt_length} slots${entry.context_tokens ? ` for ${entry.context_tokens} tokens` : ""}: σ, the whole document and nothing answer side by side. ${entry.base_model}; ${entry.kind}.`;
   controls();
 }
 
