@@ -175,6 +175,7 @@ class SoftPrompt:
         manifest = {**self.manifest, "kind": kind, "prompt_length": length}
         if length != self.prompt_length:
             manifest.pop("held_out", None)  # measured on all of it
+            manifest.pop("fallback", None)
         return dataclasses.replace(self, sigma=dict(sigma), manifest=manifest)
 
     def ask(

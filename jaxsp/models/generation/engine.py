@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.generation.likely import Likely
+from jaxsp.models.generation.likely import MOST, Likely
 from jaxsp.models.generation.requests import Requests
 from jaxsp.models.generation.sampling import choose
 from jaxsp.typing import EMPTY, AnyArray, Array, Bool, Float, Int, KeyValues, Params
@@ -90,6 +90,7 @@ class Batch:
       waiting: rows of the table that wait, if all are there from the start.
       widths: numbers of slots that a step may compute beside all: a step costs as much as it has slots. Each
         is a program of its own.
+      alternatives: most probable tokens that are kept beside each one whose probability is wanted.
     """
 
     def __init__(
@@ -103,10 +104,11 @@ class Batch:
         answer_tokens: int,
         waiting: range | None = None,
         widths: Sequence[int] = (),
+        alternatives: int = MOST,
     ) -> None:
         several = prefix if len(prefix.positions) > 1 else None
         self._given = _Given(params, config, prefix, table, chunk, np.int32(0))
-        self._state = _start(params, config, several, table, slots, answer_tokens)
+        self._state = _start(params, config, several, table, slots, answer_tokens, alternatives)
         self._in_order = waiting is not None
         self._waiting = collections.deque(waiting or ())
         self._running: dict[int, int] = {}  # slots by rows
@@ -202,9 +204,9 @@ class Batch:
         return jax.device_get(self._state.likely)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "B", "A"), keep_unused=True)
+@functools.partial(jax.jit, static_argnames=("config", "B", "A", "N"), keep_unused=True)
 def _start(
-    params: Params, config: DecoderConfig, several: KeyValues | None, table: Requests, B: int, A: int
+    params: Params, config: DecoderConfig, several: KeyValues | None, table: Requests, B: int, A: int, N: int
 ) -> _State:
     # The weights as an argument put the state on their device, as ``_advance`` does with those that
     # follow: with another placement jax would compile it a second time.
@@ -222,7 +224,7 @@ def _start(
         query_LBZGF=_room(config, B, Z),
         answer_LBAGF=_room(config, B, A),
         prefix=None if several is None else several.rows(jnp.zeros(B, jnp.int32)),
-        likely=None if table.likely_B is None else Likely.room(R, A),
+        likely=None if table.likely_B is None else Likely.room(R, A, N),
     )
 
 
