@@ -75,8 +75,8 @@ EXPERIMENT = Experiment(
     question="What does a server gain by σ in speed, time to the first token and memory, beside the whole"
     " document, the document's cache and Hugging Face's generate; and how many of σ's wrong answers does a"
     " fallback to the document catch, at which cost?",
-    cost="not known yet: speed has 4 turns of 160 requests a row, fallback takes 2 to 5 minutes a document, on"
-    " two cores; rows of torch need torch and transformers",
+    cost="not known yet: speed has 4 turns of 160 requests a row, fallback 2 to 5 minutes a document, on two"
+    " cores; rows of torch need torch and transformers",
     run=measure,
     table=table,
     result=result,
