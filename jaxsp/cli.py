@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shlex
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import tyro
 
 from jaxsp.arguments import parse, program
+from jaxsp.ask_command import Ask
 from jaxsp.cache import Cache
 from jaxsp.compare_command import Compare
 from jaxsp.errors import Interrupted, UserError
@@ -223,48 +223,6 @@ class Plan(AllOptions, ModelOptions):
             print(json.dumps({**dataclasses.asdict(found), "memory": memory}, indent=2))
             return
         console.print_plan(found, settings.training.updates, ways_to_need_less(self))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ask(Saved):
-    """Ask the model a question, with a soft prompt in place of the document."""
-
-    examples: ClassVar[str] = """
-      jaxsp ask prompt/ "How long is the warranty?"
-      echo "How long is the warranty?" | jaxsp ask prompt/ -
-      jaxsp ask prompt/
-    """
-    question: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="QUESTION")]] = ()
-    """The question, or - for standard input; without one, a chat loop."""
-    max_tokens: int = 128
-    """Longest answer."""
-
-    def run(self) -> None:
-        from jaxsp.data.documents import read_text
-
-        check_limits("max_tokens", self.max_tokens, at_least=1)
-        prompt = self.prompt()
-        question = read_text("-") if self.question == ("-",) else " ".join(self.question)
-        if self.question and not question.strip():
-            raise UserError("The question is empty; leave it away for a chat loop.")
-        model = self.load(prompt)
-        prefix = prompt.prefix(model)
-
-        def answer(question: str) -> None:
-            for piece in model.stream_answer(prefix, question, prompt.chat, max_tokens=self.max_tokens):
-                print(visible(piece), end="", flush=True)
-            print(flush=True)
-
-        if self.question:
-            answer(question.strip())
-            return
-        print("Each question is answered on its own. An empty line ends.", file=sys.stderr)
-        with contextlib.suppress(EOFError):
-            while question := input("> ").strip():
-                try:
-                    answer(question)
-                except UserError as error:
-                    print(visible(str(error)), file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

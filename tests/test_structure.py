@@ -34,7 +34,7 @@ FLOORS = [
     ["runs", "demo"],
     ["api"],
     ["console", "options", "watching"],
-    ["cache", "compare_command", "export_command", "serve", "watch_command"],
+    ["ask_command", "cache", "compare_command", "export_command", "serve", "watch_command"],
     ["cli"],
     ["__main__", "__init__"],
 ]
@@ -50,6 +50,7 @@ ONLY_IN = {
     "rich": {"progress.py", "console.py", "cli.py", "watching.py"},
     "tyro": {
         "arguments.py",
+        "ask_command.py",
         "cache.py",
         "cli.py",
         "compare_command.py",

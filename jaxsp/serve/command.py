@@ -15,7 +15,7 @@ import tyro
 
 from jaxsp.errors import UserError
 from jaxsp.files import as_path
-from jaxsp.options import ModelOptions
+from jaxsp.options import ModelOptions, check_share
 from jaxsp.serve.address import base_url, bind, is_loopback
 from jaxsp.settings import check_limits
 
@@ -112,8 +112,7 @@ class Serve:
         for option in ("slots", "queue", "max_query_tokens", "max_answer_tokens"):
             if (value := getattr(self, option)) is not None:
                 check_limits(option, value, at_least=0 if option == "queue" else 1)
-        if (share := self.context_fallback) is not None and not 0 < share < 1:
-            raise UserError(f"--context-fallback must be above 0 and below 1, not {share:g}.")
+        check_share(self.context_fallback)
         key = self.api_key if self.api_key is not None else os.environ.get(KEY)
         if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
             raise UserError("--api-key must be plain letters, digits and signs, without blanks around.")
