@@ -213,8 +213,7 @@ class SoftPrompt:
             manifest["context_sha256"] = hashlib.sha256(self.context.encode()).hexdigest()
             atomic_write(directory / CONTEXT, self.context)
         atomic_write(directory / ARRAYS, data)
-        text = json.dumps(sealed(manifest), indent=2, ensure_ascii=False)
-        atomic_write(directory / MANIFEST, text + "\n")
+        write_manifest(directory, manifest)
 
     @classmethod
     def load(cls, directory: str | Path) -> SoftPrompt:
@@ -251,6 +250,12 @@ class SoftPrompt:
             except UnicodeDecodeError as error:
                 raise Damaged(f"{file} is damaged (not UTF-8 at byte {error.start})", advice) from error
         return cls(_read_sigma(directory / ARRAYS, manifest), manifest, text)
+
+
+def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes a manifest beside the files that it is of, sealed."""
+    text = json.dumps(sealed(dict(manifest)), indent=2, ensure_ascii=False)
+    atomic_write(directory / MANIFEST, text + "\n")
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:

@@ -232,21 +232,29 @@ class Evaluate(Saved):
     examples: ClassVar[str] = """
       jaxsp evaluate prompt/ --queries other_questions.txt
       jaxsp evaluate prompt/ --queries other_questions.txt --json
+      jaxsp evaluate prompt/ --queries other_questions.txt --calibrate
     """
     queries: File
     """Queries in a file, as compress takes them."""
     query_column: QueryColumn = None
     teacher: str | None = None
     """The teacher, if that was another model and is not where it was."""
+    calibrate: bool = False
+    """Keep in the prompt how sure it is of its answers to these queries, for --context-fallback."""
     json: bool = False
     """Print everything as JSON on standard output."""
 
     def run(self) -> None:
         from jaxsp import api, console
         from jaxsp.data.documents import read_queries
+        from jaxsp.evaluation import certainty
 
+        if self.calibrate and self.length is not None:
+            raise UserError("--calibrate is for all slots of a prompt: leave --length away.")
         prompt, queries = self.prompt(), read_queries(self.queries, self.query_column)
         report = api.evaluate(self.load(prompt), prompt, queries, teacher=self.teacher)
+        if self.calibrate:
+            certainty.calibrate(self.directory, report)
         if self.json:
             print(json.dumps(report, indent=2, ensure_ascii=False))
         else:

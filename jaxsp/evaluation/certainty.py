@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxsp.artifact import MANIFEST, SoftPrompt
+from jaxsp.artifact import MANIFEST, SoftPrompt, write_manifest
 from jaxsp.errors import Damaged
+from jaxsp.files import as_path
 from jaxsp.typing import AnyArray, UserError
 
 SIGNAL = "lowest_log_probability"
@@ -80,7 +82,7 @@ class Calibration:
         if found is None:
             raise UserError(
                 "The prompt does not say when it is not sure: it was made by an older version, or is one of"
-                " the shorter ones of a nested prompt. Compress the document anew."
+                " the shorter ones of a nested prompt. Calibrate it with jaxsp evaluate --calibrate."
             )
         if not isinstance(found, dict) or not isinstance(found.get("signal"), str):
             raise Damaged(f"The prompt's {MANIFEST} is damaged: fallback is {found!r:.60}")
@@ -131,6 +133,23 @@ class Calibration:
         below = np.array(self.certainties) < self.threshold(share)
         wrong = np.array(self.wrong)
         return float(below.mean()), float(below[wrong].mean()) if wrong.any() else None
+
+
+def calibrate(directory: str | Path, report: Mapping[str, Any]) -> None:
+    """Writes the calibration of an evaluation's queries into a saved prompt.
+
+    Args:
+      directory: the prompt's folder; a file in it will do.
+      report: what ``jaxsp.evaluate`` gave for all of its slots.
+
+    Raises:
+      UserError: the prompt was trained on all of the queries, or the folder can't be read.
+    """
+    if (found := report["fallback"]) is None:
+        raise UserError("The prompt was trained on all of these queries: calibrate it on others.")
+    folder = as_path(directory, "The prompt")
+    folder = folder.parent if folder.is_file() else folder
+    write_manifest(folder, {**SoftPrompt.load(folder).manifest, "fallback": found})
 
 
 def mark(queries: Sequence[dict[str, Any]], values: Sequence[float] | None) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from jaxsp import distributions
 from jaxsp.artifact import SoftPrompt
 from jaxsp.data.examples import make_rows
 from jaxsp.errors import Damaged
-from jaxsp.evaluation.certainty import SIGNAL, Calibration, certainty, mark, summary
+from jaxsp.evaluation.certainty import SIGNAL, Calibration, calibrate, certainty, mark, summary
 from jaxsp.teacher.answers import answer_ids, answers_with_log_probs
 from jaxsp.typing import UserError
 from tests.exports import consumer
@@ -91,8 +91,22 @@ def test_a_prompt_keeps_its_calibration(tmp_path):
     found = saved(stored, tmp_path)
     assert Calibration.of(found) == Calibration((-0.123456789, -2.0), (False, True))
     assert Calibration.of(found.cut(found.prompt_length)) == Calibration.of(found)
-    with pytest.raises(UserError, match=r"one of the shorter ones of a nested prompt\. Compress"):
+    with pytest.raises(UserError, match=r"one of the shorter ones of a nested prompt\. Calibrate"):
         Calibration.of(found.cut(2))
+
+
+def test_an_evaluation_calibrates_a_saved_prompt(tmp_path):
+    """Its manifest says the same of all else, and its arrays stay as they are."""
+    before = saved(None, tmp_path)
+    arrays = (tmp_path / "prompt.safetensors").read_bytes()
+    found = mark([query("a", None), query("b", None, captured=False)], [-1.0, -2.0])
+    calibrate(tmp_path / "manifest.json", {"fallback": found})
+    after = SoftPrompt.load(tmp_path)
+    assert Calibration.of(after) == Calibration((-1.0, -2.0), (False, True))
+    assert {**after.manifest, "fallback": None} == before.manifest
+    assert (tmp_path / "prompt.safetensors").read_bytes() == arrays
+    with pytest.raises(UserError, match="was trained on all of these queries"):
+        calibrate(tmp_path, {"fallback": None})
 
 
 @pytest.mark.parametrize(("fallback", "said"), [
