@@ -22,8 +22,10 @@ import pytest
 import jaxsp
 from jaxsp import plan
 from jaxsp.arguments import parse, program
+from jaxsp.artifact import write_manifest
 from jaxsp.cli import COMMANDS, Compress
 from jaxsp.study.seeds import SEEDS
+from jaxsp.terminal import visible
 from tests import tiny
 
 FAST = ("--length", 4, "--steps", 2, "--batch-size", 4, "--max-answer-tokens", 6)
@@ -586,9 +588,7 @@ def test_ask_inspect_evaluate(jaxsp_command, finished, job, tmp_path, monkeypatc
     assert "closes" in out
     some = [row["certainty"] for row in report["queries"] if not row["trained_on"]]
     before, after = (jaxsp.SoftPrompt.load(folder).manifest["fallback"] for folder in (finished, own))
-    assert (
-        before["certainties"] == json.loads((finished / "report.json").read_text())["fallback"]["certainties"]
-    )
+    assert before == json.loads((finished / "report.json").read_text())["fallback"]
     assert (len(before["certainties"]), after["certainties"]) == (2, some)
     lines = iter(["One?", "Two?", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
@@ -598,7 +598,7 @@ def test_ask_inspect_evaluate(jaxsp_command, finished, job, tmp_path, monkeypatc
 
 
 def test_who_is_not_sure_reads_the_document(jaxsp_command, finished, tmp_path):
-    """The answers are those of the soft prompt, or those after the whole document; standard error says which."""
+    """The answer is the soft prompt's, or the one after the whole document; standard error says which."""
     prompt = jaxsp.SoftPrompt.load(finished)
     model = jaxsp.load_model(prompt.manifest["model"]["name"]).with_chat(prompt.chat)
     ids = np.array([[*prompt.manifest["slots"]["before_ids"], *model.encode_context(prompt.context or "")]])
@@ -613,9 +613,8 @@ def test_who_is_not_sure_reads_the_document(jaxsp_command, finished, tmp_path):
     ):
         own = tmp_path / str(values[0])
         shutil.copytree(finished, own)
-        write_manifest(
-            own, {**prompt.manifest, "fallback": {**prompt.manifest["fallback"], "certainties": values}}
-        )
+        fallback = {**prompt.manifest["fallback"], "certainties": values}
+        write_manifest(own, {**prompt.manifest, "fallback": fallback})
         code, out, err = jaxsp_command("ask", own, *command[2:], "--context-fallback", 0.5)
         assert (code, out, err) == (0, answer, said)
     (own / "context.txt").unlink()
