@@ -95,11 +95,11 @@ class Calibration:
         lists = isinstance(values, list) and isinstance(wrong, list) and len(values) == len(wrong) > 0
         if not (
             lists
-            and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+            and all(isinstance(v, float) and math.isfinite(v) for v in values)
             and all(isinstance(w, bool) for w in wrong)
         ):
             raise Damaged(f"The prompt's {MANIFEST} is damaged: fallback has no certainties of answers")
-        return cls(tuple(map(float, values)), tuple(wrong))
+        return cls(tuple(values), tuple(wrong))
 
     def threshold(self, share: float) -> float:
         """The certainty below which an answer is not given, so that about this share is not.

@@ -118,6 +118,7 @@ def test_an_evaluation_calibrates_a_saved_prompt(tmp_path):
     ({"signal": SIGNAL, "certainties": [], "wrong": []}, "has no certainties"),
     ({"signal": SIGNAL, "certainties": [-1.0], "wrong": []}, "has no certainties"),
     ({"signal": SIGNAL, "certainties": ["x"], "wrong": [True]}, "has no certainties"),
+    ({"signal": SIGNAL, "certainties": [10**400], "wrong": [True]}, "has no certainties"),
     ({"signal": SIGNAL, "certainties": [-1.0], "wrong": [1]}, "has no certainties"),
 ])  # fmt: skip
 def test_what_is_no_calibration_is_said(fallback, said, tmp_path):
