@@ -206,7 +206,13 @@ class Batch:
 
 @functools.partial(jax.jit, static_argnames=("config", "B", "A", "N"), keep_unused=True)
 def _start(
-    params: Params, config: DecoderConfig, several: KeyValues | None, table: Requests, B: int, A: int, N: int
+    params: Params,
+    config: DecoderConfig,
+    several: KeyValues | None,
+    table: Requests,
+    B: int,
+    A: int,
+    N: int = MOST,
 ) -> _State:
     # The weights as an argument put the state on their device, as ``_advance`` does with those that
     # follow: with another placement jax would compile it a second time.
