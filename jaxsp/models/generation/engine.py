@@ -261,7 +261,7 @@ def _room(config: DecoderConfig, rows: int, size: int) -> tuple[Array, Array]:
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _advance(
-    given: _Given, state: _State, cut_B: Array, steps: Array, slots_W: Int[AnyArray, " w"] | None
+    given: _Given, state: _State, cut_B: Array, steps: Array, slots_W: Int[AnyArray, " w"] | None = None
 ) -> _State:
     """Ends the slots to ``cut``, then decodes so many ``steps``, or until every request has ended.
 
