@@ -54,6 +54,7 @@ def test_a_query_near_others_that_failed_is_unsure():
     assert signals.distances([answer([-1.0])] * 2, [False, False]) == [0, 0]
 
 
+@pytest.mark.slow
 def test_the_distributions_are_those_of_the_answers():
     prompt, model = consumer.prompt("llama", "key_value"), consumer.model("llama")
     prefix = prompt.prefix(model)
@@ -166,7 +167,7 @@ class Server(BaseHTTPRequestHandler):
             Server.now -= 1
         self.wfile.write(b"data: [DONE]\n\n")
 
-    def log_message(self, *_: Any) -> None: ...
+    def log_message(self, format: str, *args: Any) -> None: ...
 
 
 def test_so_many_users_ask_at_once_and_all_is_counted():

@@ -174,12 +174,15 @@ def test_samples_are_judged_by_the_most_probable_tokens():
 
 def test_what_a_stop_text_leaves_out_is_not_judged():
     """Of an answer whose least sure token comes after the stop."""
-    for question in QUESTIONS:
-        whole, (_, logs) = asked("pump", question, TOKENS), answered()[question]
-        if min(logs[:4]) > min(logs) and len(whole) > 8 and whole.isprintable():
-            break
-    stop, tokens = whole[1:3], shelf().model.tokenizer
-    end = next(n for n in range(1, TOKENS) if stop in tokens.decode(answered()[question][0][:n]))
+    texts = {question: asked("pump", question, TOKENS) for question in QUESTIONS}
+    question, whole = next(
+        (question, text)
+        for question, text in texts.items()
+        if min(answered()[question][1][:4]) > min(answered()[question][1]) and text.isprintable()
+    )
+    (ids, logs), stop = answered()[question], whole[1:3]
+    tokenizer: Any = shelf().model.tokenizer
+    end = next(n for n in range(1, TOKENS) if stop in tokenizer.decode(ids[:n]))
     assert min(logs[:end]) > min(logs)
     with running(found=calibrated(min(logs[:end]), min(logs)), share=0.5) as service:
         assert ask(service, question)[0] == "full"

@@ -121,7 +121,8 @@ def generate_with_log_probs(
     found = None if batch is None else batch.likely()
     if found is None:
         return answers, []
-    return answers, [found.chosen_RA[i, : len(ids)] for i, ids in enumerate(answers)]
+    logs_RA = np.asarray(found.chosen_RA)
+    return answers, [logs_RA[i, : len(ids)] for i, ids in enumerate(answers)]
 
 
 def stream(

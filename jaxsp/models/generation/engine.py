@@ -26,7 +26,7 @@ from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation.likely import MOST, Likely
 from jaxsp.models.generation.requests import Requests
 from jaxsp.models.generation.sampling import choose
-from jaxsp.typing import EMPTY, AnyArray, Array, Bool, Float, Int, KeyValues, Params
+from jaxsp.typing import EMPTY, Array, Bool, Float, Int, KeyValues, Params
 
 GROUP = 8
 """Requests read at once where at least half as many slots are free; the others are read one by one."""
@@ -261,7 +261,7 @@ def _room(config: DecoderConfig, rows: int, size: int) -> tuple[Array, Array]:
 
 @functools.partial(jax.jit, donate_argnames="state")
 def _advance(
-    given: _Given, state: _State, cut_B: Array, steps: Array, slots_W: Int[AnyArray, " w"] | None = None
+    given: _Given, state: _State, cut_B: Array, steps: Array, slots_W: Int[Array, " w"] | None = None
 ) -> _State:
     """Ends the slots to ``cut``, then decodes so many ``steps``, or until every request has ended.
 
@@ -290,16 +290,16 @@ def _advance(
     )
 
 
-def _rows(caches: tuple[Array, Array], slots_W: AnyArray) -> tuple[Array, ...]:
+def _rows(caches: tuple[Array, Array], slots_W: Array) -> tuple[Array, ...]:
     return tuple(cache[:, slots_W] for cache in caches)
 
 
-def _put(slots: AnyArray, cache: Array, rows: Array) -> Array:
+def _put(slots: Array, cache: Array, rows: Array) -> Array:
     """A cache with other rows in some slots; in those that there aren't: nothing."""
     return cache.at[:, slots].set(rows, mode="drop")
 
 
-def _put_prefix(slots: AnyArray, all_B: KeyValues | None, rows: KeyValues | None) -> KeyValues | None:
+def _put_prefix(slots: Array, all_B: KeyValues | None, rows: KeyValues | None) -> KeyValues | None:
     """The same of each slot's own prefix, where there are several."""
     if all_B is None or rows is None:
         return all_B

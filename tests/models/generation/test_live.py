@@ -163,6 +163,7 @@ def test_there_is_as_much_room_as_is_needed(live):
 
 def test_a_step_computes_as_many_slots_as_are_needed(tiny_model, prefixes, alone, monkeypatch):
     """Whichever they are: here the only one left is the last that got a slot."""
+    loop: Any = engine._advance
     computed, decoded = [], engine._decoded
 
     def counted(given, state, steps):
@@ -170,7 +171,7 @@ def test_a_step_computes_as_many_slots_as_are_needed(tiny_model, prefixes, alone
         return decoded(given, state, steps)
 
     monkeypatch.setattr(engine, "_decoded", counted)
-    engine._advance.clear_cache()
+    loop.clear_cache()
     sizes = {"slots": 9, "query_tokens": QUERY, "answer_tokens": ANSWER}
     live = Live(tiny_model.params, tiny_model.config, prefixes, **sizes)
     assert live._batch.widths == [1, 4, 9]
@@ -180,7 +181,7 @@ def test_a_step_computes_as_many_slots_as_are_needed(tiny_model, prefixes, alone
     found = live.advance(3)
     while live.busy:
         found += live.advance(2)
-    engine._advance.clear_cache()
+    loop.clear_cache()
     assert computed == [9, 1]  # each is traced once
     tokens = [[i for news in found if news.row == row for i in news.ids] for row in rows]
     assert tokens == alone(asked)
