@@ -41,8 +41,8 @@ class Side:
     def __init__(self, job: dict[str, Any]) -> None:
         self._job, self._shared = job, job["shared"]
         dtype = getattr(torch, job["dtype"])
-        model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
-        self._model: Any = model.to(DEVICE).eval()
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype)
+        self._model = model.to(DEVICE).eval()
         read = self._model(torch.tensor([self._shared], device=DEVICE), use_cache=True)
         self._cache: DynamicCache = read.past_key_values
 

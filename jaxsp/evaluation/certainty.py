@@ -91,13 +91,8 @@ class Calibration:
                 f"The prompt was calibrated by {found['signal']!r:.60}, which this version of jaxsp doesn't"
                 " know; upgrade it, or compress the document anew."
             )
-        values, wrong = found.get("certainties"), found.get("wrong")
-        lists = isinstance(values, list) and isinstance(wrong, list) and len(values) == len(wrong) > 0
-        if not (
-            lists
-            and all(isinstance(v, float) and math.isfinite(v) for v in values)
-            and all(isinstance(w, bool) for w in wrong)
-        ):
+        values, wrong = _list(found, "certainties", float), _list(found, "wrong", bool)
+        if not values or len(values) != len(wrong) or not all(map(math.isfinite, values)):
             raise Damaged(f"The prompt's {MANIFEST} is damaged: fallback has no certainties of answers")
         return cls(tuple(values), tuple(wrong))
 
@@ -184,3 +179,10 @@ def summary(queries: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
     )
     lists = {name: list(values) for name, values in vars(found).items()}
     return {"signal": SIGNAL, **lists, "text": text}
+
+
+def _list(found: Mapping[str, Any], name: str, kind: type) -> list[Any]:
+    """The values under a name, if they are a list of this kind."""
+    values = found.get(name)
+    good = isinstance(values, list) and all(isinstance(value, kind) for value in values)
+    return values if good else []
