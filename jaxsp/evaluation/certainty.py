@@ -183,6 +183,6 @@ def summary(queries: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _list(found: Mapping[str, Any], name: str, kind: type) -> list[Any]:
     """The values under a name, if they are a list of this kind."""
-    values = found.get(name)
+    values: Any = found.get(name)
     good = isinstance(values, list) and all(isinstance(value, kind) for value in values)
-    return values if good else []
+    return list(values) if good else []
