@@ -14,12 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 import jaxsp
 from experiments import random_llama
 from experiments.decoder_speed.experiment import has_torch
 from experiments.serving.client import Load, load
 from experiments.suite import DEMO, Run
 from jaxsp import demo
+from jaxsp.artifact import make_artifact
+from jaxsp.data.documents import as_queries
+from jaxsp.evaluation.report import report_header
+from jaxsp.settings import make_settings
+from jaxsp.teacher.problem import tokenize
 
 USERS = (1, 8, 32)
 REQUESTS = {1: 16, 8: 48, 32: 96}
@@ -69,13 +76,11 @@ def measure(run: Run) -> dict[str, Any]:
             torch = stack.enter_context(_torch(run.torch_python, directory / "job.json", job))
             versions = torch.versions
             sides["torch"] = _asked_of_torch(torch, model)
-        report = json.loads((directory / "manual" / "report.json").read_text("utf-8"))
+        header = report_header(model, jaxsp.SoftPrompt.load(directory / "manual"))
         return {
             "model": model.name,
             "dtype": model.config.dtype,
-            "context_tokens": report["context_tokens"],
-            "prompt_length": report["prompt_length"],
-            "prefix_bytes": report["prefix_bytes"],
+            **{key: header[key] for key in ("context_tokens", "prompt_length", "prefix_bytes")},
             "file_bytes": (directory / "manual" / "prompt.safetensors").stat().st_size,
             "slots": max(sizes.users),
             "max_tokens": sizes.max_tokens,
@@ -123,10 +128,11 @@ def _compressed(directory: Path, full: bool) -> tuple[jaxsp.LanguageModel, list[
         jaxsp.compress(model, context, train, held_out=held_out, out=directory / "manual", **DEMO)
         return model, [query.text for query in (*train, *held_out)], context
     model = jaxsp.load_model(random_llama.write(directory / "model"), dtype="float32")
-    options: Any = {"prompt_length": 4, "steps": 0, "max_answer_tokens": 4, "kind": "embedding"}
-    out, queries = directory / "manual", SMALL_QUERIES
-    jaxsp.compress(model, SMALL_CONTEXT, queries[:3], held_out=queries[3:], out=out, study="off", **options)
-    return model, queries, SMALL_CONTEXT
+    settings = make_settings({"prompt_length": 4, "kind": "embedding"})
+    job = tokenize(model, SMALL_CONTEXT, as_queries(SMALL_QUERIES[:1]), [], settings)
+    sigma = {"embeddings": np.asarray(model.embed(job.context_ids[:4]))}
+    make_artifact(model, job, settings, sigma, SMALL_CONTEXT, steps=0).save(directory / "manual")
+    return model, SMALL_QUERIES, SMALL_CONTEXT
 
 
 @contextlib.contextmanager
