@@ -1,7 +1,7 @@
-"""`jaxsp serve`, where the whole document and nothing have as many slots as σ, and all is compiled beforehand.
+"""`jaxsp serve`, where the whole document and nothing have as many slots as σ; all is compiled beforehand.
 
-python -m experiments.serving.server serve FOLDER ..., started by ``speed.py``. As it is, the server gives few slots to
-what σ is compared with, and compiles for it when it is needed: in the midst of a turn.
+python -m experiments.serving.server serve FOLDER ..., started by ``speed.py``. As it is, the server gives few
+slots to what σ is compared with, and compiles for it when it is needed: in the midst of a turn.
 """
 
 from __future__ import annotations
