@@ -31,6 +31,7 @@ NAMES = (
     "peers",
     "precision",
     "decoder_speed",
+    "serving",
     "loss_cost",
     "scale",
     "colab",

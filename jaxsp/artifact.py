@@ -177,6 +177,7 @@ class SoftPrompt:
         manifest = {**self.manifest, "kind": kind, "prompt_length": length}
         if length != self.prompt_length:
             manifest.pop("held_out", None)  # measured on all of it
+            manifest.pop("fallback", None)
         return dataclasses.replace(self, sigma=dict(sigma), manifest=manifest)
 
     def ask(
@@ -214,8 +215,7 @@ class SoftPrompt:
             manifest["context_sha256"] = hashlib.sha256(self.context.encode()).hexdigest()
             atomic_write(directory / CONTEXT, self.context)
         atomic_write(directory / ARRAYS, data)
-        text = json.dumps(sealed(manifest), indent=2, ensure_ascii=False)
-        atomic_write(directory / MANIFEST, text + "\n")
+        write_manifest(directory, manifest)
 
     @classmethod
     def load(cls, directory: str | Path) -> SoftPrompt:
@@ -250,6 +250,12 @@ class SoftPrompt:
             except UnicodeDecodeError as error:
                 raise Damaged(f"{file} is damaged (not UTF-8 at byte {error.start})", advice) from error
         return cls(_read_sigma(directory / ARRAYS, manifest), manifest, text)
+
+
+def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes a manifest beside the files that it is of, sealed."""
+    text = json.dumps(sealed(dict(manifest)), indent=2, ensure_ascii=False)
+    atomic_write(directory / MANIFEST, text + "\n")
 
 
 def check_manifest(manifest: dict[str, Any], file: Path) -> dict[str, Any]:

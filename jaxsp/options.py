@@ -205,6 +205,12 @@ class Saved:
         return ModelOptions(name, self.dtype, prompt.quantization).load().stopping_at(prompt.stop_ids)
 
 
+def check_share(context_fallback: float | None) -> None:
+    """Raises ``UserError`` if this is no fraction of questions that the whole document can answer."""
+    if context_fallback is not None and not 0 < context_fallback < 1:
+        raise UserError(f"--context-fallback must be above 0 and below 1, not {context_fallback:g}.")
+
+
 def ways_to_need_less(command: Any) -> str:
     """The ways to need less memory, by the options that a command has."""
     parts = [command, *filter(dataclasses.is_dataclass, vars(command).values())]

@@ -38,6 +38,7 @@ FLOORS = [
     ["api"],
     ["console", "options", "watching"],
     [
+        "ask_command",
         "cache",
         "compare_command",
         "export_command",
@@ -61,6 +62,7 @@ ONLY_IN = {
     "rich": {"progress.py", "console.py", "cli.py", "watching.py"},
     "tyro": {
         "arguments.py",
+        "ask_command.py",
         "cache.py",
         "cli.py",
         "compare_command.py",

@@ -398,6 +398,7 @@ class Runner:
                 "gap_closed": measured["gap_closed"],
                 **measured["held_out"]["brackets"]["prompt"],
             }
+            prompt.manifest["fallback"] = measured["fallback"]
             report |= measured
         studied = self.problems.study(job)
         report["study"] = studied and studied.summary()

@@ -118,8 +118,19 @@ class Served:
             message = str(error) if isinstance(error, UserError) else "A token id is too large."
             raise Refusal(message, param=param) from None
 
-    def usage(self, read: int, written: int) -> dict[str, Any]:
-        """Tokens of a request and its answer, and those that σ saved."""
+    @property
+    def context(self) -> str:
+        """The context of its answers: ``sigma``, ``full`` or ``none``."""
+        return {"document": "full", "nothing": "none"}.get(self.kind, "sigma")
+
+    def usage(self, read: int, written: int, discarded: int = 0) -> dict[str, Any]:
+        """Tokens of a request and its answer, those that σ saved, and the context of the answer.
+
+        Args:
+          read: tokens of the request.
+          written: tokens of the answer.
+          discarded: tokens of σ's own answer, where another one is given.
+        """
         before = len(self.prompt.manifest["slots"]["before_ids"]) + self.held
         tokens = self.prompt.manifest["context_tokens"]
         saved = tokens - self.held if tokens else 0  # of one that was imported it is not known
@@ -127,7 +138,12 @@ class Served:
             "prompt_tokens": before + read,
             "completion_tokens": written,
             "total_tokens": before + read + written,
-            "prompt_tokens_details": {"cached_tokens": before, "saved_tokens": saved},
+            "prompt_tokens_details": {
+                "cached_tokens": before,
+                "saved_tokens": saved,
+                "context": self.context,
+            },
+            **({"completion_tokens_details": {"discarded_tokens": discarded}} if discarded else {}),
         }
 
     def _knows(self, text: str) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ import numpy as np
 
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.generation.likely import Likely
+from jaxsp.models.generation.likely import MOST, Likely
 from jaxsp.models.generation.requests import Requests
 from jaxsp.models.generation.sampling import choose
 from jaxsp.typing import EMPTY, Array, Bool, Float, Int, KeyValues, Params
@@ -87,6 +88,9 @@ class Batch:
       slots: number of sequences that decode together.
       answer_tokens: longest answer.
       waiting: rows of the table that wait, if all are there from the start.
+      widths: numbers of slots that a step may compute beside all: a step costs as much as it has slots. Each
+        is a program of its own.
+      alternatives: most probable tokens that are kept beside each one whose probability is wanted.
     """
 
     def __init__(
@@ -99,16 +103,19 @@ class Batch:
         slots: int,
         answer_tokens: int,
         waiting: range | None = None,
+        widths: Sequence[int] = (),
+        alternatives: int = MOST,
     ) -> None:
         several = prefix if len(prefix.positions) > 1 else None
         self._given = _Given(params, config, prefix, table, chunk, np.int32(0))
-        self._state = _start(params, config, several, table, slots, answer_tokens)
+        self._state = _start(params, config, several, table, slots, answer_tokens, alternatives)
         self._in_order = waiting is not None
         self._waiting = collections.deque(waiting or ())
         self._running: dict[int, int] = {}  # slots by rows
         self._started = 0
         self._cut_B = np.zeros(slots, bool)
         self._steps = 0
+        self.widths = sorted({*(width for width in widths if width < slots), slots})
 
     @property
     def busy(self) -> bool:
@@ -146,7 +153,9 @@ class Batch:
             order_R = np.zeros(len(self._state.count_R), np.int32)
             order_R[np.arange(self._started, total) % len(order_R)] = list(self._waiting)
         given = dataclasses.replace(self._given, total=np.int32(total), order_R=order_R)
-        state = self._state = _advance(given, self._state, self._cut_B, np.int32(steps))
+        state = self._state = _advance(
+            given, self._state, self._cut_B, np.int32(steps), self._computed_slots()
+        )
         done, started, index_B, running_B, count_R, tokens_RA = jax.device_get(
             (state.done, state.started, state.index_B, state.running_B, state.count_R, state.tokens_RA)
         )
@@ -159,6 +168,15 @@ class Batch:
         return [
             Progress(row, tokens_RA[row, : count_R[row]].tolist(), row not in slot_of) for row in under_way
         ]
+
+    def _computed_slots(self) -> Int[np.ndarray, " w"] | None:
+        """The slots of the next steps: those that run, and free ones for who waits; ``None``: all."""
+        running, count = list(self._running.values()), len(self._running) + len(self._waiting)
+        width = next((width for width in self.widths if width >= count), self.widths[-1])
+        if width == len(self._cut_B):
+            return None
+        free = np.setdiff1d(np.arange(len(self._cut_B)), running)
+        return np.array([*running, *free][:width], np.int32)
 
     def resize(self, query_tokens: int, answer_tokens: int) -> None:
         """Makes room for other lengths: what is under way must fit, and what waits when it is read.
@@ -186,9 +204,15 @@ class Batch:
         return jax.device_get(self._state.likely)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "B", "A"), keep_unused=True)
+@functools.partial(jax.jit, static_argnames=("config", "B", "A", "N"), keep_unused=True)
 def _start(
-    params: Params, config: DecoderConfig, several: KeyValues | None, table: Requests, B: int, A: int
+    params: Params,
+    config: DecoderConfig,
+    several: KeyValues | None,
+    table: Requests,
+    B: int,
+    A: int,
+    N: int = MOST,
 ) -> _State:
     # The weights as an argument put the state on their device, as ``_advance`` does with those that
     # follow: with another placement jax would compile it a second time.
@@ -206,7 +230,7 @@ def _start(
         query_LBZGF=_room(config, B, Z),
         answer_LBAGF=_room(config, B, A),
         prefix=None if several is None else several.rows(jnp.zeros(B, jnp.int32)),
-        likely=None if table.likely_B is None else Likely.room(R, A),
+        likely=None if table.likely_B is None else Likely.room(R, A, N),
     )
 
 
@@ -236,9 +260,61 @@ def _room(config: DecoderConfig, rows: int, size: int) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _advance(given: _Given, state: _State, cut_B: Array, steps: Array) -> _State:
-    """Ends the slots to ``cut``, then decodes so many ``steps``, or until every request has ended."""
-    group, total = min(GROUP, len(cut_B)), given.total
+def _advance(
+    given: _Given, state: _State, cut_B: Array, steps: Array, slots_W: Int[Array, " w"] | None = None
+) -> _State:
+    """Ends the slots to ``cut``, then decodes so many ``steps``, or until every request has ended.
+
+    Only ``slots_W`` are computed, if they are given: those that run must be among them.
+    """
+    state = state._replace(done=jnp.int32(0), running_B=state.running_B & ~cut_B)
+    if slots_W is None:
+        return _decoded(given, state, steps)
+    own = state._replace(
+        index_B=state.index_B[slots_W],
+        running_B=state.running_B[slots_W],
+        last_BD=state.last_BD[slots_W],
+        query_LBZGF=_rows(state.query_LBZGF, slots_W),
+        answer_LBAGF=_rows(state.answer_LBAGF, slots_W),
+        prefix=None if state.prefix is None else state.prefix.rows(slots_W),
+    )
+    own = _decoded(given, own, steps)
+    put = functools.partial(_put, slots_W)
+    return own._replace(
+        index_B=state.index_B.at[slots_W].set(own.index_B),
+        running_B=state.running_B.at[slots_W].set(own.running_B),
+        last_BD=state.last_BD.at[slots_W].set(own.last_BD),
+        query_LBZGF=tuple(map(put, state.query_LBZGF, own.query_LBZGF)),
+        answer_LBAGF=tuple(map(put, state.answer_LBAGF, own.answer_LBAGF)),
+        prefix=_put_prefix(slots_W, state.prefix, own.prefix),
+    )
+
+
+def _rows(caches: tuple[Array, Array], slots_W: Array) -> tuple[Array, ...]:
+    return tuple(cache[:, slots_W] for cache in caches)
+
+
+def _put(slots: Array, cache: Array, rows: Array) -> Array:
+    """A cache with other rows in some slots; in those that there aren't: nothing."""
+    return cache.at[:, slots].set(rows, mode="drop")
+
+
+def _put_prefix(slots: Array, all_B: KeyValues | None, rows: KeyValues | None) -> KeyValues | None:
+    """The same of each slot's own prefix, where there are several."""
+    if all_B is None or rows is None:
+        return all_B
+    put = functools.partial(_put, slots)
+    return KeyValues(
+        put(all_B.keys, rows.keys),
+        put(all_B.values, rows.values),
+        put(all_B.positions[None], rows.positions)[0],
+        None if all_B.bias is None or rows.bias is None else put(all_B.bias, rows.bias),
+    )
+
+
+def _decoded(given: _Given, state: _State, steps: Array) -> _State:
+    """The state after so many steps of all of its slots, or when every request has ended."""
+    group, total = min(GROUP, len(state.running_B)), given.total
 
     def refill(state: _State) -> _State:
         """Reads several requests at a time while at least half as many can be, then one by one."""
@@ -255,7 +331,6 @@ def _advance(given: _Given, state: _State, cut_B: Array, steps: Array) -> _State
     def unfinished(state: _State) -> Array:
         return (state.done < steps) & ((state.started < total) | jnp.any(state.running_B))
 
-    state = state._replace(done=jnp.int32(0), running_B=state.running_B & ~cut_B)
     return jax.lax.while_loop(unfinished, lambda state: _step(given, refill(state)), state)
 
 
@@ -293,18 +368,7 @@ def _read(given: _Given, rows: int, state: _State) -> _State:
     carry = (jnp.zeros((rows, config.width), config.dtype), *_room(config, rows, Z))
     last_ND, *queries = jax.lax.fori_loop(0, chunks, read_chunk, carry)
 
-    def put(cache: Array, rows: Array) -> Array:
-        return cache.at[:, slot_N].set(rows, mode="drop")
-
-    own = state.prefix
-    if own is not None:
-        own = KeyValues(
-            put(own.keys, prefix.keys),
-            put(own.values, prefix.values),
-            put(own.positions[None], prefix.positions)[0],
-            None if own.bias is None or prefix.bias is None else put(own.bias, prefix.bias),
-        )
-    keys, values = map(put, state.query_LBZGF, queries)
+    keys, values = map(functools.partial(_put, slot_N), state.query_LBZGF, queries)
     count_R = state.count_R
     if given.order_R is not None:  # another request may have had the row
         count_R = count_R.at[jnp.where(served_N, index_N, R)].set(0, mode="drop")  # R: nowhere
@@ -315,7 +379,7 @@ def _read(given: _Given, rows: int, state: _State) -> _State:
         last_BD=state.last_BD.at[slot_N].set(last_ND, mode="drop"),
         count_R=count_R,
         query_LBZGF=(keys, values),
-        prefix=own,
+        prefix=_put_prefix(slot_N, state.prefix, prefix),
     )
 
 

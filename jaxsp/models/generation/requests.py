@@ -51,6 +51,8 @@ class Work:
     key: Array | None
     decode: Decode | None
     after: Sequence[int] | AnyArray | None = None
+    likely: bool = False
+    """Whether the probabilities of all tokens are wanted."""
 
     def __post_init__(self) -> None:
         config = self.config
@@ -91,7 +93,8 @@ class Work:
         chunk = min(CHUNK, round_up(longest, 16))
         after = self._rows().tolist() if self.several else None
         choices = tabulate(self.samplings, R, self.key)
-        return as_arrays(self.requests, self.samplings, choices, after, round_up(longest, chunk)), chunk
+        table = as_arrays(self.requests, self.samplings, choices, after, round_up(longest, chunk))
+        return table._replace(likely_B=jnp.ones(R, bool) if self.likely else None), chunk
 
     def _rows(self) -> np.ndarray:
         """The row of the prefix that each request is read after."""

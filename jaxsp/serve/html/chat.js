@@ -221,7 +221,9 @@ class Answer {
     else {
       const count = `${this.tokens.length} token${this.tokens.length === 1 ? "" : "s"}${this.usage ? `, ${this.usage.prompt_tokens} read before them` : ""}`;
       const end = { length: "; cut at the most that the server gives", stopped: "; stopped" }[this.reason] ?? "";
-      this.state.textContent = `${count}${end}.${this.compared()}`;
+      const isDocuments = !this.side.kind && this.usage?.prompt_tokens_details?.context === "full";
+      const unsure = isDocuments ? " σ was not sure of its own answer: this one is the document's." : "";
+      this.state.textContent = `${count}${end}.${unsure}${this.compared()}`;
     }
   }
 
