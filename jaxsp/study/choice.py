@@ -17,7 +17,7 @@ HELD_OUT, MOST_HELD_OUT = 0.2, 16
 
 SHARE = 3
 """Queries of the user's own for each one of the document beside them, unless sentences that nobody asks for
-need more: a user's later questions are most like the user's own, and each other one takes steps from these."""
+need more: what is asked later is most like the user's own, and each other one takes steps from these."""
 
 FEW = 64
 """Queries of the document for sentences that nobody asks for, at most, where the user's own are fewer."""

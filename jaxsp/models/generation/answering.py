@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation import engine
 from jaxsp.models.generation.engine import Progress
-from jaxsp.models.generation.requests import TokenIds, Work
+from jaxsp.models.generation.requests import CHUNK, TokenIds, Work
 from jaxsp.models.generation.sampling import Sampling, round_up
 from jaxsp.models.generation.stop_strings import Decode, certain, stop_at
 from jaxsp.typing import AnyArray, Array, KeyValues, Params
@@ -24,6 +24,7 @@ def generate(
     slots: int = 16,
     key: Array | None = None,
     decode: Decode | None = None,
+    chunk: int = CHUNK,
     on_finished: Callable[[int, list[int]], None] = lambda index, ids: None,
 ) -> list[list[int]]:
     """Continues every request; requests wait in order for one of the slots.
@@ -43,6 +44,8 @@ def generate(
       slots: number of sequences that decode together.
       key: random key of the draws, or an array of one for each request; needed if any temperature is above 0.
       decode: the text of token ids; needed if there are stop strings.
+      chunk: tokens of a request that are read at once, at most. Several requests are read together, as many
+        chunks of each as the longest has: where a few are much longer, that is less with a small one.
       on_finished: called with the index and the tokens of each answer as it ends.
 
     Returns:
@@ -65,7 +68,7 @@ def generate(
     """
     samplings = [sampling] * len(requests) if isinstance(sampling, Sampling) else list(sampling)
     answers: list[list[int]] = [[] for _ in requests]
-    work = Work(config, prefix, requests, samplings, slots, key, decode, after)
+    work = Work(config, prefix, requests, samplings, slots, key, decode, after, chunk)
     for index, ids, ended in _run(params, work):
         if ended:
             answers[index] = ids

@@ -51,6 +51,7 @@ class Work:
     key: Array | None
     decode: Decode | None
     after: Sequence[int] | AnyArray | None = None
+    chunk: int = CHUNK
 
     def __post_init__(self) -> None:
         config = self.config
@@ -88,7 +89,7 @@ class Work:
         """The requests as arrays, and the size of the chunks that they are read in."""
         R = round_up(len(self.requests), 64)
         longest = max(map(len, self.requests))
-        chunk = min(CHUNK, round_up(longest, 16))
+        chunk = min(round_up(self.chunk, 16), round_up(longest, 16))
         after = self._rows().tolist() if self.several else None
         choices = tabulate(self.samplings, R, self.key)
         return as_arrays(self.requests, self.samplings, choices, after, round_up(longest, chunk)), chunk
