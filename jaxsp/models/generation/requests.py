@@ -57,6 +57,8 @@ class Work:
         config = self.config
         if self.slots < 1:
             raise UserError(f"slots must be at least 1; got {self.slots}.")
+        if self.chunk < 1:
+            raise UserError(f"chunk must be at least 1; got {self.chunk}.")
         if len(self.samplings) != len(self.requests):
             raise UserError(f"There are {len(self.requests)} requests, but {len(self.samplings)} samplings.")
         if self.key is not None:
