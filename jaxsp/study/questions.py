@@ -234,9 +234,11 @@ def _fill_up(found: _Found, seen: Seen, own: int) -> None:
         times = [asked[i] if i in document.distinct else WAYS for i in range(len(document.sentences))]
         added, ways = len(found.depends) - own, WAYS if number == 0 else 1
         sentences = set(to_fill(times, own, added, most, ways))
-        made = found.drafted(seen, number, {name: SEEDS[name]}, sentences) if sentences else []
-        if made:
-            found.ask_made(made)
+        each = dict[tuple[int, ...], _Candidate]()
+        for candidate in found.drafted(seen, number, {name: SEEDS[name]}, sentences) if sentences else ():
+            each.setdefault(candidate.draft.sentences, candidate)
+        if each:
+            found.ask_made(list(each.values()))
 
 
 class _Found:

@@ -16,8 +16,10 @@ from jaxsp.data.words import words
 from jaxsp.progress import Display
 from jaxsp.settings import make_settings
 from jaxsp.study import Study, questions, seeds, study, study_key
+from jaxsp.study.coverage import Coverage
 from jaxsp.study.seeds import SEEDS, Draft
 from jaxsp.study.text import Document
+from jaxsp.teacher.signals import Wanted
 from jaxsp.typing import UserError
 
 TEXT = """# The K7
@@ -159,16 +161,101 @@ def test_the_problem_is_that_of_a_teacher_who_hears_its_queries_alone(calm_model
         np.testing.assert_allclose(ours[mask], theirs[mask], atol=1e-5)
 
 
+GIVEN, HELD_OUT = [Query("How much does the tank hold?")], [Query("What does the filter cost?")]
+
+
 @pytest.mark.slow
 def test_given_queries_stay_and_the_document_adds_what_they_lack(calm_model, heeded):
-    given, held_out = [Query("How much does the tank hold?")], [Query("What does the filter cost?")]
-    found, problem = made(calm_model, given, held_out)
+    given, held_out = GIVEN, HELD_OUT
+    found, problem = made(calm_model, given, held_out, study="on")
     assert found.train[0] == given[0]
     assert found.held_out == held_out
     assert found.train[1:]
     assert found.summary()["given"] == 1
     assert len(found.train) < len(made(calm_model)[0].train)
     assert problem.job.queries[-1] == held_out[0]
+
+
+@pytest.fixture
+def asks_for(monkeypatch):
+    """Says what the given queries depend on."""
+
+    def say(*depends: set[int], by_part: set[int] | None = None) -> None:
+        found = Coverage(list(depends), by_part or set())
+        monkeypatch.setattr(questions, "covered", lambda *args, **options: found)
+
+    return say
+
+
+def test_beside_given_queries_the_document_quotes_what_they_do_not_ask_for(calm_model, heeded, asks_for):
+    """Nothing is written, and the given ones stay the first; the teacher answers these alone."""
+    asks_for({0, 1}, by_part={1})
+    found, problem = made(calm_model, GIVEN, HELD_OUT)
+    assert found.train[0] == GIVEN[0]
+    assert found.held_out == HELD_OUT
+    assert [query.seed for query in found.train[1:]] == ["quote"] * 3
+    assert [query.answer for query in found.train[1:]] == found.sentences[2:]
+    assert (found.by_given, found.by_part, found.uncovered) == ([0, 1], [1], [])
+    summary = found.summary()
+    assert (summary["given"], summary["added"], summary["coverage"]) == (1, 3, 1.0)
+    assert summary["seeds"] == {"quote": {"drafted": 3, "kept": 3}}
+    assert problem.job.queries == [*found.train, *found.held_out]
+    assert problem.job.is_train.tolist() == [True] * 4 + [False]
+    assert problem.answers[1] == calm_model.encode_answer(found.train[1].answer).tolist()
+
+
+def test_given_queries_that_ask_for_all_stay_alone(calm_model, heeded, asks_for):
+    asks_for({0, 1, 2, 3, 4})
+    found, problem = made(calm_model, GIVEN, HELD_OUT)
+    assert (found.train, found.uncovered) == (GIVEN, [])
+    assert len(problem.rows) == 2
+
+
+def test_what_cannot_be_quoted_is_asked_for_in_another_form(calm_model, heeded, asks_for):
+    """A sentence of two words has no beginning to quote it by."""
+    text = f"Steel lid.\n\n{TEXT}"
+    settings = make_settings({"prompt_length": 2, "max_answer_tokens": 48})
+    asks_for(set())
+    asked = calm_model, text, GIVEN, HELD_OUT, settings, Display(visible=False)
+    found, _ = study(*asked)
+    forms = {query.text: query.seed for query in found.train[1:]}
+    assert forms['Which sentence has the word "Steel"?'] == "mention"
+    assert set(forms.values()) <= set(questions.FILLING)
+    assert found.uncovered == []
+
+
+def test_a_sentence_that_is_repeated_is_quoted_once(calm_model, heeded, asks_for):
+    text = "The lid of the press is made of steel.\n\n" * 4
+    settings = make_settings({"prompt_length": 2, "max_answer_tokens": 48})
+    asks_for(set())
+    found, _ = study(calm_model, text, GIVEN, HELD_OUT, settings, Display(visible=False))
+    assert len(found.train) == 2
+    assert found.asked == [0, 1, 2, 3]
+
+
+def test_a_number_is_the_most_that_is_added(calm_model, heeded, asks_for):
+    asks_for(set())
+    found, _ = made(calm_model, GIVEN, HELD_OUT, study_queries=2)
+    assert len(found.train) == 3
+    assert found.asked == [0, 2]  # from the whole of the document
+
+
+@pytest.mark.parametrize("text", ["--- *** ---", "<!-- -->", "***"])
+def test_given_queries_need_no_sentence_beside_them(calm_model, text):
+    settings = make_settings({"prompt_length": 1, "max_answer_tokens": 8})
+    found, _ = study(calm_model, text, GIVEN, HELD_OUT, settings, Display(visible=False))
+    assert (found.train, found.held_out, found.sentences) == (GIVEN, HELD_OUT, [])
+    assert found.summary()["coverage"] == 1.0
+
+
+def test_quotes_that_the_document_does_not_matter_to_are_left_out(calm_model, asks_for, monkeypatch):
+    """The given ones stay, and the report says what nobody asks for."""
+    asks_for({0})
+    monkeypatch.setattr(questions, "MATTERS", 1e9)
+    found, _ = made(calm_model, GIVEN, HELD_OUT)
+    assert found.train == GIVEN
+    assert found.asked == [0]
+    assert set(found.drafted) == set(questions.FILLING)
 
 
 def test_a_question_with_the_answer_that_it_was_made_for_comes_first(calm_model, heeded, monkeypatch):
@@ -277,6 +364,13 @@ def test_its_key_is_that_of_all_that_decides_it(calm_model, monkeypatch):
         assert key != study_key(calm_model, TEXT, [], [], make_settings(changed))
     assert key != study_key(calm_model, TEXT, [Query("What?")], [], settings)
     assert key != study_key(calm_model, TEXT + "!", [], [], settings)
+    beside = study_key(calm_model, TEXT, GIVEN, HELD_OUT, settings)
+    assert beside == study_key(
+        calm_model, TEXT, GIVEN, HELD_OUT, make_settings({"seed": 1})
+    )  # nothing is drawn
+    assert beside != study_key(calm_model, TEXT, GIVEN, HELD_OUT, settings, Wanted("top_k", (("k", 4),)))
+    for changed in ({"study": "on"}, {"max_answer_tokens": 9}, {"study_queries": 9}):
+        assert beside != study_key(calm_model, TEXT, GIVEN, HELD_OUT, make_settings(changed))
     monkeypatch.setattr(questions, "VERSION", questions.VERSION + 1)
     assert key != study_key(calm_model, TEXT, [], [], settings)
 
