@@ -153,6 +153,12 @@ def test_with_64_bit_types(tiny_model, run, x64):
     assert found == expected
 
 
+def test_requests_read_in_smaller_chunks_are_answered_alike(run):
+    """The longest has 37 tokens: three chunks of 16, also beside shorter ones."""
+    sampling = Sampling(max_tokens=4)
+    assert run(QUERIES, sampling, chunk=16) == run(QUERIES, sampling)
+
+
 def test_requests_may_be_any_sequences(run):
     expected = run([QUERIES[0]] * 2, Sampling(max_tokens=4))
     array = np.array([QUERIES[0]] * 2)
@@ -416,6 +422,7 @@ def test_a_stop_string_frees_its_slot(run, slowly, steps):
     ([[4]], Sampling(stop_ids=(259,)), {}, "Stop id 259 is not a token"),
     ([[4]], [Sampling(), Sampling()], {}, "1 requests, but 2 samplings"),
     ([[4]], Sampling(), {"slots": 0}, "slots must be at least 1; got 0"),
+    ([[4]], Sampling(), {"chunk": 0}, "chunk must be at least 1; got 0"),
     ([[4], [5, 259]], Sampling(), {}, "Request 1 has the token id 259 at place 1; .*has 259: .*258"),
     ([[4, -1]], Sampling(), {}, "Request 0 has the token id -1 at place 1"),
     ([4, 5], Sampling(), {}, "Request 0 must be a list of token ids; got 4"),
