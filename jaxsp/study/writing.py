@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -106,7 +105,7 @@ def completed(
         slots=SLOTS,
         key=key,
         decode=lambda ids: str(tokenizer.decode(ids)),
-        chunk=int(statistics.median(len(requests[i]) for i in unfinished)),
+        together=True,
         on_finished=lambda index, ids: on_written(),
     )
     foreign = FOREIGN - set(words(document))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation import engine
 from jaxsp.models.generation.engine import Progress
-from jaxsp.models.generation.requests import CHUNK, TokenIds, Work
+from jaxsp.models.generation.requests import TokenIds, Work
 from jaxsp.models.generation.sampling import Sampling, round_up
 from jaxsp.models.generation.stop_strings import Decode, certain, stop_at
 from jaxsp.typing import AnyArray, Array, KeyValues, Params
@@ -24,7 +24,7 @@ def generate(
     slots: int = 16,
     key: Array | None = None,
     decode: Decode | None = None,
-    chunk: int = CHUNK,
+    together: bool = False,
     on_finished: Callable[[int, list[int]], None] = lambda index, ids: None,
 ) -> list[list[int]]:
     """Continues every request; requests wait in order for one of the slots.
@@ -44,8 +44,9 @@ def generate(
       slots: number of sequences that decode together.
       key: random key of the draws, or an array of one for each request; needed if any temperature is above 0.
       decode: the text of token ids; needed if there are stop strings.
-      chunk: tokens of a request that are read at once, at most. Several requests are read together, as many
-        chunks of each as the longest has: where a few are much longer, that is less with a small one.
+      together: read requests when a whole group of them can be, and long ones in several chunks. That gives
+        more tokens a second where many short answers are wanted of longer requests, best if those of like
+        length stand together; a single answer comes later.
       on_finished: called with the index and the tokens of each answer as it ends.
 
     Returns:
@@ -68,7 +69,7 @@ def generate(
     """
     samplings = [sampling] * len(requests) if isinstance(sampling, Sampling) else list(sampling)
     answers: list[list[int]] = [[] for _ in requests]
-    work = Work(config, prefix, requests, samplings, slots, key, decode, after, chunk)
+    work = Work(config, prefix, requests, samplings, slots, key, decode, after, together)
     for index, ids, ended in _run(params, work):
         if ended:
             answers[index] = ids
@@ -122,7 +123,8 @@ def _run(params: Params, work: Work, steps: int | None = None) -> Iterator[Progr
     # Rounded, as the table's sizes are: calls with other limits can share the compiled loop.
     A = round_up(max(int(sampling.max_tokens) for sampling in work.samplings), 16)
     B = min(work.slots, round_up(total, engine.GROUP)) if total > 1 else 1
-    batch = engine.Batch(params, work.config, work.prefix, table, chunk, B, A, range(total))
+    patient = work.together and B >= engine.MANY
+    batch = engine.Batch(params, work.config, work.prefix, table, chunk, B, A, range(total), patient)
     while batch.busy:
         for row, ids, ended in batch.advance(steps or engine.STEPS):
             end = stop_at(ids, work.samplings[row].stop_strings, work.decode)

@@ -30,6 +30,9 @@ from jaxsp.typing import EMPTY, Array, Bool, Float, Int, KeyValues, Params
 GROUP = 8
 """Requests read at once where at least half as many slots are free; the others are read one by one."""
 
+MANY = 4 * GROUP
+"""Slots from which some of them may wait for a whole group of requests to be read."""
+
 STEPS = 8
 """Decoding steps between two looks of the host: for stop strings, for progress."""
 
@@ -65,6 +68,8 @@ class _Given:
     """Requests that have come so far."""
     order_R: Array | np.ndarray | None = None
     """The table's row of each request, by its number (from 0) modulo R; None: the number."""
+    patient: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Whether requests wait until as many slots are free as are read at once."""
 
 
 class Progress(NamedTuple):
@@ -87,6 +92,7 @@ class Batch:
       slots: number of sequences that decode together.
       answer_tokens: longest answer.
       waiting: rows of the table that wait, if all are there from the start.
+      patient: whether they wait until a whole group can be read.
     """
 
     def __init__(
@@ -99,9 +105,10 @@ class Batch:
         slots: int,
         answer_tokens: int,
         waiting: range | None = None,
+        patient: bool = False,
     ) -> None:
         several = prefix if len(prefix.positions) > 1 else None
-        self._given = _Given(params, config, prefix, table, chunk, np.int32(0))
+        self._given = _Given(params, config, prefix, table, chunk, np.int32(0), patient=patient)
         self._state = _start(params, config, several, table, slots, answer_tokens)
         self._in_order = waiting is not None
         self._waiting = collections.deque(waiting or ())
@@ -240,15 +247,20 @@ def _advance(given: _Given, state: _State, cut_B: Array, steps: Array) -> _State
     """Ends the slots to ``cut``, then decodes so many ``steps``, or until every request has ended."""
     group, total = min(GROUP, len(cut_B)), given.total
 
+    def can_be_read(rows: int, state: _State) -> Array:
+        left, free = total - state.started, jnp.sum(~state.running_B)
+        if given.patient:
+            return (left > 0) & (free >= jnp.minimum(left, rows))
+        return jnp.minimum(left, free) >= (rows + 1) // 2
+
     def refill(state: _State) -> _State:
-        """Reads several requests at a time while at least half as many can be, then one by one."""
-        for rows in dict.fromkeys((group, 1)):
+        """Reads several requests at a time while at least half as many can be, then one by one.
+
+        Or, if they are patient, whole groups alone, and the last ones together.
+        """
+        for rows in (group,) if given.patient else dict.fromkeys((group, 1)):
             state = jax.lax.while_loop(
-                lambda state, least=(rows + 1) // 2: (
-                    jnp.minimum(total - state.started, jnp.sum(~state.running_B)) >= least
-                ),
-                functools.partial(_read, given, rows),
-                state,
+                functools.partial(can_be_read, rows), functools.partial(_read, given, rows), state
             )
         return state
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,14 +52,12 @@ class Work:
     key: Array | None
     decode: Decode | None
     after: Sequence[int] | AnyArray | None = None
-    chunk: int = CHUNK
+    together: bool = False
 
     def __post_init__(self) -> None:
         config = self.config
         if self.slots < 1:
             raise UserError(f"slots must be at least 1; got {self.slots}.")
-        if self.chunk < 1:
-            raise UserError(f"chunk must be at least 1; got {self.chunk}.")
         if len(self.samplings) != len(self.requests):
             raise UserError(f"There are {len(self.requests)} requests, but {len(self.samplings)} samplings.")
         if self.key is not None:
@@ -91,7 +90,8 @@ class Work:
         """The requests as arrays, and the size of the chunks that they are read in."""
         R = round_up(len(self.requests), 64)
         longest = max(map(len, self.requests))
-        chunk = min(round_up(self.chunk, 16), round_up(longest, 16))
+        usual = statistics.median(map(len, self.requests)) if self.together else longest
+        chunk = min(CHUNK, round_up(int(usual), 16))
         after = self._rows().tolist() if self.several else None
         choices = tabulate(self.samplings, R, self.key)
         return as_arrays(self.requests, self.samplings, choices, after, round_up(longest, chunk)), chunk

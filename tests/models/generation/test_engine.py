@@ -153,10 +153,38 @@ def test_with_64_bit_types(tiny_model, run, x64):
     assert found == expected
 
 
-def test_requests_read_in_smaller_chunks_are_answered_alike(run):
-    """The longest has 37 tokens: three chunks of 16, also beside shorter ones."""
-    sampling = Sampling(max_tokens=4)
-    assert run(QUERIES, sampling, chunk=16) == run(QUERIES, sampling)
+def test_requests_read_together_are_answered_alike(run, monkeypatch):
+    """The longest has 37 tokens: three chunks of 16, also beside shorter ones. The last are no whole group."""
+    expected = {max_tokens: run(QUERIES, Sampling(max_tokens=max_tokens)) for max_tokens in (3, 5)}
+    monkeypatch.setattr(engine, "GROUP", 2)
+    monkeypatch.setattr(engine, "MANY", 3)
+    for slots in (1, 3):
+        lengths = [3, 5, 3, 3, 5]
+        samplings = [Sampling(max_tokens=length) for length in lengths]
+        found = run(QUERIES, samplings, slots=slots, together=True)
+        assert found == [expected[length][i] for i, length in enumerate(lengths)]
+
+
+def test_a_slot_waits_for_a_whole_group(run, monkeypatch):
+    """Of three slots one stays free until another is; the last request is read by itself."""
+    read, reads = engine._read, []
+
+    def counted(given, rows, state):
+        jax.debug.callback(lambda: reads.append(rows))
+        return read(given, rows, state)
+
+    monkeypatch.setattr(engine, "_read", counted)
+    monkeypatch.setattr(engine, "GROUP", 2)
+    monkeypatch.setattr(engine, "MANY", 3)
+    loop: Any = engine._advance
+    samplings = [Sampling(max_tokens=length) for length in (2, 6, 9, 3, 3)]
+    for together, expected in ((True, 3), (False, 4)):
+        loop.clear_cache()
+        reads.clear()
+        run(QUERIES, samplings, slots=3, together=together)
+        jax.effects_barrier()
+        assert len(reads) == expected
+    loop.clear_cache()
 
 
 def test_requests_may_be_any_sequences(run):
@@ -422,7 +450,6 @@ def test_a_stop_string_frees_its_slot(run, slowly, steps):
     ([[4]], Sampling(stop_ids=(259,)), {}, "Stop id 259 is not a token"),
     ([[4]], [Sampling(), Sampling()], {}, "1 requests, but 2 samplings"),
     ([[4]], Sampling(), {"slots": 0}, "slots must be at least 1; got 0"),
-    ([[4]], Sampling(), {"chunk": 0}, "chunk must be at least 1; got 0"),
     ([[4], [5, 259]], Sampling(), {}, "Request 1 has the token id 259 at place 1; .*has 259: .*258"),
     ([[4, -1]], Sampling(), {}, "Request 0 has the token id -1 at place 1"),
     ([4, 5], Sampling(), {}, "Request 0 must be a list of token ids; got 4"),
