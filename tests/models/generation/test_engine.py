@@ -154,7 +154,7 @@ def test_with_64_bit_types(tiny_model, run, x64):
 
 
 def test_requests_read_together_are_answered_alike(run, monkeypatch):
-    """The longest has 37 tokens: three chunks of 16, also beside shorter ones. The last are no whole group."""
+    """The longest has 37 tokens: three chunks of 16. The last ones are no whole group."""
     expected = {max_tokens: run(QUERIES, Sampling(max_tokens=max_tokens)) for max_tokens in (3, 5)}
     monkeypatch.setattr(engine, "GROUP", 2)
     monkeypatch.setattr(engine, "MANY", 3)
