@@ -36,12 +36,12 @@ class Coverage:
 
     Attributes:
       depends: for each query, the numbers of its sentences.
-      by_part: those of them that were not taken away, as that would be too much to read: a query is about
-        their part of the document.
+      guessed: those of them that were not taken away, as that would be too much to read: each is the one that
+        shares most words with a query.
     """
 
     depends: list[set[int]]
-    by_part: set[int]
+    guessed: set[int]
 
 
 def candidates(document: Document, *texts: str) -> tuple[int, ...]:
@@ -83,7 +83,6 @@ def covered(
     *,
     most_tokens: int = MOST_TOKENS,
     spare: int = 0,
-    by_chunk: bool = False,
 ) -> Coverage:
     """The sentences that each query of a problem depends on: by words, and by removal where words don't tell.
 
@@ -95,7 +94,6 @@ def covered(
       most_tokens: tokens to read at most. Beyond them, and in documents of several parts, that sentence
         counts which shares most with a query.
       spare: number of sentences without a query by words up to which none is removed: all are left without.
-      by_chunk: the whole chunk of that sentence counts.
     """
     depends, job = by_words(document, asked), problem.job
     left = set(range(len(document.sentences))).difference(*depends)
@@ -108,12 +106,12 @@ def covered(
     wished = [[i for i in some if i in left] for some in about]
     removed, tried = by_removal(model, document, problem, wished, most_tokens)
     untried = left - tried if tried < set().union(*wished) else set[int]()
-    by_part = set[int]()
+    guessed = set[int]()
     for own, more, some in zip(depends, removed, about, strict=True):
-        near = document.beside(some[0]) if some and by_chunk else set(some[:1])
-        own |= more | (near & untried)
-        by_part |= near & untried
-    return Coverage(depends, by_part)
+        likeliest = untried & set(some[:1])
+        own |= more | likeliest
+        guessed |= likeliest
+    return Coverage(depends, guessed)
 
 
 def by_removal(

@@ -64,8 +64,8 @@ class Study:
       sentences: the document's sentences.
       asked: numbers of the sentences that the training queries depend on.
       by_given: those that the user's own do.
-      by_part: those of the latter that could not be taken away, as that would be too much to read: a query is
-        about their part of the document.
+      guessed: those of the latter that were not taken away to see it, as that would be too much to read: each
+        is the one that shares most words with a query.
     """
 
     train: list[Query]
@@ -74,7 +74,7 @@ class Study:
     sentences: list[str]
     asked: list[int]
     by_given: list[int] = dataclasses.field(default_factory=list)
-    by_part: list[int] = dataclasses.field(default_factory=list)
+    guessed: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def uncovered(self) -> list[str]:
@@ -92,7 +92,7 @@ class Study:
             "sentences": self.sentences,
             "asked": self.asked,
             "by_given": self.by_given,
-            "by_part": self.by_part,
+            "guessed": self.guessed,
             "coverage": len(self.asked) / len(self.sentences) if self.sentences else 1.0,
         }
 
@@ -186,7 +186,7 @@ def study(
     own, last = len(given), [*range(len(given), len(given) + len(held_out))]
     if not said and (given or held_out):
         found.ask([*given, *held_out])
-    by_part = found.cover(given, fills) if given else set[int]()
+    guessed = found.cover(given, fills) if given else set[int]()
     seen = Seen(query.text for query in [*given, *held_out])
     if fills:
         _fill_up(found, seen, own)
@@ -209,7 +209,7 @@ def study(
     train, measured = ([found.queries[i] for i in part] for part in (chosen, last))
     texts = [sentence.text for sentence in document.sentences]
     problem = found.joined().take([*chosen, *last], train=len(chosen))
-    covers = texts, asked, by_given, sorted(by_part)
+    covers = texts, asked, by_given, sorted(guessed)
     return Study(train, measured, dict(found.counts), *covers), problem
 
 
@@ -280,10 +280,7 @@ class _Found:
         return self.problems[-1]
 
     def cover(self, given: Sequence[Query], fills: bool) -> set[int]:
-        """Finds the sentences that the user's own queries, the first ones asked, depend on.
-
-        Gives those of them that count by their part of the document.
-        """
+        """Finds what the user's own queries, the first ones, depend on; gives the sentences guessed."""
         problem = self.problems[0].take(range(len(given)))
         answers = [
             _text(self.model, ids) if q.answer is None else q.answer
@@ -292,11 +289,11 @@ class _Found:
         asked = [(query.text, answer) for query, answer in zip(given, answers, strict=True)]
         options: dict[str, Any] = {}
         if fills:
-            options = {"most_tokens": FILLING_TOKENS, "spare": len(given) // SHARE, "by_chunk": True}
+            options = {"most_tokens": FILLING_TOKENS, "spare": len(given) // SHARE}
         with self.display.phase("coverage", "What the questions ask for"):
             found = covered(self.model, self.document, problem, asked, **options)
         self.depends = dict(enumerate(found.depends))
-        return found.by_part
+        return found.guessed
 
     def ask_made(self, made: Sequence[_Candidate]) -> None:
         """The queries made, of which those count that are fit to train on.

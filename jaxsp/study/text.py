@@ -129,14 +129,6 @@ class Document:
                     found[term] = numbers
         return found
 
-    def beside(self, sentence: int) -> set[int]:
-        """The sentences of a sentence's chunk."""
-        return self._chunk_of[sentence]
-
-    @functools.cached_property
-    def _chunk_of(self) -> dict[int, set[int]]:
-        return {i: set(chunk.sentences) for chunk in self.chunks for i in chunk.sentences}
-
     @functools.cached_property
     def is_english(self) -> bool:
         """Whether it has the commonest words of English as often as English has."""

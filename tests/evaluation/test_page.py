@@ -170,7 +170,7 @@ def test_the_document_is_underlined_where_nobody_asks():
     """What is underlined is not listed once more."""
     own = report()
     own["study"] = {
-        "given": 5, "added": 1, "sentences": ["One.", "Two."], "asked": [1], "by_given": [1], "by_part": [],
+        "given": 5, "added": 1, "sentences": ["One.", "Two."], "asked": [1], "by_given": [1], "guessed": [],
         "coverage": 0.5, "seeds": {},
     }  # fmt: skip
     title, asked = (

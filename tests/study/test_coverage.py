@@ -96,24 +96,22 @@ def test_what_words_do_not_tell_is_tried_by_removal(calm_model, document, proble
     found = covered(calm_model, document, problem, asked)
     assert len(read) == 1  # the tank's sentence, from where it differs
     assert found.depends == [{0, 1}, {2}]  # with CHANGED at 0 each sentence changes each answer
-    assert found.by_part == set()
+    assert found.guessed == set()
     assert covered(calm_model, document, problem, asked, spare=1).depends == [{1}, {2}]
     assert len(read) == 1
 
 
 @pytest.mark.usefixtures("heeded")
 def test_beyond_the_tokens_to_read_the_likeliest_sentence_counts(calm_model, document, problem, monkeypatch):
-    """Or all of its chunk, where that is wished; the last sentences are tried first, as they cost least."""
+    """The last sentences are tried first, as they cost least."""
     asked = [("How long is the cable?", ""), ("Ravens", "")]
     found = covered(calm_model, document, problem, asked, most_tokens=10)
-    assert (found.depends, found.by_part) == ([{1}, set()], {1})
-    found = covered(calm_model, document, problem, asked, most_tokens=10, by_chunk=True)
-    assert (found.depends, found.by_part) == ([{0, 1, 2}, set()], {0, 1, 2})
+    assert (found.depends, found.guessed) == ([{1}, set()], {1})
     tokens = len(problem.job.context_ids) + 4 * int(problem.rows.lengths[0])
     some = covered(calm_model, document, problem, asked, most_tokens=tokens)
-    assert (some.depends, some.by_part) == ([{1, 2}, set()], set())
+    assert (some.depends, some.guessed) == ([{1, 2}, set()], set())
     two = dataclasses.replace(problem, job=dataclasses.replace(problem.job, parts=problem.job.parts * 2))
-    assert covered(calm_model, document, two, asked).by_part == {1}
+    assert covered(calm_model, document, two, asked).guessed == {1}
 
 
 def test_a_sentence_without_which_nothing_changes_is_asked_for_by_nobody(

@@ -182,8 +182,8 @@ def test_given_queries_stay_and_the_document_adds_what_they_lack(calm_model, hee
 def asks_for(monkeypatch):
     """Says what the given queries depend on."""
 
-    def say(*depends: set[int], by_part: set[int] | None = None) -> None:
-        found = Coverage(list(depends), by_part or set())
+    def say(*depends: set[int], guessed: set[int] | None = None) -> None:
+        found = Coverage(list(depends), guessed or set())
         monkeypatch.setattr(questions, "covered", lambda *args, **options: found)
 
     return say
@@ -191,13 +191,13 @@ def asks_for(monkeypatch):
 
 def test_beside_given_queries_the_document_quotes_what_they_do_not_ask_for(calm_model, heeded, asks_for):
     """Nothing is written, and the given ones stay the first; the teacher answers these alone."""
-    asks_for({0, 1}, by_part={1})
+    asks_for({0, 1}, guessed={1})
     found, problem = made(calm_model, GIVEN, HELD_OUT)
     assert found.train[0] == GIVEN[0]
     assert found.held_out == HELD_OUT
     assert [query.seed for query in found.train[1:]] == ["quote"] * 3
     assert [query.answer for query in found.train[1:]] == found.sentences[2:]
-    assert (found.by_given, found.by_part, found.uncovered) == ([0, 1], [1], [])
+    assert (found.by_given, found.guessed, found.uncovered) == ([0, 1], [1], [])
     summary = found.summary()
     assert (summary["given"], summary["added"], summary["coverage"]) == (1, 3, 1.0)
     assert summary["seeds"] == {"quote": {"drafted": 3, "kept": 3}}
