@@ -69,7 +69,7 @@ def test_sentences_that_nobody_asks_for_are_passages_too():
     found = passages(DOCUMENT, asked, {"sentences": texts, "asked": [0, 3, 4]})
     assert "".join(piece.text for piece in found) == DOCUMENT
     marks = {piece.text: (piece.lost, piece.asked) for piece in found if piece.lost or not piece.asked}
-    assert marks == {"Weight of it: 4.5 kilograms": ((), False), "The cable is 90 cm long.": ((0,), False)}
+    assert marks == {"- Weight of it: 4.5 kilograms": ((), False), "The cable is 90 cm long.": ((0,), False)}
     # Of another document nothing is known.
     other = passages(DOCUMENT, asked, {"sentences": texts[1:], "asked": []})
     assert all(piece.asked for piece in other)

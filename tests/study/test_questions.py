@@ -215,17 +215,18 @@ def test_given_queries_that_ask_for_all_stay_alone(calm_model, heeded, asks_for)
 
 def test_what_cannot_be_quoted_is_asked_for_in_another_form(calm_model, heeded, asks_for):
     """A sentence of two words has no beginning to quote it by."""
-    text = f"Steel lid.\n\n{TEXT}"
+    text = f"Brass nut.\n\n{TEXT}"
     settings = make_settings({"prompt_length": 2, "max_answer_tokens": 48})
     asks_for(set())
     asked = calm_model, text, GIVEN, HELD_OUT, settings, Display(visible=False)
     found, _ = study(*asked)
     forms = {query.text: query.seed for query in found.train[1:]}
-    assert forms['Which sentence has the word "Steel"?'] == "mention"
+    assert forms['Which sentence has the word "Brass"?'] == "mention"
     assert set(forms.values()) <= set(questions.FILLING)
     assert found.uncovered == []
 
 
+@pytest.mark.slow
 def test_a_sentence_that_is_repeated_is_quoted_once(calm_model, heeded, asks_for):
     text = "The lid of the press is made of steel.\n\n" * 4
     settings = make_settings({"prompt_length": 2, "max_answer_tokens": 48})
@@ -430,7 +431,7 @@ def test_documents_of_all_kinds_are_asked_for_whole(calm_model, heeded, kind):
     check_control_tokens(calm_model, problem)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_beside(KINDS, "one sentence", "repeated", "chinese"))
 def test_documents_of_all_kinds_are_quoted_whole(calm_model, heeded, asks_for, kind):
     """What is quoted ends where the sentence does, whatever stands in it."""
     settings = make_settings({"prompt_length": 2, "max_answer_tokens": 96})
