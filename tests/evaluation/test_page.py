@@ -181,7 +181,7 @@ def test_the_document_is_underlined_where_nobody_asks():
     shown = check(text).text
     assert '<u class="unasked">One.</u> Two.</div>' in text
     assert asked in shown
-    assert "Underlined: no query to train on asks for it." in shown
+    assert "no query to train on asks for it." in shown
     assert title not in shown
     lost = html(own, LINES, None, [Passage("One.", (0,), asked=False)], own["queries"][:1])
     assert '<mark class="unasked">One.</mark>' in lost

@@ -50,7 +50,8 @@ def asked(monkeypatch):
 
 
 def compress(model, **more) -> jaxsp.Result:
-    return jaxsp.compress(model, CONTEXT, GIVEN, held_out=HELD_OUT, **{**SETTINGS, "progress": False, **more})
+    settings: dict[str, Any] = {**SETTINGS, "progress": False, **more}
+    return jaxsp.compress(model, CONTEXT, GIVEN, held_out=HELD_OUT, **settings)
 
 
 def test_the_document_adds_quotes_to_the_queries_given(calm_model, asked, tmp_path):

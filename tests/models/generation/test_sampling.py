@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,10 +71,11 @@ def test_nothing_is_sorted_where_the_best_tokens_are_enough(monkeypatch):
 
     monkeypatch.setattr(sampling_module, "_most_probable", counted)
     flat, sharp = np.zeros((1, 500)), 20 * np.eye(1, 500)
-    for logits, options, expected in (
+    cases: list[tuple[np.ndarray, dict[str, Any], int]] = [
         (sharp, {"top_p": 0.95}, 0), (flat, {"top_k": 64}, 0), (flat, {}, 0),
         (flat, {"top_p": 0.95}, 1), (flat, {"top_k": 65}, 2),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for logits, options, expected in cases:
         choose(logits, Sampling(temperature=1.0, **options))
         jax.effects_barrier()
         assert len(sorts) == expected
