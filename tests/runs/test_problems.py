@@ -131,9 +131,18 @@ def test_an_objective_of_the_best_tokens_keeps_no_more_than_these(
     """Of the queries to train on, also while the document is asked."""
     if not added:
         monkeypatch.setattr("jaxsp.study.questions.to_fill", lambda *a, **k: [])
+    under_way, keep = [], problems.Problems._keep_study
+
+    def seen(self, job, found):
+        begun = self._begun(job)
+        under_way.extend(entry.about["kind"] for entry in entries(begun) if entry.about)
+        keep(self, job, found)
+
+    monkeypatch.setattr(problems.Problems, "_keep_study", seen)
     found = compress(calm_model, objective="topk_kl(k=4)", out=tmp_path / "out")
     assert found.report["study"]["added"] == (2 if added else 0)
     assert asked == [6]
+    assert under_way == ["teacher (top_k)"] * (2 if added else 1)
     folder = tmp_path / "out" / "run" / "teachers"
     assert sorted(entry.about["kind"] for entry in entries(folder)) == ["study", "teacher (top_k)"]
     assert found.report["train"]["best_tokens"] == 4
