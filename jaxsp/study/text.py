@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import functools
@@ -94,6 +95,15 @@ class Document:
     def distinct(self) -> set[int]:
         """The first sentence of each text."""
         return {min(numbers) for numbers in self._alike.values()}
+
+    def begins_one(self, beginning: str) -> bool:
+        """Whether the sentences that begin so have one text."""
+        at = bisect.bisect_left(self._in_order, beginning)
+        return not any(text.startswith(beginning) for text in self._in_order[at + 1 : at + 2])
+
+    @functools.cached_property
+    def _in_order(self) -> list[str]:
+        return sorted(self._alike)
 
     def count(self, word: str) -> int:
         """Number of times that it has a word, in lower case."""
