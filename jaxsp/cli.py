@@ -322,6 +322,7 @@ class Demo:
         from jaxsp import api, console, demo
 
         settings: Options = {"steps": self.steps, "evaluate_every": 20, "max_answer_tokens": 32}
+        settings["study"] = "off"  # its questions ask for everything in several ways
         make_settings(settings)  # a mistake is found before the model is loaded
         context, queries, held_out = demo.read()
         output = {"out": self.out, "resume": self.resume, "overwrite": not self.resume}

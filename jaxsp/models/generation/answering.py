@@ -26,6 +26,7 @@ def generate(
     slots: int = 16,
     key: Array | None = None,
     decode: Decode | None = None,
+    together: bool = False,
     on_finished: Callable[[int, list[int]], None] = lambda index, ids: None,
 ) -> list[list[int]]:
     """Continues every request; requests wait in order for one of the slots.
@@ -45,6 +46,9 @@ def generate(
       slots: number of sequences that decode together.
       key: random key of the draws, or an array of one for each request; needed if any temperature is above 0.
       decode: the text of token ids; needed if there are stop strings.
+      together: read requests when a whole group of them can be, and long ones in several chunks. That gives
+        more tokens a second where many short answers are wanted of longer requests, best if those of like
+        length stand together; a single answer comes later.
       on_finished: called with the index and the tokens of each answer as it ends.
 
     Returns:
@@ -67,7 +71,7 @@ def generate(
     """
     samplings = [sampling] * len(requests) if isinstance(sampling, Sampling) else list(sampling)
     answers: list[list[int]] = [[] for _ in requests]
-    work = Work(config, prefix, requests, samplings, slots, key, decode, after)
+    work = Work(config, prefix, requests, samplings, slots, key, decode, after, together)
     for index, ids, ended in _run(_batch(params, work), work):
         if ended:
             answers[index] = ids
@@ -171,7 +175,10 @@ def _batch(params: Params, work: Work) -> engine.Batch | None:
     # Rounded, as the table's sizes are: calls with other limits can share the compiled loop.
     A = round_up(max(int(sampling.max_tokens) for sampling in work.samplings), 16)
     B = min(work.slots, round_up(total, engine.GROUP)) if total > 1 else 1
-    return engine.Batch(params, work.config, work.prefix, table, chunk, B, A, range(total), alternatives=0)
+    patient = work.together and B >= engine.MANY
+    return engine.Batch(
+        params, work.config, work.prefix, table, chunk, B, A, range(total), alternatives=0, patient=patient
+    )
 
 
 def _run(batch: engine.Batch | None, work: Work, steps: int | None = None) -> Iterator[Progress]:

@@ -31,6 +31,9 @@ from jaxsp.typing import EMPTY, Array, Bool, Float, Int, KeyValues, Params
 GROUP = 8
 """Requests read at once where at least half as many slots are free; the others are read one by one."""
 
+MANY = 4 * GROUP
+"""Slots from which some of them may wait for a whole group of requests to be read."""
+
 STEPS = 8
 """Decoding steps between two looks of the host: for stop strings, for progress."""
 
@@ -66,6 +69,8 @@ class _Given:
     """Requests that have come so far."""
     order_R: Array | np.ndarray | None = None
     """The table's row of each request, by its number (from 0) modulo R; None: the number."""
+    patient: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Whether requests wait until as many slots are free as are read at once."""
 
 
 class Progress(NamedTuple):
@@ -91,6 +96,7 @@ class Batch:
       widths: numbers of slots that a step may compute beside all: a step costs as much as it has slots. Each
         is a program of its own.
       alternatives: most probable tokens that are kept beside each one whose probability is wanted.
+      patient: whether they wait until a whole group can be read.
     """
 
     def __init__(
@@ -105,9 +111,10 @@ class Batch:
         waiting: range | None = None,
         widths: Sequence[int] = (),
         alternatives: int = MOST,
+        patient: bool = False,
     ) -> None:
         several = prefix if len(prefix.positions) > 1 else None
-        self._given = _Given(params, config, prefix, table, chunk, np.int32(0))
+        self._given = _Given(params, config, prefix, table, chunk, np.int32(0), patient=patient)
         self._state = _start(params, config, several, table, slots, answer_tokens, alternatives)
         self._in_order = waiting is not None
         self._waiting = collections.deque(waiting or ())
@@ -316,15 +323,20 @@ def _decoded(given: _Given, state: _State, steps: Array) -> _State:
     """The state after so many steps of all of its slots, or when every request has ended."""
     group, total = min(GROUP, len(state.running_B)), given.total
 
+    def can_be_read(rows: int, state: _State) -> Array:
+        left, free = total - state.started, jnp.sum(~state.running_B)
+        if given.patient:
+            return (left > 0) & (free >= jnp.minimum(left, rows))
+        return jnp.minimum(left, free) >= (rows + 1) // 2
+
     def refill(state: _State) -> _State:
-        """Reads several requests at a time while at least half as many can be, then one by one."""
-        for rows in dict.fromkeys((group, 1)):
+        """Reads several requests at a time while at least half as many can be, then one by one.
+
+        Or, if they are patient, whole groups alone, and the last ones together.
+        """
+        for rows in (group,) if given.patient else dict.fromkeys((group, 1)):
             state = jax.lax.while_loop(
-                lambda state, least=(rows + 1) // 2: (
-                    jnp.minimum(total - state.started, jnp.sum(~state.running_B)) >= least
-                ),
-                functools.partial(_read, given, rows),
-                state,
+                functools.partial(can_be_read, rows), functools.partial(_read, given, rows), state
             )
         return state
 

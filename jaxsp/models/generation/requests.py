@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ class Work:
     key: Array | None
     decode: Decode | None
     after: Sequence[int] | AnyArray | None = None
+    together: bool = False
     likely: bool = False
     """Whether the probabilities of all tokens are wanted."""
 
@@ -90,7 +92,8 @@ class Work:
         """The requests as arrays, and the size of the chunks that they are read in."""
         R = round_up(len(self.requests), 64)
         longest = max(map(len, self.requests))
-        chunk = min(CHUNK, round_up(longest, 16))
+        usual = statistics.median(map(len, self.requests)) if self.together else longest
+        chunk = min(CHUNK, round_up(int(usual), 16))
         after = self._rows().tolist() if self.several else None
         choices = tabulate(self.samplings, R, self.key)
         table = as_arrays(self.requests, self.samplings, choices, after, round_up(longest, chunk))

@@ -153,6 +153,40 @@ def test_with_64_bit_types(tiny_model, run, x64):
     assert found == expected
 
 
+def test_requests_read_together_are_answered_alike(run, monkeypatch):
+    """The longest has 37 tokens: three chunks of 16. The last ones are no whole group."""
+    expected = {max_tokens: run(QUERIES, Sampling(max_tokens=max_tokens)) for max_tokens in (3, 5)}
+    monkeypatch.setattr(engine, "GROUP", 2)
+    monkeypatch.setattr(engine, "MANY", 3)
+    for slots in (1, 3):
+        lengths = [3, 5, 3, 3, 5]
+        samplings = [Sampling(max_tokens=length) for length in lengths]
+        found = run(QUERIES, samplings, slots=slots, together=True)
+        assert found == [expected[length][i] for i, length in enumerate(lengths)]
+
+
+def test_a_slot_waits_for_a_whole_group(run, monkeypatch):
+    """Of three slots one stays free until another is; the last request is read by itself."""
+    read, reads = engine._read, []
+
+    def counted(given, rows, state):
+        jax.debug.callback(lambda: reads.append(rows))
+        return read(given, rows, state)
+
+    monkeypatch.setattr(engine, "_read", counted)
+    monkeypatch.setattr(engine, "GROUP", 2)
+    monkeypatch.setattr(engine, "MANY", 3)
+    loop: Any = engine._advance
+    samplings = [Sampling(max_tokens=length) for length in (2, 6, 9, 3, 3)]
+    for together, expected in ((True, 3), (False, 4)):
+        loop.clear_cache()
+        reads.clear()
+        run(QUERIES, samplings, slots=3, together=together)
+        jax.effects_barrier()
+        assert len(reads) == expected
+    loop.clear_cache()
+
+
 def test_requests_may_be_any_sequences(run):
     expected = run([QUERIES[0]] * 2, Sampling(max_tokens=4))
     array = np.array([QUERIES[0]] * 2)

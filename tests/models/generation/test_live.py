@@ -200,15 +200,15 @@ def test_steps_are_counted_whatever_the_room(live):
 
 
 def test_who_has_ended_costs_the_others_nothing(live, monkeypatch):
-    """A greedy answer goes on without the sort that a sampled one needed, whose slot is at rest."""
+    """A greedy answer goes on without the draw that a sampled one needed, whose slot is at rest."""
     loop: Any = engine._advance
-    sorts, most_probable = [], sampling_module._most_probable
+    draws, sample = [], sampling_module._sample
 
     def counted(logits_BV, *options):
-        jax.debug.callback(lambda: sorts.append(True))
-        return most_probable(logits_BV, *options)
+        jax.debug.callback(lambda: draws.append(True))
+        return sample(logits_BV, *options)
 
-    monkeypatch.setattr(sampling_module, "_most_probable", counted)
+    monkeypatch.setattr(sampling_module, "_sample", counted)
     loop.clear_cache()
     try:
         live.add([5], Sampling(max_tokens=20))
@@ -216,7 +216,7 @@ def test_who_has_ended_costs_the_others_nothing(live, monkeypatch):
         for steps, expected in ((3, 3), (8, 3)):
             live.advance(steps)
             jax.effects_barrier()
-            assert len(sorts) == expected
+            assert len(draws) == expected
     finally:
         loop.clear_cache()
 
