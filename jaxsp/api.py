@@ -53,7 +53,7 @@ def compress(
       queries: inputs z to train on: texts, or dicts ``{"query": ..., "answer": optional}``, or rows of
         another data set, as ``read_queries`` in ``jaxsp.data.documents`` takes them; a given answer replaces
         the teacher's as ŷ. Without any the document gives them. To them it adds a quote of each sentence
-        that hardly any asks for, or with ``study="on"`` queries of all forms; with ``study="off"`` nothing.
+        that none asks for, or with ``study="on"`` queries of all forms; with ``study="off"`` nothing.
       teacher: another model, or its name: it reads the whole context, gives the answers, and their
         distributions by its own head. Of another vocabulary it gives the answers alone, for
         ``objective="nll"``. By default the model itself.

@@ -16,14 +16,10 @@ HELD_OUT, MOST_HELD_OUT = 0.2, 16
 """Part of the questions to measure on, and their number at most, where the user gives none."""
 
 SHARE = 3
-"""Queries of the user's own for each one of the document beside them, unless sentences that nobody asks for
-need more: what is asked later is most like the user's own, and each other one takes steps from these."""
+"""Queries of the user's own for each sentence that may be asked for without a look at what they depend on."""
 
 FEW = 64
 """Queries of the document for sentences that nobody asks for, at most, where the user's own are fewer."""
-
-WAYS = 2
-"""Queries that a sentence is to be asked for by, as far as there is room."""
 
 
 def to_measure(
@@ -83,27 +79,22 @@ def to_train(
     return chosen
 
 
-def to_fill(times: Sequence[int], given: int, added: int, most: int | None, ways: int = WAYS) -> list[int]:
-    """Numbers of the sentences to ask for beside the user's own queries, in their order.
+def to_fill(times: Sequence[int], given: int, added: int, most: int | None) -> list[int]:
+    """Numbers of the sentences to ask for beside the user's own queries: those that nobody asks for.
 
-    First those that nobody asks for, then those asked for least. Where there is no room for all that are
-    asked for as often, it is some from the whole of the document.
+    What is asked later is most like the user's own, and each other query takes steps from these. So where
+    there is no room for all, it is some from the whole of the document.
 
     Args:
       times: for each sentence the number of queries that ask for it.
       given: number of the user's own queries.
       added: number of those of the document there are already.
       most: number of them in all, if there is a wish.
-      ways: number of queries from which a sentence needs no more.
 
     Example:
       >>> to_fill([0, 1, 2, 1, 0], given=9, added=0, most=None), to_fill([0, 0, 0, 0], 9, 0, most=2)
-      ([0, 1, 4], [0, 2])
+      ([0, 4], [0, 2])
     """
-    found = list[int]()
-    for count in range(ways):
-        some = [i for i, own in enumerate(times) if own == count]
-        room = max(given, FEW) if count == 0 else given // SHARE
-        room = max(0, min(room, len(times) if most is None else most) - added - len(found))
-        found += some if len(some) <= room else [some[i * len(some) // room] for i in range(room)]
-    return sorted(found)
+    some = [i for i, own in enumerate(times) if own == 0]
+    room = max(0, min(max(given, FEW), len(times) if most is None else most) - added)
+    return some if len(some) <= room else [some[i * len(some) // room] for i in range(room)]

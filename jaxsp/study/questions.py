@@ -23,7 +23,7 @@ from jaxsp.files import atomic_write, read_json, sealed, unsealed
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.settings import Settings, plain
-from jaxsp.study.choice import HELD_OUT, SHARE, WAYS, to_fill, to_measure, to_train
+from jaxsp.study.choice import HELD_OUT, SHARE, to_fill, to_measure, to_train
 from jaxsp.study.coverage import covered
 from jaxsp.study.filters import MATTERS, Seen, is_answer, is_sane
 from jaxsp.study.seeds import SEEDS, Draft, Seed
@@ -227,13 +227,12 @@ def _ask_for_all(found: _Found, seen: Seen, own: int, kept_back: float) -> None:
 
 
 def _fill_up(found: _Found, seen: Seen, own: int) -> None:
-    """Asks for the sentences that the user's own queries ask for least."""
+    """Asks for the sentences that none of the user's own queries asks for."""
     document, most = found.document, found.settings.study.study_queries
     for number, name in enumerate(FILLING):
         asked = collections.Counter(i for some in found.depends.values() for i in some)
-        times = [asked[i] if i in document.distinct else WAYS for i in range(len(document.sentences))]
-        added, ways = len(found.depends) - own, WAYS if number == 0 else 1
-        sentences = set(to_fill(times, own, added, most, ways))
+        times = [asked[i] if i in document.distinct else 1 for i in range(len(document.sentences))]
+        sentences = set(to_fill(times, own, len(found.depends) - own, most))
         each = dict[tuple[int, ...], _Candidate]()
         for candidate in found.drafted(seen, number, {name: SEEDS[name]}, sentences) if sentences else ():
             each.setdefault(candidate.draft.sentences, candidate)
