@@ -46,7 +46,7 @@ def test_js_is_symmetric_and_bounded(t, s):
 @jax.jit
 def _at_every_k(t, s):
     """Top-k KL at each k, and last KL itself."""
-    values = [losses.topk_kl_divergence(*losses.top_k(t, k), s)[0] for k in range(1, V + 1)]
+    values = [losses.topk_kl_divergence(*losses.topk(t, k), s)[0] for k in range(1, V + 1)]
     return [*values, losses.kl_divergence(t, s)[0]]
 
 
@@ -95,7 +95,7 @@ def test_ranges(t, s):
         assert low - ROUNDING <= float(_value(losses.OBJECTIVES[name], t, s)[0]) <= high + ROUNDING
 
 
-MISMATCHES = ("zero_one", "top_k_mismatch", "rank_agreement")
+MISMATCHES = ("zero_one", "topk_mismatch", "rank_agreement")
 
 
 def _value(entry, t, s, target=np.array([0], np.int32)):  # noqa: B008
