@@ -422,5 +422,6 @@ def kl_terms(log_p: Array, log_q: Array) -> Array:
 def _log_mixture(log_p: Array, log_q: Array, beta: Any) -> Array:
     # log(beta p + (1-beta) q), with a finite gradient where both are 0.
     a, b = log_p + jnp.log(beta), log_q + jnp.log1p(-beta)
-    either = jnp.maximum(a, b) > -jnp.inf
-    return jnp.where(either, jnp.logaddexp(jnp.where(either, a, 0.0), jnp.where(either, b, 0.0)), -jnp.inf)
+    neither = jnp.maximum(a, b) == -jnp.inf
+    a, b = (jnp.where(neither, 0.0, side) for side in (a, b))
+    return jnp.where(neither, -jnp.inf, jnp.logaddexp(a, b))
