@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import Losses, Mask, number
+from jaxsp.losses.checks import Losses, Mask, check_count, number
 from jaxsp.losses.divergence import (
     alpha_divergence,
     js_divergence,
@@ -48,6 +48,7 @@ def _with_best(given: dict[str, Any], entries: int) -> dict[str, Any]:
     """The teacher's best tokens, and the mass of the rest, from its logits where neither is there."""
     if "teacher_logits" not in given or any(name in given for name in TEACHER_TOPK):
         return given
+    check_count("k", entries)
     logits = jax.lax.stop_gradient(jnp.asarray(given["teacher_logits"]))
     found = on_auto_axes(lambda x: topk_and_tail(x, entries), logits, logits)
     return {**given, **dict(zip((*TEACHER_TOPK, "teacher_tail"), found, strict=True))}

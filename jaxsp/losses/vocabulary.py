@@ -62,12 +62,17 @@ def like_varying(x: Array, *others: Array) -> Array:
 
     ``shard_map`` keeps book of that in its types, and a loop's carry must not change its type.
     """
-    axes = frozenset().union(*(jax.typeof(other).vma for other in others)) - jax.typeof(x).vma
+    axes = frozenset().union(*map(_varying, others)) - _varying(x)
     if not axes:
         return x
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(x, tuple(axes), to="varying")
     return jax.lax.pvary(x, tuple(axes))  # before jax 0.8
+
+
+def _varying(x: Array) -> frozenset[str]:
+    aval: Any = jax.typeof(x)
+    return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # before jax 0.10 and since
 
 
 def on_auto_axes(function: Callable[..., Any], like: Array, *arrays: Any) -> Any:
