@@ -154,7 +154,7 @@ def chunked(
     """``one`` of all positions, so many at a time; chunks without any that counts are not computed.
 
     Args:
-      one: takes arrays ``[n, ...]`` and gives two trees: of arrays ``[n, ...]``, and of sums over positions.
+      one: takes arrays ``[*g, n, ...]`` and gives two trees: of such arrays, and of sums over positions.
       arrays: by position, ``[*b, t, ...]``; ``live`` says which count.
       size: positions of a chunk.
       all_live: whether all count.
@@ -164,53 +164,43 @@ def chunked(
       The two trees, of ``[*b, t, ...]`` and of sums.
     """
     batch = arrays["live"].shape
-    N = math.prod(batch)
-    cuts = [1] * len(batch[:-1]) if size >= N else [math.gcd(n, _devices()) for n in batch[:-1]]
+    cuts = [math.gcd(n, _devices()) for n in batch[:-1]]
     grouped = {name: _grouped(array, batch, cuts) for name, array in arrays.items()}
-    G, R = grouped["live"].shape
-    flat = lambda a: a.reshape(-1, *a.shape[2:])  # noqa: E731
-    if size >= N:
-        found, sums = one(jax.tree.map(flat, grouped))
-        return jax.tree.map(lambda a: _ungrouped(a.reshape(G, R, *a.shape[1:]), batch, cuts), found), sums
-    C = max(1, size // G)
     live = grouped["live"]
+    *groups, R = live.shape
+    axis, C = len(groups), max(1, size // math.prod(groups))
+    if R <= C:
+        found, sums = one(grouped)
+        return jax.tree.map(lambda a: _ungrouped(a, batch, cuts), found), sums
     # Live positions first; chunks beyond the last of them are never computed.
-    order = None if all_live else jnp.argsort(~live, axis=1, stable=True)
-    count = R if all_live else jnp.max(jnp.sum(live, axis=1))
+    order = None if all_live else jnp.argsort(~live, axis=axis, stable=True)
+    count = R if all_live else jnp.max(jnp.sum(live, axis=axis))
 
-    def taken(start: Any) -> Arrays:
-        def cut(a: Array) -> Array:  # the last one begins earlier, and computes some once more
-            return jax.lax.dynamic_slice_in_dim(a, start, C, axis=1)
+    def taken(a: Array, index: Array) -> Array:
+        return jnp.take_along_axis(a, index.reshape(*index.shape, *[1] * (a.ndim - index.ndim)), axis=axis)
 
-        if order is None:
-            return {name: flat(cut(a)) for name, a in grouped.items()}
-        index = cut(order)
-        return {
-            name: flat(jnp.take_along_axis(a, index.reshape(*index.shape, *[1] * (a.ndim - 2)), axis=1))
-            for name, a in grouped.items()
-        }
+    def part(i: Any) -> tuple[Any, Arrays]:
+        start = jnp.minimum(i * C, R - C)  # the last one begins earlier, and computes some once more
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=C, axis=axis)
+        chunk = jax.tree.map(cut if order is None else lambda a: taken(a, cut(order)), grouped)
+        return start, {**chunk, "fresh": jnp.broadcast_to(start + jnp.arange(C) >= i * C, (*groups, C))}
 
     def body(i: Any, out: Any) -> Any:
-        begun, start = out[0], jnp.minimum(i * C, R - C)
-        chunk = taken(start)
-        fresh = jnp.tile(start + jnp.arange(C) >= i * C, G)
-        found, sums = one({**chunk, "fresh": fresh})
-        places = jax.tree.map(lambda a: a.reshape(G, C, *a.shape[1:]), found)
-        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-        return jax.tree.map(write, begun, places), jax.tree.map(jnp.add, out[1], sums)
-
-    found, sums = jax.eval_shape(lambda: one({**taken(0), "fresh": jnp.ones(G * C, bool)}))
+        start, chunk = part(i)
+        found, sums = one(chunk)
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=axis)
+        return jax.tree.map(write, out[0], found), jax.tree.map(jnp.add, out[1], sums)
 
     def blank(shape: tuple[int, ...], dtype: Any, reads: Any) -> Array:
         return vocabulary.like_varying(jnp.zeros(shape, dtype), *grouped.values(), *reads)
 
-    begun = jax.tree.map(lambda a: blank((G, R, *a.shape[1:]), a.dtype, reads[0]), found)
+    found, sums = jax.eval_shape(lambda: one(part(0)[1]))
+    begun = jax.tree.map(lambda a: blank((*live.shape, *a.shape[axis + 1 :]), a.dtype, reads[0]), found)
     zeros = jax.tree.map(lambda a: blank(a.shape, a.dtype, reads[1]), sums)
     out, sums = jax.lax.fori_loop(0, -(-count // C), body, (begun, zeros))
     if order is not None:
-        rank = jnp.argsort(order, axis=1)
-        back = lambda a: rank.reshape(*rank.shape, *[1] * (a.ndim - 2))  # noqa: E731
-        out = jax.tree.map(lambda a: jnp.take_along_axis(a, back(a), axis=1), out)
+        rank = jnp.argsort(order, axis=axis)
+        out = jax.tree.map(lambda a: taken(a, rank), out)
     return jax.tree.map(lambda a: _ungrouped(a, batch, cuts), out), sums
 
 
@@ -221,22 +211,28 @@ def _devices() -> int:
 
 
 def _grouped(array: Array, batch: tuple[int, ...], cuts: list[int]) -> Array:
-    """``[*b, t, ...]`` as ``[G, R, ...]``, each axis of ``*b`` cut into so many groups."""
-    rest, axes = array.shape[len(batch) :], range(len(batch))
-    if math.prod(cuts) > 1:
-        parts = [size for n, cut in zip(batch, [*cuts, 1], strict=True) for size in (cut, n // cut)]
-        array = array.reshape(*parts, *rest)
-        order = [2 * i for i in axes] + [2 * i + 1 for i in axes]
-        array = array.transpose(*order, *range(len(order), array.ndim))
-    return array.reshape(math.prod(cuts), math.prod(batch) // math.prod(cuts), *rest)
+    """``[*b, t, ...]`` as ``[*g, R, ...]``: each axis of ``*b`` that is cut into several groups has its own."""
+    sizes = [size for n, cut in zip(batch, [*cuts, 1], strict=True) for size in (cut, n // cut)]
+    rest, count = array.shape[len(batch) :], len(sizes)
+    groups = [2 * i for i, cut in enumerate(cuts) if cut > 1]
+    if groups:
+        others = [i for i in range(count) if i not in groups]
+        array = array.reshape(*sizes, *rest).transpose(*groups, *others, *range(count, count + len(rest)))
+    inside = [sizes[i] for i in groups]
+    return array.reshape(*inside, math.prod(batch) // math.prod(inside), *rest)
 
 
 def _ungrouped(array: Array, batch: tuple[int, ...], cuts: list[int]) -> Array:
-    """``[G, R, ...]`` as ``[*b, t, ...]`` again."""
-    rest, axes = array.shape[2:], range(len(batch))
-    if math.prod(cuts) > 1:
-        array = array.reshape(*cuts, 1, *(n // c for n, c in zip(batch, [*cuts, 1], strict=True)), *rest)
-        order = [place for i in axes for place in (i, len(batch) + i)]
+    """``[*g, R, ...]`` as ``[*b, t, ...]`` again."""
+    large = [i for i, cut in enumerate(cuts) if cut > 1]
+    rest = array.shape[len(large) + 1 :]
+    if large:
+        inner = [n // cut for n, cut in zip(batch, [*cuts, 1], strict=True)]
+        array = array.reshape(*(cuts[i] for i in large), *inner, *rest)
+        places = {i: place for place, i in enumerate(large)}
+        order = [
+            p for i in range(len(batch)) for p in ([places[i]] if i in places else []) + [len(large) + i]
+        ]
         array = array.transpose(*order, *range(len(order), array.ndim))
     return array.reshape(*batch, *rest)
 
@@ -253,8 +249,8 @@ def _one_chunk(
 
     teacher_cap, own_cap = (functools.partial(capped, softcap) for softcap in settings.softcaps)
     if settings.together:
-        both = jnp.concatenate([inputs["teacher_hidden"], student])
-        teacher_raw, raw = jnp.split(logits_of(both, head, jnp.tile(live, 2)), 2)
+        both = jnp.stack([inputs["teacher_hidden"], student])
+        teacher_raw, raw = logits_of(both, head, jnp.stack([live, live]))
         inputs["teacher_logits"] = teacher_cap(teacher_raw)
     else:
         if "teacher_hidden" in inputs:  # where nothing reads them, they are not computed
@@ -277,19 +273,20 @@ def _one_chunk(
     if settings.gathered:
         to_raw = vocabulary.own_part(to_raw, head.shape[0], settings.axis_name)
     if "student_logits" in settings.objective.inputs:
-        more = product("nv,vd->nd", to_raw, head, student.dtype)
+        more = product("...v,vd->...d", to_raw, head, student.dtype)
         to_hidden = to_hidden.astype(jnp.float32) + vocabulary.total(more, settings.axis_name)
     if settings.trains_head:
-        own = to_raw if "fresh" not in chunk else jnp.where(chunk["fresh"][:, None], to_raw, 0.0)
-        to_head = product("nv,nd->vd", own, student, head.dtype)
+        own = to_raw if "fresh" not in chunk else jnp.where(chunk["fresh"][..., None], to_raw, 0.0)
+        flat, states = (x.reshape(-1, x.shape[-1]) for x in (own, student))
+        to_head = product("vn,nd->vd", flat.T, states, head.dtype)
     return ((values, measured), to_hidden.astype(student.dtype)), to_head
 
 
 def raw_logits(hidden: Array, head: Array, live: Array) -> Array:
-    """Logits ``[n, v]`` before a softcap, 0 where a position does not count."""
+    """Logits ``[*g, n, v]`` before a softcap, 0 where a position does not count."""
     # A NaN under the mask must not reach the gradient. And on jax 0.10's CPU backend the product, fused with
     # the softmax's reduction for want of something between them, takes 1.5 times as long.
-    return jnp.where(live[:, None], product("nd,vd->nv", hidden, head, hidden.dtype), 0)
+    return jnp.where(live[..., None], product("...d,vd->...v", hidden, head, hidden.dtype), 0)
 
 
 def capped(softcap: float | None, raw: Array) -> Array:
@@ -309,15 +306,18 @@ def product(spec: str, left: Array, head: Array, dtype: Any) -> Array:
     if blocks == 1:
         return multiply(left, head.astype(dtype))
     # Cast as a whole, it would be twice its size, for as long as the loop over the chunks runs.
-    rows, to_logits = ceil_div(V, blocks), spec.endswith("v")
+    rows, to_logits, kept = ceil_div(V, blocks), spec.endswith("v"), head
+    if jax.__version_info__ < (0, 11) and head.dtype == jnp.bfloat16:
+        kept = jax.lax.bitcast_convert_type(head, jnp.uint16)  # of bfloat16 a CPU would cut all as float32
 
     def body(i: Any, out: Array) -> Array:
         start = jnp.minimum(i * rows, V - rows)
-        block = jax.lax.dynamic_slice_in_dim(head, start, rows).astype(dtype)
+        block = jax.lax.dynamic_slice_in_dim(kept, start, rows)
+        block = jax.lax.bitcast_convert_type(block, head.dtype).astype(dtype)
         if to_logits:
-            return jax.lax.dynamic_update_slice_in_dim(out, multiply(left, block), start, axis=1)
-        part = jax.lax.dynamic_slice_in_dim(left, start, rows, axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(out, multiply(left, block), start, axis=-1)
+        part = jax.lax.dynamic_slice_in_dim(left, start, rows, axis=-1)
         return out + multiply(jnp.where(start + jnp.arange(rows) < i * rows, 0, part), block)
 
-    blank = jnp.zeros((left.shape[0], V if to_logits else D), jnp.float32)
+    blank = jnp.zeros((*left.shape[:-1], V if to_logits else D), jnp.float32)
     return jax.lax.fori_loop(0, blocks, body, vocabulary.like_varying(blank, left, head))

@@ -270,7 +270,7 @@ def _best(
         live = chunk["live"]
         raw = chunked_head.raw_logits(chunk["hidden"], head, live)
         best, ids, tail = topk_and_tail(chunked_head.capped(softcap, raw), k)
-        best, ids = (jnp.where(live[:, None], x, 0) for x in (best, ids))
+        best, ids = (jnp.where(live[..., None], x, 0) for x in (best, ids))
         return TopKAndTail(best, ids, jnp.where(live, tail, 0)), None
 
     arrays = {"hidden": hidden, "live": live}

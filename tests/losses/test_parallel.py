@@ -166,7 +166,7 @@ def test_an_accelerators_chunks_are_bounded_by_memory_alone(monkeypatch):
     assert size(masked=True) < size(masked=False, closed=True) == size(masked=False, closed=True, shards=1)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert size(masked=True) == size(masked=False) > 512
-    assert size(masked=True, shards=4) == 2048  # of all four together
+    assert size(masked=True, shards=4) > 3 * size(masked=True)  # of all four together
 
 
 def test_a_head_of_both_sides_is_read_once_on_an_accelerator(monkeypatch):
