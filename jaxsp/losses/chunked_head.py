@@ -211,7 +211,7 @@ def _devices() -> int:
 
 
 def _grouped(array: Array, batch: tuple[int, ...], cuts: list[int]) -> Array:
-    """``[*b, t, ...]`` as ``[*g, R, ...]``: each axis of ``*b`` that is cut into several groups has its own."""
+    """``[*b, t, ...]`` as ``[*g, R, ...]``: for each axis of ``*b`` that is cut, one of its groups."""
     sizes = [size for n, cut in zip(batch, [*cuts, 1], strict=True) for size in (cut, n // cut)]
     rest, count = array.shape[len(batch) :], len(sizes)
     groups = [2 * i for i, cut in enumerate(cuts) if cut > 1]

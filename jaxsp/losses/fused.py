@@ -8,7 +8,6 @@ idea is Liger Kernel's (Hsu et al. 2024, arXiv:2410.10989). A ``custom_vjp`` has
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 
 from jaxsp.losses import checks, chunked_head, vocabulary
 from jaxsp.losses.checks import Hidden, Losses, Mask, Number, Tokens, Weights
+from jaxsp.losses.chunked_head import ChunkSettings, evaluate
 from jaxsp.losses.objective import Objective
 from jaxsp.losses.objectives import TEACHER_TOPK, parse
 from jaxsp.losses.topk import TOPK, TopKAndTail, topk_and_tail
@@ -185,26 +185,22 @@ def fused_objective(
     optional = {"teacher_hidden": teacher_hidden, "targets": targets, **best}
     each = {name: jnp.asarray(array) for name, array in optional.items() if array is not None}
     tokens = checks.check_heads(student_hidden, unembedding, teacher_hidden, teacher_unembedding)
-    batch = student_hidden.shape[:-1]
-    each["live"] = live = checks.check_mask(mask, batch)
+    each["live"] = live = checks.check_mask(mask, student_hidden.shape[:-1])
     checks.check_given(each, live, tokens * vocabulary.shards(axis_name))
     _check_inputs(each, (entry, *dict(measures).values()))
     if weights is not None:
-        weights = checks.weights_of(weights, batch)
+        weights = checks.weights_of(weights, live.shape)
         each["live"] = live = live & (weights != 0)
     given: dict[str, Any] = {"each": each, "options": traced}
     if teacher_unembedding is not None:
         given["teacher_head"] = jnp.asarray(teacher_unembedding)
     # What is the same on devices whose positions are not gets the sum of their gradients.
-    student, head = (
-        vocabulary.like_varying(jnp.asarray(x), *each.values()) for x in (student_hidden, unembedding)
-    )
-    all_live, softcaps = mask is None and weights is None, _softcaps(softcap, teacher_softcap)
-    settings = _settings(entry, measures, all_live, softcaps, axis_name, head_gradient, given, student)
-    size = _chunk_size(chunk_size, student, tokens, settings)
-    evaluate = functools.partial(chunked_head.evaluate, dataclasses.replace(settings, chunk=size))
-    found = vocabulary.on_auto_axes(evaluate, student, student, head, given)
-    return found if weights is None else jax.tree.map(lambda x: jnp.where(live, x * weights, 0.0), found)
+    spread = (vocabulary.like_varying(jnp.asarray(x), *each.values()) for x in (student_hidden, unembedding))
+    student, head = spread
+    static = mask is None and weights is None, _softcaps(softcap, teacher_softcap), axis_name, head_gradient
+    settings = _settings(entry, measures, *static, given, student, chunk_size, tokens)
+    found = vocabulary.on_auto_axes(functools.partial(evaluate, settings), student, student, head, given)
+    return _in_order(found, measures, live, weights)
 
 
 def fused_topk(
@@ -252,12 +248,8 @@ def fused_topk(
     checks.check_count("k", k)
     states = jnp.asarray(hidden)
     live = checks.check_mask(mask, hidden.shape[:-1])
-    if chunk_size is None:
-        shards = vocabulary.parts(states)
-        positions = math.prod(live.shape)
-        chunk_size = chunked_head.chunk_size(positions, tokens, masked=mask is not None, shards=shards)
-    checks.check_count("chunk_size", chunk_size)
-    static = {"k": k, "softcap": _softcaps(softcap)[0], "size": chunk_size, "all_live": mask is None}
+    size = _size(chunk_size, states, tokens, masked=mask is not None)
+    static = {"k": k, "softcap": _softcaps(softcap)[0], "size": size, "all_live": mask is None}
     find = functools.partial(_best, **static)
     return TopKAndTail(*vocabulary.on_auto_axes(find, states, states, live, jnp.asarray(unembedding)))
 
@@ -308,29 +300,34 @@ def _settings(
     trains_head: bool,
     given: dict[str, Any],
     student: Array,
-) -> chunked_head.ChunkSettings:
-    sums = all(entry.sums_over_shards for entry in (objective, *dict(metrics).values()))
+    size: int | None,
+    tokens: int,
+) -> ChunkSettings:
+    gathered = axis_name is not None and not all(
+        e.sums_over_shards for e in (objective, *dict(metrics).values())
+    )
     teacher = None if "teacher_head" in given else given["each"].get("teacher_hidden")
     # An accelerator waits for the head: it is read once for both sides.
     together = teacher is not None and teacher.dtype == student.dtype and not chunked_head.is_cpu()
-    gathered = axis_name is not None and not sums
-    return chunked_head.ChunkSettings(
-        objective, metrics, 0, all_live, softcaps, axis_name, gathered, trains_head, together
-    )
+    closed, tokens = objective.sums_over_shards, tokens * vocabulary.shards(axis_name if gathered else None)
+    size = _size(size, student, tokens, masked=not all_live, metrics=len(metrics), closed=closed)
+    static = objective, metrics, size, all_live, softcaps, axis_name, gathered, trains_head, together
+    return ChunkSettings(*static)
 
 
-def _chunk_size(size: int | None, hidden: Array, tokens: int, settings: chunked_head.ChunkSettings) -> int:
-    if size is not None:
-        checks.check_count("chunk_size", size)
-        return size
-    return chunked_head.chunk_size(
-        math.prod(hidden.shape[:-1]),
-        tokens * vocabulary.shards(settings.axis_name if settings.gathered else None),
-        masked=not settings.all_live,
-        metrics=len(settings.metrics),
-        closed=settings.objective.sums_over_shards,
-        shards=vocabulary.parts(hidden),
-    )
+def _size(size: int | None, states: Array, tokens: int, **how: Any) -> int:
+    positions = math.prod(states.shape[:-1])
+    if size is None:
+        return chunked_head.chunk_size(positions, tokens, shards=vocabulary.parts(states), **how)
+    checks.check_count("chunk_size", size)
+    return size
+
+
+def _in_order(found: Any, metrics: Measures, live: Array, weights: Array | None) -> Any:
+    """The values and the metrics, in the order in which they were asked for, times the weights."""
+    if weights is not None:
+        found = jax.tree.map(lambda x: jnp.where(live, x * weights, 0.0), found)
+    return found[0], {name: found[1][name] for name, _ in metrics}
 
 
 def _softcaps(own: float | None, teacher: float | None = None) -> tuple[float | None, float | None]:

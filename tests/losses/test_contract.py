@@ -15,9 +15,11 @@ import pytest
 from absl.testing import parameterized
 
 from jaxsp.losses import OBJECTIVES, parse
+from tests.conftest import slow_beside
 from tests.losses import oracle
 from tests.losses.problem import (
     INPUTS,
+    LIKE_OTHERS,
     MASK,
     OPTIONS,
     VARIANTS,
@@ -35,7 +37,7 @@ DIFFERENTIABLE = [name for name, entry in OBJECTIVES.items() if entry.differenti
 PAIRS = [name for name, entry in OBJECTIVES.items() if entry.inputs[0].startswith("teacher_l")
          and len(entry.inputs) == 2]  # fmt: skip
 
-names = pytest.mark.parametrize("name", OBJECTIVES)
+names = pytest.mark.parametrize("name", slow_beside(OBJECTIVES, *LIKE_OTHERS))
 differentiable = pytest.mark.parametrize("name", DIFFERENTIABLE)
 
 
@@ -91,7 +93,7 @@ def test_an_objective_and_its_oracle_have_the_same_options(name):
     assert [option for option in options if option in OPTIONS] == option_names(OBJECTIVES[name])
 
 
-@names
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_value_and_gradient_equal_the_float64_oracle(name):
     hold_against_oracle(name)
 

@@ -26,7 +26,7 @@ from jaxsp.losses.chunked_head import _in_chunks
 from tests import programs
 from tests.conftest import slow_beside
 from tests.losses import oracle
-from tests.losses.problem import VARIANTS, x64
+from tests.losses.problem import LIKE_OTHERS, VARIANTS, x64
 
 B, T, D, V = 3, 7, 5, 24
 random = np.random.RandomState(0)
@@ -36,7 +36,7 @@ TARGETS = random.randint(0, V, (B, T))
 MASK = random.uniform(size=(B, T)) < 0.6
 WEIGHTS = random.uniform(size=(B, T)).astype(np.float32)
 
-names = pytest.mark.parametrize("name", OBJECTIVES)
+names = pytest.mark.parametrize("name", slow_beside(OBJECTIVES, *LIKE_OTHERS))
 
 
 def plain(objective, student=STUDENT, mask=None, teacher_head: Any = HEAD, head: Any = HEAD, cap=lambda x: x):
@@ -113,7 +113,10 @@ def test_equals_the_plain_path(name, mask, chunk):
             assert (np.asarray(array)[~mask] == 0).all()
 
 
-@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [pytest.param(*v, marks=[pytest.mark.slow] * (v[0] in LIKE_OTHERS)) for v in VARIANTS],
+)
 def test_each_option_equals_the_plain_path(name, options):
     """Also as metrics, and where the gradient is written out."""
     entry = dataclasses.replace(OBJECTIVES[name], options=options)

@@ -17,7 +17,7 @@ from jaxsp import losses
 from jaxsp.losses import OBJECTIVES, chunked_head, fused_kl_divergence, fused_objective, fused_topk
 from tests import programs
 from tests.conftest import slow_beside
-from tests.losses.problem import make_inputs
+from tests.losses.problem import LIKE_OTHERS, make_inputs
 
 B, T, D, V = 8, 32, 6, 128
 CHUNKS = 4
@@ -89,7 +89,7 @@ SOME = np.random.RandomState(4).uniform(size=(4, 4)) < 0.7
 STATES = ("teacher_hidden", "student_hidden")
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", slow_beside(OBJECTIVES, *LIKE_OTHERS))
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_explicit_axes(name, fused):
     """Value and gradient of each entry, on the axes that ``jax.make_mesh`` makes by default."""
