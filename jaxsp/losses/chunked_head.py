@@ -31,7 +31,7 @@ Results = tuple[Array, Arrays]  # the objective's values, and the metrics'
 # busy: each reads the whole head from memory.
 _BUDGET = {"cpu": 2**28}
 _ACCELERATOR_BUDGET = 2**30
-_ARRAYS, _CLOSED_ARRAYS = 6, 4
+_ARRAYS, _CLOSED_ARRAYS = 6, 5
 """Arrays of the size of the logits, float32, when an objective is differentiated, and when its gradient is
 written out; a metric adds one."""
 
@@ -268,6 +268,7 @@ def _one_chunk(
     if not gradient:
         return ((values, measured), None), None
     weight = jnp.where(live, chunk["weight"], 0.0) if "weight" in chunk else jnp.ones_like(values)
+    values, weight = jax.lax.optimization_barrier((values, weight))  # in the memory that the values took
     to_raw, to_hidden = pull(weight)
     to_head = None
     if settings.gathered:
