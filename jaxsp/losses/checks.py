@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -79,7 +80,7 @@ def check_heads(
     return tokens
 
 
-def check_given(given: dict[str, AnyArray], live: AnyArray, tokens: int) -> None:
+def check_given(given: Mapping[str, AnyArray], live: AnyArray, tokens: int) -> None:
     """What is given for each position ``[*b, t]``, as the objectives take it."""
     batch, top = live.shape, [n for n in ("teacher_log_probs", "teacher_ids") if n in given]
     for name in {"teacher_hidden", *top} & set(given):

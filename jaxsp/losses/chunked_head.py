@@ -173,7 +173,7 @@ def chunked(
         found, sums = one(grouped)
         return jax.tree.map(lambda a: _ungrouped(a, batch, cuts), found), sums
     # Live positions first; chunks beyond the last of them are never computed.
-    order = None if all_live else jnp.argsort(~live, axis=axis, stable=True)
+    order: Any = None if all_live else jnp.argsort(~live, axis=axis, stable=True)
     count = R if all_live else jnp.max(jnp.sum(live, axis=axis))
 
     def taken(a: Array, index: Array) -> Array:

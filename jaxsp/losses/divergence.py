@@ -401,7 +401,7 @@ def _to_kl(log_p: Array, log_q: Array) -> Parts:
 
 
 def _to_reverse_kl(log_p: Array, log_q: Array) -> Parts:
-    return lambda: (kl_terms(log_q, log_p),) * 2
+    return lambda: (terms := kl_terms(log_q, log_p), terms)
 
 
 def _between(number: Any, at_0: Parts, at_1: Parts, inside: Parts) -> tuple[Array, Array]:

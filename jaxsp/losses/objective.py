@@ -186,9 +186,7 @@ class Objective:
         """
         return dataclasses.replace(self, options={**dict(self.options), **options})
 
-    def __call__(
-        self, *, mask: Mask = None, axis_name: str | None = None, **available: AnyArray | None
-    ) -> Losses:
+    def __call__(self, *, mask: Mask = None, axis_name: Any = None, **available: AnyArray | None) -> Losses:
         """The unreduced values ``[*b, t]`` of this objective, as they are reported.
 
         Args:

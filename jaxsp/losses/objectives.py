@@ -97,9 +97,7 @@ class _Mixture(Objective):
 
     terms: tuple[tuple[float, Objective], ...] = ()
 
-    def __call__(
-        self, *, mask: Mask = None, axis_name: str | None = None, **available: AnyArray | None
-    ) -> Losses:
+    def __call__(self, *, mask: Mask = None, axis_name: Any = None, **available: AnyArray | None) -> Losses:
         found = jnp.float32(0)
         for weight, entry in self.terms:
             values = entry(mask=mask, axis_name=axis_name, **available)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -65,9 +66,11 @@ def like_varying(x: Array, *others: Array) -> Array:
     axes = frozenset().union(*map(_varying, others)) - _varying(x)
     if not axes:
         return x
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(x, tuple(axes), to="varying")
-    return jax.lax.pvary(x, tuple(axes))  # before jax 0.8
+    lax: Any = jax.lax
+    cast = (
+        functools.partial(lax.pcast, to="varying") if hasattr(lax, "pcast") else lax.pvary
+    )  # before jax 0.8
+    return cast(x, tuple(axes))
 
 
 def _varying(x: Array) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,12 @@ MASK = random.uniform(size=(B, T)) < 0.6
 WEIGHTS = random.uniform(size=(B, T)).astype(np.float32)
 
 
-def fused(objective, student=STUDENT, head=HEAD, mask=MASK, **options):
+def fused(objective, student: Any = STUDENT, head: Any = HEAD, mask: Any = MASK, **options: Any):
     given = {"teacher_hidden": TEACHER, "targets": TARGETS, "chunk_size": 4}
     return fused_objective(objective, student, head, mask, **{**given, **options})[0]
 
 
-def plain(objective, student=STUDENT, head=HEAD, mask=MASK, teacher_head=HEAD, **options):
+def plain(objective, student: Any = STUDENT, head=HEAD, mask: Any = MASK, teacher_head=HEAD, **options: Any):
     student, head = jnp.asarray(student), jnp.asarray(head)
     logits = {"teacher_logits": jnp.asarray(TEACHER) @ teacher_head.T, "student_logits": student @ head.T}
     hidden = {"teacher_hidden": jnp.asarray(TEACHER), "student_hidden": student}
@@ -113,7 +114,8 @@ def test_terms_keep_their_balance_at_every_temperature():
     usual = size("kl") / size("nll")
     for temperature in (4, 8):
         mixed = mixture(kl=0.5, nll=0.5, temperature=temperature)
-        (of_kl, kl), (of_nll, _) = mixed.terms
+        terms: Any = mixed
+        (of_kl, kl), (of_nll, _) = terms.terms
         assert (of_kl, of_nll, str(kl)) == (0.5 * temperature**2, 0.5, f"kl(temperature={temperature})")
         balance = size(f"kl(temperature={temperature})=1,kl=1e-30") * temperature**2 / size("nll")
         assert 0.3 < balance / usual < 3

@@ -190,7 +190,7 @@ def test_a_head_of_another_dtype_is_cast_a_part_at_a_time(dtype, monkeypatch):
     tokens, width, positions = 4100, 64, 64
     monkeypatch.setattr(chunked_head, "_CAST_BYTES", 2**17)  # a ninth of the head
     shapes = [(positions, width), (positions, width), (tokens, width)]
-    student, teacher, head = (np.float32(random.standard_normal(shape)) for shape in shapes)
+    student, teacher, head = (random.standard_normal(shape).astype(np.float32) for shape in shapes)
     head = jnp.asarray(head / 8, dtype)
 
     def loss(student, head, size):
