@@ -190,8 +190,8 @@ def test_a_bias_of_the_head_and_a_scale_of_the_logits():
 
     head = jnp.concatenate([HEAD, bias[:, None]], axis=1)
     found = fused_kl_divergence(with_bias(TEACHER), with_bias(STUDENT), head, MASK)
-    logits = [scale * hidden @ HEAD.T + bias for hidden in (TEACHER, STUDENT)]
-    close(found, losses.kl_divergence(*logits, MASK))
+    teacher, student = (scale * hidden @ HEAD.T + bias for hidden in (TEACHER, STUDENT))
+    close(found, losses.kl_divergence(teacher, student, MASK))
 
 
 def test_second_derivatives():
