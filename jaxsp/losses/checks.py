@@ -80,13 +80,17 @@ def check_heads(
     return tokens
 
 
+def check_batch(name: str, array: AnyArray, batch: tuple[int, ...], last: str) -> None:
+    """The array is ``[*batch, last]``."""
+    if array.shape[:-1] != batch:
+        raise ValueError(f"{name} must have shape {[*batch, last]}, not {list(array.shape)}.")
+
+
 def check_given(given: Mapping[str, AnyArray], live: AnyArray, tokens: int) -> None:
     """What is given for each position ``[*b, t]``, as the objectives take it."""
     batch, top = live.shape, [n for n in ("teacher_log_probs", "teacher_ids") if n in given]
     for name in {"teacher_hidden", *top} & set(given):
-        if given[name].shape[:-1] != batch:
-            last = "d" if name == "teacher_hidden" else "k"
-            raise ValueError(f"{name} must have shape {[*batch, last]}, not {list(given[name].shape)}.")
+        check_batch(name, given[name], batch, "d" if name == "teacher_hidden" else "k")
     if "targets" in given:
         check_ids(given["targets"], batch, tokens, live)
     if "teacher_tail" in given and (given["teacher_tail"].shape != batch or len(top) < 2):
@@ -101,9 +105,7 @@ def check_given(given: Mapping[str, AnyArray], live: AnyArray, tokens: int) -> N
 def check_entries(log_probs: AnyArray, ids: AnyArray, mask: AnyArray, tokens: int) -> AnyArray:
     """The teacher's best tokens; gives True where an entry is there: neither ``-inf`` nor under the mask."""
     check_floating("k", teacher_log_probs=log_probs)
-    if log_probs.shape[:-1] != mask.shape:
-        shapes = f"shape {[*mask.shape, 'k']}, not {list(log_probs.shape)}"
-        raise ValueError(f"teacher_log_probs must have {shapes}.")
+    check_batch("teacher_log_probs", log_probs, mask.shape, "k")
     there = mask[..., None] & (log_probs != -jnp.inf)
     check_ids(ids, log_probs.shape, tokens, there, name="teacher_ids")
     if _known(log_probs, ids, there):

@@ -66,11 +66,8 @@ def like_varying(x: Array, *others: Array) -> Array:
     axes = frozenset().union(*map(_varying, others)) - _varying(x)
     if not axes:
         return x
-    lax: Any = jax.lax
-    cast = (
-        functools.partial(lax.pcast, to="varying") if hasattr(lax, "pcast") else lax.pvary
-    )  # before jax 0.8
-    return cast(x, tuple(axes))
+    lax: Any = jax.lax  # which has the one since jax 0.8, and had the other before
+    return lax.pcast(x, tuple(axes), to="varying") if hasattr(lax, "pcast") else lax.pvary(x, tuple(axes))
 
 
 def _varying(x: Array) -> frozenset[str]:
