@@ -90,10 +90,9 @@ def on_auto_axes(function: Callable[..., Any], like: Array, *arrays: Any) -> Any
 
 def parts(x: Array) -> int:
     """The number of devices' parts that ``[*b, d]`` is cut into along ``*b``, as far as it is known."""
-    known = not isinstance(x, jax.core.Tracer)
-    sharding: Any = x.sharding if known else jax.typeof(x).sharding
-    cut = sharding.shard_shape(x.shape)[:-1]
-    return math.prod(x.shape[:-1]) // math.prod(cut) if math.prod(cut) else 1
+    sharding: Any = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
+    cuts = jax.tree.leaves(tuple(getattr(sharding, "spec", ()))[: x.ndim - 1])
+    return math.prod(sharding.mesh.shape[name] for name in cuts)
 
 
 def log_softmax(logits: Array, axis_name: str | None = None) -> Array:

@@ -14,7 +14,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from jaxsp import losses
-from jaxsp.losses import OBJECTIVES, chunked_head, fused_kl_divergence, fused_objective, fused_topk
+from jaxsp.losses import (
+    OBJECTIVES,
+    chunked_head,
+    fused_kl_divergence,
+    fused_objective,
+    fused_topk,
+    vocabulary,
+)
 from tests import programs
 from tests.conftest import slow_beside
 from tests.losses.problem import LIKE_OTHERS, make_inputs
@@ -70,6 +77,17 @@ def test_each_device_computes_its_own_rows_alone(how, mask, devices):
     np.testing.assert_allclose(np.sum(value), np.sum(expected), rtol=1e-5)
     slope = jax.grad(lambda x: jnp.sum(losses.kl_divergence(TEACHER @ HEAD.T, x @ HEAD.T, mask)))(STUDENT)
     np.testing.assert_allclose(gradient, slope, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_the_devices_of_the_rows_as_far_as_types_say(kind):
+    """Arrays outside of a program, and Explicit axes; the usual chunk of each is for one device."""
+    rows, found = NamedSharding(mesh_of(4, kind), P("data")), []
+    array = jax.device_put(STUDENT, rows)
+    jax.jit(lambda x: found.append(vocabulary.parts(x)) or x)(array)
+    assert vocabulary.parts(array) == 4
+    assert found[-1] == (4 if kind == AxisType.Explicit else 1)
+    assert vocabulary.parts(jnp.asarray(STUDENT)) == 1
 
 
 def test_prompts_and_rows_before_the_positions():
