@@ -127,9 +127,10 @@ def checked_kind(kind: str, sigma: PyTree, sizes: Mapping[str, int]) -> PromptKi
     known: dict[str, int] = dict(sizes)
     for name, text in chosen.FORM.items():
         axes, shape = text.split(), np.shape(found[name])
+        before = dict(known)
         sizes_fit = (known.setdefault(a, n) == n for a, n in zip(axes, shape, strict=False))
         if len(axes) != len(shape) or not all(sizes_fit):
-            fixed = ", ".join(f"{axis} = {known[axis]}" for axis in axes if axis in known)
+            fixed = ", ".join(f"{axis} = {before[axis]}" for axis in axes if axis in before)
             form = f"[{', '.join(axes)}]" + (f" with {fixed}" if fixed else "")
             raise UserError(f"A prompt of kind {kind} has {name} {form}, not {list(shape)}.")
     return chosen
