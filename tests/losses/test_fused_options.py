@@ -13,6 +13,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 from jaxsp import losses
 from jaxsp.losses import OBJECTIVES, fused_kl_divergence, fused_objective, mixture, parse
+from tests import programs
 from tests.conftest import slow_beside
 from tests.losses.problem import VARIANTS, B, T
 
@@ -224,3 +225,18 @@ def test_labels_of_no_target():
     labels = np.where(MASK, TARGETS, -100)
     found = losses.fused_negative_log_likelihood(STUDENT, labels, HEAD, labels != -100, chunk_size=4)
     close(found, plain(OBJECTIVES["nll"]))
+
+
+@pytest.mark.parametrize(("name", "most"), [("kl", 4), ("nll", 2), ("js", 6), ("topk_kl", 4)])
+@pytest.mark.usefixtures("optimized")
+def test_arrays_over_a_chunks_logits(name, most):
+    """Few at a time, as the gradients are written out; differentiated, JS took 8."""
+    positions, tokens, chunk = 64, 4096, 32
+    shapes = [jax.ShapeDtypeStruct((n, 64), jnp.float32) for n in (positions, positions, tokens)]
+
+    def loss(student, teacher, head):
+        given = {"teacher_hidden": teacher, "targets": jnp.zeros(positions, jnp.int32)}
+        return jnp.sum(fused_objective(name, student, head, chunk_size=chunk, **given)[0])
+
+    program = jax.jit(jax.value_and_grad(loss)).lower(*shapes).compile()
+    assert programs.memory(program).temp_size_in_bytes < (most + 0.25) * 4 * chunk * tokens
