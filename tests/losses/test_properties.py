@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -98,5 +99,10 @@ def test_ranges(t, s):
 MISMATCHES = ("zero_one", "topk_mismatch", "rank_agreement")
 
 
+@functools.cache
+def _compiled(entry):
+    return jax.jit(lambda t, s, target: entry(teacher_logits=t, student_logits=s, targets=target))
+
+
 def _value(entry, t, s, target=np.array([0], np.int32)):  # noqa: B008
-    return entry(teacher_logits=jnp.asarray(t), student_logits=jnp.asarray(s), targets=target)
+    return _compiled(entry)(t, s, target)
