@@ -106,8 +106,8 @@ def log_softmax(logits: Array, axis_name: str | None = None) -> Array:
 def compared(piece: Piece, logits: Array, *given: Any, axis_name: str | None = None) -> Array:
     """A piece's value ``[*b]``; its gradient is written out, and goes to ``logits`` ``[*b, v]`` alone.
 
-    With q = softmax(logits) it is slope - q · (sum of the slopes): half of the memory that differentiating
-    the steps would take, and all that logits on several shards need.
+    With q = softmax(logits) it is slope - q · (sum of the slopes): less memory than differentiating
+    the steps takes, and all that logits on several shards need.
     """
     if axis_name is None:
         return _differentiable(piece, logits, given)
