@@ -31,6 +31,7 @@ NAMES = (
     "peers",
     "precision",
     "decoder_speed",
+    "serving",
     "loss_cost",
     "scale",
     "colab",
@@ -258,7 +259,7 @@ def in_turns(
     return {name: times[1:] for name, times in seconds.items()}, values
 
 
-DEMO: Options = {"steps": 30, "evaluate_every": 20, "max_answer_tokens": 32}
+DEMO: Options = {"steps": 30, "evaluate_every": 20, "max_answer_tokens": 32, "study": "off"}
 """The settings of ``jaxsp demo``."""
 
 

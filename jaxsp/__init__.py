@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         compress_many as compress_many,
         evaluate as evaluate,
         export as export,
+        import_peft as import_peft,
+        push as push,
         questions as questions,
     )
     from jaxsp.artifact import SoftPrompt as SoftPrompt
@@ -48,7 +50,7 @@ __version__ = "0.2.0"
 
 _ROOMS = ("callbacks", "distributions", "losses", "training")
 _NAMES = {
-    "api": ("ask", "compress", "compress_many", "evaluate", "export", "questions"),
+    "api": ("ask", "compress", "compress_many", "evaluate", "export", "import_peft", "push", "questions"),
     "artifact": ("SoftPrompt",),
     "data.documents": ("Query",),
     "data.examples": ("make_rows",),

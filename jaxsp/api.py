@@ -1,4 +1,4 @@
-"""The few calls most people need: compress, compress_many, ask, evaluate, export."""
+"""The few calls most people need: compress, compress_many, ask, evaluate, export, import_peft, push."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack, overload
 
-from jaxsp import exports, processes
-from jaxsp.artifact import SoftPrompt, check_decoder, named_model
+from jaxsp import exports, hub, processes
+from jaxsp.artifact import FILES, SoftPrompt, check_decoder, named_model
 from jaxsp.data.documents import Query, as_queries
 from jaxsp.errors import check_text
 from jaxsp.evaluation import brackets, report as reports
-from jaxsp.exports import Exported
+from jaxsp.exports import Exported, push as pushing
+from jaxsp.exports.from_peft import Adapter
 from jaxsp.files import as_path
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.load import as_model, load_model
 from jaxsp.progress import Display
-from jaxsp.runs.folder import REPORT, Result
+from jaxsp.runs.folder import REPORT, Result, read_report
 from jaxsp.runs.start import Start, open_run, run_one
 from jaxsp.settings import Options, make_settings, plain
 from jaxsp.study import Study, study
@@ -51,8 +52,8 @@ def compress(
       context: the text to fold into the prompt.
       queries: inputs z to train on: texts, or dicts ``{"query": ..., "answer": optional}``, or rows of
         another data set, as ``read_queries`` in ``jaxsp.data.documents`` takes them; a given answer replaces
-        the teacher's as ŷ. Without any the document gives them; with ``study="on"`` it adds to them what
-        they don't ask for.
+        the teacher's as ŷ. Without any the document gives them. To them it adds a quote of each sentence
+        that hardly any asks for, or with ``study="on"`` queries of all forms; with ``study="off"`` nothing.
       teacher: another model, or its name: it reads the whole context, gives the answers, and their
         distributions by its own head. Of another vocabulary it gives the answers alone, for
         ``objective="nll"``. By default the model itself.
@@ -311,7 +312,7 @@ def export(
 
     Args:
       prompt: the soft prompt, or its folder.
-      to: ``"peft"``, ``"transformers"`` or ``"vllm"``.
+      to: ``"peft"``, ``"transformers"``, ``"vllm"`` or ``"llama.cpp"``.
       out: the folder to write.
       model: that it was trained for, in float32, or its name; by default the one of the name it had then.
       length: number of slots, of a nested prompt; by default all.
@@ -334,10 +335,10 @@ def export(
     """
     source, report = None, None
     if not isinstance(prompt, SoftPrompt):
-        source = as_path(prompt, "The prompt")
-        source = source.parent if source.is_file() else source
-        prompt = SoftPrompt.load(source)
-        report = Result.load(source).report if (source / REPORT).is_file() else None
+        folder = hub.local(prompt, FILES)
+        source = prompt if hub.is_remote(prompt) else folder
+        prompt = SoftPrompt.load(folder)
+        report = Result.load(folder).report if (folder / REPORT).is_file() else None
     if length is not None:
         prompt = prompt.cut(length)
     folder = as_path(out, "The folder")
@@ -347,6 +348,79 @@ def export(
         model = load_model(name, dtype="float32")
     options = {"source": source, "report": report, "overwrite": overwrite, "with_model": with_model}
     return exports.export(prompt, model, to, folder, **options)
+
+
+def import_peft(
+    directory: str | Path,
+    *,
+    model: LanguageModel | str | Path | None = None,
+    context: str | None = None,
+    plain: bool = False,
+) -> SoftPrompt:
+    """Reads an adapter of PEFT as a soft prompt: ``PROMPT_TUNING``, ``CARTRIDGE`` or ``PREFIX_TUNING``.
+
+    One that ``export`` has written becomes the prompt that it was. Of others, virtual tokens that are the
+    chat template's become the text before the prompt; else all of them are the prompt, in front of the whole
+    chat, as PEFT has them.
+
+    Args:
+      directory: the folder that PEFT wrote.
+      model: that it was made for, in float32, or its name; by default the one that the adapter names.
+      context: the text that it stands for, to evaluate it against; an adapter doesn't have it.
+      plain: questions stand behind it as they are, without the texts of the model's chat template.
+
+    Raises:
+      UserError: the folder holds no such adapter, a damaged one, or one of another model.
+
+    Example:
+      >>> import jaxsp
+      >>> jaxsp.import_peft(demo_folder)  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      jaxsp.errors.UserError: ... holds no adapter of PEFT (no adapter_config.json).
+    """
+    if context is not None:
+        check_text(context, "The context")
+    adapter = Adapter.load(directory)
+    if not isinstance(model, LanguageModel):
+        model = load_model(adapter.model_name if model is None else model, dtype="float32")
+    return adapter.soft_prompt(model, context, plain=plain)
+
+
+def push(directory: str | Path, repository: str, *, public: bool = False, with_document: bool = False) -> str:
+    """Uploads a saved prompt to a repository of the model hub, as ``hf://OWNER/NAME`` reads it again.
+
+    Its arrays, its manifest and a README with what was measured go, in one commit; nothing else of a run's
+    folder. The token is that of ``hf auth login``, or ``HF_TOKEN``.
+
+    Args:
+      directory: the prompt's folder.
+      repository: ``OWNER/NAME``; it is made if there is none, for you alone to read.
+      public: whether everyone may read it.
+      with_document: whether the document goes, too; it is needed to evaluate.
+
+    Returns:
+      The repository's address.
+
+    Raises:
+      UserError: the folder holds no prompt, there is no token, the hub refuses or can't be reached; or the
+        repository is public and ``public`` wasn't given.
+
+    Example:
+      >>> import jaxsp
+      >>> jaxsp.push(demo_folder, "my-prompt")
+      Traceback (most recent call last):
+      jaxsp.errors.UserError: A repository of the hub is named OWNER/NAME, not 'my-prompt'.
+    """
+    files = files_to_push(directory, repository, with_document=with_document)
+    return hub.upload(repository, files, public=public, gone=pushing.FILES)
+
+
+def files_to_push(directory: str | Path, repository: str, *, with_document: bool = False) -> dict[str, bytes]:
+    """The files that ``push`` uploads, by their names; arguments and errors as there."""
+    folder = hub.local(directory, FILES)
+    prompt = SoftPrompt.load(folder)
+    report = read_report(folder) if (folder / REPORT).is_file() else None
+    return pushing.files_of(folder, prompt, repository, report, with_document=with_document)
 
 
 def _optional(model: LanguageModel | str | Path | None) -> LanguageModel | None:

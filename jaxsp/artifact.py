@@ -18,14 +18,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from jaxsp import distributions, prompts
+from jaxsp import distributions, hub, prompts
 from jaxsp.data.documents import normal_form
 from jaxsp.errors import RENAMED, Damaged, check_text, in_a_line
-from jaxsp.files import as_path, atomic_write, read_json, read_whole, sealed, unsealed
+from jaxsp.files import atomic_write, read_json, read_whole, sealed, unsealed
 from jaxsp.models.chat import ChatTexts
 from jaxsp.models.config import DecoderConfig, Quantization
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.models.load import as_model, hub_id
+from jaxsp.models.load import EMBEDDED, as_model, hub_id
 from jaxsp.prompts import PROMPT_KINDS, storage
 from jaxsp.settings import Settings, differences, plain
 from jaxsp.terminal import say_once
@@ -38,6 +38,7 @@ FORMAT = 2
 """Format of the manifest; 0.1 wrote 1, with some keys by other names."""
 
 ARRAYS, MANIFEST, CONTEXT = "prompt.safetensors", "manifest.json", "context.txt"
+FILES = (ARRAYS, MANIFEST, CONTEXT)
 _REQUIRED = {
     "format": int, "kind": str, "prompt_length": int, "model": dict, "tokenizer": dict, "slots": dict,
     "sha256": str, "context_tokens": int,
@@ -70,7 +71,8 @@ class SoftPrompt:
 
     def __repr__(self) -> str:
         tokens, model = self.manifest["context_tokens"], self.manifest["model"]["name"]
-        return f"SoftPrompt({self.kind}, {self.prompt_length} slots for {tokens} tokens, {model})"
+        stands_for = f" for {tokens} tokens" if tokens else ""  # of one that was imported it is not known
+        return f"SoftPrompt({self.kind}, {self.prompt_length} slots{stands_for}, {model})"
 
     @property
     def kind(self) -> str:
@@ -175,6 +177,7 @@ class SoftPrompt:
         manifest = {**self.manifest, "kind": kind, "prompt_length": length}
         if length != self.prompt_length:
             manifest.pop("held_out", None)  # measured on all of it
+            manifest.pop("fallback", None)
         return dataclasses.replace(self, sigma=dict(sigma), manifest=manifest)
 
     def ask(
@@ -212,26 +215,23 @@ class SoftPrompt:
             manifest["context_sha256"] = hashlib.sha256(self.context.encode()).hexdigest()
             atomic_write(directory / CONTEXT, self.context)
         atomic_write(directory / ARRAYS, data)
-        text = json.dumps(sealed(manifest), indent=2, ensure_ascii=False)
-        atomic_write(directory / MANIFEST, text + "\n")
+        write_manifest(directory, manifest)
 
     @classmethod
     def load(cls, directory: str | Path) -> SoftPrompt:
         """Reads a saved prompt.
 
         Args:
-          directory: the folder; a file in it will do.
+          directory: the folder; a file in it will do, and ``hf://OWNER/NAME``, a repository of the hub.
 
         Raises:
           UserError: the folder holds none, or it is of a later version.
           Damaged: its files are not as they were written, or do not belong together.
         """
-        directory = as_path(directory, "The prompt")
-        if directory.is_file():
-            directory = directory.parent
+        directory = hub.local(directory, FILES)
         if not (directory / MANIFEST).is_file() or not (directory / ARRAYS).is_file():
             raise Damaged(f"{directory} holds no soft prompt ({ARRAYS} and {MANIFEST})")
-        manifest = _read_manifest(directory / MANIFEST)
+        manifest = check_manifest(read_json(directory / MANIFEST), directory / MANIFEST)
         if manifest["kind"] not in PROMPT_KINDS:
             raise UserError(
                 f"{directory} holds a prompt of kind {manifest['kind']!r}, which this version of jaxsp can't"
@@ -252,9 +252,22 @@ class SoftPrompt:
         return cls(_read_sigma(directory / ARRAYS, manifest), manifest, text)
 
 
-def _read_manifest(file: Path) -> dict[str, Any]:
-    """The manifest as it was written, with the keys of today."""
-    manifest = read_json(file)
+def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes a manifest beside the files that it is of, sealed."""
+    text = json.dumps(sealed(dict(manifest)), indent=2, ensure_ascii=False)
+    atomic_write(directory / MANIFEST, text + "\n")
+
+
+def check_manifest(manifest: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A manifest as it was written, with the keys of today.
+
+    Args:
+      manifest: as JSON has it, with its seal.
+      file: where it was read from.
+
+    Raises:
+      UserError: it is of a later version, or not as it was written.
+    """
     if isinstance(version := manifest.get("format"), int) and version > FORMAT:
         raise UserError(
             f"{file.parent} holds a prompt in format {version}, which this version of jaxsp can't read;"
@@ -330,7 +343,7 @@ def named_model(named: Mapping[str, Any]) -> str:
       'smollm2-135m-instruct'
     """
     name = named["name"]
-    if os.path.isabs(name) and not os.path.exists(name):
+    if name.lower() != EMBEDDED and hub_id(name) is None and not os.path.exists(os.path.expanduser(name)):
         raise UserError(
             f"The model that this prompt names was {name}, which is not there; say where it is now (--model,"
             " of a teacher --teacher)."
@@ -381,31 +394,35 @@ def make_artifact(
       teacher: the teacher, if it is another model: ``Teacher.summary``.
     """
     manifest = {
-        "format": FORMAT,
+        **made_for(model, job.chat, job.preamble_ids.tolist()),
         "kind": settings.prompt.kind,
         "prompt_length": settings.prompt.prompt_length,
+        "teacher": teacher,
+        "dtype": settings.prompt.artifact_dtype,
+        "context_tokens": len(job.context_ids),
+        "part_tokens": [len(part.ids) for part in job.parts],
+        "training": {**plain(settings), "steps": steps},
+        "trained_on": [_digest(q.text) for q, train in zip(job.queries, job.is_train, strict=True) if train],
+    }
+    return SoftPrompt(storage.rounded(sigma, settings.prompt.artifact_dtype), manifest, context)
+
+
+def made_for(model: LanguageModel, chat: ChatTexts, before_ids: list[int]) -> dict[str, Any]:
+    """The part of a manifest that the model decides, and what stands before σ."""
+    slots = {"before_ids": before_ids, "position_offset": len(before_ids)}
+    return {
+        "format": FORMAT,
         "model": {
             "name": model.name,
             "fingerprint": model.fingerprint,
             "decoder": model.config.identity,
             "quantization": model.config.quantization,
         },
-        "teacher": teacher,
         "tokenizer": {"fingerprint": tokenizer_fingerprint(model.tokenizer)},
-        "slots": {
-            **dataclasses.asdict(job.chat),
-            "before_ids": job.preamble_ids.tolist(),
-            "position_offset": len(job.preamble_ids),
-        },
-        "dtype": settings.prompt.artifact_dtype,
+        "slots": {**dataclasses.asdict(chat), **slots},
         "model_dtype": model.config.dtype,
-        "context_tokens": len(job.context_ids),
-        "part_tokens": [len(part.ids) for part in job.parts],
-        "training": {**plain(settings), "steps": steps},
-        "trained_on": [_digest(q.text) for q, train in zip(job.queries, job.is_train, strict=True) if train],
         "versions": environment()["versions"],
     }
-    return SoftPrompt(storage.rounded(sigma, settings.prompt.artifact_dtype), manifest, context)
 
 
 def _digest(query: str) -> str:

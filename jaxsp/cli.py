@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shlex
@@ -14,11 +13,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import tyro
 
 from jaxsp.arguments import parse, program
+from jaxsp.ask_command import Ask
 from jaxsp.cache import Cache
 from jaxsp.compare_command import Compare
 from jaxsp.errors import Interrupted, UserError
 from jaxsp.export_command import Export
 from jaxsp.files import os_errors_as_user_errors
+from jaxsp.import_command import ImportPeft
 from jaxsp.options import (
     EMBEDDED,
     AllOptions,
@@ -34,6 +35,7 @@ from jaxsp.options import (
     WithTeacher,
     ways_to_need_less,
 )
+from jaxsp.push_command import Push
 from jaxsp.serve.command import Serve
 from jaxsp.settings import Options, Settings, check_limits, make_settings, plain
 from jaxsp.terminal import flush, prepare, visible
@@ -226,69 +228,37 @@ class Plan(AllOptions, ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ask(Saved):
-    """Ask the model a question, with a soft prompt in place of the document."""
-
-    examples: ClassVar[str] = """
-      jaxsp ask prompt/ "How long is the warranty?"
-      echo "How long is the warranty?" | jaxsp ask prompt/ -
-      jaxsp ask prompt/
-    """
-    question: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="QUESTION")]] = ()
-    """The question, or - for standard input; without one, a chat loop."""
-    max_tokens: int = 128
-    """Longest answer."""
-
-    def run(self) -> None:
-        from jaxsp.data.documents import read_text
-
-        check_limits("max_tokens", self.max_tokens, at_least=1)
-        prompt = self.prompt()
-        question = read_text("-") if self.question == ("-",) else " ".join(self.question)
-        if self.question and not question.strip():
-            raise UserError("The question is empty; leave it away for a chat loop.")
-        model = self.load(prompt)
-        prefix = prompt.prefix(model)
-
-        def answer(question: str) -> None:
-            for piece in model.stream_answer(prefix, question, prompt.chat, max_tokens=self.max_tokens):
-                print(visible(piece), end="", flush=True)
-            print(flush=True)
-
-        if self.question:
-            answer(question.strip())
-            return
-        print("Each question is answered on its own. An empty line ends.", file=sys.stderr)
-        with contextlib.suppress(EOFError):
-            while question := input("> ").strip():
-                try:
-                    answer(question)
-                except UserError as error:
-                    print(visible(str(error)), file=sys.stderr)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate(Saved):
     """Measure a soft prompt between its brackets, on queries of your choice."""
 
     examples: ClassVar[str] = """
       jaxsp evaluate prompt/ --queries other_questions.txt
       jaxsp evaluate prompt/ --queries other_questions.txt --json
+      jaxsp evaluate prompt/ --queries other_questions.txt --calibrate
     """
     queries: File
     """Queries in a file, as compress takes them."""
     query_column: QueryColumn = None
     teacher: str | None = None
     """The teacher, if that was another model and is not where it was."""
+    calibrate: bool = False
+    """Keep in the prompt how sure it is of its answers to these queries, for --context-fallback."""
     json: bool = False
     """Print everything as JSON on standard output."""
 
     def run(self) -> None:
-        from jaxsp import api, console
+        from jaxsp import api, console, hub
         from jaxsp.data.documents import read_queries
+        from jaxsp.evaluation import certainty
 
+        if self.calibrate and self.length is not None:
+            raise UserError("--calibrate is for all slots of a prompt: leave --length away.")
+        if self.calibrate and hub.is_remote(self.directory):
+            raise UserError(f"--calibrate writes into the prompt's folder, which {self.directory} is not.")
         prompt, queries = self.prompt(), read_queries(self.queries, self.query_column)
         report = api.evaluate(self.load(prompt), prompt, queries, teacher=self.teacher)
+        if self.calibrate:
+            certainty.calibrate(self.directory, report)
         if self.json:
             print(json.dumps(report, indent=2, ensure_ascii=False))
         else:
@@ -303,7 +273,7 @@ class Inspect:
       jaxsp inspect prompt/
     """
     directory: tyro.conf.Positional[Folder]
-    """The folder that compress wrote."""
+    """The folder that compress wrote, or hf://OWNER/NAME."""
 
     def run(self) -> None:
         from jaxsp import console
@@ -352,6 +322,7 @@ class Demo:
         from jaxsp import api, console, demo
 
         settings: Options = {"steps": self.steps, "evaluate_every": 20, "max_answer_tokens": 32}
+        settings["study"] = "off"  # its questions ask for everything in several ways
         make_settings(settings)  # a mistake is found before the model is loaded
         context, queries, held_out = demo.read()
         output = {"out": self.out, "resume": self.resume, "overwrite": not self.resume}
@@ -363,7 +334,7 @@ class Demo:
 
 
 Command = (
-    Compress | CompressMany | Questions | Plan | Ask | Serve | Evaluate | Export | Inspect
+    Compress | CompressMany | Questions | Plan | Ask | Serve | Evaluate | Export | ImportPeft | Push | Inspect
     | Report | Compare | Watch | Cache | Demo
 )  # fmt: skip
 COMMANDS: dict[str, type[Command]] = {
@@ -375,6 +346,8 @@ COMMANDS: dict[str, type[Command]] = {
     "serve": Serve,
     "evaluate": Evaluate,
     "export": Export,
+    "import-peft": ImportPeft,
+    "push": Push,
     "inspect": Inspect,
     "report": Report,
     "compare": Compare,

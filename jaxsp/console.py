@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from jaxsp import prompts
+from jaxsp.arguments import program
 from jaxsp.artifact import MANIFEST, SoftPrompt
 from jaxsp.errors import Damaged, in_a_line
 from jaxsp.evaluation.compare import Comparison, in_words
@@ -75,20 +77,28 @@ def _about(prompt: SoftPrompt) -> dict[str, object]:
         "kind": f"{prompt.kind}, {prompt.prompt_length} slots, {manifest['dtype']}",
         "file": size(storage.size(storage.pack(prompt.sigma, manifest["dtype"]))),
         **({"read at": f"{', '.join(map(str, lengths))} slots (--length)"} if lengths[1:] else {}),
-        "stands for": f"{tokens} tokens ({tokens / prompt.prompt_length:.1f}×)",
+        "stands for": f"{tokens} tokens ({tokens / prompt.prompt_length:.1f}×)" if tokens else "not known",
         "model": f"{model['name']} ({model['fingerprint'][:12]})",
         **_taught_by(prompt.teacher),
         "tokenizer": manifest["tokenizer"]["fingerprint"][:12],
         "position": manifest["slots"]["position_offset"],
         "text before": repr(manifest["slots"]["before"]),
-        "trained by": f"{training['objective']}, {training['steps']} steps,"
-        f" learning rate {training['learning_rate']:g}, seed {training['seed']}",
+        "trained by": _trained_by(manifest.get("imported"), training),
         "versions": ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
     }
     for name, value in manifest.get("held_out", {}).items():
         number = value["value"] if isinstance(value, dict) else value
         rows[f"held-out {name}"] = "no gap to close" if number is None else f"{number:.3f}"
     return rows
+
+
+def _trained_by(imported: Mapping[str, str] | None, training: Mapping[str, Any]) -> str:
+    if imported is not None:
+        return f"{imported['from']}, {imported['type']}"
+    return (
+        f"{training['objective']}, {training['steps']} steps, learning rate {training['learning_rate']:g},"
+        f" seed {training['seed']}"
+    )
 
 
 def _taught_by(teacher: Mapping[str, Any] | None) -> dict[str, str]:
@@ -147,6 +157,26 @@ def print_export(found: Exported) -> None:
         lines = [f"{found.folder} is written, and unchecked: {missing}", *found.check.splitlines()]
     for line in lines:  # commands and paths, to be copied: they are not cut at the terminal's width
         print(visible(line))
+
+
+def print_import(prompt: SoftPrompt, folder: Path) -> None:
+    """Prints where an imported prompt lies, and how a question is put behind it."""
+    chat = prompt.chat
+    read = [repr(chat.before), "σ", repr(chat.between), "QUESTION", repr(chat.after)]
+    lines = [
+        f"{folder}: {prompt.prompt_length} slots of kind {prompt.kind}, σ.",
+        f"It is read as {' '.join(part for part in read if part != repr(''))}.",
+        f'Ask it:  {program()} ask {shlex.quote(str(folder))} "How long is the cable?"',
+    ]
+    for line in lines:
+        print(visible(line))
+
+
+def print_files(files: Mapping[str, bytes], repository: str, *, public: bool) -> None:
+    """Prints what is to be uploaded, and who may read it."""
+    print(f"To {repository}, {'for everyone to read' if public else 'private'}:")
+    for name, data in files.items():
+        print(f"  {name} ({len(data):,} bytes)")
 
 
 def print_study(study: Study, file: Path | None) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 
 import tyro
 
+from jaxsp.errors import UserError
 from jaxsp.files import as_path
 from jaxsp.options import Folder
 
@@ -21,10 +22,11 @@ class Export:
       jaxsp export prompt/ --to vllm --overwrite
     """
     directory: tyro.conf.Positional[Folder]
-    """The folder that compress wrote."""
+    """The folder that compress wrote, or hf://OWNER/NAME."""
     to: Annotated[str, tyro.conf.arg(metavar="FORMAT")]
     """transformers: keys and values of any prompt, with a loader. peft: an adapter of PEFT, of input vectors,
-    or of keys and values without biases. vllm: input vectors for a server, with a client."""
+    or of keys and values without biases. vllm: input vectors for a server, with a client. llama.cpp: input
+    vectors for a GGUF file, with a loader."""
     out: Folder | None = None
     """Folder to write; by default one of the format's name in the prompt's."""
     model: str | None = None
@@ -32,16 +34,19 @@ class Export:
     length: int | None = None
     """Slots to export, of a nested prompt; by default all."""
     with_model: bool = False
-    """Copy the model's weights, as safetensors, and its tokenizer, too."""
+    """Copy the model, too: weights as safetensors and the tokenizer, or the GGUF file for llama.cpp."""
     overwrite: bool = False
     """Replace an earlier export."""
 
     def run(self) -> None:
-        from jaxsp import api, console
+        from jaxsp import api, console, hub
 
-        folder = as_path(self.directory, "The prompt")
-        folder = folder.parent if folder.is_file() else folder
-        out = folder / self.to if self.out is None else self.out
+        out = self.out
+        if out is None:
+            if hub.is_remote(self.directory):
+                raise UserError(f"Say with --out where the export of {self.directory} is to lie.")
+            folder = as_path(self.directory, "The prompt")
+            out = (folder.parent if folder.is_file() else folder) / self.to
         options = {"model": self.model, "overwrite": self.overwrite, "with_model": self.with_model}
-        found = api.export(folder, self.to, out=out, length=self.length, **options)
+        found = api.export(self.directory, self.to, out=out, length=self.length, **options)
         console.print_export(found)

@@ -184,7 +184,7 @@ class Saved:
     """A saved prompt, and its model."""
 
     directory: tyro.conf.Positional[Folder]
-    """The folder that compress wrote."""
+    """The folder that compress wrote; or hf://OWNER/NAME, a repository of the model hub."""
     model: str | None = None
     """The model's folder, file or id, if it is not where it was."""
     dtype: str | None = None
@@ -203,6 +203,12 @@ class Saved:
 
         name = named_model(prompt.manifest["model"]) if self.model is None else self.model
         return ModelOptions(name, self.dtype, prompt.quantization).load().stopping_at(prompt.stop_ids)
+
+
+def check_share(context_fallback: float | None) -> None:
+    """Raises ``UserError`` if this is no fraction of questions that the whole document can answer."""
+    if context_fallback is not None and not 0 < context_fallback < 1:
+        raise UserError(f"--context-fallback must be above 0 and below 1, not {context_fallback:g}.")
 
 
 def ways_to_need_less(command: Any) -> str:

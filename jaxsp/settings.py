@@ -48,10 +48,12 @@ class StudySettings:
     """The queries that the document itself gives."""
 
     study: str = "auto"
-    """Queries from the document: auto (all of them, where none are given), on (beside those given, until each
-    sentence is asked for) or off."""
+    """Queries from the document: auto (all of them, where none are given; beside those given a quote of each
+    sentence that hardly any asks for, which takes seconds), on (also beside those given queries of all forms,
+    until each sentence is asked for) or off."""
     study_queries: int | None = _setting(None, type=int, at_least=1)
-    """Number of queries from the document; by default four a sentence."""
+    """Number of queries from the document; by default four a sentence, where none are given. Beside those
+    given it is the most."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -196,6 +196,22 @@ def heeded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(coverage, "CHANGED", 0.0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def given_alone():
+    """Tests give queries and mean these alone: what a document adds to them takes seconds of compiling."""
+    from jaxsp.runs import job
+
+    before, job.BESIDE_GIVEN = job.BESIDE_GIVEN, False
+    yield
+    job.BESIDE_GIVEN = before
+
+
+@pytest.fixture
+def filled(monkeypatch: pytest.MonkeyPatch):
+    """The document adds to the queries given, as it does for users."""
+    monkeypatch.setattr("jaxsp.runs.job.BESIDE_GIVEN", True)
+
+
 @pytest.fixture
 def unchecked():
     """Arrays of a wrong shape or type reach jaxsp's own checks."""

@@ -22,8 +22,10 @@ import pytest
 import jaxsp
 from jaxsp import plan
 from jaxsp.arguments import parse, program
+from jaxsp.artifact import write_manifest
 from jaxsp.cli import COMMANDS, Compress
 from jaxsp.study.seeds import SEEDS
+from jaxsp.terminal import visible
 from tests import tiny
 
 FAST = ("--length", 4, "--steps", 2, "--batch-size", 4, "--max-answer-tokens", 6)
@@ -131,7 +133,9 @@ def test_compress_writes_everything(compress, tmp_path):
     assert report["held_out"]["brackets"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
     assert report["held_out"]["brackets"]["full_context"]["rouge_l"] == 1.0
     assert set(report["gap_closed"]) == {"value", "low", "high"}
-    assert {"load", "answers", "signals", "compile", "train", "evaluate", "total"} <= set(report["seconds"])
+    parts = ("load", "answers", "signals", "start", "compile", "train", "held_out", "evaluate")
+    assert all(report["seconds"][name] > 0 for name in parts)
+    assert report["seconds"]["total"] == pytest.approx(sum(report["seconds"].values()) / 2)
     assert {q["split"] for q in report["queries"]} == {"train", "held_out"}
     for query in report["queries"]:
         assert {"query", "split", "kl", "answer_full_context"} <= set(query)
@@ -563,7 +567,7 @@ def test_non_finite_loss_stops_at_the_last_good_state(compress, tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["error"] is None
 
 
-def test_ask_inspect_evaluate(jaxsp_command, finished, job, tiny_directory, monkeypatch):
+def test_ask_inspect_evaluate(jaxsp_command, finished, job, tmp_path, monkeypatch):
     code, out, err = jaxsp_command("ask", finished, "What now?", "--max-tokens", 5)
     assert code == 0, err
     quoted = jaxsp_command("ask", finished, "What", "now?", "--max-tokens", 5)
@@ -579,14 +583,44 @@ def test_ask_inspect_evaluate(jaxsp_command, finished, job, tiny_directory, monk
     report = json.loads(out)
     assert report["held_out"]["queries"] == 10
     assert report["held_out"]["brackets"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
-    code, out, err = jaxsp_command("evaluate", finished, "--queries", job["queries"])
+    own = tmp_path / "own"
+    shutil.copytree(finished, own)
+    code, out, err = jaxsp_command("evaluate", own, "--queries", job["queries"], "--calibrate")
     assert code == 0
     assert "closes" in out
+    some = [row["certainty"] for row in report["queries"] if not row["trained_on"]]
+    before, after = (jaxsp.SoftPrompt.load(folder).manifest["fallback"] for folder in (finished, own))
+    assert before == json.loads((finished / "report.json").read_text())["fallback"]
+    assert (len(before["certainties"]), after["certainties"]) == (2, some)
     lines = iter(["One?", "Two?", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     code, out, err = jaxsp_command("ask", finished, "--max-tokens", 5)
     assert code == 0, err
     assert next(lines, "all asked") == "all asked"
+
+
+def test_who_is_not_sure_reads_the_document(jaxsp_command, finished, tmp_path):
+    """The answer is the soft prompt's, or the one after the whole document; standard error says which."""
+    prompt = jaxsp.SoftPrompt.load(finished)
+    model = jaxsp.load_model(prompt.manifest["model"]["name"]).with_chat(prompt.chat)
+    ids = np.array([[*prompt.manifest["slots"]["before_ids"], *model.encode_context(prompt.context or "")]])
+    whole = jaxsp.distributions.context_prefix(model.params, model.config, ids)
+    expected = "".join(model.stream_answer(whole, "What now?", max_tokens=5))
+    command = ("ask", finished, "What now?", "--max-tokens", 5)
+    plain = jaxsp_command(*command)
+    assert plain[1] != f"{visible(expected)}\n"
+    for values, answer, said in (
+        ([-99.0, -98.0], plain[1], ""),
+        ([-1e-6, -1e-7], f"{visible(expected)}\n", "σ is not sure of this; the whole document answers.\n"),
+    ):
+        own = tmp_path / str(values[0])
+        shutil.copytree(finished, own)
+        fallback = {**prompt.manifest["fallback"], "certainties": values}
+        write_manifest(own, {**prompt.manifest, "fallback": fallback})
+        code, out, err = jaxsp_command("ask", own, *command[2:], "--context-fallback", 0.5)
+        assert (code, out, err) == (0, answer, said)
+    (own / "context.txt").unlink()
+    refused(jaxsp_command("ask", own, "Who?", "--context-fallback", 0.5), "not in the soft prompt's folder")
 
 
 @pytest.mark.slow

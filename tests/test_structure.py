@@ -7,13 +7,16 @@ import importlib
 import inspect
 import pkgutil
 import re
+import resource
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 import jaxsp
+from tests.test_files import prompt
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +25,7 @@ FLOORS = [
     ["errors", "terminal"],
     ["files"],
     ["typing", "arguments"],
-    ["settings", "compile_cache"],
+    ["settings", "compile_cache", "hub"],
     ["models", "losses"],
     ["prompts", "processes", "progress"],
     ["data"],
@@ -34,7 +37,16 @@ FLOORS = [
     ["runs", "demo"],
     ["api"],
     ["console", "options", "watching"],
-    ["cache", "compare_command", "export_command", "serve", "watch_command"],
+    [
+        "ask_command",
+        "cache",
+        "compare_command",
+        "export_command",
+        "import_command",
+        "push_command",
+        "serve",
+        "watch_command",
+    ],
     ["cli"],
     ["__main__", "__init__"],
 ]
@@ -50,16 +62,20 @@ ONLY_IN = {
     "rich": {"progress.py", "console.py", "cli.py", "watching.py"},
     "tyro": {
         "arguments.py",
+        "ask_command.py",
         "cache.py",
         "cli.py",
         "compare_command.py",
         "export_command.py",
+        "import_command.py",
         "options.py",
+        "push_command.py",
         "serve/command.py",
         "watch_command.py",
     },
     "flax": {"models/decoder.py", "models/layers.py", "models/weights.py"},
     "torch": CONSUMERS,
+    "huggingface_hub": {"hub.py", "models/load.py"},
     "starlette": {"serve/app.py"},
     "uvicorn": {"serve/connection.py", "serve/server.py"},
 }
@@ -183,6 +199,43 @@ def test_help_and_mistakes_need_nothing_heavy(python, words):
     assert python("-c", code).stdout.splitlines()[-1] == "ends with []"
 
 
+def cpu_seconds(python, *arguments) -> float:
+    """The least time that a processor works for such a process, of a few: others may be at work, too."""
+    found = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = python(*arguments)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        found.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(found)
+
+
+@pytest.mark.slow
+def test_help_takes_half_a_second(python):
+    assert cpu_seconds(python, "-m", "jaxsp", "--help") < 0.5
+    assert cpu_seconds(python, "-m", "jaxsp", "compress", "--help") < 0.5
+
+
+@pytest.mark.slow
+def test_importing_losses_takes_little_longer_than_jax(python):
+    jax, losses = (cpu_seconds(python, "-c", f"import {name}") for name in ("jax", "jaxsp.losses"))
+    assert losses < 1.2 * jax
+
+
+LATE = ["gguf", "huggingface_hub", "matplotlib", "orbax", "pyarrow", "starlette", "transformers", "uvicorn"]
+"""Packages that a command loads when it comes to what they do."""
+
+
+def test_what_few_need_loads_when_it_is_used(python, tmp_path):
+    prompt().save(tmp_path)
+    code = "import sys; sys.modules['torch'] = None; import jaxsp.api, jaxsp.console;"
+    code += f"jaxsp.SoftPrompt.load({str(tmp_path)!r});"
+    code += f"print([name for name in {LATE} if sys.modules.get(name)])"
+    done = python("-c", code)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_every_public_name_is_there_and_documented():
     assert {"compress", "load_model", "losses", "UserError"} < set(dir(jaxsp))
     for name in dir(jaxsp):
@@ -198,6 +251,15 @@ def wheel(tmp_path_factory):
         [sys.executable, "-m", "uv", "build", "--wheel", "-q", "-o", str(folder), str(ROOT)], check=True
     )
     return next(folder.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_is_light_and_holds_no_weights(wheel):
+    assert wheel.stat().st_size < 1_000_000
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert not [name for name in names if name.endswith((".gguf", ".safetensors", ".bin", ".npz", ".pyc"))]
+    assert all(name.startswith(("jaxsp/", f"jaxsp-{jaxsp.__version__}.dist-info/")) for name in names)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from jaxsp.data.packing import Packing
 from jaxsp.evaluation.facts import agrees
 from jaxsp.evaluation.metrics import at_positions, mean_kl_function
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.progress import Display
+from jaxsp.progress import Display, compile_seconds
 from jaxsp.prompts import with_defaults
 from jaxsp.settings import make_settings
 from jaxsp.teacher.answers import answer_ids
@@ -120,12 +120,10 @@ class Document:
         values = {name: value for name, value in dataclasses.asdict(cell).items() if value is not None}
         decay = values.pop("decay")
         settings = with_defaults(make_settings(values, base=self.settings))
-        if not cell.steps:
-            # Compiled once for all prompts of this length: no part of what a start costs.
-            jax.block_until_ready(start_state(model, problem, settings))
-        begun = time.perf_counter()
+        begun, compiled = time.perf_counter(), compile_seconds()
         state = jax.block_until_ready(start_state(model, problem, settings))
-        start_seconds, steps = time.perf_counter() - begun, []
+        # Compiled once for all prompts of this length: no part of what a start costs.
+        start_seconds, steps = time.perf_counter() - begun - (compile_seconds() - compiled), []
         if cell.steps:
             frozen, chosen = Frozen(model.params, problem.preamble), UpdateSettings.of(model.config, settings)
             if decay:

@@ -48,6 +48,7 @@ class Setting:
             "keep": "last",  # the best by held-out KL would favour kl, and look at held-out questions
             "evaluate_every": self.steps,
             "max_answer_tokens": self.max_answer_tokens,
+            "study": "off",
         }
 
 

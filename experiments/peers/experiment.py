@@ -319,7 +319,7 @@ def result(results: Results) -> str:
 EXPERIMENT = Experiment(
     question="How long do jaxsp, PEFT and a page of plain torch take for the same compression, and what does"
     " each reach? How much of the difference is the optimizer, how much the speed of a step?",
-    cost="14 minutes on two cores; needs torch, transformers and peft",
+    cost="14 to 25 minutes on two cores; needs torch, transformers and peft",
     run=measure,
     table=table,
     result=result,

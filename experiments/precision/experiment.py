@@ -14,7 +14,9 @@ from jaxsp.settings import Options
 
 DTYPES = ("float32", "bfloat16")
 MODEL = "smollm2-135m-instruct"
-OPTIONS: Options = {"kind": "embedding", "batch_size": 4, "evaluate_every": 20, "max_answer_tokens": 32}
+OPTIONS: Options = {
+    "kind": "embedding", "batch_size": 4, "evaluate_every": 20, "max_answer_tokens": 32, "study": "off",
+}  # fmt: skip
 DRAWN = ("step", "loss", "held_out_kl")
 
 

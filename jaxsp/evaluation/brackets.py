@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsp import distributions, prompts
+from jaxsp.evaluation.certainty import certainty
 from jaxsp.evaluation.metrics import at_positions, at_positions_with_states
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.prompts import PROMPT_KINDS, storage
 from jaxsp.settings import Settings
-from jaxsp.teacher.answers import answer_ids
+from jaxsp.teacher.answers import answer_ids, answers_with_log_probs
 from jaxsp.teacher.problem import Problem, read_part
 from jaxsp.typing import EMPTY, Int, KeyValues, PyTree, UserError
 
@@ -57,6 +58,8 @@ class Measured(NamedTuple):
     states: dict[int, np.ndarray] | None = None
     """Last hidden states ``[A, D]`` at the answer positions of the held-out queries, by their numbers; of σ
     alone."""
+    certainties: list[float] | None = None
+    """Certainty of each of the answers; of σ alone."""
 
 
 def measure_all(
@@ -254,17 +257,20 @@ def measure(
     queries, count = problem.job.held_out(problem.job.query_ids), len(distinct)
     stacked = KeyValues.side_by_side(list(distinct.values()))
     after = np.repeat(np.arange(count), len(queries)).tolist() if count > 1 else None
-    answers = answer_ids(model, stacked, queries * count, max_tokens=max_tokens, after=after)
+    answers, logs = answers_with_log_probs(
+        model, stacked, queries * count, max_tokens=max_tokens, after=after
+    )
     measured = {}
     for i, (key, prefix) in enumerate(distinct.items()):
-        own, with_states = answers[i * len(queries) : (i + 1) * len(queries)], key == keys.get("prompt")
+        here, with_states = slice(i * len(queries), (i + 1) * len(queries)), key == keys.get("prompt")
         positions, states = _positions(
             model, prefix, problem, held_out_alone=key not in trained, with_states=with_states
         )
-        measured[key] = Measured(positions, own, states if with_states else None)
+        sure = list(map(certainty, logs[here]))
+        measured[key] = Measured(positions, answers[here], states if with_states else None, sure)
     # Of the others they would be kept for all jobs that have the same.
     return {
-        name: measured[key] if name == "prompt" else measured[key]._replace(states=None)
+        name: measured[key] if name == "prompt" else measured[key]._replace(states=None, certainties=None)
         for name, key in keys.items()
     }
 

@@ -36,10 +36,12 @@ MOST_POINTS, MOST_TRAINED = 500, 200
 
 
 class Passage(NamedTuple):
-    """A piece of the document, and the numbers of the lost answers that most likely stand in it."""
+    """A piece of the document, the numbers of the lost answers that most likely stand in it, and whether any
+    query to train on asks for it."""
 
     text: str
     lost: tuple[int, ...]
+    asked: bool = True
 
 
 def html(
@@ -72,6 +74,7 @@ def html(
     by_kl = sorted(report["queries"], key=lambda query: -_finite(query["kl"]))
     training, loss = _training(report, lines)
     study = report.get("study")
+    unasked = [s for i, s in enumerate(study["sentences"]) if i not in study["asked"]] if study else []
     return render(
         "report.html.jinja",
         report={"taught_by": None, "right": None, "by_length": None, "teacher": None, **report},
@@ -93,7 +96,8 @@ def html(
         placed={number for passage in passages for number in passage.lost},
         held_out=[query for query in by_kl if query["split"] == "held_out"],
         trained=[query for query in by_kl if query["split"] == "train"][:MOST_TRAINED],
-        unasked=[s for i, s in enumerate(study["sentences"]) if i not in study["asked"]] if study else [],
+        unasked=unasked,
+        asked_for=_asked_for(study) if study else "",
         facts=_facts(report),
     )
 
@@ -252,6 +256,17 @@ def next_steps(report: Mapping[str, Any]) -> list[str]:
         )
     ask = "Ask it with jaxsp ask, or take it to another program with jaxsp export."
     return [*found, ask] if missed else [ask, *found]
+
+
+def _asked_for(study: Mapping[str, Any]) -> str:
+    """The number of sentences that the user's own queries ask for, and those of the document."""
+    if not study.get("given") or "by_given" not in study:
+        return ""
+    own, every, of = len(study["by_given"]), len(study["asked"]), len(study["sentences"])
+    return (
+        f"Your {study['given']} queries to train on ask for {own} of the {of} sentences; with the"
+        f" {study['added']} that the document gave, {every} are asked for."
+    )
 
 
 def _training(

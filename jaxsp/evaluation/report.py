@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxsp import distributions
 from jaxsp.artifact import SoftPrompt
+from jaxsp.evaluation import certainty
 from jaxsp.evaluation.brackets import BRACKETS, IN_PARTS, TRAINED, Measured
 from jaxsp.evaluation.facts import agrees, has_expected, is_right, says, stands_in
 from jaxsp.evaluation.metrics import ANSWER_METRICS, Answer, gap_closed, interval
@@ -61,8 +62,8 @@ def summarise(
 
     Returns:
       The report's ``gap_closed``, ``gap_closed_vs_truncated``, ``held_out``, ``train`` (if any query is for
-      training), ``queries``, ``right`` (if it is known of an answer), ``cut_answers``, ``teacher`` and
-      ``verdict``; ``by_position`` for the plot; of a context in parts also ``parts``, and
+      training), ``queries``, ``fallback``, ``right`` (if it is known of an answer), ``cut_answers``,
+      ``teacher`` and ``verdict``; ``by_position`` for the plot; of a context in parts also ``parts``, and
       ``gap_closed_vs_first_part`` of the queries of the other parts, if there are any.
     """
     is_train, mask = problem.job.is_train, problem.rows.mask
@@ -117,6 +118,7 @@ def summarise(
         if best := dict(problem.wanted.options).get("k"):
             report["train"]["best_tokens"] = best
     report["queries"] = _queries(model, problem, positions, answers, decisive)
+    report["fallback"] = certainty.mark(report["queries"], measured["prompt"].certainties)
     report |= _right(report["queries"])
     report["cut_answers"] = _cut_answers(model, problem, measured, settings, teacher)
     report["teacher"] = _teacher(report, _read_of(problem.read, context), teacher)
@@ -238,6 +240,7 @@ def mark_trained_on(report: dict[str, Any], prompt: SoftPrompt) -> None:
     """Marks the queries that a prompt was trained on, where it is measured on them; the verdict says so."""
     for query in report["queries"]:
         query["trained_on"] = prompt.was_trained_on(query["query"])
+    report["fallback"] = certainty.summary(report["queries"])
     if seen := sum(query["trained_on"] for query in report["queries"]):
         report["verdict"]["text"] += (
             f" {seen} of these {len(report['queries'])} queries were trained on: they say little of others."
@@ -266,8 +269,8 @@ def report_header(model: LanguageModel, prompt: SoftPrompt) -> dict[str, Any]:
             ),
             "full_context": bytes_of(lambda: decoder.empty_prefix(config, max(parts))),
         },
-        "objective": training["objective"],
-        "steps": training["steps"],
+        "objective": training.get("objective"),  # of one that was imported it is not known
+        "steps": training.get("steps"),
         "kept": training.get("keep", "best"),
     }
 

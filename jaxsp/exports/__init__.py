@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import secrets
 import shlex
@@ -17,12 +18,13 @@ from typing import Any, Protocol
 
 from jaxsp.artifact import SoftPrompt
 from jaxsp.errors import suggestion
-from jaxsp.exports import check, peft, transformers, vllm
-from jaxsp.exports.card import card
+from jaxsp.exports import check, llamacpp, peft, transformers, vllm
+from jaxsp.exports.card import CARD, card
 from jaxsp.exports.prefix import Held, hold
-from jaxsp.exports.question import description
+from jaxsp.exports.question import DESCRIPTION, description
 from jaxsp.files import atomic_write, os_errors_as_user_errors
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.models.load import gguf_file
 from jaxsp.models.weights import weight_files
 from jaxsp.typing import UserError
 
@@ -58,13 +60,22 @@ class Export(Protocol):
         """
         ...
 
+    def weights(self, model: LanguageModel, scratch: Path) -> Path:
+        """Where the consumer finds the model when it is checked.
 
-EXPORTS: dict[str, Export] = {"peft": peft, "transformers": transformers, "vllm": vllm}
+        Args:
+          model: the model.
+          scratch: a folder that lasts as long as the check, for files that are made for it.
+        """
+        ...
 
-DESCRIPTION, CARD, MODEL = "prompt.json", "README.md", "model"
+
+EXPORTS: dict[str, Export] = {"peft": peft, "transformers": transformers, "vllm": vllm, "llama.cpp": llamacpp}
+
+MODEL = "model"
 _OURS = (
     DESCRIPTION, CARD, MODEL, "load.py", "question.py", "client.py", "chat.json", "prefix.safetensors",
-    "adapter_config.json", "adapter_model.safetensors", "prompt_embeds.b64",
+    "adapter_config.json", "adapter_model.safetensors", "prompt_embeds.b64", "prompt_embeds.npy",
 )  # fmt: skip
 """Everything that an export may write."""
 
@@ -117,7 +128,7 @@ def export(
     to: str,
     out: Path,
     *,
-    source: Path | None = None,
+    source: Path | str | None = None,
     report: dict[str, Any] | None = None,
     overwrite: bool = False,
     with_model: bool = False,
@@ -143,13 +154,15 @@ def export(
     queries, chosen = [query for query, _ in rows], EXPORTS[to]
     with os_errors_as_user_errors(out, "choose another --out"), _scratch(out) as folder:
         words = chosen.write(held, folder, queries)
-        text = json.dumps(description(prompt, model, queries), indent=2, ensure_ascii=False)
+        written = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+        described = {**description(prompt, model, queries), "end": held.end, "sha256": written}
+        text = json.dumps(described, indent=2, ensure_ascii=False)
         atomic_write(folder / DESCRIPTION, text + "\n")
         for name, script in chosen.SCRIPTS.items():
             shutil.copyfile(Path(__file__).parent / "consumers" / script, folder / name)
         if with_model:
-            _copy_model(model, folder / MODEL)
-        found = check.measure(held, to, folder, rows)
+            _copy_model(model, folder / MODEL, to)
+        found = check.measure(held, to, folder, rows, chosen.weights)
         if found.get("kl", 0.0) > check.LARGEST_KL:
             raise UserError(
                 f"{to} makes something else of this prompt: KL {found['kl']:.2g} from jaxsp's own"
@@ -163,7 +176,7 @@ def export(
     return Exported(out, *figures, command)
 
 
-def check_command(to: str, out: Path, source: Path | None) -> str:
+def check_command(to: str, out: Path, source: Path | str | None) -> str:
     """The command that checks an export, where its consumer is installed: it is written anew."""
     where = "DIR" if source is None else shlex.quote(str(source))
     packages = " ".join(name for name in EXPORTS[to].NEEDS)
@@ -195,8 +208,10 @@ def _move(folder: Path, out: Path) -> None:
         file.replace(out / file.name)
 
 
-def _copy_model(model: LanguageModel, to: Path) -> None:
-    to.mkdir()
+def _copy_model(model: LanguageModel, folder: Path, to: str) -> None:
+    folder.mkdir()
     files = {*weight_files(model.directory), *(f for p in _OF_A_MODEL for f in model.directory.glob(p))}
+    if to == "llama.cpp" and (own := gguf_file(model.name)) is not None:
+        files = {own}
     for file in sorted(files):
-        shutil.copyfile(file, to / file.name)
+        shutil.copyfile(file, folder / file.name)

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jaxsp
+from jaxsp.artifact import SoftPrompt
 from jaxsp.exports.prefix import NEVER, Held
-from jaxsp.models.load import EMBEDDED, hub_id
+from jaxsp.hub import SCHEME
+from jaxsp.models.load import EMBEDDED, gguf_file, hub_id
 from jaxsp.terminal import visible
+
+CARD = "README.md"
 
 MOST_LOST = 10
 """Queries that are named as lost, at most."""
 
 
 _REFUSES = "`load.py` refuses a model with other embeddings."
-_OF_A_SERVER = "A server can't tell: with other weights the answers are others."
+_OTHER_WEIGHTS = {
+    "vllm": "A server can't tell: with other weights the answers are others.",
+    "llama.cpp": "`load.py` can't tell others of the same width: with them the answers are others.",
+}
+_OF_THE_CHECK = {
+    "vllm": " vLLM itself was not run: its input was read by transformers, as `inputs_embeds`.",
+    "llama.cpp": " For the check the GGUF file's numbers are unpacked to float32, the cache's, too: with a"
+    " quantized matrix llama.cpp rounds what it multiplies to eight bits, whatever the prompt is.",
+}
 
 
 def card(
@@ -48,7 +62,7 @@ def card(
         "## Use",
         use,
         "## The model",
-        f"{_weights(held, with_model)} {_OF_A_SERVER if to == 'vllm' else _REFUSES}",
+        f"{_weights(held, to, with_model)} {_OTHER_WEIGHTS.get(to, _REFUSES)}",
         "## Checked",
         _checked(measured, to, check),
     ]
@@ -59,16 +73,21 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def _weights(held: Held, with_model: bool) -> str:
+def _weights(held: Held, to: str, with_model: bool) -> str:
     model = held.model
-    found = hub_id(model.name)
+    found, file = hub_id(model.name), gguf_file(model.name)
     text = f"Weights with the fingerprint `{model.fingerprint}` (jaxsp's SHA-256 over all tensors). "
     if with_model:
         text += "They lie in `model/`."
+    elif to == "llama.cpp":
+        text += (
+            f"They are those of `{file}` on the machine that wrote this; export with `--with-model` to have"
+            " it in `model/`."
+        )
     elif found:
         text += f"`{found}` had them on the model hub when this was written."
     else:
-        origin = "a GGUF file" if model.name.endswith(".gguf") or model.name == EMBEDDED else "a folder"
+        origin = "a folder" if file is None else "a GGUF file"
         text += (
             f"They come from {origin}, `{model.short_name}`, and lie as safetensors in"
             f" `{os.fspath(model.directory)}` of the machine that wrote this: load them from there, or export"
@@ -79,11 +98,7 @@ def _weights(held: Held, with_model: bool) -> str:
 
 
 def _checked(measured: Mapping[str, Any], to: str, check: str) -> str:
-    own = (
-        " vLLM itself was not run: its input was read by transformers, as `inputs_embeds`."
-        if to == "vllm"
-        else ""
-    )
+    own = _OF_THE_CHECK.get(to, "")
     if "missing" in measured:
         missing = f"**Unchecked**: {measured['missing']} was missing. Where it is installed, this checks it:"
         return "\n\n".join(filter(None, (missing, f"```sh\n{check}\n```", own.strip())))
@@ -119,3 +134,45 @@ def _brackets(report: Mapping[str, Any]) -> str:
         more = f"\n- and {len(lost) - MOST_LOST} more" if len(lost) > MOST_LOST else ""
         text += f"\n\nHeld-out queries whose facts are lost ({len(lost)}):\n\n{shown}{more}"
     return text
+
+
+def hub_card(
+    prompt: SoftPrompt, repository: str, report: Mapping[str, Any] | None, formats: Sequence[str]
+) -> str:
+    """The README of a saved prompt in a repository of the model hub.
+
+    Args:
+      prompt: the soft prompt, as it will lie there.
+      repository: its name, ``OWNER/NAME``.
+      report: the run's ``report.json``, if it is known.
+      formats: of exports.
+    """
+    named = prompt.manifest["model"]
+    model, tokens = hub_id(named["name"]), prompt.manifest["context_tokens"]
+    head = ["library_name: jaxsp", "tags: [jax, soft-prompt, prompt-compression]"]
+    if model:
+        head.insert(0, f"base_model: {json.dumps(model)}")
+    stands_for = f"stand in for a document of {tokens} tokens" if tokens else "were learnt by another program"
+    where = "" if model or named["name"].lower() == EMBEDDED else " --model DIR"
+    here = f"{SCHEME}{repository}"
+    brings = "lies beside it" if prompt.context is not None else "is not in this repository"
+    parts = [
+        "---\n" + "\n".join(head) + "\n---",
+        f"# A soft prompt for {visible(named['name'])}",
+        f"{prompt.prompt_length} slots of kind {prompt.kind} {stands_for}. It is a prompt of jaxsp"
+        f" {jaxsp.__version__}, of use with this one model. The document {brings}; what it says may be read"
+        " out of the prompt by asking.",
+        "## Use",
+        f'```sh\npip install jaxsp\njaxsp ask {here}{where} "How long is the cable?"\n'
+        f"jaxsp serve {here}{where}    # OpenAI's HTTP interface\n```",
+        "## Other programs\n\nEach takes the kinds of prompts that it can hold; `jaxsp export` says which.",
+        "```sh\n"
+        + "\n".join(f"jaxsp export {here}{where} --to {name} --out {name}/" for name in formats)
+        + "\n```",
+        "## The model",
+        f"`{visible(named['name'])}`, weights with the fingerprint `{named['fingerprint']}` (jaxsp's SHA-256"
+        " over all tensors). jaxsp refuses other ones.",
+    ]
+    if report is not None and "held_out" in report:
+        parts += ["## Measured by jaxsp", _brackets(report)]
+    return "\n\n".join(parts) + "\n"

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from jaxsp.exports.question import ORDINARY
 from jaxsp.files import parse_json
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
+from jaxsp.models.language_model import LanguageModel
 from jaxsp.typing import Array, KeyValues, Params, UserError
 
 LARGEST_KL = 1e-5
@@ -56,7 +57,9 @@ def rows_of(prompt: SoftPrompt, report: dict[str, Any] | None) -> list[Row]:
     return found[:MOST_ROWS]
 
 
-def measure(held: Held, to: str, folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
+def measure(
+    held: Held, to: str, folder: Path, rows: Sequence[Row], weights: Callable[[LanguageModel, Path], Path]
+) -> dict[str, Any]:
     """The largest difference of a logit, and the mean KL from jaxsp's distributions to the consumer's.
 
     Args:
@@ -64,6 +67,7 @@ def measure(held: Held, to: str, folder: Path, rows: Sequence[Row]) -> dict[str,
       to: the format.
       folder: the export.
       rows: from ``rows_of``.
+      weights: that of the format, as ``Export.weights``.
 
     Returns:
       ``kl``, ``logit_difference`` and ``queries``; in place of the first two ``missing``, a package that is
@@ -78,14 +82,15 @@ def measure(held: Held, to: str, folder: Path, rows: Sequence[Row]) -> dict[str,
     made, prefix = make_rows(asked, answers), held.prompt.prefix(model)
     before = np.array(held.prompt.manifest["slots"]["before_ids"], np.int64)
     content: dict[str, Any] = {"before": before}
-    for i, (z, y) in enumerate(zip(asked, answers, strict=True)):
+    for i, ((query, _), z, y) in enumerate(zip(rows, asked, answers, strict=True)):
         logits = _logits(model.params, model.config, prefix, made.take([i]))[0, : len(y)]
-        own = {"ids": np.array([*z, *y[:-1]]), "first": np.array(len(z) - 1), "logits": logits}
+        own = {"query": query, "ids": [*z, *y[:-1]], "first": len(z) - 1, "logits": logits}
         content |= {f"{name}_{i}": np.asarray(value) for name, value in own.items()}
     with tempfile.TemporaryDirectory() as scratch:
         expected = Path(scratch, "expected.npz")
         np.savez(expected, **content)
-        return {**_read_there(to, folder, model.directory, expected), "queries": len(rows)}
+        found = _read_there(to, folder, weights(model, Path(scratch)), expected)
+    return {**found, "queries": len(rows)}
 
 
 @functools.partial(jax.jit, static_argnames="config")

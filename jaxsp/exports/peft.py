@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from jaxsp.exports.prefix import Held
+from jaxsp.exports.prefix import Held, weights as weights
 from jaxsp.exports.question import model_path
 from jaxsp.files import atomic_write
 from jaxsp.prompts.initializers import ABSENT
 from jaxsp.typing import UserError
 
+CONFIG, ARRAYS = "adapter_config.json", "adapter_model.safetensors"
 SCRIPTS = {"load.py": "peft.py", "question.py": "question.py"}
 NEEDS = ("torch", "transformers", "peft")
 USE = """\
@@ -28,7 +29,9 @@ what the model reads. What it then reads must be what `encode` in `question.py` 
 soft prompt and the question, the question, and the text that the answer begins after. `load.py` does that.
 
 `answer` in `load.py` reads all anew for each token. PEFT's `generate` is not used: PEFT 0.21.2 with
-transformers 5.24 puts the soft prompt in front of every new token again, and so gives another answer."""
+transformers 5.24 puts the soft prompt in front of every new token again, and so gives another answer.
+
+`jaxsp import-peft` reads this folder again, also when PEFT has trained the adapter further in it."""
 
 
 def write(held: Held, out: Path, queries: Sequence[str] = ()) -> dict[str, str]:
@@ -58,9 +61,9 @@ def write(held: Held, out: Path, queries: Sequence[str] = ()) -> dict[str, str]:
         "num_transformer_submodules": 1,
         "num_virtual_tokens": held.slots,
     }
-    atomic_write(out / "adapter_config.json", json.dumps(adapter, indent=2, sort_keys=True) + "\n")
+    atomic_write(out / CONFIG, json.dumps(adapter, indent=2, sort_keys=True) + "\n")
     arrays = {"prompt_embeddings": np.ascontiguousarray(tensor, np.float32)}
-    atomic_write(out / "adapter_model.safetensors", save(arrays, {"format": "pt"}))
+    atomic_write(out / ARRAYS, save(arrays, {"format": "pt"}))
     return {}
 
 

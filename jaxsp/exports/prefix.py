@@ -7,6 +7,7 @@ of their cache. Rotary positions are relative: the keys before the question are 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class Held:
         answer on (from 0 on: always), though by its place it would not yet; ``None``: there is none such.
       vectors: ``[N, D]``, the input vectors that the keys and values were read from, where there are such;
         the model's own embedding scale is in them.
+      end: the position of the question in jaxsp: the keys are turned by the difference to N.
     """
 
     prompt: SoftPrompt
@@ -44,6 +46,7 @@ class Held:
     bias: Float[np.ndarray, "l g n"] | None
     until: Int[np.ndarray, "l n"] | None
     vectors: Float[np.ndarray, "n d"] | None
+    end: int
 
     @property
     def slots(self) -> int:
@@ -85,7 +88,7 @@ def hold(prompt: SoftPrompt, model: LanguageModel) -> Held:
             f" {end}, after {len(positions)} slots it would stand at {len(positions)}; train with --kind"
             " embedding."
         )
-    keys = np.stack([_turned(layer, rope, shift) for layer, rope in zip(keys, _ropes(model), strict=True)])
+    keys = np.stack([turned(layer, rope, shift) for layer, rope in zip(keys, ropes(model), strict=True)])
     embeddings = prompt.sigma.get("embeddings")
     return Held(
         prompt,
@@ -95,7 +98,13 @@ def hold(prompt: SoftPrompt, model: LanguageModel) -> Held:
         bias.swapaxes(1, 2) if bias.any() else None,
         _until(model, positions, end),
         None if embeddings is None else np.concatenate([_before(prompt, model), np.float32(embeddings)]),
+        end,
     )
+
+
+def weights(model: LanguageModel, scratch: Path) -> Path:
+    """The folder of the model's weights, for consumers that read safetensors; as ``Export.weights``."""
+    return model.directory
 
 
 def _before(prompt: SoftPrompt, model: LanguageModel) -> Float[np.ndarray, "p d"]:
@@ -104,11 +113,12 @@ def _before(prompt: SoftPrompt, model: LanguageModel) -> Float[np.ndarray, "p d"
     return np.asarray(decoder.embed(model.params, model.config, ids[None])[0], np.float32)
 
 
-def _ropes(model: LanguageModel) -> tuple[Rope, ...]:
+def ropes(model: LanguageModel) -> tuple[Rope, ...]:
+    """The rotation of each layer; one without frequencies where positions are learned."""
     return model.config.ropes or (Rope(()),) * model.config.layers
 
 
-def _turned(keys: Float[np.ndarray, "n g f"], rope: Rope, shift: int) -> Float[np.ndarray, "n g f"]:
+def turned(keys: Float[np.ndarray, "n g f"], rope: Rope, shift: int) -> Float[np.ndarray, "n g f"]:
     """Keys of one layer as they are ``shift`` positions further on."""
     angles = np.array(rope.frequencies, np.float64) * shift
     cos, sin, n = np.cos(angles), np.sin(angles), len(angles)

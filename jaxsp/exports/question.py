@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 
 from jaxsp.artifact import SoftPrompt
+from jaxsp.files import sealed
 from jaxsp.models.chat import ChatTexts
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.load import hub_id
 from jaxsp.models.text import control_ids, encode
 from jaxsp.typing import UserError
+
+DESCRIPTION = "prompt.json"
+"""File of an export with what ``description`` gives."""
 
 _ANCHORS = ("a", "\n", ".", "")
 """Texts that a question is encoded behind, as many tokenizers begin a text in another way than they go on."""
@@ -45,6 +49,7 @@ def description(prompt: SoftPrompt, model: LanguageModel, queries: Sequence[str]
         "weights": {"rows": rows.tolist(), "entries": table.tolist()},
         "question": _question(tokenizer, chat, [*ORDINARY, *queries]),
         "stop_ids": sorted({*model.stop_ids, *prompt.stop_ids}),
+        "manifest": sealed({"sha256": "", **prompt.manifest}),
     }
 
 

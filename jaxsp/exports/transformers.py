@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from jaxsp.exports.prefix import NEVER, Held
+from jaxsp.exports.prefix import NEVER, Held, weights as weights
 from jaxsp.files import atomic_write
 
 SCRIPTS = {"load.py": "transformers.py", "question.py": "question.py"}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from jaxsp.exports.prefix import Held
+from jaxsp.exports.prefix import Held, weights as weights
 from jaxsp.exports.question import ORDINARY
 from jaxsp.files import atomic_write
 from jaxsp.models.chat import THINKING, conversation

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxsp.models.attention import AttentionInputs, Slots, attention
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.layers import ACTIVATIONS, Int8Dense, Norm
+from jaxsp.models.layers import ACTIVATIONS, Int8Dense, Norm, head_product
 from jaxsp.models.rope import rotate, rotation
 from jaxsp.typing import EMPTY, AnyArray, Array, Float, Int, KeyValues, Params, PyTree, ceil_div
 
@@ -203,9 +203,7 @@ class Decoder(nn.Module):
     def unembed(self, hidden: Array) -> Array:
         c = self.config
         table = (self.embed_tokens if c.tied_head else self.lm_head).embedding
-        logits = jnp.einsum(
-            "...d,vd->...v", hidden, table, precision=c.precision, preferred_element_type=jnp.float32
-        )
+        logits = head_product(hidden, table, c.precision)
         return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
 
     def __call__(self, ids_BT: Array) -> Array:

@@ -173,6 +173,32 @@ class LanguageModel:
           >>> "".join(model.stream_answer(prefix, "What is the capital of France?"))
           'The capital of France is Paris.'
         """
+        answer: list[int] = []
+        shown = ""
+        ids, sampling = self.greedy_request(prefix, query, chat, max_tokens=max_tokens)
+        for token in stream(self.params, self.config, prefix, ids, sampling):
+            answer.append(token)
+            text = self.decode(answer)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
+                yield text[len(shown) :]
+                shown = text
+        if rest := self.decode(answer)[len(shown) :]:
+            yield rest  # the answer ends in the midst of a character
+
+    def greedy_request(
+        self, prefix: KeyValues, query: str, chat: ChatTexts | None = None, *, max_tokens: int = 128
+    ) -> tuple[list[int], Sampling]:
+        """The token ids of a query and the rule of its greedy answer, as ``generate`` takes them.
+
+        Args:
+          prefix: what the model has read before the query.
+          query: the text.
+          chat: as in ``encode_query``.
+          max_tokens: longest answer; it is shorter where the window leaves less.
+
+        Raises:
+          UserError: as ``stream_answer``.
+        """
         check_limits("max_tokens", max_tokens, at_least=1)
         ids = self.encode_query(query, chat).tolist()
         room = self.config.window - prefix.end - len(ids)
@@ -181,17 +207,18 @@ class LanguageModel:
                 f"The question has {len(ids)} tokens, more than the model's window of {self.config.window}"
                 " leaves; ask a shorter one."
             )
-        answer: list[int] = []
-        shown = ""
-        sampling = Sampling(stop_ids=self.stop_ids, max_tokens=min(max_tokens, room))
-        for token in stream(self.params, self.config, prefix, ids, sampling):
-            answer.append(token)
-            text = str(self._tokenizer.decode(answer, skip_special_tokens=True))
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for the rest
-                yield text[len(shown) :]
-                shown = text
-        if rest := str(self._tokenizer.decode(answer, skip_special_tokens=True))[len(shown) :]:
-            yield rest  # the answer ends in the midst of a character
+        return ids, Sampling(stop_ids=self.stop_ids, max_tokens=min(max_tokens, room))
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of an answer, without its control tokens.
+
+        Args:
+          ids: token ids.
+
+        Raises:
+          UserError: there is no tokenizer.
+        """
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     @property
     def _tokenizer(self) -> PreTrainedTokenizerBase:

@@ -293,6 +293,19 @@ def hub_id(name: str) -> str | None:
     return name if name.count("/") == 1 and not name.startswith((".", "/", "~")) else None
 
 
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file that a model of this name is read from; ``None`` where it is read from a folder.
+
+    Example:
+      >>> gguf_file("smollm2-135m-instruct").suffix, gguf_file("HuggingFaceTB/SmolLM2-360M-Instruct")
+      ('.gguf', None)
+    """
+    if name.lower() == EMBEDDED:
+        return _embedded_file()
+    path = Path(os.path.expanduser(name))
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
 def _embedded_file() -> Path | None:
     """The GGUF file of the wheel, found through its file list: importing it would need llama.cpp."""
     try:

@@ -112,7 +112,7 @@ class Result:
         """Writes the reports for people, and the plots, into a folder that is there; gives the reports."""
         reports.write(self.report, self.lines, folder)
         missed, context = lost(self.report["queries"]), self.prompt.context
-        document = [] if context is None else passages(context, missed)
+        document = [] if context is None else passages(context, missed, self.report.get("study"))
         text = page.html(self.report, self.lines, self.tokens, document, missed)
         atomic_write(folder / PAGE, text)
         return [folder / PAGE, folder / MARKDOWN]

@@ -28,6 +28,9 @@ from jaxsp.training.drivers import DRIVERS
 from jaxsp.training.optimizers import make_optimizer, parse_rates
 from jaxsp.typing import UserError
 
+BESIDE_GIVEN = True
+"""Whether ``study="auto"`` also adds to the user's own queries what they don't ask for."""
+
 _KEYS = ("id", "context", "queries", "held_out")
 
 
@@ -57,8 +60,9 @@ class Job:
 
     @property
     def is_studied(self) -> bool:
-        """Whether the document gives queries."""
-        return self.settings.study.study == "on" or not self.train
+        """Whether the document gives queries, or may."""
+        study = self.settings.study.study
+        return not self.train or study == "on" or (study == "auto" and BESIDE_GIVEN)
 
     def tokenized(self, model: LanguageModel) -> TokenizedJob:
         """Its texts as token ids, which take more memory than the texts."""

@@ -13,11 +13,21 @@ from jaxsp.losses import as_objective
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.runs.job import Job
-from jaxsp.study import Study, study, study_key
+from jaxsp.study import Study, only_fills, study, study_key
 from jaxsp.teacher.another import Teacher
-from jaxsp.teacher.problem import Problem, keep, read_preamble, run_teacher, said_key, teacher_key
+from jaxsp.teacher.problem import (
+    SAMPLE,
+    Problem,
+    TokenizedJob,
+    keep,
+    read_preamble,
+    run_teacher,
+    said_key,
+    teacher_key,
+    tokenize,
+)
 from jaxsp.teacher.samples import count, sample
-from jaxsp.teacher.signals import Wanted
+from jaxsp.teacher.signals import USUAL, Wanted
 from jaxsp.teacher.store import Store, about
 from jaxsp.typing import KeyValues
 
@@ -66,31 +76,29 @@ class Problems:
 
     def of(self, job: Job, display: Display) -> Problem:
         """The job with what the teacher said."""
-        asked, found, made = job, None, None
+        asked, found, made, known = job, None, None, dict[str, list[int]]()
         if job.is_studied:
-            found, made = self._studied(job, display)
+            found, made, known = self._studied(job, display)
             job = dataclasses.replace(job, train=found.train, held_out=found.held_out)
         tokenized = job.tokenized(self.asked)
         seed = job.settings.training.seed if count(job.settings.teacher) else None
-        shared = self.model if self.teacher is None or self.teacher.difference is None else self.asked
-        tokens = min(self.asked.config.vocab_size, shared.config.vocab_size)
-        wanted = Wanted.by(as_objective(job.settings.training.objective), tokens)
+        wanted = self._wanted(job)
         usual = teacher_key(self.asked, tokenized, job.settings.teacher)
         said = said_key(usual, tokenized, wanted)
         key = said, tokenized.is_train.tobytes(), seed
-        if (known := self._problems.get(key)) is not None:
-            return known
-        if made is not None and wanted.is_usual:
+        if (problem := self._problems.get(key)) is not None:
+            return problem
+        if made is not None and made.wanted == wanted and len(made.rows.targets) > 1:
             made = keep(self.store, said, self.asked, made) or made
         else:
             texts = self.asked, tokenized, job.settings.teacher, self.teacher_preamble
-            answers = made.answers if made else self._answers.get(usual)
+            answers = made.answers if made else self._answers.get(usual) or _answers(tokenized, known)
             made = run_teacher(*texts, display, self.store, wanted, answers)
         self._answers.keep(usual, made.answers)
         if found is not None and processes.is_first():
             self._keep_study(asked, found)  # last: who finds it, finds what was said
         sampled = self.asked, tokenized, job.settings, self.teacher_preamble, display, self.store
-        index, samples = sample(*sampled, vocab_size=shared.config.vocab_size) or ([], None)
+        index, samples = sample(*sampled, vocab_size=self._shared.config.vocab_size) or ([], None)
         if self.teacher is not None:
             own, more = job.tokenized(self.model), (self.preamble, job.settings)
             made = self.teacher.problem(made, own, *more)
@@ -101,8 +109,18 @@ class Problems:
         """The queries that a job's document gave; ``None`` if it was not asked for any."""
         return self._studies.get(self._key(job)) if job.is_studied else None
 
+    @property
+    def _shared(self) -> LanguageModel:
+        """The model whose vocabulary teacher and student share, at most."""
+        return self.model if self.teacher is None or self.teacher.difference is None else self.asked
+
+    def _wanted(self, job: Job) -> Wanted:
+        """The signals that a job wants of the teacher."""
+        tokens = min(self.asked.config.vocab_size, self._shared.config.vocab_size)
+        return Wanted.by(as_objective(job.settings.training.objective), tokens)
+
     def _key(self, job: Job) -> str:
-        return study_key(self.asked, job.context, job.train, job.held_out, job.settings)
+        return study_key(self.asked, job.context, job.train, job.held_out, job.settings, self._wanted(job))
 
     def _keep_study(self, job: Job, found: Study) -> None:
         shown = about("study", self.asked.name, job.context, len(found.train) + len(found.held_out))
@@ -114,21 +132,50 @@ class Problems:
         """The folder for what is kept of a study until it ends."""
         return self.store.own and self.store.own / f"{self._key(job)}.begun"
 
-    def _studied(self, job: Job, display: Display) -> tuple[Study, Problem | None]:
-        """The queries that a job's document gives, and their problem, if this process has just made it."""
+    def _said(self, job: Job, display: Display) -> Problem | None:
+        """The user's own queries with what the teacher says; ``None`` if there are none."""
+        if not job.train:
+            return None
+        asked, settings = (self.asked, job.context), job.settings
+        parts = tokenize(*asked, [*job.train, SAMPLE], job.held_out, settings).parts
+        tokenized = tokenize(*asked, job.train, job.held_out, settings, parts)
+        wanted = self._wanted(job) if only_fills(settings, job.train) else USUAL
+        texts = self.asked, tokenized, settings.teacher, self.teacher_preamble
+        store = self.store.with_own(self._begun(job), mend=True)
+        usual = teacher_key(self.asked, tokenized, settings.teacher)
+        said = run_teacher(*texts, display, store, wanted, self._answers.get(usual))
+        self._answers.keep(usual, said.answers)
+        return said
+
+    def _studied(self, job: Job, display: Display) -> tuple[Study, Problem | None, dict[str, list[int]]]:
+        """The queries that a job's document gives.
+
+        If they have just been made, also their problem, unless several processes share the teacher's work:
+        what all must do together, none leaves out. And the answers that are known then, by query.
+        """
         key, made = self._key(job), None
         if (found := self._studies.get(key)) is not None:
-            return found, None
+            return found, None, {}
         if (found := self.store.read(f"{key}.study", Study.read, "Questions from the document")) is not None:
-            return self._studies.keep(key, found), None
+            return self._studies.keep(key, found), None, {}
+        said = self._said(job, display)
 
         def make() -> dict[str, Any]:
             nonlocal made
             with processes.alone():
                 asked = job.context, job.train, job.held_out, job.settings
-                found, made = study(self.asked, *asked, display, folder=self._begun(job))
+                found, made = study(self.asked, *asked, display, folder=self._begun(job), said=said)
             return found.as_json()
 
         found = self._studies.keep(key, Study.from_json(processes.on_first_process(make)))
-        # Several processes share the teacher's work: what all must do together, none leaves out.
-        return found, None if processes.are_several() else made
+        asked = [query.text for query in said.job.queries] if said else []
+        known = dict(zip(asked, said.answers if said else [], strict=True))
+        return found, None if processes.are_several() else made, known
+
+
+def _answers(job: TokenizedJob, known: dict[str, list[int]]) -> list[list[int]] | None:
+    """The answers to all queries of a job, if they are known or given."""
+    pairs = zip(job.queries, job.given_ids, strict=True)
+    found = [known.get(query.text, given if query.seed else None) for query, given in pairs]
+    answers = [ids for ids in found if ids is not None]
+    return answers if len(answers) == len(found) else None

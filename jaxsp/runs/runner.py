@@ -48,7 +48,8 @@ STEP_TOKENS = {"cpu": 2048}
 ACCELERATOR_STEP_TOKENS = 32768
 
 PHASES = (
-    "load", "questions", "answers", "signals", "coverage", "compile", "on_policy", "train", "evaluate",
+    "load", "questions", "answers", "signals", "coverage", "start", "compile", "on_policy", "train",
+    "held_out", "evaluate",
 )  # fmt: skip
 """Whose seconds a report has."""
 
@@ -353,7 +354,9 @@ class Runner:
             folder.metrics.unlink(missing_ok=True)
         elif folder is not None and not fresh:
             folder.check_same(job.identity(self.model, self.teacher))
-        state, metrics = start_state(self.model, problem, settings), folder and folder.metrics
+        with self.displays[job.id].phase("start", "Where σ starts"):
+            state = jax.block_until_ready(start_state(self.model, problem, settings))
+        metrics = folder and folder.metrics
         self.running[job.id] = problem, state.sigma
         packing = Packing.of(problem.lengths, settings.training.batch_size)
         asked, preamble = self.problems.asked, self.problems.teacher_preamble
@@ -395,12 +398,14 @@ class Runner:
                 "gap_closed": measured["gap_closed"],
                 **measured["held_out"]["brackets"]["prompt"],
             }
+            prompt.manifest["fallback"] = measured["fallback"]
             report |= measured
         studied = self.problems.study(job)
         report["study"] = studied and studied.summary()
         models = [self.model] + ([self.teacher.model] if self.teacher else [])
         display.add("load", sum(model.load_seconds for model in models))
         display.add("compile", trained.compile_seconds)
+        display.add("held_out", trained.held_out_seconds)
         display.add("train", sum(line.get("seconds", 0.0) for line in trained.lines))
         seconds = {name: display.seconds.get(name, 0.0) for name in PHASES}
         report |= {"seconds": {**seconds, "total": sum(seconds.values())}, "environment": environment()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -20,8 +20,9 @@ from jaxsp.errors import Damaged, UserError
 from jaxsp.files import parse_json
 from jaxsp.serve import page
 from jaxsp.serve.address import LOOPBACK
-from jaxsp.serve.brackets import Bracket, Brackets
+from jaxsp.serve.brackets import DOCUMENT, Bracket, Brackets
 from jaxsp.serve.exchange import Exchange, Limits, took_too_long
+from jaxsp.serve.fallback import Fallback
 from jaxsp.serve.refusal import Refusal
 from jaxsp.serve.replies import to_bytes
 from jaxsp.serve.scheduler import Scheduler
@@ -29,11 +30,21 @@ from jaxsp.serve.schema import Wish, read_chat, read_completion
 from jaxsp.serve.served import Served, Shelf
 
 _T = TypeVar("_T")
+CONTEXT_HEADER = "x-jaxsp-context"
+"""Header of an answer that says what it was read after: ``sigma``, ``full`` (the document) or ``none``."""
+
 _PLAIN = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
 
 
 def make_app(
-    shelf: Shelf, scheduler: Scheduler, brackets: Brackets, limits: Limits, *, api_key: str | None, host: str
+    shelf: Shelf,
+    scheduler: Scheduler,
+    brackets: Brackets,
+    limits: Limits,
+    *,
+    api_key: str | None,
+    host: str,
+    fallback: Fallback | None = None,
 ) -> Starlette:
     """The application.
 
@@ -45,8 +56,9 @@ def make_app(
       api_key: that requests must carry; ``None``: none, and they must come by the name ``host`` or one of
         this machine's own, so that no web page reaches the server by a name of its own (DNS rebinding).
       host: address that the server listens at.
+      fallback: which answers of σ are not given, but the document's; ``None``: all are given.
     """
-    service = _Service(shelf, scheduler, brackets, limits)
+    service = _Service(shelf, scheduler, brackets, limits, fallback)
     names = {*LOOPBACK, host.lower()}
 
     def guarded(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Any]:
@@ -88,9 +100,16 @@ class _Asked(NamedTuple):
 class _Service:
     """The answers of the routes."""
 
-    def __init__(self, shelf: Shelf, scheduler: Scheduler, brackets: Brackets, limits: Limits) -> None:
+    def __init__(
+        self,
+        shelf: Shelf,
+        scheduler: Scheduler,
+        brackets: Brackets,
+        limits: Limits,
+        fallback: Fallback | None,
+    ) -> None:
         self._shelf, self._scheduler, self._limits = shelf, scheduler, limits
-        self._brackets = brackets
+        self._brackets, self._fallback = brackets, fallback
         self._documents: dict[str, Response] = {}
         self._arriving = 0  # requests that are being read or encoded
         # One at a time: a tokenizer's switches are shared.
@@ -134,13 +153,30 @@ class _Service:
             asked = await self._ready(request, read)
         finally:
             self._arriving -= 1
-        exchange = Exchange(asked.scheduler, asked.served, asked.wish, asked.ids, self._limits)
+        least = self._fallback and self._fallback.least(asked.served, asked.wish, len(asked.ids))
+        exchange = Exchange(*_parts(asked), self._limits, least=least)
+        if least is not None:
+            exchange = await self._judged(request, asked, exchange)
         if asked.wish.stream:
-            return _Events(exchange.events(), exchange.close)
+            return _Events(exchange)
         try:
-            return _json(await _while_there(request.receive, exchange.whole()))
+            content = await _while_there(request.receive, exchange.whole())
+            return _json(content, {CONTEXT_HEADER: exchange.context})
         finally:
             exchange.close()
+
+    async def _judged(self, request: Request, asked: _Asked, exchange: Exchange) -> Exchange:
+        """The exchange, whose answer is there, if σ is sure of it; or else another after the document."""
+        try:
+            if await _while_there(request.receive, exchange.is_sure()):
+                return exchange
+        finally:
+            exchange.close()  # it has ended, or is not needed
+        bracket = self._brackets.find(f"{asked.served.name}:{DOCUMENT}")
+        assert bracket is not None  # the fallback has checked it
+        served, scheduler = await self._brackets.open(bracket, self._encoder)
+        asked = asked._replace(served=served, scheduler=scheduler)
+        return Exchange(*_parts(asked), self._limits, instead_of=exchange)
 
     def _meant(self, name: str) -> Served | Bracket:
         """The model of a name.
@@ -174,18 +210,23 @@ class _Service:
         return _Asked(wish, served, ids, scheduler)
 
 
-class _Events(StreamingResponse):
-    """Server-sent events, whose client may leave."""
+def _parts(asked: _Asked) -> tuple[Scheduler, Served, Wish, list[int]]:
+    return asked.scheduler, asked.served, asked.wish, asked.ids
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self._close = close
+
+class _Events(StreamingResponse):
+    """The server-sent events of an exchange, whose client may leave."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        headers = {"cache-control": "no-cache", CONTEXT_HEADER: exchange.context}
+        super().__init__(exchange.events(), media_type="text/event-stream", headers=headers)
+        self._exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._close()
+            self._exchange.close()
 
 
 async def _while_there(receive: Receive, work: Awaitable[_T]) -> _T:
@@ -268,8 +309,8 @@ def _check_access(request: Request, api_key: str | None, names: set[str]) -> Non
         )
 
 
-def _json(content: Any) -> Response:
-    return Response(to_bytes(content), headers=_PLAIN, media_type="application/json")
+def _json(content: Any, more: Mapping[str, str] = {}) -> Response:
+    return Response(to_bytes(content), headers={**_PLAIN, **more}, media_type="application/json")
 
 
 def _refusal(refusal: Refusal) -> Response:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import tyro
 
 from jaxsp.errors import UserError
-from jaxsp.files import as_path
-from jaxsp.options import ModelOptions
+from jaxsp.options import ModelOptions, check_share
 from jaxsp.serve.address import base_url, bind, is_loopback
 from jaxsp.settings import check_limits
 
@@ -34,9 +33,11 @@ class Serve:
       jaxsp serve prompt/
       jaxsp serve many/ --port 9000 --slots 16
       jaxsp serve prompt/ --host 0.0.0.0 --api-key "$KEY"
+      jaxsp serve prompt/ --context-fallback 0.1
     """
     directories: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR [DIR ...]")]]
-    """Folders that compress or compress-many wrote, for one model; a nested prompt is also name@LENGTH."""
+    """Folders that compress or compress-many wrote, or hf://OWNER/NAME, for one model; a nested prompt is
+    also name@LENGTH."""
     model: str | None = None
     """The model's folder, file or id, if it is not where it was."""
     dtype: str | None = None
@@ -55,6 +56,8 @@ class Serve:
     """Tokens that a chat may have behind the document; memory, and time for each token, grow with them."""
     max_answer_tokens: int = 512
     """Tokens that an answer may have; likewise."""
+    context_fallback: Annotated[float | None, tyro.conf.arg(metavar="FRACTION")] = None
+    """Fraction of the chats that the whole document answers: those on which the soft prompt is least sure."""
 
     def run(self) -> None:
         key = self._check()
@@ -71,6 +74,7 @@ class Serve:
         from jaxsp.serve import server
         from jaxsp.serve.brackets import Brackets
         from jaxsp.serve.exchange import Limits
+        from jaxsp.serve.fallback import Fallback
         from jaxsp.terminal import visible
 
         first = found[0][1]
@@ -78,13 +82,15 @@ class Serve:
         model = ModelOptions(name, self.dtype, first.quantization).load()
         limits = Limits(query_tokens=self.max_query_tokens, answer_tokens=self.max_answer_tokens)
         slots = server.default_slots() if self.slots is None else self.slots
-        shelf = server.open_shelf(model, found)
+        shelf, share = server.open_shelf(model, found), self.context_fallback
+        fallback = None if share is None else Fallback(shelf, share)
         print("Preparing; the first start compiles, which may take a minute.", file=sys.stderr)
         brackets = Brackets(shelf, limits, slots=slots, queue=self.queue)
         if (memory := brackets.in_words) is not None:
             print(memory, file=sys.stderr)
         scheduler = server.open_scheduler(shelf, limits, slots=slots, queue=self.queue)
-        made = server.make_server(shelf, scheduler, brackets, limits, api_key=key, host=self.host)
+        access = {"api_key": key, "host": self.host}
+        made = server.make_server(shelf, scheduler, brackets, limits, **access, fallback=fallback)
 
         def ready() -> None:
             url = base_url(listener)
@@ -106,6 +112,7 @@ class Serve:
         for option in ("slots", "queue", "max_query_tokens", "max_answer_tokens"):
             if (value := getattr(self, option)) is not None:
                 check_limits(option, value, at_least=0 if option == "queue" else 1)
+        check_share(self.context_fallback)
         key = self.api_key if self.api_key is not None else os.environ.get(KEY)
         if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
             raise UserError("--api-key must be plain letters, digits and signs, without blanks around.")
@@ -122,10 +129,10 @@ def _prompts(directory: str) -> list[Path]:
     Raises:
       UserError: the many have finished none.
     """
-    from jaxsp.artifact import MANIFEST
+    from jaxsp import hub
+    from jaxsp.artifact import FILES, MANIFEST
     from jaxsp.runs.folder import RunFolder, finished_runs
 
-    folder = as_path(directory, "The prompt")
-    folder = folder.parent if folder.is_file() else folder
+    folder = hub.local(directory, FILES)
     is_run = RunFolder(folder).settings.is_file() and not (folder / MANIFEST).is_file()
     return finished_runs(folder) if is_run else [folder]

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
+from jaxsp.evaluation.certainty import certainty
 from jaxsp.models.generation import Sampling
 from jaxsp.serve.answer import Answer, Token
 from jaxsp.serve.refusal import Refusal
@@ -46,16 +47,31 @@ class Exchange:
       wish: what is asked for.
       ids: its tokens behind σ.
       limits: of the server.
+      least: certainty that the answer needs, to be judged by ``is_sure``; ``None``: it is not judged.
+      instead_of: an exchange whose answer was not sure; this one has what is left of its time.
 
     Raises:
       Refusal: it is too long, or too many are waiting.
     """
 
     def __init__(
-        self, scheduler: Scheduler, served: Served, wish: Wish, ids: list[int], limits: Limits
+        self,
+        scheduler: Scheduler,
+        served: Served,
+        wish: Wish,
+        ids: list[int],
+        limits: Limits,
+        *,
+        least: float | None = None,
+        instead_of: Exchange | None = None,
     ) -> None:
         longest = _longest(served, wish, len(ids), limits)
         self._wish, self._served, self._read, self._seconds = wish, served, len(ids), limits.seconds
+        self._least, self._certainty, self._held_back = least, 0.0, ""
+        self._deadline = asyncio.get_running_loop().time() + limits.seconds
+        self._discarded = 0
+        if instead_of is not None:
+            self._deadline, self._discarded = instead_of._deadline, len(instead_of._answer.ids)
         self._answer = Answer(served.model.tokenizer, wish.stop, served.stop_ids)
         self._news: asyncio.Queue[News] = asyncio.Queue()
         tokenizer, fingerprint = served.model.tokenizer, served.model.fingerprint
@@ -70,13 +86,32 @@ class Exchange:
             temperature=wish.temperature, top_p=wish.top_p, stop_ids=served.stop_ids, max_tokens=longest
         )
         seed = secrets.randbits(32) if wish.seed is None else wish.seed
-        wants = wish.alternatives is not None
+        wants = wish.alternatives is not None or least is not None
         self._job = Job(ids, sampling, served.index, seed, wants, deliver)
         scheduler.submit(self._job)
 
     def close(self) -> None:
         """Frees its place, if it has not ended."""
         self._scheduler.cancel(self._job)
+
+    @property
+    def context(self) -> str:
+        """The context of its answer: ``sigma``, ``full`` or ``none``."""
+        return self._served.context
+
+    async def is_sure(self) -> bool:
+        """Whether the answer is sure enough, which is known at its end, or at its first token that is not.
+
+        A stream has the whole answer in one piece then.
+
+        Raises:
+          Refusal: as ``whole``.
+        """
+        async for text in self._texts():
+            self._held_back += text
+            if self._least is not None and self._certainty < self._least:
+                return False
+        return True
 
     async def whole(self) -> dict[str, Any]:
         """The answer at once.
@@ -96,7 +131,7 @@ class Exchange:
         try:
             if (first := self._form.first(more)) is not None:
                 yield event(first)
-            async for text in self._texts():
+            async for text in self._pieces():
                 tokens, reason = self._tokens(), self._answer.reason
                 if text or tokens or reason:
                     yield event(self._form.piece(text, reason, tokens, more))
@@ -106,19 +141,29 @@ class Exchange:
         except Refusal as refusal:
             yield failed(refusal)
 
+    async def _pieces(self) -> AsyncIterator[str]:
+        """The text that was held back, which is all of it, or what is certain with each news."""
+        if self._answer.reason is not None:
+            yield self._held_back
+        async for text in self._texts():
+            yield text
+
     async def _texts(self) -> AsyncIterator[str]:
         """The text that is certain with each news."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._seconds
         while self._answer.reason is None:
             try:
-                news = await asyncio.wait_for(self._news.get(), deadline - loop.time())
+                news = await asyncio.wait_for(self._news.get(), self._deadline - loop.time())
             except TimeoutError:
                 self.close()
                 raise took_too_long(self._seconds) from None
             if news.error is not None:
                 raise news.error
+            before = len(self._answer.ids)
             text = self._answer.add(news.ids, news.ended, news.likely, self._wish.alternatives or 0)
+            if self._least is not None and news.likely is not None:  # a stop text may leave some out
+                best_A = news.likely.log_RAN[: len(self._answer.ids) - before, 0]
+                self._certainty = min(self._certainty, certainty(best_A))
             if self._answer.reason is not None:
                 self.close()  # at a stop text, of which the batch doesn't know
             yield text
@@ -127,7 +172,7 @@ class Exchange:
         return None if self._wish.alternatives is None else self._answer.tokens()
 
     def _usage(self) -> dict[str, Any]:
-        return self._served.usage(self._read, len(self._answer.ids))
+        return self._served.usage(self._read, len(self._answer.ids), self._discarded)
 
 
 def took_too_long(seconds: float) -> Refusal:

@@ -12,6 +12,7 @@ from typing import Any
 from jaxsp import prompts
 from jaxsp.artifact import SoftPrompt
 from jaxsp.errors import UserError, suggestion
+from jaxsp.hub import name_of
 from jaxsp.models.chat import TurnTexts
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.text import control_ids, encode
@@ -117,15 +118,32 @@ class Served:
             message = str(error) if isinstance(error, UserError) else "A token id is too large."
             raise Refusal(message, param=param) from None
 
-    def usage(self, read: int, written: int) -> dict[str, Any]:
-        """Tokens of a request and its answer, and those that σ saved."""
+    @property
+    def context(self) -> str:
+        """The context of its answers: ``sigma``, ``full`` or ``none``."""
+        return {"document": "full", "nothing": "none"}.get(self.kind, "sigma")
+
+    def usage(self, read: int, written: int, discarded: int = 0) -> dict[str, Any]:
+        """Tokens of a request and its answer, those that σ saved, and the context of the answer.
+
+        Args:
+          read: tokens of the request.
+          written: tokens of the answer.
+          discarded: tokens of σ's own answer, where another one is given.
+        """
         before = len(self.prompt.manifest["slots"]["before_ids"]) + self.held
-        saved = self.prompt.manifest["context_tokens"] - self.held
+        tokens = self.prompt.manifest["context_tokens"]
+        saved = tokens - self.held if tokens else 0  # of one that was imported it is not known
         return {
             "prompt_tokens": before + read,
             "completion_tokens": written,
             "total_tokens": before + read + written,
-            "prompt_tokens_details": {"cached_tokens": before, "saved_tokens": saved},
+            "prompt_tokens_details": {
+                "cached_tokens": before,
+                "saved_tokens": saved,
+                "context": self.context,
+            },
+            **({"completion_tokens_details": {"discarded_tokens": discarded}} if discarded else {}),
         }
 
     def _knows(self, text: str) -> bool:
@@ -180,7 +198,7 @@ class Shelf(Mapping[str, Served]):
         self._all: dict[str, Served] = {}
         for folder, prompt in folders:
             try:
-                self._take(self._unused(folder.resolve().name), folder, prompt)
+                self._take(self._unused(name_of(folder)), folder, prompt)
             except UserError as error:
                 raise UserError(f"{folder}: {error}") from None
 

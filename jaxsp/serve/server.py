@@ -17,6 +17,7 @@ from jaxsp.serve.app import make_app
 from jaxsp.serve.brackets import Brackets
 from jaxsp.serve.connection import given_up_after
 from jaxsp.serve.exchange import Limits
+from jaxsp.serve.fallback import Fallback
 from jaxsp.serve.scheduler import Scheduler
 from jaxsp.serve.served import Shelf
 
@@ -68,10 +69,17 @@ def open_scheduler(shelf: Shelf, limits: Limits, *, slots: int, queue: int) -> S
 
 
 def make_server(
-    shelf: Shelf, scheduler: Scheduler, brackets: Brackets, limits: Limits, *, api_key: str | None, host: str
+    shelf: Shelf,
+    scheduler: Scheduler,
+    brackets: Brackets,
+    limits: Limits,
+    *,
+    api_key: str | None,
+    host: str,
+    fallback: Fallback | None = None,
 ) -> uvicorn.Server:
     """The server, to be run with a socket; arguments as in ``make_app``."""
-    app = make_app(shelf, scheduler, brackets, limits, api_key=api_key, host=host)
+    app = make_app(shelf, scheduler, brackets, limits, api_key=api_key, host=host, fallback=fallback)
     # uvicorn waits for the requests that are there when it is asked to end, and they have their limit.
     config = uvicorn.Config(
         app, http=given_up_after(limits.idle_seconds), ws="none", lifespan="off", log_config=None,

@@ -2,8 +2,14 @@
 
 Seeds (one file each in ``seeds``) draft queries about the pieces of a document (``text``). The model writes
 those that are only begun (``writing``) and answers all with the document before it. Queries that the document
-doesn't matter to are left out (``filters``). Of the others some are chosen for each sentence (``coverage``).
-``questions`` conducts.
+doesn't matter to are left out (``filters``). Of the others some are chosen (``choice``) for each sentence
+(``coverage``). Beside the queries of a user it is quotes alone, of sentences that hardly any of these asks
+for, unless the user wishes for more. ``questions`` conducts.
 """
 
-from jaxsp.study.questions import Study as Study, study as study, study_key as study_key
+from jaxsp.study.questions import (
+    Study as Study,
+    only_fills as only_fills,
+    study as study,
+    study_key as study_key,
+)

@@ -1,4 +1,4 @@
-"""The document with the sentences marked that lost answers most likely stand in."""
+"""The document with the sentences marked that lost answers most likely stand in, and those not asked for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def lost(queries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [query for query in queries if query["split"] == "held_out" and not query["captured"]]
 
 
-def passages(document: str, queries: Sequence[Mapping[str, Any]]) -> list[Passage]:
+def passages(
+    document: str, queries: Sequence[Mapping[str, Any]], study: Mapping[str, Any] | None = None
+) -> list[Passage]:
     """A document in passages, each with the lost queries whose answer most likely stands there.
 
     That is the sentence that shares most with the query and with what σ's answer lacks of the full
@@ -31,12 +33,15 @@ def passages(document: str, queries: Sequence[Mapping[str, Any]]) -> list[Passag
     Args:
       document: the text.
       queries: ``lost`` queries of a report.
+      study: the report's part of that name: sentences that no query to train on asks for are then passages of
+        their own, too.
 
     Example:
       >>> asked = {"query": "How long is the cable?", "answer_prompt": "It is long.",
       ...          "answer_full_context": "It is 90 cm long."}
       >>> passages("The tank is blue. The cable has 90 cm.", [asked])
-      [Passage(text='The tank is blue. ', lost=()), Passage(text='The cable has 90 cm.', lost=(0,))]
+      [Passage(text='The tank is blue. ', lost=(), asked=True),
+       Passage(text='The cable has 90 cm.', lost=(0,), asked=True)]
     """
     found = sentences(document)
     own = [set(words(sentence.text)) for sentence in found]
@@ -48,19 +53,24 @@ def passages(document: str, queries: Sequence[Mapping[str, Any]]) -> list[Passag
         shared = [sum(1 / counts[word] for word in sorted(some & asked)) for some in own]
         if shared and max(shared) >= SHARED:
             marked.setdefault(shared.index(max(shared)), []).append(number)
-    pieces, end = [], 0
-    for i, numbers in sorted(marked.items()):
+    unasked = set[int]()
+    if study is not None and study["sentences"] == [sentence.text for sentence in found]:
+        unasked |= set(range(len(found))) - set(study["asked"])
+    pieces, end = list[Passage](), 0
+    for i in sorted(unasked | set(marked)):
+        numbers = marked.get(i, ())
         text = document[found[i].start : found[i].end]
         start = found[i].start + len(text) - len(text.lstrip())
         if start < end:  # a part of the one before
-            pieces[-1] = Passage(pieces[-1].text, (*pieces[-1].lost, *numbers))
+            pieces[-1] = pieces[-1]._replace(lost=(*pieces[-1].lost, *numbers))
             continue
         pieces.append(Passage(document[end:start], ()))
         end = start + len(text.strip())
-        pieces.append(Passage(document[start:end], tuple(numbers)))
+        pieces.append(Passage(document[start:end], tuple(numbers), asked=i not in unasked))
     pieces.append(Passage(document[end:], ()))
     if len(document) > MOST_TEXT:
-        pieces = [piece if piece.lost else Passage(_cut(piece.text), ()) for piece in pieces]
+        kept = (piece.lost or not piece.asked for piece in pieces)
+        pieces = [p if whole else Passage(_cut(p.text), ()) for p, whole in zip(pieces, kept, strict=True)]
     return [piece for piece in pieces if piece.text]
 
 

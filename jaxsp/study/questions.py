@@ -23,17 +23,16 @@ from jaxsp.files import atomic_write, read_json, sealed, unsealed
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.settings import Settings, plain
-from jaxsp.study.coverage import candidates, covered
+from jaxsp.study.choice import HELD_OUT, SHARE, WAYS, to_fill, to_measure, to_train
+from jaxsp.study.coverage import covered
 from jaxsp.study.filters import MATTERS, Seen, is_answer, is_sane
-from jaxsp.study.seeds import SEEDS, Draft
+from jaxsp.study.seeds import SEEDS, Draft, Seed
 from jaxsp.study.text import Document
 from jaxsp.study.writing import completed
 from jaxsp.teacher.problem import SAMPLE, Problem, digest, identity, read_preamble, run_teacher, tokenize
+from jaxsp.teacher.signals import USUAL, Wanted
 from jaxsp.teacher.store import Store
 from jaxsp.typing import UserError
-
-A_SENTENCE = 4
-"""Queries to train on for each sentence of the document, where the user gives none and asks for no number."""
 
 ROUNDS = 2
 """Times that the document is asked for what no query asks for yet."""
@@ -41,10 +40,14 @@ ROUNDS = 2
 DRAFTS = 4
 """Drafts for each query that is wanted, where their number is asked for: some give none that is fit."""
 
-HELD_OUT, MOST_HELD_OUT = 0.2, 16
-"""Part of the questions to measure on, and their number at most, where the user gives none."""
+FILLING = ("quote", "complete", "mention")
+"""Seeds beside the user's own queries: the document itself has the answer, and the model writes nothing. Each
+is for the sentences that those before it didn't suit."""
 
-VERSION = 2
+FILLING_TOKENS = 8192
+"""Tokens to read at most, about, to find what the user's own queries ask for: some seconds on two cores."""
+
+VERSION = 3
 """Version of the forms of queries and of the choice between them: a study by an earlier one is not read."""
 
 _FILE = "study.json"
@@ -60,6 +63,9 @@ class Study:
       drafted: the number of queries that each seed gave before filtering.
       sentences: the document's sentences.
       asked: numbers of the sentences that the training queries depend on.
+      by_given: those that the user's own do.
+      guessed: those of the latter that were not taken away to see it, as that would be too much to read: each
+        is the one that shares most words with a query.
     """
 
     train: list[Query]
@@ -67,6 +73,8 @@ class Study:
     drafted: dict[str, int]
     sentences: list[str]
     asked: list[int]
+    by_given: list[int] = dataclasses.field(default_factory=list)
+    guessed: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def uncovered(self) -> list[str]:
@@ -80,9 +88,12 @@ class Study:
         return {
             "seeds": {name: {"drafted": n, "kept": kept[name]} for name, n in self.drafted.items()},
             "given": sum(not query.seed for query in self.train),
+            "added": sum(bool(query.seed) for query in self.train),
             "sentences": self.sentences,
             "asked": self.asked,
-            "coverage": len(self.asked) / len(self.sentences),
+            "by_given": self.by_given,
+            "guessed": self.guessed,
+            "coverage": len(self.asked) / len(self.sentences) if self.sentences else 1.0,
         }
 
     def as_json(self) -> dict[str, Any]:
@@ -105,12 +116,26 @@ class Study:
         return cls.from_json(read_json(folder / _FILE))
 
 
+def only_fills(settings: Settings, given: Sequence[Query]) -> bool:
+    """Whether a study adds to the user's own queries only what needs no writing: nothing in it is drawn."""
+    return bool(given) and settings.study.study == "auto"
+
+
 def study_key(
-    model: LanguageModel, context: str, given: Sequence[Query], held_out: Sequence[Query], settings: Settings
+    model: LanguageModel,
+    context: str,
+    given: Sequence[Query],
+    held_out: Sequence[Query],
+    settings: Settings,
+    wanted: Wanted = USUAL,
 ) -> str:
-    """Equal where a study gives the same queries."""
+    """Equal where a study gives the same queries; arguments as in ``study``.
+
+    ``wanted`` are the signals that the run wants of its queries.
+    """
     texts = [[dataclasses.astuple(query) for query in part] for part in (given, held_out)]
-    chosen = plain(settings.study), plain(settings.teacher), settings.training.seed
+    decides = wanted if only_fills(settings, given) else settings.training.seed
+    chosen = plain(settings.study), plain(settings.teacher), decides
     return digest((VERSION, *identity(model), dataclasses.astuple(model.chat), context, texts, chosen))
 
 
@@ -130,6 +155,7 @@ def study(
     *,
     measure: bool = True,
     folder: Path | None = None,
+    said: Problem | None = None,
 ) -> tuple[Study, Problem]:
     """Makes the queries that a document lacks, and has the teacher answer all.
 
@@ -142,62 +168,77 @@ def study(
       display: shows what goes on.
       measure: hold out some of the questions made, if none is given to measure on.
       folder: for what is written and answered, so that a study that is interrupted goes on from there.
+      said: the problem of the user's own queries, if the teacher has answered them.
 
     Returns:
-      The study, and the problem of its queries.
+      The study, and the problem of its queries; without signals, if they are to be others than the usual.
 
     Raises:
-      UserError: the document is too long or has no sentence, or nothing that was made from it is fit to train
-        on.
+      UserError: the document is too long; or, unless it only fills up, it has no sentence, or nothing that
+        was made from it is fit to train on.
     """
     check_length(context)
-    document = Document.of(context, lambda text: len(model.encode_context(text)))
-    if not document.sentences:
+    document, fills = Document.of(context, lambda text: _tokens(model, text)), only_fills(settings, given)
+    if not document.sentences and not fills:
         raise UserError("The document has no sentence to ask about; give questions with --queries.")
-    parts = tokenize(model, context, [*given, SAMPLE], held_out, settings).parts
-    found = _Found(model, document, parts, settings, display, folder)
+    parts = said.job.parts if said else tokenize(model, context, [*given, SAMPLE], held_out, settings).parts
+    found = _Found(model, document, parts, settings, display, folder, said)
     own, last = len(given), [*range(len(given), len(given) + len(held_out))]
-    if not given and held_out:
-        found.ask(held_out)
-    if given:
-        problem = found.ask([*given, *held_out])
-        with display.phase("coverage", "What the questions ask for"):
-            texts = zip(given, problem.answers, strict=False)  # then those held out
-            about = [
-                [
-                    sentence
-                    for sentence in candidates(document, query.text, _text(model, answer))
-                    if problem.job.part(i).shared(document.span([sentence]))
-                ]
-                for i, (query, answer) in enumerate(texts)
-            ]
-            found.depends = dict(enumerate(covered(model, document, problem.take(range(own)), about)))
+    if not said and (given or held_out):
+        found.ask([*given, *held_out])
+    guessed = found.cover(given, fills) if given else set[int]()
     seen = Seen(query.text for query in [*given, *held_out])
-    most, kept_back = settings.study.study_queries, HELD_OUT if measure and not held_out else 0.0
-    for number in range(ROUNDS):
-        if most is not None and len(found.depends) - own >= most / (1 - kept_back):
-            break
-        with display.phase("questions", "Questions from the document") as note:
-            made = found.drafted(seen, number, note)
-        if not made:
-            break
-        first, problem = len(found), found.ask([candidate.query for candidate in made])
-        with display.phase("signals", "What the document decides"):
-            fit = _fit(model, problem, made)
-        # A query made from a sentence asks for it; of the user's own it is seen by taking sentences away.
-        found.depends |= {first + i: set().union(*map(document.alike, made[i].draft.sentences)) for i in fit}
+    if fills:
+        _fill_up(found, seen, own)
+    else:
+        _ask_for_all(found, seen, own, HELD_OUT if measure and not held_out else 0.0)
     depends = found.depends
     if measure and not last and depends:
-        last = _to_measure(depends, found.queries, own, settings)
+        last = to_measure(depends, found.queries, own, settings)
         depends = {i: some for i, some in depends.items() if i not in set(last)}
-    chosen = _chosen(depends, found.queries, own, len(document.sentences), settings)
+    chosen = list(depends)
+    if not fills:
+        weights = {name: seed.WEIGHT for name, seed in SEEDS.items()}
+        chosen = to_train(depends, found.queries, own, len(document.sentences), settings, weights)
     if not chosen or (measure and not last):
         raise UserError(_nothing(len(found) - own - len(held_out)))
-    asked = sorted({sentence for i in chosen for sentence in depends[i]})
+    asked, by_given = (
+        sorted(set[int]().union(*(depends[i] for i in some)))
+        for some in (chosen, [i for i in chosen if i < own])
+    )
     train, measured = ([found.queries[i] for i in part] for part in (chosen, last))
     texts = [sentence.text for sentence in document.sentences]
-    problem = Problem.joined(found.problems).take([*chosen, *last], train=len(chosen))
-    return Study(train, measured, dict(found.counts), texts, asked), problem
+    problem = found.joined().take([*chosen, *last], train=len(chosen))
+    covers = texts, asked, by_given, sorted(guessed)
+    return Study(train, measured, dict(found.counts), *covers), problem
+
+
+def _ask_for_all(found: _Found, seen: Seen, own: int, kept_back: float) -> None:
+    """Has queries of every seed made for what no query asks for yet, and asks them."""
+    most = found.settings.study.study_queries
+    for number in range(ROUNDS):
+        if most is not None and len(found.depends) - own >= most / (1 - kept_back):
+            return
+        asked = set[int]().union(*found.depends.values())
+        made = found.drafted(seen, number, SEEDS, set(range(len(found.document.sentences))) - asked)
+        if not made:
+            return
+        found.ask_made(made)
+
+
+def _fill_up(found: _Found, seen: Seen, own: int) -> None:
+    """Asks for the sentences that the user's own queries ask for least."""
+    document, most = found.document, found.settings.study.study_queries
+    for number, name in enumerate(FILLING):
+        asked = collections.Counter(i for some in found.depends.values() for i in some)
+        times = [asked[i] if i in document.distinct else WAYS for i in range(len(document.sentences))]
+        added, ways = len(found.depends) - own, WAYS if number == 0 else 1
+        sentences = set(to_fill(times, own, added, most, ways))
+        each = dict[tuple[int, ...], _Candidate]()
+        for candidate in found.drafted(seen, number, {name: SEEDS[name]}, sentences) if sentences else ():
+            each.setdefault(candidate.draft.sentences, candidate)
+        if each:
+            found.ask_made(list(each.values()))
 
 
 class _Found:
@@ -211,11 +252,13 @@ class _Found:
         settings: Settings,
         display: Display,
         folder: Path | None,
+        said: Problem | None = None,
     ) -> None:
         self.model, self.document, self.parts, self.folder = model, document, parts, folder
-        self.preamble = read_preamble(model)
+        self.preamble = said.preamble if said else read_preamble(model)
         self.settings, self.display = settings, display
-        self.problems: list[Problem] = []
+        self.wanted = said.wanted if said else USUAL
+        self.problems = [said] if said else []
         self.depends: dict[int, set[int]] = {}
         self.counts = collections.Counter[str]()
         """Queries drafted, by seed."""
@@ -233,8 +276,46 @@ class _Found:
         """More queries, which the teacher answers."""
         job = tokenize(self.model, self.document.text, queries, [], self.settings, self.parts)
         asked = self.model, job, self.settings.teacher, self.preamble, self.display
-        self.problems.append(run_teacher(*asked, Store(self.folder, mend=True)))
+        self.problems.append(run_teacher(*asked, Store(self.folder, mend=True), self.wanted))
         return self.problems[-1]
+
+    def cover(self, given: Sequence[Query], fills: bool) -> set[int]:
+        """Finds what the user's own queries, the first ones, depend on; gives the sentences guessed."""
+        problem = self.problems[0].take(range(len(given)))
+        answers = [
+            _text(self.model, ids) if q.answer is None else q.answer
+            for q, ids in zip(given, problem.answers, strict=True)
+        ]
+        asked = [(query.text, answer) for query, answer in zip(given, answers, strict=True)]
+        options: dict[str, Any] = {}
+        if fills:
+            options = {"most_tokens": FILLING_TOKENS, "spare": len(given) // SHARE}
+        with self.display.phase("coverage", "What the questions ask for"):
+            found = covered(self.model, self.document, problem, asked, **options)
+        self.depends = dict(enumerate(found.depends))
+        return found.guessed
+
+    def ask_made(self, made: Sequence[_Candidate]) -> None:
+        """The queries made, of which those count that are fit to train on.
+
+        A query made from a sentence asks for it; of the user's own it is seen by words, and by taking
+        sentences away.
+        """
+        first, problem = len(self), self.ask([candidate.query for candidate in made])
+        with self.display.phase("signals", "What the document decides"):
+            fit = _fit(self.model, problem, made)
+        alike = self.document.alike
+        self.depends |= {first + i: set[int]().union(*map(alike, made[i].draft.sentences)) for i in fit}
+
+    def joined(self) -> Problem:
+        """The problem of all queries asked; where signals differ between them, without any."""
+        if len(self.problems) == 1 or self.wanted.is_usual:
+            return Problem.joined(self.problems)
+        bare = []
+        for problem in self.problems:
+            targets = {"tokens": problem.rows.targets["tokens"]}
+            bare.append(dataclasses.replace(problem, rows=dataclasses.replace(problem.rows, targets=targets)))
+        return Problem.joined(bare)
 
     def _kept(self, key: str, write: Callable[[], list[str | None]]) -> list[str | None]:
         """The texts in the folder, or those that ``write`` gives, kept there."""
@@ -248,13 +329,20 @@ class _Found:
             atomic_write(file, json.dumps(sealed({"texts": (texts := write())}), ensure_ascii=False))
             return texts
 
-    def drafted(self, seen: Seen, number: int, note: Any) -> list[_Candidate]:
-        """Sane queries, of every seed, for the sentences that nobody asks for yet; none twice."""
+    def drafted(
+        self, seen: Seen, number: int, seeds: Mapping[str, Seed], wanted: set[int]
+    ) -> list[_Candidate]:
+        """Sane queries of some seeds for the sentences that are wanted; none twice."""
+        with self.display.phase("questions", "Questions from the document") as note:
+            return self._drafted(seen, number, seeds, wanted, note)
+
+    def _drafted(
+        self, seen: Seen, number: int, seeds: Mapping[str, Seed], wanted: set[int], note: Any
+    ) -> list[_Candidate]:
         model, document, most = self.model, self.document, self.settings.teacher.max_answer_tokens
-        wanted = set(range(len(document.sentences))).difference(*self.depends.values())
         drafts = [
             (name, draft)
-            for name, seed in SEEDS.items()
+            for name, seed in seeds.items()
             for chunk in document.chunks
             for draft in seed.drafts(document, chunk)
             if wanted.issuperset(draft.sentences) and (draft.source or draft not in self.drafts)
@@ -334,47 +422,3 @@ def _fit(model: LanguageModel, problem: Problem, made: Sequence[_Candidate]) -> 
 def _text(model: LanguageModel, answer: Sequence[int]) -> str:
     tokenizer: Any = model.tokenizer  # there is one: it has encoded the context
     return str(tokenizer.decode(answer, skip_special_tokens=True))
-
-
-def _to_measure(
-    depends: Mapping[int, set[int]], queries: Sequence[Query], own: int, settings: Settings
-) -> list[int]:
-    """Queries to hold out: of the questions that the model wrote, as those are most like a user's."""
-    written = [i for i in depends if i >= own and queries[i].seed == "question"] or list(depends)
-    count = min(MOST_HELD_OUT, max(1, round(HELD_OUT * len(written))))
-    return sorted(random.Random(settings.training.seed).sample(written, min(count, len(written))))
-
-
-def _chosen(
-    depends: Mapping[int, set[int]], queries: Sequence[Query], own: int, sentences: int, settings: Settings
-) -> list[int]:
-    """Numbers of the queries to train on: all given, and more in turns for the sentences asked for least.
-
-    Where the user gives queries and asks for no number of others, until each sentence is asked for.
-    """
-    chosen = [i for i in depends if i < own]
-    times = [collections.Counter[str]() for _ in range(sentences)]  # by seed
-    most = settings.study.study_queries
-    enough = 1 if own and most is None else A_SENTENCE
-
-    def choose(i: int) -> None:
-        for sentence in depends[i]:
-            times[sentence][queries[i].seed or "given"] += 1
-
-    for i in chosen:
-        choose(i)
-    left = {
-        sentence: [i for i in depends if i >= own and sentence in depends[i]] for sentence in range(sentences)
-    }
-    while most is None or len(chosen) - own < most:
-        open_ones = [s for s, some in left.items() if some and (most or times[s].total() < enough)]
-        if not open_ones:
-            break
-        sentence = min(open_ones, key=lambda s: times[s].total())
-        seen = times[sentence]
-        best = min(left[sentence], key=lambda i: (seen[queries[i].seed] + 1) / SEEDS[queries[i].seed].WEIGHT)
-        chosen.append(best)
-        choose(best)
-        for sentence in depends[best]:
-            left[sentence].remove(best)
-    return chosen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
 import functools
@@ -90,9 +91,53 @@ class Document:
             found.setdefault(sentence.text, set()).add(i)
         return found
 
+    @functools.cached_property
+    def distinct(self) -> set[int]:
+        """The first sentence of each text."""
+        return {min(numbers) for numbers in self._alike.values()}
+
+    def begins_one(self, beginning: str) -> bool:
+        """Whether the sentences that begin so have one text."""
+        at = bisect.bisect_left(self._in_order, beginning)
+        return not any(text.startswith(beginning) for text in self._in_order[at + 1 : at + 2])
+
+    @functools.cached_property
+    def _in_order(self) -> list[str]:
+        return sorted(self._alike)
+
     def count(self, word: str) -> int:
         """Number of times that it has a word, in lower case."""
         return self._counts[word]
+
+    def having(self, word: str) -> Sequence[int]:
+        """Numbers of the sentences that have a word, in lower case."""
+        return self._having.get(word, ())
+
+    @functools.cached_property
+    def _having(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for i, sentence in enumerate(self.sentences):
+            for word in set(words(sentence.text)):
+                found.setdefault(word, []).append(i)
+        return found
+
+    @functools.cached_property
+    def telling(self) -> dict[str, set[int]]:
+        """By word the sentence that alone has it, with those of the same text: figures, names, long words.
+
+        Of scripts without spaces, by pairs of characters.
+        """
+        everywhere = collections.Counter(terms(self.text))
+        found: dict[str, set[int]] = {}
+        for text, numbers in self._alike.items():
+            names = {
+                word.casefold() for word in re.findall(r"(?<=[^.!?:\s]\s)\w\w+", text) if word[0].isupper()
+            }
+            for term, times in collections.Counter(terms(text)).items():
+                tells = term in names or len(term) >= (2 if _BARE.search(term) else LONG)
+                if tells and times * len(numbers) == everywhere[term]:
+                    found[term] = numbers
+        return found
 
     @functools.cached_property
     def is_english(self) -> bool:
@@ -160,11 +205,28 @@ class Document:
         return f'the part that begins with "{" ".join(self.sentences[chunk.sentences[0]].text.split()[:6])}"'
 
 
+LONG = 6
+"""Letters of a word from which it is hardly one of those that any sentence may have."""
+
+_SPACELESS = re.compile(f"[{SPACELESS}]")
+_BARE = re.compile(rf"[\d{SPACELESS}]")
+
 RARE = 2
 """Times that a document may have a word that tells one of its facts from others."""
 
 ENGLISH = ("the", "of", "and", "to", "a", "in", "is", "that", "it", "for", "was", "on", "with", "are", "be")
 FIGURE = r"(?<![\w.])\d+(?:[.,:]\d+)*(?![\w])"
+
+
+def terms(text: str) -> list[str]:
+    """The words of a text; of scripts without spaces each character, and each with the next one.
+
+    Example:
+      >>> terms("It holds 1.2 litres."), terms("水箱容")
+      (['it', 'holds', '1.2', 'litres'], ['水', '箱', '容', '水箱', '箱容'])
+    """
+    own = words(text)
+    return own + [a + b for a, b in itertools.pairwise(own) if _SPACELESS.match(a) and _SPACELESS.match(b)]
 
 
 def first_words(sentence: str, part: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxsp.data.words import words
 from jaxsp.models import decoder
@@ -37,6 +38,12 @@ Question: Which animals may come inside?
 
 """
 """Texts with a question each: by them models know what is wanted that follow no instructions, too."""
+ENDS = "?", "\n"
+"""Texts that end a question."""
+
+_NEWLINES = "Ċ", "<0x0A>"
+"""The ways in which vocabularies write the end of a line."""
+
 FOREIGN = {"bridge", "aare", "roof", "dog", "dogs", "cat", "cats", "animal", "animals"}
 """Their own words: a query that has one is not about the document."""
 
@@ -76,12 +83,17 @@ def completed(
     room = model.config.window - prefix.end - MOST_TOKENS
     requests = {i: request(draft) for i, draft in enumerate(drafts) if draft.source}
     texts = [None if i in requests else text for i, text in enumerate(texts)]
-    unfinished = [i for i, ids in requests.items() if len(ids) <= room]
+    # Requests that are read together are about equally long.
+    unfinished = sorted(
+        (i for i, ids in requests.items() if len(ids) <= room), key=lambda i: len(requests[i])
+    )
+    if not unfinished:
+        return texts
     sampling = Sampling(
         temperature=TEMPERATURE,
         top_p=TOP_P,
-        stop_ids=model.stop_ids,
-        stop_strings=("?", "\n"),
+        stop_ids=(*model.stop_ids, *_end_ids(model)),
+        stop_strings=ENDS,
         max_tokens=MOST_TOKENS,
     )
     written = generate(
@@ -93,6 +105,7 @@ def completed(
         slots=SLOTS,
         key=key,
         decode=lambda ids: str(tokenizer.decode(ids)),
+        together=True,
         on_finished=lambda index, ids: on_written(),
     )
     foreign = FOREIGN - set(words(document))
@@ -102,3 +115,12 @@ def completed(
         if good:
             texts[i] = text if text.endswith((".", "!")) else f"{text}?"
     return texts
+
+
+def _end_ids(model: LanguageModel) -> list[int]:
+    """Tokens that end a question: a slot is then free at once, and not when the host looks at the texts."""
+    tokenizer: Any = model.tokenizer
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    signs = (*ENDS, *_NEWLINES)
+    found = (i for text, i in vocabulary.items() if any(sign in text for sign in signs))
+    return sorted(i for i in found if i < model.config.vocab_size)

@@ -6,9 +6,11 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxsp.models.generation import Sampling, generate
+import numpy as np
+
+from jaxsp.models.generation import Sampling, generate, generate_with_log_probs
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.typing import Array, KeyValues
+from jaxsp.typing import Array, Float, KeyValues
 
 SLOTS = 64
 """Answers to questions about one text are nearly equally long: the more at once, the fewer steps."""
@@ -49,3 +51,28 @@ def answer_ids(
         model.params, model.config, prefix, queries, sampling, slots=SLOTS, after=after, on_finished=finished,
         key=keys,
     )  # fmt: skip
+
+
+def answers_with_log_probs(
+    model: LanguageModel,
+    prefix: KeyValues,
+    queries: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    after: Sequence[int] | None = None,
+) -> tuple[list[list[int]], list[Float[np.ndarray, " _"]]]:
+    """The greedy answers of ``answer_ids``, and how probable each of their tokens was.
+
+    Args:
+      model: as in ``answer_ids``, and so are the others.
+      prefix: one row, or several to choose from.
+      queries: token ids.
+      max_tokens: longest answer.
+      after: the row of ``prefix`` of each query.
+
+    Returns:
+      One list of ids per query; and the natural logarithms of their probabilities.
+    """
+    sampling = Sampling(stop_ids=model.stop_ids, max_tokens=max_tokens)
+    arguments = model.params, model.config, prefix, queries, sampling
+    return generate_with_log_probs(*arguments, slots=SLOTS, after=after)

@@ -369,7 +369,8 @@ def _answers(
     count = len(job.queries)
     # What the document itself answers, nobody compares with the teacher's own words.
     known = {i: ids for i, ids in enumerate(job.given_ids) if ids is not None and job.queries[i].seed}
-    open_ones = [i for i in range(count) if i not in known]
+    if not (open_ones := [i for i in range(count) if i not in known]):
+        return [known[i] for i in range(count)]
     own = [open_ones[i] for i in processes.strided_shard(len(open_ones))]
     with display.phase("answers", f"Answers to {len(open_ones)} queries") as note:
         made, done = dict[int, list[int]](), itertools.count(1)

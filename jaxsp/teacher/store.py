@@ -111,7 +111,11 @@ class Store:
     @property
     def shared_alone(self) -> Store:
         """The same without the run's folder: for what is read once, and is not to be the run's own."""
-        store = Store(None, self.shared, self._say)
+        return self.with_own(None)
+
+    def with_own(self, own: Path | None, *, mend: bool = False) -> Store:
+        """The same with another folder of its own; arguments as those of the class."""
+        store = Store(own, self.shared, self._say, mend=mend)
         store._said = self._said
         return store
 

@@ -272,9 +272,14 @@ class Block:
         if not indices:
             return
         states = self.driver.fetch(self.states)
+        started, compiled = time.perf_counter(), compile_seconds()
         kl_M = processes.on_first_process(lambda: self.evaluate(states.sigma, self.held_out).tolist())
+        compiled = compile_seconds() - compiled
+        seconds = time.perf_counter() - started - compiled
         for index in sorted(indices):
             slot = self.slots[index]
+            slot.compile_seconds += compiled / len(indices)
+            slot.held_out_seconds += seconds / len(indices)
             if slot.error is None and math.isfinite(kl_M[index]):
                 slot.lines[-1]["held_out_kl"] = kl_M[index]
             elif slot.error is None:
@@ -318,7 +323,8 @@ class Block:
 
     def _result(self, index: int, slot: Slot) -> TrainingResult:
         state = slot.good if slot.error else unstack(self.driver.fetch(self.states), index)
-        return TrainingResult(slot.job.id, state, slot.lines, slot.compile_seconds, slot.error)
+        seconds = slot.compile_seconds, slot.held_out_seconds
+        return TrainingResult(slot.job.id, state, slot.lines, *seconds, error=slot.error)
 
 
 def _stacked(batches: Sequence[Rows]) -> Rows:

@@ -77,6 +77,7 @@ class TrainingResult:
       state: at the end; of a failed one, the last that was good.
       lines: a dict of metrics a step; ``seconds`` is this prompt's share of the step.
       compile_seconds: its share of what was compiled meanwhile.
+      held_out_seconds: its share of the evaluations on held-out queries.
       error: why it failed, if it did.
     """
 
@@ -84,6 +85,7 @@ class TrainingResult:
     state: TrainState
     lines: list[dict[str, Any]]
     compile_seconds: float
+    held_out_seconds: float
     error: str | None = None
 
 
@@ -128,7 +130,7 @@ class Slot:
         self.stopped = False
         self.error: str | None = None
         self.good = job.state  # of a failed one: the last state that was good
-        self.compile_seconds = 0.0
+        self.compile_seconds = self.held_out_seconds = 0.0
         self.answers: OwnAnswers | None = None  # those in use
         self._answered = -1  # the step at which they were made
         self._written = self._given = len(self.lines)

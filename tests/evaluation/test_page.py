@@ -166,6 +166,32 @@ def test_the_document_has_marks_where_answers_were_lost():
     assert "(no sentence shares enough)" in nowhere
 
 
+def test_the_document_is_underlined_where_nobody_asks():
+    """What is underlined is not listed once more."""
+    own = report()
+    own["study"] = {
+        "given": 5, "added": 1, "sentences": ["One.", "Two."], "asked": [1], "by_given": [1], "guessed": [],
+        "coverage": 0.5, "seeds": {},
+    }  # fmt: skip
+    title, asked = (
+        "Sentences that no query depends on",
+        "Your 5 queries to train on ask for 1 of the 2 sentences",
+    )
+    text = html(own, LINES, None, [Passage("One.", (), asked=False), Passage(" Two.", ())], [])
+    shown = check(text).text
+    assert '<u class="unasked">One.</u> Two.</div>' in text
+    assert asked in shown
+    assert "no query to train on asks for it." in shown
+    assert title not in shown
+    lost = html(own, LINES, None, [Passage("One.", (0,), asked=False)], own["queries"][:1])
+    assert '<mark class="unasked">One.</mark>' in lost
+    listed = check(html(own, LINES, None, [Passage("One. Two.", ())], [])).text
+    assert title in listed
+    assert "Underlined" not in listed
+    del own["study"]["by_given"]  # of an older run
+    assert asked not in check(html(own, LINES, None, [Passage("One.", ())], [])).text
+
+
 def test_what_an_older_run_lacks_is_left_out():
     own = report()
     del own["held_out"]["kl_intervals"]

@@ -211,6 +211,22 @@ def test_sentences_that_no_query_depends_on_are_listed(report):
     assert "- Two." not in text
 
 
+def test_queries_given_and_those_of_the_document_are_kept_apart(report):
+    study = {
+        "given": 5, "added": 2, "sentences": ["One.", "Two.", "Three."], "asked": [0, 1, 2], "coverage": 1.0,
+        "by_given": [1], "guessed": [], "seeds": {"quote": {"drafted": 2, "kept": 2}},
+    }  # fmt: skip
+    report["study"] = study
+    text = markdown(report)
+    assert "\n5 queries to train on are yours; they ask for 1 of the document's 3 sentences." in text
+    assert "The document gave 2 more; by all together 3 of 3 sentences are asked for.\n" in text
+    assert "too much to read" not in text
+    report["study"] = {**study, "guessed": [1]}
+    assert "1 of them were not taken away, as that would be too much to read" in markdown(report)
+    del report["study"]["by_given"]  # of an older run
+    assert "\n5 queries to train on are yours. The document gave the others" in markdown(report)
+
+
 def test_a_start_that_is_the_truncated_context_is_one_row_with_it(report):
     brackets = {name: {**ROW, "kl": i / 10} for i, name in enumerate(BRACKETS)}
     report["held_out"]["brackets"] = {**brackets, "initial": brackets["truncated_context"]}

@@ -30,6 +30,7 @@ def asked(monkeypatch, tmp_path):
         report = {
             "context_tokens": 300, "gap_closed": {"value": gap}, "verdict": {"missed": ["one"]},
             "held_out": {"brackets": brackets, "queries": 8}, "seconds": {"total": 1.0},
+            "train": {"queries": len(queries)},
         }  # fmt: skip
         return types.SimpleNamespace(report=report)
 
@@ -65,3 +66,35 @@ def test_the_same_held_out_questions_for_both_and_on_after_a_stop(asked, tmp_pat
     )
     assert "| the first 8 of the text's own | 4 | 8 |" in experiment.table(results)
     assert "gap closed 0.100" in experiment.result(results)
+
+
+def test_what_the_text_adds_is_measured_on_the_same_documents(monkeypatch, tmp_path):
+    """The same questions, steps and slots without and with it; after a stop it goes on."""
+    calls = []
+
+    def compressed(model, text, queries, held_out, run, changed):
+        calls.append((text, len(queries), held_out, changed))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        more = 0.1 if changed["study"] == "auto" else 0.0
+        return {"queries": len(queries), "gap_closed": 0.8 + more, "decisive": 0.7, "captured": 0.5}
+
+    model = types.SimpleNamespace(
+        name="tiny", config=types.SimpleNamespace(dtype="float32"), encode_context=lambda text: [0] * 400
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suite, "committed", lambda name: {})
+    monkeypatch.setattr(jaxsp, "load_model", lambda: model)
+    monkeypatch.setattr(experiment, "own_document", lambda name: (name, QUESTIONS, ["held out"]))
+    monkeypatch.setattr(experiment, "compressed", compressed)
+    run = Run(full=True, out=tmp_path)
+    assert len(experiment.measure("beside_given", run)["rows"]) == 1
+    rows = experiment.measure("beside_given", run)["rows"]
+    assert len(rows) == 4 * len(experiment.DOCUMENTS)
+    alone, beside = calls[0], calls[2]
+    assert (alone[:3], beside[:3]) == (("museum", 24, ["held out"]),) * 2
+    assert alone[3] == {"study": "off", "prompt_length": 20}
+    assert beside[3] == {"study": "auto", "prompt_length": 20}
+    results = {"beside_given": {"rows": rows}}
+    assert "| all questions given and what the text adds | 4 | 30 | 0.900" in experiment.table(results)
+    assert "24 questions with what the text adds less without: gap closed 0.100" in experiment.result(results)

@@ -49,7 +49,14 @@ def model(family: str) -> jaxsp.LanguageModel:
 @functools.cache
 def prompt(family: str, kind: str, bias: bool = False, context: str = CONTEXT) -> SoftPrompt:
     """A soft prompt for it that starts as the context's first tokens; with biases, if it is to have any."""
-    own, settings = model(family), make_settings({"prompt_length": SLOTS, "kind": kind})
+    return make_prompt(model(family), kind, bias, context)
+
+
+def make_prompt(
+    own: jaxsp.LanguageModel, kind: str, bias: bool = False, context: str = CONTEXT
+) -> SoftPrompt:
+    """The same for any model."""
+    settings = make_settings({"prompt_length": SLOTS, "kind": kind})
     job = tokenize(own, context, [Query(QUESTION)], [], settings)
     preamble = distributions.context_prefix(own.params, own.config, job.preamble_ids[None])
     sigma = distributions.initial_prompt(

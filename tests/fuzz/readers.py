@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 import jaxsp
 from jaxsp import console
@@ -26,6 +27,7 @@ from jaxsp.errors import Damaged, UserError
 from jaxsp.evaluation import table
 from jaxsp.evaluation.facts import has_expected
 from jaxsp.evaluation.report import as_json
+from jaxsp.exports.from_peft import Adapter
 from jaxsp.files import parse_json, sealed
 from jaxsp.models.chat import render
 from jaxsp.models.families import FAMILIES
@@ -232,6 +234,26 @@ def save_stranger(folder: Path) -> None:
     whole_prompt().save(folder)
     (folder / "given.json").write_bytes((folder / "manifest.json").read_bytes())
     (folder / "given.safetensors").write_bytes((folder / "prompt.safetensors").read_bytes())
+
+
+# An adapter of PEFT
+
+
+def adapter(folder: Path) -> None:
+    """As jaxsp exports one."""
+    tensor = np.arange(40, dtype=np.float32).reshape(5, 8)
+    save_file({"prompt_embeddings": tensor}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
+    config |= {"base_model_name_or_path": "a/b", "num_transformer_submodules": 1}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    manifest = sealed({"sha256": "", **whole_prompt().manifest})
+    known = {"manifest": manifest, "end": 9, "sha256": {"adapter_model.safetensors": "0"}}
+    (folder / "prompt.json").write_text(json.dumps(known))
+
+
+def read_adapter(folder: Path) -> Any:
+    found = Adapter.load(folder)
+    return found.peft_type, found.tensor.tolist(), found.base, found.manifest, found.end, found.untouched
 
 
 # A run's folder

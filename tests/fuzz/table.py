@@ -99,6 +99,10 @@ READERS: dict[str, Reader] = {
         "given.safetensors", r.save_stranger, r.stranger_arrays, 1_000, "safetensors"
     ),
     "context.txt": Reader("context.txt", saved, r.read_prompt, 1_000, checked=True),
+    # An adapter of PEFT
+    "adapter_config.json": Reader("adapter_config.json", r.adapter, r.read_adapter, 1_500, "json"),
+    "adapter's tensor": Reader("adapter_model.safetensors", r.adapter, r.read_adapter, 1_500, "safetensors"),
+    "an export's prompt.json": Reader("prompt.json", r.adapter, r.read_adapter, 1_500, "json"),
     # A run's folder
     "report.json": Reader("report.json", r.result, r.read_result, 1_500, "json", checked=True),
     "metrics.jsonl": Reader("metrics.jsonl", r.result, r.read_result, 1_500, "lines", checked=True),

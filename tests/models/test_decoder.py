@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.decoder import parameter_shapes
 from jaxsp.models.families import FAMILIES
+from jaxsp.models.layers import head_product
 from jaxsp.models.rope import make_rope
 from jaxsp.typing import EMPTY
 from tests import programs, tiny
@@ -227,3 +230,20 @@ def test_logits_of_embeddings_equal_logits_of_ids(tiny_model):
     np.testing.assert_allclose(tiny_model.logits(IDS[0]), by_ids[0], atol=1e-5)
     with pytest.raises(ValueError, match="either ids or embeddings"):
         tiny_model.logits()
+
+
+def test_one_state_in_bfloat16_is_not_multiplied_alone():
+    """XLA would take ten times as long on a CPU; the logits are those that it has among others."""
+    random = np.random.default_rng(0)
+    states, table = (jnp.asarray(random.normal(size=(n, 8)), jnp.bfloat16) for n in (3, 11))
+    product = functools.partial(head_product, precision=jax.lax.Precision.DEFAULT)
+    whole = product(states, table)
+    for shape in ((8,), (1, 8), (1, 1, 8)):
+        one = product(states[1].reshape(shape), table)
+        assert (one.shape, one.dtype) == ((*shape[:-1], 11), jnp.float32)
+        np.testing.assert_allclose(one.reshape(-1), whole[1], rtol=1e-6)
+        text = str(jax.make_jaxpr(product)(states[1].reshape(shape), table))
+        assert "2,8" in text.replace(" ", "")
+    assert product(states[:0], table).shape == (0, 11)
+    alone = str(jax.make_jaxpr(product)(states[:1].astype(jnp.float32), table.astype(jnp.float32)))
+    assert "pad" not in alone

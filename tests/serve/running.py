@@ -21,6 +21,7 @@ from jaxsp.artifact import SoftPrompt
 from jaxsp.serve import address, server
 from jaxsp.serve.brackets import Brackets
 from jaxsp.serve.exchange import Limits
+from jaxsp.serve.fallback import Fallback
 from jaxsp.serve.scheduler import Scheduler
 from jaxsp.serve.served import Shelf
 from tests.conftest import CONTEXT
@@ -59,6 +60,7 @@ class Running:
     server: uvicorn.Server
     client: Any
     options: dict[str, Any]
+    fallback: Fallback | None = None
 
     @property
     def connections(self) -> list[Any]:
@@ -78,6 +80,7 @@ def running(
     api_key: str | None = None,
     found: Shelf | None = None,
     below: str = "",
+    share: float | None = None,
     **limits: Any,
 ) -> Iterator[Running]:
     own = dataclasses.replace(LIMITS, **limits)
@@ -85,7 +88,9 @@ def running(
     scheduler = server.open_scheduler(own_shelf, own, slots=slots, queue=queue)
     brackets = Brackets(own_shelf, own, slots=slots, queue=queue)
     with contextlib.closing(address.bind("127.0.0.1", 0)) as listener:
-        made = server.make_server(own_shelf, scheduler, brackets, own, api_key=api_key, host="127.0.0.1")
+        fallback = None if share is None else Fallback(own_shelf, share)
+        access = {"api_key": api_key, "host": "127.0.0.1", "fallback": fallback}
+        made = server.make_server(own_shelf, scheduler, brackets, own, **access)
         if below:  # as a proxy lets it be
             inner: Any = made.config.app
             made.config.app = Starlette(routes=[Mount(below, inner)])
@@ -95,7 +100,7 @@ def running(
         options = {"base_url": url, "api_key": api_key or "any", "max_retries": 0, "timeout": 60}
         try:
             with openai.OpenAI(**options) as client:
-                yield Running(url, scheduler, made, client, options)
+                yield Running(url, scheduler, made, client, options, fallback)
         finally:
             made.should_exit = True
             thread.join(60)

@@ -67,6 +67,16 @@ def test_a_prompt_of_another_model_is_named(tmp_path, jaxsp_command):
     assert "other: This prompt belongs to another model" in err
 
 
+def test_a_prompt_that_does_not_know_when_it_is_not_sure_is_named(tmp_path, jaxsp_command):
+    served = shelf()["bike"]
+    served.prompt.save(tmp_path / "bike")
+    words = ["serve", tmp_path / "bike", "--port", 0, "--model", served.model.directory, "--dtype", "float32"]
+    code, out, err = jaxsp_command(*words, "--context-fallback", 0.1)
+    assert (code, out) == (2, "")
+    assert "--context-fallback, bike: The prompt does not say when it is not sure" in err
+    assert "jaxsp evaluate --calibrate" in err
+
+
 def written(many: Path) -> None:
     RunFolder(many).start({})
     for name in ("two", "one"):

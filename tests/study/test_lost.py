@@ -62,6 +62,19 @@ def test_what_stands_nowhere_marks_nothing():
     assert marked("", query("a", "b", "c")) == {}
 
 
+def test_sentences_that_nobody_asks_for_are_passages_too():
+    texts = ["Capacity: 1.2 litres", "Weight of it: 4.5 kilograms", "The cable is 90 cm long."]
+    texts += ["The lid is made of steel.", "It is made in Norway."]
+    asked = [query("How long is the cable?", "It is 90 cm long.", "It is 80 cm long.")]
+    found = passages(DOCUMENT, asked, {"sentences": texts, "asked": [0, 3, 4]})
+    assert "".join(piece.text for piece in found) == DOCUMENT
+    marks = {piece.text: (piece.lost, piece.asked) for piece in found if piece.lost or not piece.asked}
+    assert marks == {"- Weight of it: 4.5 kilograms": ((), False), "The cable is 90 cm long.": ((0,), False)}
+    # Of another document nothing is known.
+    other = passages(DOCUMENT, asked, {"sentences": texts[1:], "asked": []})
+    assert all(piece.asked for piece in other)
+
+
 def test_long_documents_are_cut_where_nothing_is_marked(monkeypatch):
     monkeypatch.setattr(module, "MOST_TEXT", 1000)
     filler = " ".join(f"Word number {i} is here." for i in range(200))

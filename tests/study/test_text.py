@@ -7,7 +7,7 @@ import itertools
 import pytest
 from hypothesis import given, strategies as st
 
-from jaxsp.study.seeds import what_is
+from jaxsp.study.seeds import quote, what_is
 from jaxsp.study.text import Document, first_words, sentences
 
 MARKDOWN = """# Cups and plates
@@ -132,3 +132,16 @@ def test_a_table_whose_head_has_empty_cells_is_asked_for():
 def test_what_stands_everywhere_is_no_fact_of_a_sentence():
     document = Document.of("The K7 is red. The K7 is big. The K7 is new.", count)
     assert document.facts_of(0) == ["red"]
+
+
+def test_a_quote_is_asked_for_by_words_that_begin_no_other_sentence():
+    """Sentences that are repeated are one; what can't be told from another one is not quoted."""
+    text = (
+        "The lid is red and small. The lid is made of steel. It is new.\n\nIt is new. It is new and stays so."
+    )
+    whole = Document.of(text, lambda text: len(text.split()))
+    asked = [draft.text for chunk in whole.chunks for draft in quote.drafts(whole, chunk)]
+    beginnings = [query.split('"')[1] for query in asked]
+    assert beginnings == ["The lid is red", "The lid is made", "It is new and"]
+    assert whole.begins_one("The lid is r")
+    assert not whole.begins_one("The lid is")

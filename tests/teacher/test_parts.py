@@ -212,7 +212,7 @@ def test_brackets_of_parts(calm_model, preamble, problem, measured):
 @pytest.mark.slow
 def test_a_study_of_parts(calm_model, heeded):
     """Queries are taught by the part of their sentence, and removing sentences is left out."""
-    settings = make_settings({**OPTIONS, "max_answer_tokens": 48, "teacher_context": 64})
+    settings = make_settings({**OPTIONS, "max_answer_tokens": 48, "teacher_context": 64, "study": "on"})
     found, problem = study(calm_model, TEXT, QUERIES[:1], [], settings, Display(visible=False))
     job, parts = problem.job, TEXT.split("\n\n")
     for query, part in zip(job.queries[1:], job.part_of[1:], strict=True):

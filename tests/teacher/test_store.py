@@ -463,7 +463,7 @@ def test_two_runs_at_once(tiny_model, tiny_directory, job, tmp_path, shared, cap
     def start(name: str) -> subprocess.Popen[str]:
         words = [
             "compress", job["context"], "--queries", job["queries"], "--model", tiny_directory,
-            "--dtype", "float32", "--out", tmp_path / name, *options,
+            "--dtype", "float32", "--study", "off", "--out", tmp_path / name, *options,
         ]  # fmt: skip
         return subprocess.Popen(
             [sys.executable, "-m", "jaxsp", *map(str, words)],

@@ -2,9 +2,10 @@
 
 python -P check.py FORMAT FOLDER MODEL EXPECTED.npz
 
-It prints {"kl", "logit_difference"}, or {"missing": package}. EXPECTED.npz has for each row ``i`` what is
-read behind the soft prompt, ``ids_i``, the first of them that predicts an answer, ``first_i``, and jaxsp's
-logits from there on, ``logits_i``; and the ids before the soft prompt, ``before``.
+It prints {"kl", "logit_difference"}, or {"missing": package}. EXPECTED.npz has for each row ``i`` the
+question, ``query_i``, what is read behind the soft prompt, ``ids_i``, the first of them that predicts an
+answer, ``first_i``, and jaxsp's logits from there on, ``logits_i``; and the ids before the soft prompt,
+``before``.
 """
 
 import importlib.util
@@ -13,6 +14,13 @@ import sys
 import warnings
 
 import numpy as np
+
+NEEDS = {
+    "llama.cpp": ["llama_cpp"],
+    "peft": ["torch", "transformers", "peft"],
+    "transformers": ["torch", "transformers"],
+    "vllm": ["torch", "transformers"],
+}
 
 
 def script(folder, name):
@@ -26,8 +34,35 @@ def script(folder, name):
     return module
 
 
-def reader(kind, folder, model, before):
-    """A function from ids to logits behind the soft prompt."""
+def llama_cpp_reader(folder, path, questions):
+    """A function from ids to logits behind the soft prompt, by llama.cpp; its own ids must be the same."""
+    question, load = script(folder, "question"), script(folder, "load")
+    model = load.load(path, type_k=0, type_v=0)  # the cache in float32
+    tokenizer = load.Tokenizer(model)
+    for query, ids in questions:
+        if question.encode(tokenizer, query) != ids.tolist():
+            raise SystemExit(f"it gives other tokens to the question {query!r:.100}")
+    return lambda ids: load.read(model, len(load.VECTORS), ids)
+
+
+def torch_reader(kind, folder, path, before):
+    """The same by torch."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    read = behind(kind, folder, model, torch.tensor(before)[None])
+
+    def logits(ids):
+        with torch.no_grad():
+            return read(torch.tensor(ids)[None])[0].numpy()
+
+    return logits
+
+
+def behind(kind, folder, model, before):
+    """A function from a tensor of ids to logits behind the soft prompt."""
     import torch
 
     if kind == "vllm":
@@ -43,36 +78,40 @@ def reader(kind, folder, model, before):
     script(folder, "question")
     load = script(folder, "load")
     if kind == "peft":
-        behind = load.load(model)
-        return lambda ids: behind(input_ids=ids).logits
+        own = load.load(model)
+        return lambda ids: own(input_ids=ids).logits
     import copy
 
     cache = load.load_prefix(model)
     return lambda ids: load.read(model, copy.deepcopy(cache), ids)
 
 
+def log_softmax(logits):
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
 def main(kind, folder, path, expected):
     warnings.simplefilter("ignore")
     try:
-        import torch
-        import transformers
-
-        if kind == "peft":
-            importlib.import_module("peft")
+        for package in NEEDS[kind]:
+            importlib.import_module(package)
     except ImportError as error:
         return {"missing": error.name}
-    transformers.logging.set_verbosity_error()
     expected, kl, difference, count = np.load(expected), 0.0, 0.0, 0
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    read = reader(kind, folder, model, torch.tensor(expected["before"])[None])
-    for i in range(sum(name.startswith("ids_") for name in expected)):
-        ids, ours = torch.tensor(expected[f"ids_{i}"])[None], torch.tensor(expected[f"logits_{i}"]).double()
-        with torch.no_grad():
-            all_logits = read(ids)[0]
-        theirs = all_logits[len(all_logits) - ids.shape[1] + int(expected[f"first_{i}"]) :].double()
-        log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
-        kl += float((log_p.exp() * (log_p - log_q)).sum())
-        difference = max(difference, float((ours - theirs).abs().max()))
+    names = "query", "ids", "first", "logits"
+    rows = [[expected[f"{name}_{i}"] for name in names] for i in range(len(expected.files) // len(names))]
+    if kind == "llama.cpp":
+        asked = [(str(query), ids[: first + 1]) for query, ids, first, _ in rows]
+        read = llama_cpp_reader(folder, path, asked)
+    else:
+        read = torch_reader(kind, folder, path, expected["before"])
+    for _, ids, first, ours in rows:
+        ours, theirs = ours.astype(np.float64), read(ids)
+        theirs = theirs[len(theirs) - len(ids) + first :].astype(np.float64)
+        log_p, log_q = log_softmax(ours), log_softmax(theirs)
+        kl += float((np.exp(log_p) * (log_p - log_q)).sum())
+        difference = max(difference, float(np.abs(ours - theirs).max()))
         count += len(ours)
     return {"kl": max(kl / count, 0.0), "logit_difference": difference}
 

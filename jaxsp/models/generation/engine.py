@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,13 +23,16 @@ import numpy as np
 
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.generation.likely import Likely
+from jaxsp.models.generation.likely import MOST, Likely
 from jaxsp.models.generation.requests import Requests
 from jaxsp.models.generation.sampling import choose
 from jaxsp.typing import EMPTY, Array, Bool, Float, Int, KeyValues, Params
 
 GROUP = 8
 """Requests read at once where at least half as many slots are free; the others are read one by one."""
+
+MANY = 4 * GROUP
+"""Slots from which some of them may wait for a whole group of requests to be read."""
 
 STEPS = 8
 """Decoding steps between two looks of the host: for stop strings, for progress."""
@@ -65,6 +69,8 @@ class _Given:
     """Requests that have come so far."""
     order_R: Array | np.ndarray | None = None
     """The table's row of each request, by its number (from 0) modulo R; None: the number."""
+    patient: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Whether requests wait until as many slots are free as are read at once."""
 
 
 class Progress(NamedTuple):
@@ -87,6 +93,10 @@ class Batch:
       slots: number of sequences that decode together.
       answer_tokens: longest answer.
       waiting: rows of the table that wait, if all are there from the start.
+      widths: numbers of slots that a step may compute beside all: a step costs as much as it has slots. Each
+        is a program of its own.
+      alternatives: most probable tokens that are kept beside each one whose probability is wanted.
+      patient: whether they wait until a whole group can be read.
     """
 
     def __init__(
@@ -99,16 +109,20 @@ class Batch:
         slots: int,
         answer_tokens: int,
         waiting: range | None = None,
+        widths: Sequence[int] = (),
+        alternatives: int = MOST,
+        patient: bool = False,
     ) -> None:
         several = prefix if len(prefix.positions) > 1 else None
-        self._given = _Given(params, config, prefix, table, chunk, np.int32(0))
-        self._state = _start(params, config, several, table, slots, answer_tokens)
+        self._given = _Given(params, config, prefix, table, chunk, np.int32(0), patient=patient)
+        self._state = _start(params, config, several, table, slots, answer_tokens, alternatives)
         self._in_order = waiting is not None
         self._waiting = collections.deque(waiting or ())
         self._running: dict[int, int] = {}  # slots by rows
         self._started = 0
         self._cut_B = np.zeros(slots, bool)
         self._steps = 0
+        self.widths = sorted({*(width for width in widths if width < slots), slots})
 
     @property
     def busy(self) -> bool:
@@ -146,7 +160,9 @@ class Batch:
             order_R = np.zeros(len(self._state.count_R), np.int32)
             order_R[np.arange(self._started, total) % len(order_R)] = list(self._waiting)
         given = dataclasses.replace(self._given, total=np.int32(total), order_R=order_R)
-        state = self._state = _advance(given, self._state, self._cut_B, np.int32(steps))
+        state = self._state = _advance(
+            given, self._state, self._cut_B, np.int32(steps), self._computed_slots()
+        )
         done, started, index_B, running_B, count_R, tokens_RA = jax.device_get(
             (state.done, state.started, state.index_B, state.running_B, state.count_R, state.tokens_RA)
         )
@@ -159,6 +175,15 @@ class Batch:
         return [
             Progress(row, tokens_RA[row, : count_R[row]].tolist(), row not in slot_of) for row in under_way
         ]
+
+    def _computed_slots(self) -> Int[np.ndarray, " w"] | None:
+        """The slots of the next steps: those that run, and free ones for who waits; ``None``: all."""
+        running, count = list(self._running.values()), len(self._running) + len(self._waiting)
+        width = next((width for width in self.widths if width >= count), self.widths[-1])
+        if width == len(self._cut_B):
+            return None
+        free = np.setdiff1d(np.arange(len(self._cut_B)), running)
+        return np.array([*running, *free][:width], np.int32)
 
     def resize(self, query_tokens: int, answer_tokens: int) -> None:
         """Makes room for other lengths: what is under way must fit, and what waits when it is read.
@@ -186,9 +211,15 @@ class Batch:
         return jax.device_get(self._state.likely)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "B", "A"), keep_unused=True)
+@functools.partial(jax.jit, static_argnames=("config", "B", "A", "N"), keep_unused=True)
 def _start(
-    params: Params, config: DecoderConfig, several: KeyValues | None, table: Requests, B: int, A: int
+    params: Params,
+    config: DecoderConfig,
+    several: KeyValues | None,
+    table: Requests,
+    B: int,
+    A: int,
+    N: int = MOST,
 ) -> _State:
     # The weights as an argument put the state on their device, as ``_advance`` does with those that
     # follow: with another placement jax would compile it a second time.
@@ -206,7 +237,7 @@ def _start(
         query_LBZGF=_room(config, B, Z),
         answer_LBAGF=_room(config, B, A),
         prefix=None if several is None else several.rows(jnp.zeros(B, jnp.int32)),
-        likely=None if table.likely_B is None else Likely.room(R, A),
+        likely=None if table.likely_B is None else Likely.room(R, A, N),
     )
 
 
@@ -236,26 +267,82 @@ def _room(config: DecoderConfig, rows: int, size: int) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _advance(given: _Given, state: _State, cut_B: Array, steps: Array) -> _State:
-    """Ends the slots to ``cut``, then decodes so many ``steps``, or until every request has ended."""
-    group, total = min(GROUP, len(cut_B)), given.total
+def _advance(
+    given: _Given, state: _State, cut_B: Array, steps: Array, slots_W: Int[Array, " w"] | None = None
+) -> _State:
+    """Ends the slots to ``cut``, then decodes so many ``steps``, or until every request has ended.
+
+    Only ``slots_W`` are computed, if they are given: those that run must be among them.
+    """
+    state = state._replace(done=jnp.int32(0), running_B=state.running_B & ~cut_B)
+    if slots_W is None:
+        return _decoded(given, state, steps)
+    own = state._replace(
+        index_B=state.index_B[slots_W],
+        running_B=state.running_B[slots_W],
+        last_BD=state.last_BD[slots_W],
+        query_LBZGF=_rows(state.query_LBZGF, slots_W),
+        answer_LBAGF=_rows(state.answer_LBAGF, slots_W),
+        prefix=None if state.prefix is None else state.prefix.rows(slots_W),
+    )
+    own = _decoded(given, own, steps)
+    put = functools.partial(_put, slots_W)
+    return own._replace(
+        index_B=state.index_B.at[slots_W].set(own.index_B),
+        running_B=state.running_B.at[slots_W].set(own.running_B),
+        last_BD=state.last_BD.at[slots_W].set(own.last_BD),
+        query_LBZGF=tuple(map(put, state.query_LBZGF, own.query_LBZGF)),
+        answer_LBAGF=tuple(map(put, state.answer_LBAGF, own.answer_LBAGF)),
+        prefix=_put_prefix(slots_W, state.prefix, own.prefix),
+    )
+
+
+def _rows(caches: tuple[Array, Array], slots_W: Array) -> tuple[Array, ...]:
+    return tuple(cache[:, slots_W] for cache in caches)
+
+
+def _put(slots: Array, cache: Array, rows: Array) -> Array:
+    """A cache with other rows in some slots; in those that there aren't: nothing."""
+    return cache.at[:, slots].set(rows, mode="drop")
+
+
+def _put_prefix(slots: Array, all_B: KeyValues | None, rows: KeyValues | None) -> KeyValues | None:
+    """The same of each slot's own prefix, where there are several."""
+    if all_B is None or rows is None:
+        return all_B
+    put = functools.partial(_put, slots)
+    return KeyValues(
+        put(all_B.keys, rows.keys),
+        put(all_B.values, rows.values),
+        put(all_B.positions[None], rows.positions)[0],
+        None if all_B.bias is None or rows.bias is None else put(all_B.bias, rows.bias),
+    )
+
+
+def _decoded(given: _Given, state: _State, steps: Array) -> _State:
+    """The state after so many steps of all of its slots, or when every request has ended."""
+    group, total = min(GROUP, len(state.running_B)), given.total
+
+    def can_be_read(rows: int, state: _State) -> Array:
+        left, free = total - state.started, jnp.sum(~state.running_B)
+        if given.patient:
+            return (left > 0) & (free >= jnp.minimum(left, rows))
+        return jnp.minimum(left, free) >= (rows + 1) // 2
 
     def refill(state: _State) -> _State:
-        """Reads several requests at a time while at least half as many can be, then one by one."""
-        for rows in dict.fromkeys((group, 1)):
+        """Reads several requests at a time while at least half as many can be, then one by one.
+
+        Or, if they are patient, whole groups alone, and the last ones together.
+        """
+        for rows in (group,) if given.patient else dict.fromkeys((group, 1)):
             state = jax.lax.while_loop(
-                lambda state, least=(rows + 1) // 2: (
-                    jnp.minimum(total - state.started, jnp.sum(~state.running_B)) >= least
-                ),
-                functools.partial(_read, given, rows),
-                state,
+                functools.partial(can_be_read, rows), functools.partial(_read, given, rows), state
             )
         return state
 
     def unfinished(state: _State) -> Array:
         return (state.done < steps) & ((state.started < total) | jnp.any(state.running_B))
 
-    state = state._replace(done=jnp.int32(0), running_B=state.running_B & ~cut_B)
     return jax.lax.while_loop(unfinished, lambda state: _step(given, refill(state)), state)
 
 
@@ -293,18 +380,7 @@ def _read(given: _Given, rows: int, state: _State) -> _State:
     carry = (jnp.zeros((rows, config.width), config.dtype), *_room(config, rows, Z))
     last_ND, *queries = jax.lax.fori_loop(0, chunks, read_chunk, carry)
 
-    def put(cache: Array, rows: Array) -> Array:
-        return cache.at[:, slot_N].set(rows, mode="drop")
-
-    own = state.prefix
-    if own is not None:
-        own = KeyValues(
-            put(own.keys, prefix.keys),
-            put(own.values, prefix.values),
-            put(own.positions[None], prefix.positions)[0],
-            None if own.bias is None or prefix.bias is None else put(own.bias, prefix.bias),
-        )
-    keys, values = map(put, state.query_LBZGF, queries)
+    keys, values = map(functools.partial(_put, slot_N), state.query_LBZGF, queries)
     count_R = state.count_R
     if given.order_R is not None:  # another request may have had the row
         count_R = count_R.at[jnp.where(served_N, index_N, R)].set(0, mode="drop")  # R: nowhere
@@ -315,7 +391,7 @@ def _read(given: _Given, rows: int, state: _State) -> _State:
         last_BD=state.last_BD.at[slot_N].set(last_ND, mode="drop"),
         count_R=count_R,
         query_LBZGF=(keys, values),
-        prefix=own,
+        prefix=_put_prefix(slot_N, state.prefix, prefix),
     )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxsp.typing import Array, Bool, Float, Int
 
 MOST = 20
-"""Alternatives that are kept for each token."""
+"""Alternatives that are kept for each token of a server's answer."""
 
 
 class Likely(NamedTuple):
@@ -18,13 +18,13 @@ class Likely(NamedTuple):
 
     chosen_RA: Float[Array, "r a"]
     ids_RAN: Int[Array, "r a n"]
-    """The most probable tokens, the first one first."""
+    """The most probable tokens, the first one first; there may be room for none."""
     log_RAN: Float[Array, "r a n"]
 
     @classmethod
-    def room(cls, rows: int, tokens: int) -> Likely:
-        """Room for so many requests and tokens of each."""
-        alternatives = rows, tokens, MOST
+    def room(cls, rows: int, tokens: int, most: int) -> Likely:
+        """Room for so many requests, tokens of each, and alternatives of each token."""
+        alternatives = rows, tokens, most
         return cls(jnp.zeros((rows, tokens)), jnp.zeros(alternatives, jnp.int32), jnp.zeros(alternatives))
 
     def written(
@@ -40,7 +40,8 @@ class Likely(NamedTuple):
         def measured() -> tuple[Array, ...]:
             log_BV = jax.nn.log_softmax(logits_BV, axis=-1)
             chosen_B1 = jnp.take_along_axis(log_BV, token_B[:, None], axis=1)
-            log_BN, ids_BN = jax.lax.top_k(log_BV, MOST)
+            most = self.ids_RAN.shape[-1]
+            log_BN, ids_BN = jax.lax.top_k(log_BV, most) if most else (log_BV[:, :0], token_B[:, None][:, :0])
             return chosen_B1[:, 0], ids_BN.astype(jnp.int32), log_BN
 
         def nothing() -> tuple[Array, ...]:

@@ -20,6 +20,9 @@ SMALLEST, GROWTH = 128, 4
 """Tokens that there is room for where nobody needs more, and the factor to the next size: a step costs as
 much as there is room."""
 
+WIDTH_GROWTH = 4
+"""The factor from one number of slots that a step computes to the next, from one slot on."""
+
 CHUNK = 32
 """Query tokens read at once: most are short, and all others wait meanwhile."""
 
@@ -44,7 +47,8 @@ class Live:
       params: the frozen weights.
       config: configuration of the model.
       prefixes: with batch size 1 each, of any lengths; a request is read after one of them.
-      slots: number of sequences that decode together; as many more can wait for the next step.
+      slots: most sequences that decode together; as many more can wait for the next step. Where fewer are
+        there, a step computes fewer.
       query_tokens: longest request.
       answer_tokens: longest answer.
       stops: most stop ids that a request has.
@@ -78,7 +82,9 @@ class Live:
         self._room, self._stops, self._several = round_up(query_tokens, chunk), stops, len(prefixes) > 1
         nobody = self._as_arrays([], Sampling(), 0, 0, False)
         self._table: Requests = jax.tree.map(lambda one: one[jnp.zeros(rows, int)], nobody)
-        self._batch = Batch(params, config, prefix, self._table, chunk, slots, round_up(answer_tokens, 16))
+        widths = [WIDTH_GROWTH**n for n in range(slots) if WIDTH_GROWTH**n < slots]
+        sizes = chunk, slots, round_up(answer_tokens, 16)
+        self._batch = Batch(params, config, prefix, self._table, *sizes, widths=widths)
         self._levels = [self._batch.sizes]
         most, size = self._batch.sizes, SMALLEST
         while size < max(most):
@@ -181,11 +187,13 @@ class Live:
                 self._batch.resize(*level)
                 self._batch.resize(*other)
             self._batch.resize(*level)
-            row = self.add([0], Sampling(max_tokens=1))
-            while self.busy:
-                self._batch.advance(1)
-            del self._seen[row]
-            self._free.append(row)
+            for width in self._batch.widths:
+                rows = [self.add([0], Sampling(max_tokens=1)) for _ in range(width)]
+                while self.busy:
+                    self._batch.advance(1)
+                for row in rows:
+                    del self._seen[row]
+                    self._free.append(row)
 
     def _fit(self, steps: int) -> None:
         """Makes as much room as the requests need for so many steps, and no more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,6 +52,9 @@ class Work:
     key: Array | None
     decode: Decode | None
     after: Sequence[int] | AnyArray | None = None
+    together: bool = False
+    likely: bool = False
+    """Whether the probabilities of all tokens are wanted."""
 
     def __post_init__(self) -> None:
         config = self.config
@@ -88,10 +92,12 @@ class Work:
         """The requests as arrays, and the size of the chunks that they are read in."""
         R = round_up(len(self.requests), 64)
         longest = max(map(len, self.requests))
-        chunk = min(CHUNK, round_up(longest, 16))
+        usual = statistics.median(map(len, self.requests)) if self.together else longest
+        chunk = min(CHUNK, round_up(int(usual), 16))
         after = self._rows().tolist() if self.several else None
         choices = tabulate(self.samplings, R, self.key)
-        return as_arrays(self.requests, self.samplings, choices, after, round_up(longest, chunk)), chunk
+        table = as_arrays(self.requests, self.samplings, choices, after, round_up(longest, chunk))
+        return table._replace(likely_B=jnp.ones(R, bool) if self.likely else None), chunk
 
     def _rows(self) -> np.ndarray:
         """The row of the prefix that each request is read after."""

@@ -14,6 +14,9 @@ import numpy as np
 
 from jaxsp.typing import EMPTY, Array, Bool, Float, Int, UserError, ceil_div
 
+BEST = 64
+"""Tokens of a row that are enough to draw from, mostly, where it asks for the most probable ones."""
+
 LEAST_TOP_P = 1e-9
 """A smaller one means the same: the most probable token. As a float32 it might be 0, and leave none."""
 
@@ -171,13 +174,48 @@ def _sample(logits_BV: Array, draws: Draws, count_B: Array) -> Array:
     temperature_B1 = jnp.where(random_B, draws.temperature_B, 1)[:, None]
     # From the largest down, so that no temperature makes the largest infinite.
     logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature_B1
-    logits_BV = jax.lax.cond(
-        jnp.any(random_B & ((draws.top_k_B > 0) | (draws.top_p_B < 1))),
-        lambda: _most_probable(logits_BV, draws.top_k_B[:, None], draws.top_p_B[:, None]),
-        lambda: logits_BV,
+    keys_B = jax.vmap(jax.random.fold_in)(draws.key_B, count_B)
+    cut_B = random_B & ((draws.top_k_B > 0) | (draws.top_p_B < 1))
+    limits = draws.top_k_B[:, None], draws.top_p_B[:, None]
+    token_B, known_B = jax.lax.cond(
+        jnp.any(cut_B),
+        lambda: _of_the_best(logits_BV, keys_B, *limits),
+        lambda: (jnp.zeros(len(cut_B), jnp.int32), jnp.zeros(len(cut_B), bool)),
     )
-    keys = jax.vmap(jax.random.fold_in)(draws.key_B, count_B)
-    return jax.vmap(jax.random.categorical)(keys, logits_BV).astype(jnp.int32)
+    known_B &= cut_B
+
+    def of_all() -> Array:
+        most_BV = jax.lax.cond(
+            jnp.any(cut_B & ~known_B), lambda: _most_probable(logits_BV, *limits), lambda: logits_BV
+        )
+        drawn_B = jax.vmap(jax.random.categorical)(keys_B, most_BV).astype(jnp.int32)
+        return jnp.where(known_B, token_B, drawn_B)
+
+    # A row is drawn in the same way whatever the others ask for.
+    return jax.lax.cond(jnp.all(known_B | ~random_B), lambda: token_B, of_all)
+
+
+def _of_the_best(
+    logits_BV: Array, keys_B: Array, top_k_B1: Array, top_p_B1: Array
+) -> tuple[Int[Array, " b"], Bool[Array, " b"]]:
+    """A token of each row, drawn among its ``BEST``; and whether all that it is to be drawn from is there.
+
+    To sort the vocabulary, and to draw from all of it, would take longer than a small model's step.
+    """
+    best_BN, index_BN = jax.lax.top_k(logits_BV, min(BEST, logits_BV.shape[1]))
+    count = best_BN.shape[1]
+    inside_BN = (jnp.arange(count) < top_k_B1) | (top_k_B1 == 0)
+    among_B1 = (top_k_B1 > 0) & (top_k_B1 <= count)
+    mass_BN = jnp.exp(best_BN)  # of the largest 1
+    every_B1 = jnp.sum(jnp.exp(logits_BV), axis=-1, keepdims=True)
+    whole_B1 = jnp.where(among_B1, jnp.sum(mass_BN, axis=-1, keepdims=True, where=inside_BN), every_B1)
+    p_BN = mass_BN / whole_B1
+    reached_BN = jnp.cumsum(p_BN, axis=-1)
+    inside_BN &= (reached_BN - p_BN < top_p_B1) | (top_p_B1 >= 1)
+    enough_B1 = (top_k_B1 == 0) & (top_p_B1 < 1) & (reached_BN[:, -1:] >= top_p_B1)
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, jnp.where(inside_BN, best_BN, -jnp.inf))
+    token_B = jnp.take_along_axis(index_BN, drawn_B[:, None], axis=1)[:, 0]
+    return token_B.astype(jnp.int32), (among_B1 | enough_B1)[:, 0]
 
 
 def _most_probable(logits_BV: Array, top_k_B1: Array, top_p_B1: Array) -> Array:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -185,15 +186,33 @@ def errors(
         chosen_K, products = choose(part_NS * weight_N[:, None], weight_N, levels[-1], norms_S)
         target_NF = _of_own(part_NS, own_NS) @ values_SF
         near_KF, scores_NK = values_SF[chosen_K], scores_NS[:, chosen_K]
-        there_CK = jnp.arange(levels[-1]) < jnp.array(levels)[:, None]
-        mass_CK = jax.vmap(lambda there_K: weights(products, there_K, CURVE_STEPS))(there_CK)
 
-        def error(bias_K: Array) -> Array:
-            own_NK = jax.nn.softmax(scores_NK + bias_K, axis=-1)
-            every, left_out = _regressions(own_NK, target_NF - own_NK @ near_KF, weight_N)
+        def error(count: Array, size: int) -> Array:
+            there_K = jnp.arange(size) < count
+            first = Products(products.gram_KK[:size, :size], products.right_K[:size])
+            bias_K = _bias(weights(first, there_K, CURVE_STEPS), there_K)
+            own_NK = jax.nn.softmax(scores_NK[:, :size] + bias_K, axis=-1)
+            every, left_out = _regressions(own_NK, target_NF - own_NK @ near_KF[:size], weight_N)
             return left_out.error(every.without(left_out).solved(CURVE_RIDGE))
 
-        return jax.lax.map(error, _bias(mass_CK, there_CK))
+        found = [
+            jax.lax.map(functools.partial(error, size=some[-1]), jnp.array(some))
+            for some in _of_one_size(levels)
+        ]
+        return jnp.concatenate(found)
+
+
+def _of_one_size(numbers: Sequence[int]) -> list[list[int]]:
+    """Ascending numbers in groups; the arrays of a group have one size, that of its last number.
+
+    Small arrays are solved much faster, but each size is a program of its own.
+
+    Example:
+      >>> _of_one_size([1, 2, 5, 10, 20, 40, 80, 160])
+      [[1, 2, 5, 10], [20, 40], [80, 160]]
+    """
+    groups = itertools.groupby(numbers, lambda number: (max(number, 16) - 1).bit_length() // 2)
+    return [list(group) for _, group in groups]
 
 
 def _parts(scores_NS: Array, weight_N: Array, own_NS: Own) -> tuple[Array, Array | None]:
@@ -243,41 +262,48 @@ def choose(
     """
     norms_S = _norms(parts_NS)
     sizes_S = norms_S if sizes_S is None else sizes_S
-    candidates_C = jax.lax.top_k(sizes_S, min(len(sizes_S), max(CANDIDATES, 4 * count)))[1]
+    candidates_C = jax.lax.top_k(sizes_S, min(len(sizes_S), max(CANDIDATES, 2 * count)))[1]
     parts_NC, norms_C = parts_NS[:, candidates_C], norms_S[candidates_C]
     gram_CC, right_C = parts_NC.T @ parts_NC, target_N @ parts_NC
-    starts, most = _chosen_at_once(count)
 
     def products(chosen_K: Array) -> Products:
         return Products(gram_CC[chosen_K][:, chosen_K], right_C[chosen_K])
 
     def step(carry: tuple[Array, Array], ends: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
         (chosen_K, mass_K), (start, end) = carry, ends
+        size = len(chosen_K)
         gain_C = (right_C - gram_CC[:, chosen_K] @ mass_K) / jnp.maximum(norms_C, 1e-12)
-        taken_K = jnp.where(jnp.arange(count) < start, chosen_K, len(gain_C))
+        taken_K = jnp.where(jnp.arange(size) < start, chosen_K, len(gain_C))
         gain_C = gain_C.at[taken_K].set(-jnp.inf, mode="drop")
         best = jax.lax.top_k(gain_C, min(most, len(gain_C)))[1]
         at = start + jnp.arange(len(best))
-        chosen_K = chosen_K.at[jnp.where(at < end, at, count)].set(best, mode="drop")
-        there_K = jnp.arange(count) < end
+        chosen_K = chosen_K.at[jnp.where(at < end, at, size)].set(best, mode="drop")
+        there_K = jnp.arange(size) < end
         return (chosen_K, weights(products(chosen_K), there_K, 10)), None
 
-    begin = jnp.zeros(count, jnp.int32), jnp.zeros(count)
-    (chosen_K, _), _ = jax.lax.scan(step, begin, (jnp.array(starts[:-1]), jnp.array(starts[1:])))
+    chosen_K, mass_K = jnp.zeros(0, jnp.int32), jnp.zeros(0)
+    starts = _numbers_chosen(count)
+    for ends in _of_one_size(starts[1:]):
+        begin, size = starts.index(ends[0]) - 1, ends[-1]
+        befores = starts[begin : begin + len(ends)]
+        most = max(end - start for start, end in zip(befores, ends, strict=True))
+        room = (0, size - len(chosen_K))
+        carry = jnp.pad(chosen_K, room), jnp.pad(mass_K, room)
+        (chosen_K, mass_K), _ = jax.lax.scan(step, carry, (jnp.array(befores), jnp.array(ends)))
     return candidates_C[chosen_K], products(chosen_K)
 
 
-def _chosen_at_once(count: int) -> tuple[list[int], int]:
-    """Numbers of slots chosen after each step, from 0 on, and the largest step.
+def _numbers_chosen(count: int) -> list[int]:
+    """Numbers of slots chosen after each step, from 0 on.
 
     Example:
-      >>> _chosen_at_once(20)
-      ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20], 2)
+      >>> _numbers_chosen(20)
+      [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20]
     """
     starts = [0]
     while starts[-1] < count:
         starts.append(min(count, starts[-1] + max(1, starts[-1] // AT_ONCE)))
-    return starts, max(end - start for start, end in itertools.pairwise(starts))
+    return starts
 
 
 def weights(products: Products, there_K: Bool[Array, " k"], steps: int) -> Float[Array, " k"]:

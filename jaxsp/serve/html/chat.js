@@ -221,7 +221,9 @@ class Answer {
     else {
       const count = `${this.tokens.length} token${this.tokens.length === 1 ? "" : "s"}${this.usage ? `, ${this.usage.prompt_tokens} read before them` : ""}`;
       const end = { length: "; cut at the most that the server gives", stopped: "; stopped" }[this.reason] ?? "";
-      this.state.textContent = `${count}${end}.${this.compared()}`;
+      const isDocuments = !this.side.kind && this.usage?.prompt_tokens_details?.context === "full";
+      const unsure = isDocuments ? " σ was not sure of its own answer: this one is the document's." : "";
+      this.state.textContent = `${count}${end}.${unsure}${this.compared()}`;
     }
   }
 
@@ -362,7 +364,7 @@ function startChat(entry) {
   byId("missing").hidden = !entry.missing;
   byId("legend").hidden = Boolean(entry.missing);
   byId("about").textContent =
-    `${entry.prompt_length} slots for ${entry.context_tokens} tokens: σ, the whole document and nothing answer side by side. ${entry.base_model}; ${entry.kind}.`;
+    `${entry.prompt_length} slots${entry.context_tokens ? ` for ${entry.context_tokens} tokens` : ""}: σ, the whole document and nothing answer side by side. ${entry.base_model}; ${entry.kind}.`;
   controls();
 }
 

@@ -153,6 +153,40 @@ def test_with_64_bit_types(tiny_model, run, x64):
     assert found == expected
 
 
+def test_requests_read_together_are_answered_alike(run, monkeypatch):
+    """The longest has 37 tokens: three chunks of 16. The last ones are no whole group."""
+    expected = {max_tokens: run(QUERIES, Sampling(max_tokens=max_tokens)) for max_tokens in (3, 5)}
+    monkeypatch.setattr(engine, "GROUP", 2)
+    monkeypatch.setattr(engine, "MANY", 3)
+    for slots in (1, 3):
+        lengths = [3, 5, 3, 3, 5]
+        samplings = [Sampling(max_tokens=length) for length in lengths]
+        found = run(QUERIES, samplings, slots=slots, together=True)
+        assert found == [expected[length][i] for i, length in enumerate(lengths)]
+
+
+def test_a_slot_waits_for_a_whole_group(run, monkeypatch):
+    """Of three slots one stays free until another is; the last request is read by itself."""
+    read, reads = engine._read, []
+
+    def counted(given, rows, state):
+        jax.debug.callback(lambda: reads.append(rows))
+        return read(given, rows, state)
+
+    monkeypatch.setattr(engine, "_read", counted)
+    monkeypatch.setattr(engine, "GROUP", 2)
+    monkeypatch.setattr(engine, "MANY", 3)
+    loop: Any = engine._advance
+    samplings = [Sampling(max_tokens=length) for length in (2, 6, 9, 3, 3)]
+    for together, expected in ((True, 3), (False, 4)):
+        loop.clear_cache()
+        reads.clear()
+        run(QUERIES, samplings, slots=3, together=together)
+        jax.effects_barrier()
+        assert len(reads) == expected
+    loop.clear_cache()
+
+
 def test_requests_may_be_any_sequences(run):
     expected = run([QUERIES[0]] * 2, Sampling(max_tokens=4))
     array = np.array([QUERIES[0]] * 2)
@@ -277,18 +311,20 @@ def test_nothing_is_compiled_anew(run, caplog):
         assert compiled() == 1
 
 
-def test_decoding_does_not_copy_the_caches(tiny_model):
+@pytest.mark.parametrize(("slots", "most"), [(None, 1 / 4), (np.array([2], np.int32), 1)])
+def test_decoding_does_not_copy_the_caches(tiny_model, slots, most):
+    """Nor the others where some slots are computed: their own part is a quarter, of keys and of values."""
     config = tiny_model.config.replace(layers=16)
     params = decoder.parameter_shapes(config)
     prefix = decoder.empty_prefix(config, 6)
     table, chunk = Work(config, prefix, [[1, 2, 3]] * 4, [Sampling()] * 4, 4, None, None).table()
     state = engine._start({}, config, None, table, 4, 4096)
     given = engine._Given(params, config, prefix, table, chunk, np.int32(4))
-    compiled = engine._advance.lower(given, state, np.zeros(4, bool), np.int32(9)).compile()
+    compiled = engine._advance.lower(given, state, np.zeros(4, bool), np.int32(9), slots).compile()
     cache = state.answer_LBAGF[0].nbytes
     memory = programs.memory(compiled)
     assert memory.alias_size_in_bytes > 2 * cache
-    assert memory.temp_size_in_bytes < cache / 4  # slices of a layer, its scores
+    assert memory.temp_size_in_bytes < most * cache  # slices of a layer, its scores
 
 
 # Several prefixes.

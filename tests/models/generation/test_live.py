@@ -161,6 +161,32 @@ def test_there_is_as_much_room_as_is_needed(live):
     assert live._batch.sizes == sizes[0]
 
 
+def test_a_step_computes_as_many_slots_as_are_needed(tiny_model, prefixes, alone, monkeypatch):
+    """Whichever they are: here the only one left is the last that got a slot."""
+    loop: Any = engine._advance
+    computed, decoded = [], engine._decoded
+
+    def counted(given, state, steps):
+        computed.append(len(state.running_B))
+        return decoded(given, state, steps)
+
+    monkeypatch.setattr(engine, "_decoded", counted)
+    loop.clear_cache()
+    sizes = {"slots": 9, "query_tokens": QUERY, "answer_tokens": ANSWER}
+    live = Live(tiny_model.params, tiny_model.config, prefixes, **sizes)
+    assert live._batch.widths == [1, 4, 9]
+    asked = [dataclasses.replace(one, sampling=Sampling(max_tokens=2)) for one in requests(5)]
+    asked[4] = dataclasses.replace(asked[4], sampling=Sampling(max_tokens=20, temperature=1.0))
+    rows = [add(live, request) for request in asked]
+    found = live.advance(3)
+    while live.busy:
+        found += live.advance(2)
+    loop.clear_cache()
+    assert computed == [9, 1]  # each is traced once
+    tokens = [[i for news in found if news.row == row for i in news.ids] for row in rows]
+    assert tokens == alone(asked)
+
+
 def test_steps_are_counted_whatever_the_room(live):
     """The room grows and shrinks between; the ring's column never leaves the ring."""
     for max_tokens, steps in ((20, 20), (2, 22), (32, 54)):
@@ -174,15 +200,15 @@ def test_steps_are_counted_whatever_the_room(live):
 
 
 def test_who_has_ended_costs_the_others_nothing(live, monkeypatch):
-    """A greedy answer goes on without the sort that a sampled one needed, whose slot is at rest."""
+    """A greedy answer goes on without the draw that a sampled one needed, whose slot is at rest."""
     loop: Any = engine._advance
-    sorts, most_probable = [], sampling_module._most_probable
+    draws, sample = [], sampling_module._sample
 
     def counted(logits_BV, *options):
-        jax.debug.callback(lambda: sorts.append(True))
-        return most_probable(logits_BV, *options)
+        jax.debug.callback(lambda: draws.append(True))
+        return sample(logits_BV, *options)
 
-    monkeypatch.setattr(sampling_module, "_most_probable", counted)
+    monkeypatch.setattr(sampling_module, "_sample", counted)
     loop.clear_cache()
     try:
         live.add([5], Sampling(max_tokens=20))
@@ -190,7 +216,7 @@ def test_who_has_ended_costs_the_others_nothing(live, monkeypatch):
         for steps, expected in ((3, 3), (8, 3)):
             live.advance(steps)
             jax.effects_barrier()
-            assert len(sorts) == expected
+            assert len(draws) == expected
     finally:
         loop.clear_cache()
 

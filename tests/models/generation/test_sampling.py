@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsp.models.generation import sampling as sampling_module
 from jaxsp.models.generation.sampling import Sampling, choose as choose_tokens, tabulate
 from jaxsp.typing import UserError
 
@@ -34,6 +37,48 @@ def test_top_k_and_top_p_keep_the_tokens_they_should(top_k, top_p):
         assert (found[~inside] == 0).all()
         np.testing.assert_allclose(found, p, atol=5 * np.sqrt(0.25 / 20_000))
         assert (found > 0)[p > 1e-3].all()
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.5), (0, 0.9), (4, 0.7), (9, 0.9), (0, 0.999)])
+def test_all_is_sorted_where_the_best_tokens_are_not_enough(top_k, top_p, monkeypatch):
+    """From the same tokens it is drawn either way."""
+    monkeypatch.setattr(sampling_module, "BEST", 4)
+    test_top_k_and_top_p_keep_the_tokens_they_should(top_k, top_p)
+
+
+def test_a_draw_does_not_depend_on_the_rows_beside_it(monkeypatch):
+    """Whether its best tokens are enough, or all are sorted for it or for another row."""
+    monkeypatch.setattr(sampling_module, "BEST", 4)
+    logits = np.random.RandomState(7).standard_normal((5, 64)).astype(np.float32) * 3
+    rules = [Sampling(temperature=0.3, top_p=0.5), Sampling(temperature=5.0, top_p=0.95)]
+    rules += [Sampling(temperature=1.0), Sampling(temperature=0.7, top_k=3), Sampling()]
+    choices = tabulate(rules, 5, jax.random.key(3))
+    count = jnp.zeros(5, jnp.int32)
+    together = np.asarray(choose_tokens(jnp.asarray(logits), choices, count))
+    for row in range(5):
+        own = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], choices)
+        alone = choose_tokens(jnp.asarray(logits[row : row + 1]), own, count[:1])
+        assert int(alone[0]) == together[row]
+
+
+def test_nothing_is_sorted_where_the_best_tokens_are_enough(monkeypatch):
+    """A sort of a vocabulary takes longer than a small model's step."""
+    sorts, most_probable = [], sampling_module._most_probable
+
+    def counted(logits_BV, *options):
+        jax.debug.callback(lambda: sorts.append(True))
+        return most_probable(logits_BV, *options)
+
+    monkeypatch.setattr(sampling_module, "_most_probable", counted)
+    flat, sharp = np.zeros((1, 500)), 20 * np.eye(1, 500)
+    cases: list[tuple[np.ndarray, dict[str, Any], int]] = [
+        (sharp, {"top_p": 0.95}, 0), (flat, {"top_k": 64}, 0), (flat, {}, 0),
+        (flat, {"top_p": 0.95}, 1), (flat, {"top_k": 65}, 2),
+    ]  # fmt: skip
+    for logits, options, expected in cases:
+        choose(logits, Sampling(temperature=1.0, **options))
+        jax.effects_barrier()
+        assert len(sorts) == expected
 
 
 def test_extreme_temperatures():
