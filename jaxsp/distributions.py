@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,11 +30,11 @@ from jaxsp.models.attention.to_piece import attention_to
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation import Sampling, generate
 from jaxsp.models.output_head import OutputHead
-from jaxsp.prompts import DEFAULT_KIND, PROMPT_KINDS
+from jaxsp.prompts import DEFAULT_KIND, PROMPT_KINDS, checked_kind
 from jaxsp.prompts.initializers import Source, Start
 from jaxsp.prompts.initializers.match import fit_to
 from jaxsp.prompts.initializers.source import Fit, Probe
-from jaxsp.typing import EMPTY, AnyArray, Array, Bool, Float, Int, KeyValues, Params, PyTree
+from jaxsp.typing import EMPTY, AnyArray, Array, Bool, Float, Int, KeyValues, Params, PyTree, UserError
 
 
 def context_prefix(
@@ -46,8 +47,21 @@ def context_prefix(
       config: configuration of the model.
       ids: token ids ``[1, C]``; C may be 0.
       preamble: prefix that stands before it.
+
+    Raises:
+      UserError: an id is not of the vocabulary.
     """
+    _check_ids(ids, config)
     return decoder.prefill(params, config, decoder.embed(params, config, ids), preamble)
+
+
+def _check_ids(ids: AnyArray, config: DecoderConfig) -> None:
+    """Where they are known: an embedding of what is out of range would be another token's, or NaN."""
+    if not isinstance(ids, jax.core.Tracer) and ids.size:
+        low, high = int(np.min(ids)), int(np.max(ids))
+        if low < 0 or high >= config.vocab_size:
+            wrong = low if low < 0 else high
+            raise UserError(f"Token ids must lie in [0, {config.vocab_size}), the vocabulary; got {wrong}.")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "kind"), inline=True)
@@ -59,11 +73,17 @@ def prompt_prefix(
     Args:
       params: the frozen weights.
       config: configuration of the model.
-      sigma: the prompt's parameters.
+      sigma: the prompt's parameters, float32 arrays by name: those that the kind's ``FORM`` has, as
+        ``PROMPT_KINDS["embedding"].FORM``, which is ``{"embeddings": "k d"}``.
       preamble: prefix that stands before it.
       kind: a key of ``jaxsp.prompts.PROMPT_KINDS``.
+
+    Raises:
+      UserError: there is no such kind, or σ has not its form.
     """
-    return PROMPT_KINDS[kind].prefix(sigma, preamble, functools.partial(decoder.prefill, params, config))
+    sizes = {"l": config.layers, "g": config.kv_heads, "f": config.head_width, "d": config.width}
+    chosen = checked_kind(kind, sigma, sizes)
+    return chosen.prefix(sigma, preamble, functools.partial(decoder.prefill, params, config))
 
 
 MATCHED_TOKENS, PROBED_TOKENS = 1024, 512
@@ -356,6 +376,7 @@ def answer_hidden(
     params: Params, config: DecoderConfig, prefix: KeyValues, rows: Rows
 ) -> Float[Array, "b a d"]:
     """Last hidden states at the positions that predict ŷ, reading ``rows`` after ``prefix``."""
+    _check_ids(rows.tokens, config)
     start = prefix.next_position[:, None]
     positions = jnp.where(rows.offsets == EMPTY, EMPTY, start + rows.offsets)
     inputs = decoder.embed(params, config, rows.tokens)

@@ -75,9 +75,10 @@ class TrainingSettings:
     """The objective, the optimizer and how long."""
 
     objective: str = "kl"
-    """Training objective: kl, reverse_kl, js, total_variation, topk_kl, truncated_kl, nll, entropy,
-    confidence_shift, cosine_similarity, distribution_cosine_similarity or hidden_mse; with options as in
-    js(beta=0.3), or a mixture such as kl=0.7,nll=0.3. For topk_kl and truncated_kl the teacher's 64 best
+    """Training objective: kl, reverse_kl, js, skewed_kl, alpha, renyi, total_variation, topk_kl,
+    topk_reverse_kl, topk_js, truncated_kl, renormalised_topk_kl, nll, entropy, confidence_shift,
+    cosine_similarity, distribution_cosine_similarity or hidden_mse; with options as in js(beta=0.3), or a
+    mixture such as kl=0.7,nll=0.3. For those with topk in their name and truncated_kl the teacher's 64 best
     tokens are kept, or 20 with topk_kl(k=20): they take less memory and disk than all that kl needs. In
     Python also an Objective of your own."""
     steps: int | None = _setting(None, type=int, per_prompt=True, at_least=0, below=2**31)

@@ -105,7 +105,7 @@ def expected(
 
 def head_chunks(config: DecoderConfig, tokens: int, answers: float) -> tuple[int, int]:
     """Positions of a chunk of the head, as the device at hand has them, and how many chunks are computed."""
-    C = min(tokens, chunked_head.chunk_size(tokens, config.vocab_size, masked=True))
+    C = min(tokens, chunked_head.chunk_size(tokens, config.vocab_size, masked=True, closed=True))
     return C, math.ceil(answers / C)
 
 

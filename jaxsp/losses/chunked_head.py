@@ -3,6 +3,10 @@
 A position's loss depends on its own hidden state alone. So its gradient can be formed while the chunk's
 logits are at hand, and the backward pass only scales it. Live positions are taken first, and chunks
 that hold none are not computed.
+
+Rows may be spread over devices by ``jax.jit`` alone. A chunk of consecutive positions would then be on one of
+them, and XLA would have all compute it. So a chunk has as many positions of each group of rows, and rows of
+different devices are never in one group.
 """
 
 from __future__ import annotations
@@ -10,34 +14,56 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxsp.losses import vocabulary
-from jaxsp.losses.closed_form import Arrays, Rule
-from jaxsp.losses.objectives import Objective
-from jaxsp.typing import Array
+from jaxsp.losses.objective import Objective
+from jaxsp.typing import Array, ceil_div
 
-Heads = tuple[Array, Array]
+Arrays = dict[str, Array]
 Results = tuple[Array, Arrays]  # the objective's values, and the metrics'
 
 # Bytes that the arrays over one chunk's logits may take. An accelerator needs long chunks to be kept
 # busy: each reads the whole head from memory.
 _BUDGET = {"cpu": 2**28}
 _ACCELERATOR_BUDGET = 2**30
-_ARRAYS = 6  # of the size of the logits, float32, when an objective is differentiated; a metric adds one
+_ARRAYS, _CLOSED_ARRAYS = 6, 5
+"""Arrays of the size of the logits, float32, when an objective is differentiated, and when its gradient is
+written out; a metric adds one."""
+
+_CAST_BYTES = 2**25
+"""A head of another dtype than the product's is cast so many bytes at a time."""
 
 
-def chunk_size(positions: int, tokens: int, *, masked: bool, metrics: int = 0) -> int:
-    """The number of positions at a time that fit the budget, evenly spread; shorter with a mask."""
-    budget = _BUDGET.get(jax.default_backend(), _ACCELERATOR_BUDGET)
-    size = max(96, budget // (4 * (_ARRAYS + metrics) * tokens))  # each chunk reads the head: not too short
-    if masked:  # the last chunk of live positions is computed whole: shorter ones waste less
+def is_cpu() -> bool:
+    """Whether there is no accelerator."""
+    return jax.default_backend() == "cpu"
+
+
+def chunk_size(
+    positions: int, tokens: int, *, masked: bool, metrics: int = 0, closed: bool = False, shards: int = 1
+) -> int:
+    """The number of positions at a time that fit the budget, evenly spread; on a CPU shorter with a mask.
+
+    Args:
+      positions: all of them.
+      tokens: number of tokens of the vocabulary.
+      masked: whether there is a mask.
+      metrics: evaluated beside the objective.
+      closed: whether the objective's gradient is written out.
+      shards: devices that the positions are known to be spread over.
+    """
+    budget = _BUDGET.get(jax.default_backend(), _ACCELERATOR_BUDGET) * shards
+    arrays = (_CLOSED_ARRAYS if closed else _ARRAYS) + metrics
+    size = max(96 * shards, budget // (4 * arrays * tokens))  # each chunk reads the head: not too short
+    if masked and is_cpu():  # the last chunk of live positions is computed whole: shorter ones waste less
         size = min(size, max(64, positions // 8))
-    chunks = max(1, math.ceil(positions / size))
-    return 16 * max(1, math.ceil(positions / chunks / 16))  # even, and a shape that hardware likes
+    chunks = max(1, ceil_div(positions, size))
+    return 16 * max(1, ceil_div(positions, 16 * chunks))  # even, and a shape that hardware likes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,46 +72,57 @@ class ChunkSettings:
 
     Attributes:
       objective: what is differentiated.
-      rule: its gradient written out, if there is one to use.
       metrics: what is evaluated on the same logits.
       chunk: positions at a time.
       all_live: there was no mask.
       softcaps: softcaps of the teacher's and of the student's logits.
       axis_name: over which the heads' rows are sharded.
+      gathered: the logits of all shards are brought together.
+      trains_head: the head gets a gradient.
+      together: teacher and student share a head, which is read once for both.
     """
 
     objective: Objective
-    rule: Rule | None
     metrics: tuple[tuple[str, Objective], ...]
     chunk: int
     all_live: bool
     softcaps: tuple[float | None, float | None]
     axis_name: str | None
+    gathered: bool
+    trains_head: bool
+    together: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def evaluate(settings: ChunkSettings, hidden: Array, per_position: Arrays, heads: Heads) -> Results:
-    """(values, metrics) of all positions, ``[N]`` each; differentiable in ``hidden``.
+def evaluate(settings: ChunkSettings, hidden: Array, head: Array, given: Mapping[str, Any]) -> Results:
+    """(values, metrics) of all positions, ``[*b, t]`` each; differentiable in ``hidden`` and ``head``.
 
     Args:
       settings: what is static.
-      hidden: the student's ``[N, D]``.
-      per_position: ``live`` ``[N]``, and what the objectives read: ``teacher_hidden``, ``targets``, ...
-      heads: the teacher's ``[V, E]`` and the student's ``[V, D]``.
+      hidden: the student's ``[*b, t, D]``.
+      head: the student's ``[V, D]``.
+      given: ``each``: by position ``live`` and what the objectives read, as ``teacher_hidden``, ``targets``;
+        ``teacher_head`` ``[V, E]``, if it is another one; ``options``, numbers of the objective.
     """
-    return _in_chunks(settings, hidden, per_position, heads, gradient=False)[0]
+    return _in_chunks(settings, hidden, head, given, gradient=False)[0]
 
 
-def _forward(settings: ChunkSettings, hidden: Array, per_position: Arrays, heads: Heads):
-    results, gradient = _in_chunks(settings, hidden, per_position, heads, gradient=True)
-    return results, (gradient, per_position["live"])
+def _forward(settings: ChunkSettings, hidden: Array, head: Array, given: Mapping[str, Any]) -> Any:
+    if settings.trains_head:  # each position's part in its gradient must be weighed, so it is formed later
+        return evaluate(settings, hidden, head, given), (hidden, head, given)
+    results, (gradient, _) = _in_chunks(settings, hidden, head, given, gradient=True)
+    return results, (gradient, given["each"]["live"])
 
 
-def _backward(_: ChunkSettings, saved: tuple[Array, Array], cotangents: Results):
+def _backward(settings: ChunkSettings, saved: Any, cotangents: Results) -> Any:
+    if settings.trains_head:
+        hidden, head, given = saved
+        given = {**given, "each": {**given["each"], "weight": cotangents[0]}}
+        return *_in_chunks(settings, hidden, head, given, gradient=True)[1], None
     gradient, live = saved
-    scaled = cotangents[0][:, None] * gradient.astype(jnp.float32)
+    scaled = cotangents[0][..., None] * gradient.astype(jnp.float32)
     # A cotangent under the mask may be infinite (that of a square root at 0).
-    return jnp.where(live[:, None], scaled, 0.0).astype(gradient.dtype), None, None
+    return jnp.where(live[..., None], scaled, 0.0).astype(gradient.dtype), None, None
 
 
 evaluate.defvjp(_forward, _backward)
@@ -93,85 +130,169 @@ evaluate.defvjp(_forward, _backward)
 
 @functools.partial(jax.jit, static_argnames=("settings", "gradient"))
 def _in_chunks(
-    settings: ChunkSettings, hidden: Array, per_position: Arrays, heads: Heads, *, gradient: bool
-) -> tuple[Results, Array | None]:
-    """((values, metrics), gradient) of all positions, ``[N]`` and ``[N, D]``."""
-    arrays = {"student_hidden": hidden, **per_position}
-    one = functools.partial(_one_chunk, settings, heads, gradient=gradient)
-    N, C = hidden.shape[0], settings.chunk
-    if N <= C:
-        return one(arrays)
+    settings: ChunkSettings, hidden: Array, head: Array, given: Mapping[str, Any], *, gradient: bool
+) -> tuple[Results, tuple[Array | None, Array | None]]:
+    """((values, metrics), (gradient to the states, to the head)) of all positions, ``[*b, t, ...]``."""
+    one = functools.partial(_one_chunk, settings, head, given, gradient=gradient)
+    heads = [head, given.get("teacher_head", head)] if settings.axis_name is None else []
+    arrays = {"student_hidden": hidden, **given["each"]}
+    reads = (heads, [head])
+    (results, to_hidden), to_head = chunked(
+        one, arrays, settings.chunk, all_live=settings.all_live, reads=reads
+    )
+    return results, (to_hidden, None if to_head is None else to_head.astype(head.dtype))
+
+
+def chunked(
+    one: Callable[[Arrays], tuple[Any, Any]],
+    arrays: Arrays,
+    size: int,
+    *,
+    all_live: bool,
+    reads: tuple[Any, Any] = ((), ()),
+) -> tuple[Any, Any]:
+    """``one`` of all positions, so many at a time; chunks without any that counts are not computed.
+
+    Args:
+      one: takes arrays ``[*g, n, ...]`` and gives two trees: of such arrays, and of sums over positions.
+      arrays: by position, ``[*b, t, ...]``; ``live`` says which count.
+      size: positions of a chunk.
+      all_live: whether all count.
+      reads: what else the one tree and the other are made of.
+
+    Returns:
+      The two trees, of ``[*b, t, ...]`` and of sums.
+    """
+    batch = arrays["live"].shape
+    cuts = [math.gcd(n, _devices()) for n in batch[:-1]]
+    grouped = {name: _grouped(array, batch, cuts) for name, array in arrays.items()}
+    live = grouped["live"]
+    *groups, R = live.shape
+    axis, C = len(groups), max(1, size // math.prod(groups))
+    if R <= C:
+        found, sums = one(grouped)
+        return jax.tree.map(lambda a: _ungrouped(a, batch, cuts), found), sums
     # Live positions first; chunks beyond the last of them are never computed.
-    padding = -N % C
-    live = per_position["live"]
-    order = jnp.arange(N) if settings.all_live else jnp.argsort(~live, stable=True)
-    order = jnp.pad(order, (0, padding))
-    count = N if settings.all_live else jnp.sum(live)
+    order: Any = None if all_live else jnp.argsort(~live, axis=axis, stable=True)
+    count = R if all_live else jnp.max(jnp.sum(live, axis=axis))
 
-    def body(i: Array, out: Any) -> Any:
-        start = i * C
-        index = jax.lax.dynamic_slice_in_dim(order, start, C)
-        chunk = {name: jnp.take(array, index, axis=0) for name, array in arrays.items()}
-        chunk["live"] &= start + jnp.arange(C) < N
-        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
-        return jax.tree.map(write, out, one(chunk))
+    def taken(a: Array, index: Array) -> Array:
+        return jnp.take_along_axis(a, index.reshape(*index.shape, *[1] * (a.ndim - index.ndim)), axis=axis)
 
-    shapes = jax.eval_shape(one, {name: array[:C] for name, array in arrays.items()})
-    sources = list(arrays.values()) + (list(heads) if settings.axis_name is None else [])
+    def part(i: Any) -> tuple[Any, Arrays]:
+        start = jnp.minimum(i * C, R - C)  # the last one begins earlier, and computes some once more
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=C, axis=axis)
+        chunk = jax.tree.map(cut if order is None else lambda a: taken(a, cut(order)), grouped)
+        return start, {**chunk, "fresh": jnp.broadcast_to(start + jnp.arange(C) >= i * C, (*groups, C))}
 
-    def blank(like: Any) -> Array:
-        zeros = jnp.zeros((N + padding, *like.shape[1:]), like.dtype)
-        return vocabulary.like_varying(zeros, *sources)
+    def body(i: Any, out: Any) -> Any:
+        start, chunk = part(i)
+        found, sums = one(chunk)
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=axis)
+        return jax.tree.map(write, out[0], found), jax.tree.map(jnp.add, out[1], sums)
 
-    out = jax.lax.fori_loop(0, -(-count // C), body, jax.tree.map(blank, shapes))
-    if settings.all_live:
-        return jax.tree.map(lambda a: a[:N], out)
-    rank = jnp.zeros(N, jnp.int32).at[order[:N]].set(jnp.arange(N, dtype=jnp.int32))
-    return jax.tree.map(lambda a: jnp.take(a, rank, axis=0), out)
+    def blank(shape: tuple[int, ...], dtype: Any, reads: Any) -> Array:
+        return vocabulary.like_varying(jnp.zeros(shape, dtype), *grouped.values(), *reads)
+
+    found, sums = jax.eval_shape(lambda: one(part(0)[1]))
+    begun = jax.tree.map(lambda a: blank((*live.shape, *a.shape[axis + 1 :]), a.dtype, reads[0]), found)
+    zeros = jax.tree.map(lambda a: blank(a.shape, a.dtype, reads[1]), sums)
+    out, sums = jax.lax.fori_loop(0, -(-count // C), body, (begun, zeros))
+    if order is not None:
+        rank = jnp.argsort(order, axis=axis)
+        out = jax.tree.map(lambda a: taken(a, rank), out)
+    return jax.tree.map(lambda a: _ungrouped(a, batch, cuts), out), sums
+
+
+def _devices() -> int:
+    """The number of devices that rows may be spread over without a word in their types; 1 inside of a map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.manual_axes else max(jax.device_count(), mesh.size)
+
+
+def _grouped(array: Array, batch: tuple[int, ...], cuts: list[int]) -> Array:
+    """``[*b, t, ...]`` as ``[*g, R, ...]``: for each axis of ``*b`` that is cut, one of its groups."""
+    sizes = [size for n, cut in zip(batch, [*cuts, 1], strict=True) for size in (cut, n // cut)]
+    rest, count = array.shape[len(batch) :], len(sizes)
+    groups = [2 * i for i, cut in enumerate(cuts) if cut > 1]
+    if groups:
+        others = [i for i in range(count) if i not in groups]
+        array = array.reshape(*sizes, *rest).transpose(*groups, *others, *range(count, count + len(rest)))
+    inside = [sizes[i] for i in groups]
+    return array.reshape(*inside, math.prod(batch) // math.prod(inside), *rest)
+
+
+def _ungrouped(array: Array, batch: tuple[int, ...], cuts: list[int]) -> Array:
+    """``[*g, R, ...]`` as ``[*b, t, ...]`` again."""
+    large = [i for i, cut in enumerate(cuts) if cut > 1]
+    rest = array.shape[len(large) + 1 :]
+    if large:
+        inner = [n // cut for n, cut in zip(batch, [*cuts, 1], strict=True)]
+        array = array.reshape(*(cuts[i] for i in large), *inner, *rest)
+        places = {i: place for place, i in enumerate(large)}
+        order = [
+            p for i in range(len(batch)) for p in ([places[i]] if i in places else []) + [len(large) + i]
+        ]
+        array = array.transpose(*order, *range(len(order), array.ndim))
+    return array.reshape(*batch, *rest)
 
 
 def _one_chunk(
-    settings: ChunkSettings, heads: Heads, chunk: Arrays, *, gradient: bool
-) -> tuple[Results, Array | None]:
-    teacher_head, head = heads
-    live = chunk["live"]
-    given = {name: array for name, array in chunk.items() if name != "live"}
-    student = given["student_hidden"]
-    axis, rule = settings.axis_name, settings.rule
+    settings: ChunkSettings, head: Array, given: Mapping[str, Any], chunk: Arrays, *, gradient: bool
+) -> tuple[tuple[Results, Array | None], Array | None]:
+    live, student = chunk["live"], chunk["student_hidden"]
+    inputs: dict[str, Any] = {name: chunk[name] for name in chunk if name not in ("live", "weight", "fresh")}
+    all_shards, shard = (settings.axis_name, None) if settings.gathered else (None, settings.axis_name)
 
-    def logits_of(hidden: Array, head: Array) -> Array:
-        # A NaN under the mask must not reach the gradient. And on jax 0.10's CPU backend the product,
-        # fused with the softmax's reduction for want of something between them, takes 1.5 times as long.
-        raw = jnp.where(live[:, None], product("nd,vd->nv", hidden, head, hidden.dtype), 0)
-        return raw if rule else vocabulary.gather(raw, axis)
+    def logits_of(hidden: Array, head: Array, live: Array = live) -> Array:
+        return vocabulary.gather(raw_logits(hidden, head, live), all_shards)
 
-    def cap(softcap: float | None, raw: Array) -> Array:
-        return raw if softcap is None else softcap * jnp.tanh(raw / softcap)
-
-    teacher_cap, own_cap = (functools.partial(cap, softcap) for softcap in settings.softcaps)
-    if "teacher_hidden" in given:  # where nothing reads them, they are not computed
-        given["teacher_logits"] = teacher_cap(logits_of(given["teacher_hidden"], teacher_head))
-    given["student_logits"], uncap = jax.vjp(own_cap, logits_of(student, head))
-    measured = {name: entry(mask=live, **given) for name, entry in settings.metrics}
-
-    if rule:
-        values, to_logits = rule(given, live, axis, **dict(settings.objective.options))
-        to_hidden = jnp.zeros(student.shape, jnp.float32)
+    teacher_cap, own_cap = (functools.partial(capped, softcap) for softcap in settings.softcaps)
+    if settings.together:
+        both = jnp.stack([inputs["teacher_hidden"], student])
+        teacher_raw, raw = logits_of(both, head, jnp.stack([live, live]))
+        inputs["teacher_logits"] = teacher_cap(teacher_raw)
     else:
+        if "teacher_hidden" in inputs:  # where nothing reads them, they are not computed
+            teacher_head = given.get("teacher_head", head)
+            inputs["teacher_logits"] = teacher_cap(logits_of(inputs["teacher_hidden"], teacher_head))
+        raw = logits_of(student, head)
+    inputs |= {"mask": live, "axis_name": shard}
+    measured = {name: entry(**inputs, student_logits=own_cap(raw)) for name, entry in settings.metrics}
 
-        def values_of(student_logits: Array, student_hidden: Array) -> Array:
-            own = {"student_logits": student_logits, "student_hidden": student_hidden}
-            return settings.objective(mask=live, **{**given, **own})
+    def values_of(raw: Array, student: Array) -> Array:
+        own = {"student_logits": own_cap(raw), "student_hidden": student}
+        return settings.objective(**{**inputs, **own, **given["options"]})
 
-        values, pull = jax.vjp(values_of, given["student_logits"], student)
-        to_logits, to_hidden = pull(jnp.ones_like(values))
+    values, pull = jax.vjp(values_of, raw, student)
     if not gradient:
-        return (values, measured), None
+        return ((values, measured), None), None
+    weight = jnp.where(live, chunk["weight"], 0.0) if "weight" in chunk else jnp.ones_like(values)
+    values, weight = jax.lax.optimization_barrier((values, weight))  # in the memory that the values took
+    to_raw, to_hidden = pull(weight)
+    to_head = None
+    if settings.gathered:
+        to_raw = vocabulary.own_part(to_raw, head.shape[0], settings.axis_name)
     if "student_logits" in settings.objective.inputs:
-        (to_raw,) = uncap(to_logits)
-        to_raw = to_raw if rule else vocabulary.own_part(to_raw, head.shape[0], axis)
-        to_hidden += vocabulary.total(product("nv,vd->nd", to_raw, head, student.dtype), axis)
-    return (values, measured), to_hidden.astype(student.dtype)
+        more = product("...v,vd->...d", to_raw, head, student.dtype)
+        to_hidden = to_hidden.astype(jnp.float32) + vocabulary.total(more, settings.axis_name)
+    if settings.trains_head:
+        own = to_raw if "fresh" not in chunk else jnp.where(chunk["fresh"][..., None], to_raw, 0.0)
+        flat, states = (x.reshape(-1, x.shape[-1]) for x in (own, student))
+        to_head = product("vn,nd->vd", flat.T, states, head.dtype)
+    return ((values, measured), to_hidden.astype(student.dtype)), to_head
+
+
+def raw_logits(hidden: Array, head: Array, live: Array) -> Array:
+    """Logits ``[*g, n, v]`` before a softcap, 0 where a position does not count."""
+    # A NaN under the mask must not reach the gradient. And on jax 0.10's CPU backend the product, fused with
+    # the softmax's reduction for want of something between them, takes 1.5 times as long.
+    return jnp.where(live[..., None], product("...d,vd->...v", hidden, head, hidden.dtype), 0)
+
+
+def capped(softcap: float | None, raw: Array) -> Array:
+    """Logits after the softcap, if there is one."""
+    return raw if softcap is None else softcap * jnp.tanh(raw / softcap)
 
 
 def product(spec: str, left: Array, head: Array, dtype: Any) -> Array:
@@ -180,5 +301,24 @@ def product(spec: str, left: Array, head: Array, dtype: Any) -> Array:
     dtype = jnp.bfloat16 if jnp.promote_types(dtype, head.dtype) == jnp.bfloat16 else jnp.float32
     # Float32 at full precision, which accelerators don't give unasked; sums always in float32.
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    left, head = left.astype(dtype), head.astype(dtype)
-    return jnp.einsum(spec, left, head, precision=precision, preferred_element_type=jnp.float32)
+    multiply = functools.partial(jnp.einsum, spec, precision=precision, preferred_element_type=jnp.float32)
+    left, (V, D) = left.astype(dtype), head.shape
+    blocks = 1 if head.dtype == dtype else ceil_div(4 * V * D, _CAST_BYTES)
+    if blocks == 1:
+        return multiply(left, head.astype(dtype))
+    # Cast as a whole, it would be twice its size, for as long as the loop over the chunks runs.
+    rows, to_logits, kept = ceil_div(V, blocks), spec.endswith("v"), head
+    if jax.__version_info__ < (0, 11) and head.dtype == jnp.bfloat16:
+        kept = jax.lax.bitcast_convert_type(head, jnp.uint16)  # of bfloat16 a CPU would cut all as float32
+
+    def body(i: Any, out: Array) -> Array:
+        start = jnp.minimum(i * rows, V - rows)
+        block = jax.lax.dynamic_slice_in_dim(kept, start, rows)
+        block = jax.lax.bitcast_convert_type(block, head.dtype).astype(dtype)
+        if to_logits:
+            return jax.lax.dynamic_update_slice_in_dim(out, multiply(left, block), start, axis=-1)
+        part = jax.lax.dynamic_slice_in_dim(left, start, rows, axis=-1)
+        return out + multiply(jnp.where(start + jnp.arange(rows) < i * rows, 0, part), block)
+
+    blank = jnp.zeros((*left.shape[:-1], V if to_logits else D), jnp.float32)
+    return jax.lax.fori_loop(0, blocks, body, vocabulary.like_varying(blank, left, head))

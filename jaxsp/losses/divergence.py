@@ -3,23 +3,35 @@
 All take logits ``[*b, t, v]`` in any float dtype and return unreduced float32 ``[*b, t]``: exactly 0,
 with zero gradient, where the mask is False (even over NaN). The teacher gets no gradient. ``-inf``
 logits (banned tokens) are legal; a token that one side bans and the other does not can make a
-divergence infinite, as the mathematics says, and then its gradient means nothing.
+divergence infinite, as the mathematics says, and then its gradient means nothing. What has a probability of
+0 in float32 counts as having none.
+
+Temperature, beta and alpha may be traced, as a schedule's within one compiled loop; no gradient flows to
+them. Where the logits are sharded over the vocabulary, ``axis_name`` names the mapped axis.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp.losses.checks import Logits, Losses, Mask, fraction, prepare
+from jaxsp.losses.checks import Logits, Losses, Mask, Number, finite, fraction, number, positive, prepare
+from jaxsp.losses.vocabulary import Found, Piece, compared, log_softmax, total
 from jaxsp.typing import Array
 
 
 def kl_divergence(
-    teacher_logits: Logits, student_logits: Logits, mask: Mask = None, *, temperature: float = 1.0
+    teacher_logits: Logits,
+    student_logits: Logits,
+    mask: Mask = None,
+    *,
+    temperature: Number = 1.0,
+    axis_name: str | None = None,
 ) -> Losses:
     r"""Kullback-Leibler divergence of the student from the teacher, over the whole vocabulary.
 
@@ -33,6 +45,7 @@ def kl_divergence(
       student_logits: ``[*b, t, v]``.
       mask: ``[*b, t]``, True where a position counts; all if ``None``.
       temperature: both sides' logits are divided by it. The result is not rescaled by its square.
+      axis_name: mapped axis over which the vocabulary is sharded, if it is.
 
     Returns:
       ``[*b, t]`` float32, in nats, never negative beyond rounding.
@@ -49,12 +62,16 @@ def kl_divergence(
     Reference:
       Kullback & Leibler 1951; for distilling language models: Hinton et al. 2015 (arXiv:1503.02531).
     """
-    p, q, mask = _log_probs(teacher_logits, student_logits, mask, temperature)
-    return jnp.where(mask, jnp.sum(kl_terms(p, q), axis=-1), 0.0)
+    return _divergence(kl, teacher_logits, student_logits, mask, temperature, axis_name)
 
 
 def reverse_kl_divergence(
-    teacher_logits: Logits, student_logits: Logits, mask: Mask = None, *, temperature: float = 1.0
+    teacher_logits: Logits,
+    student_logits: Logits,
+    mask: Mask = None,
+    *,
+    temperature: Number = 1.0,
+    axis_name: str | None = None,
 ) -> Losses:
     r"""Kullback-Leibler divergence of the teacher from the student: KL(q ‖ p).
 
@@ -67,6 +84,7 @@ def reverse_kl_divergence(
       student_logits: ``[*b, t, v]``.
       mask: ``[*b, t]``, True where a position counts; all if ``None``.
       temperature: both sides' logits are divided by it.
+      axis_name: mapped axis over which the vocabulary is sharded, if it is.
 
     Returns:
       ``[*b, t]`` float32, in nats.
@@ -83,8 +101,7 @@ def reverse_kl_divergence(
     Reference:
       Gu et al. 2023, MiniLLM (arXiv:2306.08543).
     """
-    p, q, mask = _log_probs(teacher_logits, student_logits, mask, temperature)
-    return jnp.where(mask, jnp.sum(kl_terms(q, p), axis=-1), 0.0)
+    return _divergence(reverse_kl, teacher_logits, student_logits, mask, temperature, axis_name)
 
 
 def js_divergence(
@@ -92,8 +109,9 @@ def js_divergence(
     student_logits: Logits,
     mask: Mask = None,
     *,
-    beta: float = 0.5,
-    temperature: float = 1.0,
+    beta: Number = 0.5,
+    temperature: Number = 1.0,
+    axis_name: str | None = None,
 ) -> Losses:
     r"""Generalised Jensen-Shannon divergence.
 
@@ -110,6 +128,7 @@ def js_divergence(
       mask: ``[*b, t]``, True where a position counts; all if ``None``.
       beta: the teacher's weight in the mixture m, between 0 and 1.
       temperature: both sides' logits are divided by it.
+      axis_name: mapped axis over which the vocabulary is sharded, if it is.
 
     Returns:
       ``[*b, t]`` float32, in nats; for beta inside (0, 1) finite even where one side bans a token.
@@ -126,18 +145,147 @@ def js_divergence(
     Reference:
       Lin 1991; generalised for distillation: Agarwal et al. 2023 (arXiv:2306.13649).
     """
-    beta = float(np.float32(fraction("beta", beta)))
-    if beta in (0.0, 1.0):
-        limit = reverse_kl_divergence if beta else kl_divergence
-        return limit(teacher_logits, student_logits, mask, temperature=temperature)
-    p, q, mask = _log_probs(teacher_logits, student_logits, mask, temperature)
-    m = _log_mixture(p, q, beta)
-    terms = beta * kl_terms(p, m) + (1 - beta) * kl_terms(q, m)
-    return jnp.where(mask, jnp.sum(terms, axis=-1), 0.0)
+    beta = fraction("beta", beta)
+    return _divergence(js, teacher_logits, student_logits, mask, temperature, axis_name, beta)
+
+
+def skewed_kl_divergence(
+    teacher_logits: Logits,
+    student_logits: Logits,
+    mask: Mask = None,
+    *,
+    alpha: Number = 0.1,
+    temperature: Number = 1.0,
+    axis_name: str | None = None,
+) -> Losses:
+    r"""Kullback-Leibler divergence from the teacher of a student with a little of the teacher mixed in.
+
+    .. math:: KL(p \| \alpha p + (1 - \alpha) q)
+
+    At most -log α, with gradients that don't explode where the student finds a token of the teacher's
+    hardly possible.
+
+    Args:
+      teacher_logits: ``[*b, t, v]``; no gradient flows to it.
+      student_logits: ``[*b, t, v]``.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``.
+      alpha: share of the teacher, between 0 (``kl_divergence``) and 1 (0 for all p and q).
+      temperature: both sides' logits are divided by it.
+      axis_name: mapped axis over which the vocabulary is sharded, if it is.
+
+    Returns:
+      ``[*b, t]`` float32, in nats.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, alpha is outside [0, 1] or the temperature not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> p, q = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.9, 0.1]]))
+      >>> f"{skewed_kl_divergence(p, q)[0]:.4f}"
+      '0.3653'
+
+    Reference:
+      Ko et al. 2024, DistiLLM (arXiv:2402.03898).
+    """
+    alpha = fraction("alpha", alpha)
+    return _divergence(_skewed_kl, teacher_logits, student_logits, mask, temperature, axis_name, alpha)
+
+
+def alpha_divergence(
+    teacher_logits: Logits,
+    student_logits: Logits,
+    mask: Mask = None,
+    *,
+    alpha: Number = 0.5,
+    temperature: Number = 1.0,
+    axis_name: str | None = None,
+) -> Losses:
+    r"""Amari's α-divergence, from KL(q ‖ p) at α = 0 to KL(p ‖ q) at α = 1.
+
+    .. math:: \frac{1 - \sum_v p_v^\alpha q_v^{1 - \alpha}}{\alpha (1 - \alpha)}
+
+    Between 0 and 1 it is finite even where one side bans a token. At ½ it is four times the squared
+    Hellinger distance.
+
+    Args:
+      teacher_logits: ``[*b, t, v]``; no gradient flows to it.
+      student_logits: ``[*b, t, v]``.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``.
+      alpha: any number; large ones look at what the student finds too unlikely. Closer than 0.001 to 0 or
+        1, but not there, rounding shows.
+      temperature: both sides' logits are divided by it.
+      axis_name: mapped axis over which the vocabulary is sharded, if it is.
+
+    Returns:
+      ``[*b, t]`` float32, in nats.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, alpha is not finite or the temperature not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> p, q = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.9, 0.1]]))
+      >>> f"{alpha_divergence(p, q)[0]:.4f}"
+      '0.4223'
+
+    Reference:
+      Amari 2009, α-Divergence Is Unique, Belonging to Both f-Divergence and Bregman Divergence Classes
+      (doi:10.1109/TIT.2009.2030485); in this form: Minka 2005, Divergence Measures and Message Passing.
+    """
+    alpha = finite("alpha", alpha)
+    return _divergence(_alpha, teacher_logits, student_logits, mask, temperature, axis_name, alpha)
+
+
+def renyi_divergence(
+    teacher_logits: Logits,
+    student_logits: Logits,
+    mask: Mask = None,
+    *,
+    alpha: float = 0.5,
+    temperature: Number = 1.0,
+    axis_name: str | None = None,
+) -> Losses:
+    r"""Rényi's divergence of order α; KL(p ‖ q) at α = 1.
+
+    .. math:: \frac{1}{\alpha - 1} \log \sum_v p_v^\alpha q_v^{1 - \alpha}
+
+    Args:
+      teacher_logits: ``[*b, t, v]``; no gradient flows to it.
+      student_logits: ``[*b, t, v]``.
+      mask: ``[*b, t]``, True where a position counts; all if ``None``.
+      alpha: the order, positive; known when the program is traced.
+      temperature: both sides' logits are divided by it.
+      axis_name: mapped axis over which the vocabulary is sharded, if it is.
+
+    Returns:
+      ``[*b, t]`` float32, in nats.
+
+    Raises:
+      ValueError: shapes or dtypes don't fit, or alpha or the temperature is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> p, q = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.9, 0.1]]))
+      >>> f"{renyi_divergence(p, q)[0]:.4f}"
+      '0.2231'
+
+    Reference:
+      Rényi 1961; van Erven & Harremoës 2014, Rényi Divergence and Kullback-Leibler Divergence
+      (arXiv:1206.2459).
+    """
+    alpha = positive("alpha", number("alpha", alpha))
+    out = _divergence(_alpha, teacher_logits, student_logits, mask, temperature, axis_name, alpha)
+    return out if alpha == 1 else jnp.log1p(alpha * (alpha - 1) * out) / (alpha - 1)
 
 
 def total_variation(
-    teacher_logits: Logits, student_logits: Logits, mask: Mask = None, *, temperature: float = 1.0
+    teacher_logits: Logits,
+    student_logits: Logits,
+    mask: Mask = None,
+    *,
+    temperature: Number = 1.0,
+    axis_name: str | None = None,
 ) -> Losses:
     r"""Total variation distance: the largest difference in the probability of any set of tokens.
 
@@ -151,6 +299,7 @@ def total_variation(
       student_logits: ``[*b, t, v]``.
       mask: ``[*b, t]``, True where a position counts; all if ``None``.
       temperature: both sides' logits are divided by it.
+      axis_name: mapped axis over which the vocabulary is sharded, if it is.
 
     Returns:
       ``[*b, t]`` float32, between 0 and 1.
@@ -167,29 +316,112 @@ def total_variation(
     Reference:
       For distilling language models: Wen et al. 2023, f-DISTILL (arXiv:2307.15190).
     """
-    p, q, mask = _log_probs(teacher_logits, student_logits, mask, temperature)
-    return jnp.where(mask, jnp.sum(jnp.abs(jnp.exp(p) - jnp.exp(q)), axis=-1) / 2, 0.0)
+    return _divergence(_total_variation, teacher_logits, student_logits, mask, temperature, axis_name)
 
 
-def _log_probs(
-    teacher_logits: Logits, student_logits: Logits, mask: Mask, temperature: float
-) -> tuple[Array, Array, Array]:
-    mask, p, q = prepare(mask, temperature, teacher_logits=teacher_logits, student_logits=student_logits)
-    return jax.nn.log_softmax(p), jax.nn.log_softmax(q), mask
+def _divergence(
+    piece: Piece,
+    teacher: Any,
+    student: Any,
+    mask: Mask,
+    temperature: Any,
+    axis_name: str | None,
+    *number: Any,
+) -> Losses:
+    sides = {"teacher_logits": teacher, "student_logits": student}
+    mask, p, q = prepare(mask, temperature, **sides)
+    piece, traced = with_number(functools.partial(piece, axis_name=axis_name), *number)
+    return jnp.where(mask, compared(piece, q, log_softmax(p, axis_name), *traced, axis_name=axis_name), 0.0)
+
+
+def with_number(piece: Piece, *number: Any) -> tuple[Piece, tuple[Any, ...]]:
+    """The piece with its number where that is known, and what is left to give: a traced one."""
+    known = [float(np.float32(x)) for x in number if isinstance(x, float)]
+    return (lambda *logs: piece(*logs, *known)), () if known else number
+
+
+# Pieces: see `vocabulary.Piece`. What is the same multiple of q for all tokens is left out of a slope: the
+# gradient to the logits stays the same.
+
+
+def kl(log_q: Array, log_p: Array, axis_name: str | None = None) -> Found:
+    """KL(p ‖ q)."""
+    return total(jnp.sum(kl_terms(log_p, log_q), axis=-1), axis_name), -jnp.exp(log_p), -1.0
+
+
+def reverse_kl(log_q: Array, log_p: Array, axis_name: str | None = None) -> Found:
+    """KL(q ‖ p)."""
+    terms = kl_terms(log_q, log_p)
+    value = total(jnp.sum(terms, axis=-1), axis_name)
+    return value, terms, value
+
+
+def js(log_q: Array, log_p: Array, beta: Any, axis_name: str | None = None) -> Found:
+    """The generalised Jensen-Shannon divergence; at the ends of beta its limits."""
+
+    def inside() -> tuple[Array, Array]:
+        log_m = _log_mixture(log_p, log_q, beta)
+        slope = (1 - beta) * kl_terms(log_q, log_m)
+        return beta * kl_terms(log_p, log_m) + slope, slope
+
+    terms, slope = _between(beta, _to_kl(log_p, log_q), _to_reverse_kl(log_p, log_q), inside)
+    return total(jnp.sum(terms, axis=-1), axis_name), slope, None
+
+
+def _alpha(log_q: Array, log_p: Array, alpha: Any, axis_name: str | None = None) -> Found:
+    def inside() -> tuple[Array, Array]:
+        possible = (log_p > -jnp.inf) | (log_q > -jnp.inf)
+        powers = jnp.exp(jnp.where(possible, alpha * log_p + (1 - alpha) * log_q, -jnp.inf))
+        terms = alpha * jnp.exp(log_p) + (1 - alpha) * jnp.exp(log_q) - powers
+        return terms / (alpha * (1 - alpha)), -powers / alpha
+
+    terms, slope = _between(alpha, _to_reverse_kl(log_p, log_q), _to_kl(log_p, log_q), inside)
+    return total(jnp.sum(terms, axis=-1), axis_name), slope, None
+
+
+def _skewed_kl(log_q: Array, log_p: Array, alpha: Any, axis_name: str | None = None) -> Found:
+    log_m, p = _log_mixture(log_p, log_q, alpha), jnp.exp(log_p)
+    share = jnp.exp(log_q - jnp.where(p == 0, 0.0, log_m))
+    value = total(jnp.sum(kl_terms(log_p, log_m), axis=-1), axis_name)
+    return value, -(1 - alpha) * jnp.where(p == 0, 0.0, p * share), None
+
+
+def _total_variation(log_q: Array, log_p: Array, axis_name: str | None = None) -> Found:
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    value = total(jnp.sum(jnp.abs(p - q), axis=-1), axis_name) / 2
+    return value, jnp.sign(q - p) * q / 2, None
+
+
+Parts = Callable[[], tuple[Array, Array]]
+"""Gives the terms ``[*b, v]`` of a sum and their slopes."""
+
+
+def _to_kl(log_p: Array, log_q: Array) -> Parts:
+    return lambda: (kl_terms(log_p, log_q), -jnp.exp(log_p))
+
+
+def _to_reverse_kl(log_p: Array, log_q: Array) -> Parts:
+    return lambda: (terms := kl_terms(log_q, log_p), terms)
+
+
+def _between(number: Any, at_0: Parts, at_1: Parts, inside: Parts) -> tuple[Array, Array]:
+    """The parts for this number; all are computed only where it is traced."""
+    if isinstance(number, float):
+        return {0.0: at_0, 1.0: at_1}.get(number, inside)()
+    chosen = jax.tree.map(lambda a, b: jnp.where(number == 0, a, b), at_0(), inside())
+    return jax.tree.map(lambda a, b: jnp.where(number == 1, a, b), at_1(), chosen)
 
 
 def kl_terms(log_p: Array, log_q: Array) -> Array:
-    """p (log p - log q) of each token, where 0 log 0 = 0, from log-probabilities."""
-    # The inner `where` keeps -inf - -inf out of the gradient; the outer one is for a p that
-    # underflows, of which the product would make 0 · ∞.
-    possible, banned = log_p > -jnp.inf, log_q == -jnp.inf
-    known = possible & ~banned
-    terms = jnp.exp(log_p) * (jnp.where(known, log_p, 0.0) - jnp.where(known, log_q, 0.0))
-    return jnp.where(possible & banned, jnp.inf, terms)
+    """p (log p - log q) of each token, from log-probabilities; 0 where p is 0, if only by underflow."""
+    p = jnp.exp(log_p)
+    gone = p == 0  # inside, too: the gradient of what is not taken must be a number
+    return jnp.where(gone, 0.0, p * (jnp.where(gone, 0.0, log_p) - jnp.where(gone, 0.0, log_q)))
 
 
-def _log_mixture(log_p: Array, log_q: Array, beta: float) -> Array:
+def _log_mixture(log_p: Array, log_q: Array, beta: Any) -> Array:
     # log(beta p + (1-beta) q), with a finite gradient where both are 0.
-    a, b = log_p + math.log(beta), log_q + math.log1p(-beta)
-    either = jnp.maximum(a, b) > -jnp.inf
-    return jnp.where(either, jnp.logaddexp(jnp.where(either, a, 0.0), jnp.where(either, b, 0.0)), -jnp.inf)
+    a, b = log_p + jnp.log(beta), log_q + jnp.log1p(-beta)
+    neither = jnp.maximum(a, b) == -jnp.inf
+    a, b = (jnp.where(neither, 0.0, side) for side in (a, b))
+    return jnp.where(neither, -jnp.inf, jnp.logaddexp(a, b))

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import functools
+from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import AnswerLosses, Logits, Losses, Mask, Tokens, check_ids, fraction, prepare
+from jaxsp.losses.checks import Logits, Losses, Mask, Number, Tokens, check_ids, fraction, prepare
+from jaxsp.losses.divergence import with_number
+from jaxsp.losses.vocabulary import Found, compared, first_token, shards, total
 from jaxsp.typing import AnyArray, Array, Bool, Float, Int
 
+AnswerLogits: TypeAlias = Float[AnyArray, "*b t v"]
+Answers: TypeAlias = Int[AnyArray, "*b t"]
+AnswerMask: TypeAlias = Bool[AnyArray, "*b t"] | Int[AnyArray, "*b t"] | None
+AnswerLosses: TypeAlias = Float[Array, "*b"]
 CandidateLogits: TypeAlias = Float[AnyArray, "*b n t v"]
 Candidates: TypeAlias = Int[AnyArray, "*b n t"]
-CandidateMask: TypeAlias = Bool[AnyArray, "*b n t"] | None
+CandidateMask: TypeAlias = Bool[AnyArray, "*b n t"] | Int[AnyArray, "*b n t"] | None
 
 
 def negative_log_likelihood(
-    student_logits: Logits, targets: Tokens, mask: Mask = None, *, label_smoothing: float = 0.0
+    student_logits: Logits,
+    targets: Tokens,
+    mask: Mask = None,
+    *,
+    label_smoothing: Number = 0.0,
+    axis_name: str | None = None,
 ) -> Losses:
     r"""The student's surprise at each token of the gold answer.
 
@@ -27,10 +38,12 @@ def negative_log_likelihood(
 
     Args:
       student_logits: ``[*b, t, v]``, any float dtype.
-      targets: ``[*b, t]`` token ids in ``[0, v)``; under a False mask any number will do.
+      targets: ``[*b, t]`` token ids in ``[0, v)``; under a False mask any number will do. Of labels with -100
+        where none counts, the mask is ``labels != -100``.
       mask: ``[*b, t]``, True where a position counts; all if ``None``.
       label_smoothing: ε, the share of the target spread evenly over the vocabulary (over those tokens
         that the student doesn't ban with ``-inf``).
+      axis_name: mapped axis over which the vocabulary is sharded, if it is.
 
     Returns:
       ``[*b, t]`` float32, in nats; exactly 0 with zero gradient where the mask is False.
@@ -50,24 +63,32 @@ def negative_log_likelihood(
     """
     label_smoothing = fraction("label_smoothing", label_smoothing)
     mask, logits = prepare(mask, student_logits=student_logits)
-    vocabulary = logits.shape[-1]
-    check_ids(targets, mask.shape, vocabulary, mask)
-    # Shifted first: beside a logit of 10,000 the rounding of float32 is a thousandth of a nat.
-    logits -= jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    # Out of range, on either side, reads NaN: a negative id must not count from the end.
-    ids = targets.astype(jnp.int32)
-    ids = jnp.where(mask, jnp.where(ids < 0, vocabulary, ids), 0)
-    chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1, mode="fill")[..., 0]
-    total = jax.nn.logsumexp(logits, axis=-1)
-    nll = total - chosen
-    if label_smoothing:
-        mean = jnp.mean(logits, axis=-1, where=logits > -jnp.inf)
-        smooth = label_smoothing * (total - mean)
-        nll = smooth if label_smoothing == 1 else (1 - label_smoothing) * nll + smooth
-    return jnp.where(mask, nll, 0.0)
+    check_ids(targets, mask.shape, logits.shape[-1] * shards(axis_name), mask)
+    piece, traced = with_number(functools.partial(_surprise, axis_name), label_smoothing)
+    values = compared(piece, logits, jnp.asarray(targets), *traced, axis_name=axis_name)
+    return jnp.where(mask, values, 0.0)
 
 
-def sequence_log_likelihood(student_logits: Logits, targets: Tokens, mask: Mask = None) -> AnswerLosses:
+def _surprise(axis_name: str | None, log_q: Array, targets: Array, smoothing: Any) -> Found:
+    # A token is found by comparing ids: so a negative one does not count from the end, and what is out of
+    # range on either side is nowhere.
+    width = log_q.shape[-1]
+    gold = targets[..., None] == first_token(width, axis_name) + jnp.arange(width)
+    known = total(jnp.sum(gold, axis=-1), axis_name) > 0
+    wanted = gold.astype(jnp.float32)
+    if not isinstance(smoothing, float) or smoothing:
+        allowed = (log_q > -jnp.inf).astype(jnp.float32)
+        share = allowed / total(jnp.sum(allowed, axis=-1, keepdims=True), axis_name)
+        wanted = (1 - smoothing) * wanted + smoothing * share
+    unwanted = wanted == 0
+    terms = jnp.where(unwanted, 0.0, wanted * jnp.where(unwanted, 0.0, log_q))
+    value = -total(jnp.sum(terms, axis=-1), axis_name)
+    return jnp.where(known, value, jnp.nan), -wanted, -1.0
+
+
+def sequence_log_likelihood(
+    student_logits: AnswerLogits, targets: Answers, mask: AnswerMask = None
+) -> AnswerLosses:
     r"""Log-likelihood of whole answers.
 
     .. math:: \log p(\hat y \mid \sigma, z) = \sum_t \log p(\hat y_t \mid \sigma, z, \hat y_{<t})

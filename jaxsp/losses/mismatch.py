@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import AnswerLosses, Logits, Losses, Mask, check_count, prepare
+from jaxsp.losses.checks import Logits, Losses, Mask, check_count, prepare
+from jaxsp.losses.likelihood import AnswerLogits, AnswerLosses, AnswerMask
 from jaxsp.typing import Array
 
 
@@ -41,9 +42,7 @@ def zero_one(teacher_logits: Logits, student_logits: Logits, mask: Mask = None) 
     return _measured(differ, teacher, student, mask)
 
 
-def top_k_mismatch(
-    teacher_logits: Logits, student_logits: Logits, mask: Mask = None, *, k: int = 5
-) -> Losses:
+def topk_mismatch(teacher_logits: Logits, student_logits: Logits, mask: Mask = None, *, k: int = 5) -> Losses:
     r"""Top-k error: is the teacher's first token not among the student's k first?
 
     .. math:: 1[\arg\max_v p_v \notin \text{top}_k(q)]
@@ -65,7 +64,7 @@ def top_k_mismatch(
     Example:
       >>> import jax.numpy as jnp
       >>> teacher, student = jnp.array([[3.0, 2.0, 1.0]]), jnp.array([[2.0, 3.0, 1.0]])
-      >>> top_k_mismatch(teacher, student, k=1), top_k_mismatch(teacher, student, k=2)
+      >>> topk_mismatch(teacher, student, k=1), topk_mismatch(teacher, student, k=2)
       (Array([1.], dtype=float32), Array([0.], dtype=float32))
 
     Reference:
@@ -80,7 +79,9 @@ def top_k_mismatch(
     return _measured(jnp.sum(ahead, axis=-1) >= k, teacher, student, mask)
 
 
-def sequence_mismatch(teacher_logits: Logits, student_logits: Logits, mask: Mask = None) -> AnswerLosses:
+def sequence_mismatch(
+    teacher_logits: AnswerLogits, student_logits: AnswerLogits, mask: AnswerMask = None
+) -> AnswerLosses:
     r"""0/1 loss of whole answers: do the two put different tokens first at any position?
 
     .. math:: \max_t 1[\arg\max_v p_{tv} \ne \arg\max_v q_{tv}]

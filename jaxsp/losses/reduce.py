@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import Mask, check_mask, check_not_negative
+from jaxsp.losses.checks import Mask, Weights, check_mask, weights_of
 from jaxsp.typing import AnyArray, Array, Float
 
-Values: TypeAlias = Float[AnyArray, "*b t"]
-Weights: TypeAlias = Float[AnyArray, "*b t"] | Float[AnyArray, "*b"] | None
+Values: TypeAlias = Float[AnyArray, "*t"]
 
 
 class Total(NamedTuple):
@@ -48,20 +46,11 @@ def masked_sum(values: Values, mask: Mask = None, *, weights: Weights = None) ->
       (3.0, 2.0)
     """
     mask = check_mask(mask, values.shape)
-    if weights is None:
-        weights = jnp.ones(values.shape, jnp.float32)
-    elif weights.shape == values.shape[:-1]:
-        weights = jnp.broadcast_to(weights[..., None], values.shape)
-    elif weights.shape != values.shape:
-        raise ValueError(
-            f"weights must have shape {list(values.shape)} (of positions) or"
-            f" {list(values.shape[:-1])} (of sequences), not {list(weights.shape)}."
-        )
-    check_not_negative("weights", weights)
-    weights = jax.lax.stop_gradient(jnp.where(mask, weights, 0.0)).astype(jnp.float32)
+    weighed = jnp.ones(values.shape, jnp.float32) if weights is None else weights_of(weights, values.shape)
+    weighed = jnp.where(mask, weighed, 0.0)
     # A position of weight 0 is masked too: 0 times infinity is not 0.
-    total = jnp.sum(jnp.where(weights != 0, values, 0.0) * weights, dtype=jnp.float32)
-    return Total(total, jnp.sum(weights))
+    total = jnp.sum(jnp.where(weighed != 0, values, 0.0) * weighed, dtype=jnp.float32)
+    return Total(total, jnp.sum(weighed))
 
 
 def merge(*totals: Total) -> Total:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import Hidden, Logits, Losses, Mask, prepare
+from jaxsp.losses.checks import Hidden, Logits, Losses, Mask, Number, prepare
 from jaxsp.typing import Array
 
 
@@ -39,7 +39,7 @@ def cosine_similarity(teacher: Hidden, student: Hidden, mask: Mask = None) -> Lo
 
 
 def distribution_cosine_similarity(
-    teacher_logits: Logits, student_logits: Logits, mask: Mask = None, *, temperature: float = 1.0
+    teacher_logits: Logits, student_logits: Logits, mask: Mask = None, *, temperature: Number = 1.0
 ) -> Losses:
     r"""Cosine similarity of the two token distributions.
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import Logits, Losses, Mask, prepare
+from jaxsp.losses.checks import Logits, Losses, Mask, Number, prepare
+from jaxsp.losses.divergence import kl_terms
+from jaxsp.losses.vocabulary import Found, compared, total
+from jaxsp.typing import Array
 
 
-def entropy(logits: Logits, mask: Mask = None, *, temperature: float = 1.0) -> Losses:
+def entropy(
+    logits: Logits, mask: Mask = None, *, temperature: Number = 1.0, axis_name: str | None = None
+) -> Losses:
     r"""Shannon entropy of a token distribution.
 
     .. math:: H(p) = -\sum_v p_v \log p_v
@@ -17,6 +24,7 @@ def entropy(logits: Logits, mask: Mask = None, *, temperature: float = 1.0) -> L
       logits: ``[*b, t, v]`` of teacher or student.
       mask: ``[*b, t]``, True where a position counts; all if ``None``.
       temperature: the logits are divided by it.
+      axis_name: mapped axis over which the vocabulary is sharded, if it is.
 
     Returns:
       ``[*b, t]`` float32, in nats, from 0 (sure) to ln v (uniform).
@@ -34,10 +42,14 @@ def entropy(logits: Logits, mask: Mask = None, *, temperature: float = 1.0) -> L
       Learning by Entropy Minimization.
     """
     mask, logits = prepare(mask, temperature, logits=logits)
-    log_p = jax.nn.log_softmax(logits, axis=-1)
-    possible = log_p > -jnp.inf
-    terms = jnp.exp(log_p) * jnp.where(possible, log_p, 0.0)
-    return jnp.where(mask, -jnp.sum(terms, axis=-1), 0.0)
+    values = compared(functools.partial(_uncertain, axis_name), logits, axis_name=axis_name)
+    return jnp.where(mask, values, 0.0)
+
+
+def _uncertain(axis_name: str | None, log_q: Array) -> Found:
+    terms = -kl_terms(log_q, jnp.zeros_like(log_q))
+    value = total(jnp.sum(terms, axis=-1), axis_name)
+    return value, terms, value
 
 
 def confidence_shift(teacher_logits: Logits, student_logits: Logits, mask: Mask = None) -> Losses:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from jaxsp.prompts import embedding, key_value, low_rank, nested, per_head
 from jaxsp.prompts.initializers import Start
 from jaxsp.settings import PromptSettings, Settings, make_settings, plain
@@ -30,6 +32,12 @@ class PromptKind(Protocol):
     @property
     def IS_READ(self) -> bool:
         """Whether the model reads σ at every step."""
+        ...
+
+    @property
+    def FORM(self) -> Mapping[str, str]:
+        """Axes of each array of σ, by its name (of one within another ``outer.inner``): l layers, k slots, g
+        key/value heads, f their width, d the model's width; others are the kind's own."""
         ...
 
     def initial(self, start: Start) -> PyTree:
@@ -88,6 +96,52 @@ PROMPT_KINDS: dict[str, PromptKind] = {
 }
 DEFAULT_KIND = PromptSettings.kind
 """The kind where none is given."""
+
+
+def checked_kind(kind: str, sigma: PyTree, sizes: Mapping[str, int]) -> PromptKind:
+    """The kind of this name, for which σ has the right form.
+
+    Args:
+      kind: a key of ``PROMPT_KINDS``.
+      sigma: the prompt's parameters.
+      sizes: the model's, by the letters of ``PromptKind.FORM``.
+
+    Raises:
+      UserError: there is no such kind, or σ has other arrays or other shapes than it asks for.
+
+    Example:
+      >>> import numpy as np
+      >>> checked_kind("embedding", {"embeddings": np.zeros((4, 8))}, {"d": 16})
+      Traceback (most recent call last):
+      jaxsp.errors.UserError: A prompt of kind embedding has embeddings [k, d] with d = 16, not [4, 8].
+    """
+    if kind not in PROMPT_KINDS:
+        raise UserError(f"Unknown kind of prompt {kind!r}; choose one of {', '.join(PROMPT_KINDS)}.")
+    chosen = PROMPT_KINDS[kind]
+    found = _arrays(sigma) if isinstance(sigma, Mapping) else {}
+    drawn = {"drawn"} if isinstance(chosen, Draws) else set()
+    if found.keys() - drawn != chosen.FORM.keys():
+        wanted = ", ".join(f"{name} [{', '.join(axes.split())}]" for name, axes in chosen.FORM.items())
+        has = ", ".join(map(str, found)) or f"a {type(sigma).__name__}"
+        raise UserError(f"A prompt of kind {kind} is a mapping to {wanted}; this one has {has}.")
+    known: dict[str, int] = dict(sizes)
+    for name, text in chosen.FORM.items():
+        axes, shape = text.split(), np.shape(found[name])
+        before = dict(known)
+        sizes_fit = (known.setdefault(a, n) == n for a, n in zip(axes, shape, strict=False))
+        if len(axes) != len(shape) or not all(sizes_fit):
+            fixed = ", ".join(f"{axis} = {before[axis]}" for axis in axes if axis in before)
+            form = f"[{', '.join(axes)}]" + (f" with {fixed}" if fixed else "")
+            raise UserError(f"A prompt of kind {kind} has {name} {form}, not {list(shape)}.")
+    return chosen
+
+
+def _arrays(sigma: Mapping[str, Any], outer: str = "") -> dict[str, Any]:
+    """The arrays by their names."""
+    found: dict[str, Any] = {}
+    for name, leaf in sigma.items():
+        found |= _arrays(leaf, f"{outer}{name}.") if isinstance(leaf, Mapping) else {f"{outer}{name}": leaf}
+    return found
 
 
 def with_defaults(settings: Settings) -> Settings:

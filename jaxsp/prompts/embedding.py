@@ -18,6 +18,7 @@ Sigma = Mapping[str, Float[AnyArray, "k d"]]
 
 DEFAULTS = {"initial": "first", "optimizer": "muon", "learning_rate": 0.5, "steps": 500, "keep": "best"}
 IS_READ = True
+FORM = {"embeddings": "k d"}
 
 
 def initial(start: Start) -> Sigma:

@@ -20,6 +20,7 @@ from jaxsp.typing import EMPTY, Array, KeyValues, PyTree
 
 DEFAULTS = {"initial": "match", "optimizer": "adam", "learning_rate": 0.02, "steps": 100, "keep": "best"}
 IS_READ = False
+FORM = {"keys": "l k g f", "values": "l k g f", "bias": "l k g", "context_length": ""}
 
 Sigma = Mapping[str, Any]
 """``keys`` and ``values`` ``[L, K, G, F]``, ``bias`` ``[L, K, G]``, and ``context_length``, which is no

@@ -18,6 +18,15 @@ from jaxsp.typing import Array, Float, KeyValues, PyTree, UserError
 
 DEFAULTS = key_value.DEFAULTS
 IS_READ = False
+FORM = {
+    **{
+        f"{side}.{part}": axes
+        for side in ("keys", "values")
+        for part, axes in (("mix", "l k r"), ("rows", "l r g f"))
+    },
+    "bias": "l k g",
+    "context_length": "",
+}
 
 Sigma = Mapping[str, Any]
 """``keys`` and ``values``: each ``mix`` ``[L, K, R]`` and ``rows`` ``[L, R, G, F]``; ``bias`` and

@@ -23,6 +23,7 @@ from jaxsp.typing import EMPTY, Array, Bool, KeyValues, PyTree
 # are hardly trained.
 DEFAULTS = {**key_value.DEFAULTS, "steps": 150, "keep": "last"}
 IS_READ = False
+FORM = {**key_value.FORM, "bias": "l n k g"}
 
 Sigma = Mapping[str, Any]
 """As in ``key_value``, but for ``bias`` ``[L, N, K, G]``: of each of the N prompts, the shortest first. While

@@ -21,6 +21,7 @@ from jaxsp.typing import Array, Bool, Float, Int, KeyValues, PyTree
 
 DEFAULTS = key_value.DEFAULTS
 IS_READ = False
+FORM = {"keys": "n f", "values": "n f", "bias": "l w g", "context_length": ""}
 
 WIDEST = 4
 """A head has at most so many times K slots."""

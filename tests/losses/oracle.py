@@ -45,6 +45,21 @@ def js(inputs, beta=0.5, temperature=1.0):
     return beta * divergence(p, m) + (1 - beta) * divergence(q, m)
 
 
+def skewed_kl(inputs, alpha=0.1, temperature=1.0):
+    p, q = pair(inputs, temperature)
+    return divergence(p, alpha * p + (1 - alpha) * q)
+
+
+def alpha(inputs, alpha=0.5, temperature=1.0):
+    p, q = pair(inputs, temperature)
+    return (1 - (p**alpha * q ** (1 - alpha)).sum(axis=-1)) / (alpha * (1 - alpha))
+
+
+def renyi(inputs, alpha=0.5, temperature=1.0):
+    p, q = pair(inputs, temperature)
+    return np.log((p**alpha * q ** (1 - alpha)).sum(axis=-1)) / (alpha - 1)
+
+
 def total_variation(inputs, temperature=1.0):
     p, q = pair(inputs, temperature)
     return np.maximum(p - q, 0).sum(axis=-1)  # what p has more of, somewhere
@@ -68,16 +83,37 @@ def top(inputs, k):
     return ids, log_p, log_softmax(np.asarray(inputs["student_logits"], np.float64), axis=-1)
 
 
-def topk_kl(inputs, k=None):
+def coarse(inputs, k, least=0.0):
+    """Log-probabilities of both sides for the teacher's best tokens and, last, for all others together."""
     ids, log_p, log_q = top(inputs, k)
-    out = np.zeros(ids.shape[:-1])
-    for place in np.ndindex(out.shape):
+    both = np.zeros((2, *ids.shape[:-1], ids.shape[-1] + 1))
+    for place in np.ndindex(ids.shape[:-1]):
         rest: Any = logsumexp(np.delete(log_q[place], ids[place]))
-        p_rest = 1 - np.exp(log_p[place]).sum()
-        log_p_rest = np.log(p_rest) if p_rest > 1e-6 else -np.inf
-        coarse_q = np.append(log_q[place][ids[place]], rest)
-        out[place] = log_divergence(np.append(log_p[place], log_p_rest), coarse_q)
-    return out
+        p_rest = max(1 - np.exp(log_p[place]).sum(), least)
+        log_p_rest = np.log(p_rest) if p_rest >= max(least, 1e-6) else -np.inf
+        both[(0, *place)] = np.append(log_p[place], log_p_rest)
+        both[(1, *place)] = np.append(log_q[place][ids[place]], rest)
+    return both
+
+
+def topk_kl(inputs, k=None):
+    return log_divergence(*coarse(inputs, k))
+
+
+def topk_reverse_kl(inputs, k=None):
+    log_p, log_q = coarse(inputs, k, 1e-6)
+    return log_divergence(log_q, log_p)
+
+
+def topk_js(inputs, beta=0.5, k=None):
+    p, q = np.exp(coarse(inputs, k))
+    m = beta * p + (1 - beta) * q
+    return beta * divergence(p, m) + (1 - beta) * divergence(q, m)
+
+
+def renormalised_topk_kl(inputs, k=None):
+    log_p, log_q = (log_softmax(side[..., :-1], axis=-1) for side in coarse(inputs, k))
+    return log_divergence(log_p, log_q)
 
 
 def truncated_kl(inputs, k=None):
@@ -98,7 +134,7 @@ def zero_one(inputs):
     return np.not_equal(*first).astype(np.float64)
 
 
-def top_k_mismatch(inputs, k=5):
+def topk_mismatch(inputs, k=5):
     first = np.argmax(inputs["teacher_logits"], axis=-1)
     best = np.argsort(-np.asarray(inputs["student_logits"], np.float64), axis=-1, kind="stable")
     return 1.0 - (best[..., :k] == first[..., None]).any(axis=-1)
@@ -153,12 +189,18 @@ ORACLES: dict[str, Callable[..., Any]] = {
         kl,
         reverse_kl,
         js,
+        skewed_kl,
+        alpha,
+        renyi,
         total_variation,
         topk_kl,
+        topk_reverse_kl,
+        topk_js,
         truncated_kl,
+        renormalised_topk_kl,
         nll,
         zero_one,
-        top_k_mismatch,
+        topk_mismatch,
         rank_agreement,
         entropy,
         confidence_shift,

@@ -53,14 +53,17 @@ def make_inputs(seed: int = 0, shape: tuple[int, ...] = (B, T), vocabulary: int 
 
 INPUTS = make_inputs()
 
+LIKE_OTHERS = ("skewed_kl", "alpha", "renyi", "topk_reverse_kl", "topk_js", "renormalised_topk_kl")
+"""Entries that go the way of js and topk_kl."""
+
 # A value of every option, other than its default.
-OPTIONS = {"temperature": 2.5, "beta": 0.3, "label_smoothing": 0.1, "k": 2, "n": 4}
+OPTIONS = {"temperature": 2.5, "beta": 0.3, "alpha": 0.3, "label_smoothing": 0.1, "k": 2, "n": 4}
 
 
 def option_names(entry) -> list[str]:
     """The options of an objective: its function's parameters after the inputs and the mask."""
     others = list(inspect.signature(entry.function).parameters)[len(entry.inputs) + 1 :]
-    return [name for name in others if name not in entry.optional]
+    return [name for name in others if name not in (*entry.optional, "axis_name")]
 
 
 # Every entry with each of its options: (name, {option: value}).

@@ -15,9 +15,11 @@ import pytest
 from absl.testing import parameterized
 
 from jaxsp.losses import OBJECTIVES, parse
+from tests.conftest import slow_beside
 from tests.losses import oracle
 from tests.losses.problem import (
     INPUTS,
+    LIKE_OTHERS,
     MASK,
     OPTIONS,
     VARIANTS,
@@ -35,7 +37,7 @@ DIFFERENTIABLE = [name for name, entry in OBJECTIVES.items() if entry.differenti
 PAIRS = [name for name, entry in OBJECTIVES.items() if entry.inputs[0].startswith("teacher_l")
          and len(entry.inputs) == 2]  # fmt: skip
 
-names = pytest.mark.parametrize("name", OBJECTIVES)
+names = pytest.mark.parametrize("name", slow_beside(OBJECTIVES, *LIKE_OTHERS))
 differentiable = pytest.mark.parametrize("name", DIFFERENTIABLE)
 
 
@@ -91,7 +93,7 @@ def test_an_objective_and_its_oracle_have_the_same_options(name):
     assert [option for option in options if option in OPTIONS] == option_names(OBJECTIVES[name])
 
 
-@names
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_value_and_gradient_equal_the_float64_oracle(name):
     hold_against_oracle(name)
 
@@ -233,6 +235,8 @@ def test_half_precision_is_computed_in_float32(name, dtype):
         key: array if array.dtype == np.int32 else np.asarray(jnp.asarray(array, dtype))
         for key, array in INPUTS.items()
     }
+    kept = np.exp(inputs["teacher_log_probs"].astype(np.float64)).sum(axis=-1)
+    inputs["teacher_tail"] = (1 - kept).astype(np.float32)
     out = value(name, inputs)
     assert out.dtype == jnp.float32
     exact = oracle.ORACLES[name](
@@ -308,7 +312,7 @@ def test_bad_arguments_are_named(name):
             with pytest.raises(ValueError, match=f"{shown} must be floating"):
                 value(name, {**INPUTS, key: INPUTS[key].astype(np.int32)})
             with pytest.raises(ValueError, match=r"must have shape|must have one shape"):
-                value(name, {**INPUTS, key: INPUTS[key][0, 0]})
+                value(name, {**INPUTS, key: INPUTS[key][0, 0, 0]})
     if name in PAIRS:
         with pytest.raises(ValueError, match=r"one shape; got .* and "):
             value(name, {**INPUTS, "teacher_logits": INPUTS["teacher_logits"][..., :-1]})
@@ -357,3 +361,22 @@ def test_values_are_float32_whatever_the_precision_of_jax(name):
     lists = {key: array.tolist() for key, array in INPUTS.items()}
     with pytest.raises(ValueError, match="must be an array, not a list"):
         entry(**lists)
+
+
+@names
+def test_one_position_alone(name):
+    """``[v]``, as a function is seen by ``jax.vmap``."""
+    inputs = {key: jnp.asarray(array[1, 2]) for key, array in INPUTS.items()}
+    entry = OBJECTIVES[name]
+    np.testing.assert_allclose(entry(**inputs), value(name)[1, 2], rtol=1e-6, atol=1e-7)
+    mapped = jax.vmap(jax.vmap(lambda inputs: entry(**inputs)))(INPUTS)
+    np.testing.assert_allclose(mapped, value(name), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("unchecked")
+@names
+def test_a_mask_of_zeros_and_ones(name):
+    for dtype in (np.int32, np.int8, np.uint8):
+        np.testing.assert_array_equal(value(name, mask=MASK.astype(dtype)), value(name, mask=MASK))
+    with pytest.raises(ValueError, match="mask must be boolean, or integers 0 and 1; it goes up to 2"):
+        value(name, mask=2 * MASK.astype(np.int32))

@@ -21,19 +21,19 @@ def test_zero_one_ties_go_to_the_lowest_id():
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 7, 9])
-def test_top_k_mismatch(k):
-    expected = oracle.top_k_mismatch(INPUTS, k=k)
-    np.testing.assert_array_equal(losses.top_k_mismatch(TEACHER, STUDENT, k=k), expected)
+def test_topk_mismatch(k):
+    expected = oracle.topk_mismatch(INPUTS, k=k)
+    np.testing.assert_array_equal(losses.topk_mismatch(TEACHER, STUDENT, k=k), expected)
     if k == 1:
         np.testing.assert_array_equal(losses.zero_one(TEACHER, STUDENT), expected)
     assert k < 7 or (expected == 0).all()
 
 
-def test_top_k_mismatch_ties_go_to_the_lowest_id():
+def test_topk_mismatch_ties_go_to_the_lowest_id():
     tied = jnp.zeros((1, 4))
     for first, k, missed in ((0, 1, 0), (1, 1, 1), (1, 2, 0), (3, 3, 1), (3, 4, 0)):
         teacher = jax.nn.one_hot(jnp.array([first]), 4)
-        assert losses.top_k_mismatch(teacher, tied, k=k) == missed
+        assert losses.topk_mismatch(teacher, tied, k=k) == missed
 
 
 def test_sequence_mismatch_needs_one_position_only():
@@ -95,8 +95,8 @@ def test_a_zero_vector_has_similarity_zero_and_no_gradient():
         np.testing.assert_allclose(losses.cosine_similarity(some, scale * some), 1.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("function", ["top_k_mismatch", "rank_agreement"])
+@pytest.mark.parametrize("function", ["topk_mismatch", "rank_agreement"])
 def test_counts_must_be_positive(function):
-    option = {"top_k_mismatch": "k", "rank_agreement": "n"}[function]
+    option = {"topk_mismatch": "k", "rank_agreement": "n"}[function]
     with pytest.raises(ValueError, match=f"{option} must be a whole number of at least 1, not 0"):
         getattr(losses, function)(TEACHER, STUDENT, **{option: 0})

@@ -41,10 +41,14 @@ def with_options(name, **options):
         ),
         (
             "kl(temperature=2)=0.7,nll=0.3",
-            mixture(kl=0.7, nll=0.3, temperature=2),
+            mixture(kl=0.175, nll=0.3, temperature=2),
             "kl(temperature=2)=0.7,nll=0.3",
         ),
-        ("kl(temperature=1)=1,js=1,temperature=3", parse("kl,js(temperature=3)"), "kl=1,js(temperature=3)=1"),
+        (
+            "kl(temperature=1)=1,js=1,temperature=3",
+            parse("kl,js(temperature=3)=9"),
+            "kl=1,js(temperature=3)=9",
+        ),
     ],
 )
 def test_text_means_and_is_written(text, expected, written):
@@ -186,7 +190,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts_turned_one_way():
         name: OBJECTIVES[name](mask=mask, **ARRAYS)
         for name in ("nll", "cosine_similarity", "confidence_shift")
     }
-    expected = 0.7 * kl + 0.3 * others["nll"] - 2 * others["cosine_similarity"]
+    expected = 9 * 0.7 * kl + 0.3 * others["nll"] - 2 * others["cosine_similarity"]
     expected += 0.5 * jnp.abs(others["confidence_shift"])
     np.testing.assert_allclose(mixed(mask=mask, **ARRAYS), expected, rtol=1e-5, atol=1e-6)
 
@@ -196,6 +200,77 @@ def test_a_mixture_of_one_is_its_entry():
     assert mixture(kl=1).function is losses.kl_divergence
     assert dict(mixture(kl=1, temperature=2).options) == {"temperature": 2.0}
     assert mixture(cosine_similarity=1).sense == "minimise"
+
+
+def test_a_strangers_function_keeps_the_promises():
+    """Nothing under the mask reaches its value or gradient, though it does not look at the mask."""
+
+    def careless(teacher_logits, student_logits, mask):
+        return jnp.sum((teacher_logits - student_logits) ** 2, axis=-1) + 1.0
+
+    mask, entry = jnp.asarray(MASK), Objective(careless)
+    student = jnp.where(mask[..., None], ARRAYS["student_logits"], jnp.nan)
+
+    def total(student):
+        values = entry(mask=mask, **{**ARRAYS, "student_logits": student})
+        return jnp.sum(values), values
+
+    (_, values), slope = jax.value_and_grad(total, has_aux=True)(student)
+    assert not np.asarray(values)[~MASK].any()
+    assert not np.asarray(slope)[~MASK].any()
+    expected = careless(ARRAYS["teacher_logits"], ARRAYS["student_logits"], None)
+    np.testing.assert_allclose(values[mask], expected[mask])
+    assert np.isfinite(slope).all()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda p, q, mask: jnp.mean(p),
+            r"must give an array of shape \[3, 4\], a value for each position, not one",
+        ),
+        (lambda p, q, mask: 0.5, r"must give an array of shape \[3, 4\], .* not a float"),
+        (lambda p, q, mask: jnp.argmax(p, -1), "must give float32 values, computed in float32, not int32"),
+        (lambda p, q, mask: p[..., 0].astype(jnp.bfloat16), "must give float32 values.* not bfloat16"),
+    ],
+)
+def test_what_a_strangers_function_must_give(function, message):
+    for mask in (None, jnp.asarray(MASK)):
+        with pytest.raises(UserError, match=message):
+            Objective(function)(mask=mask, **ARRAYS)
+
+
+def test_how_a_strangers_function_is_called():
+    for wrong in (lambda p, q: p, lambda p, q, mask, *, needed: p, lambda p, q, mask, more: p):
+        with pytest.raises(
+            UserError, match="it is called with teacher_logits, student_logits, the mask and its"
+        ):
+            Objective(wrong)
+    anything: Any = "minimize"
+    with pytest.raises(UserError, match=r"is one of minimise, maximise, zero, not .minimize"):
+        Objective(own, sense=anything)
+    with pytest.raises(UserError, match=r"own has no option .alfa.; it has alpha"):
+        Objective(own).with_options(alfa=1.0)
+    assert Objective(own).with_options(alpha=0.3).options == (("alpha", 0.3),)
+    both = parse("kl=0.7,js=0.3").with_options(beta=0.2, temperature=2.0)
+    assert str(both) == "kl(temperature=2)=2.8,js(beta=0.2,temperature=2)=1.2"
+    with pytest.raises(UserError, match=r"has no option .k.; it has temperature, beta"):
+        both.with_options(k=3)
+
+
+def test_the_table_can_be_read():
+    lines = str(OBJECTIVES).splitlines()
+    assert len(lines) == len(OBJECTIVES) + 1
+    assert lines[0].split() == ["name", "better", "needs", "of", "the", "teacher", "options", "reference"]
+    (line,) = (line for line in lines if line.startswith("js "))
+    assert line.split() == ["js", "less", "hidden", "beta=0.5,", "temperature=1", "arXiv:2306.13649"]
+    assert "(no gradient)" in str(OBJECTIVES).split("zero_one")[1].splitlines()[0]
+    assert max(map(len, lines)) <= 140
+
+
+def test_a_former_name_is_read():
+    assert parse("top_k_mismatch(k=3)") == parse("topk_mismatch(k=3)")
 
 
 def test_half_a_top_k_is_refused():
@@ -235,7 +310,7 @@ def descend(loss, steps=300):
 @pytest.mark.parametrize("name", ["kl", "reverse_kl", "js", "topk_kl"])
 def test_textbook_divergences_end_at_the_teachers_distribution(name):
     entry = OBJECTIVES[name]
-    best = losses.top_k(TEACHER, 2)
+    best = losses.topk(TEACHER, 2)
     end = descend(
         lambda x: entry(
             teacher_logits=TEACHER, student_logits=x,

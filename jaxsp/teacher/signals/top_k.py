@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxsp import distributions
 from jaxsp.data.examples import Rows
-from jaxsp.losses import Objective, fused_top_k
+from jaxsp.losses import Objective, fused_topk
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.output_head import OutputHead
 from jaxsp.typing import Array, Float, Int, KeyValues, Params
@@ -38,5 +38,5 @@ def at_positions(
     states = distributions.answer_hidden(params, config, prefix, rows)
     head = OutputHead.of(params, config)
     unembedding = head.unembedding if head.unembedding.shape[0] == tokens else head.unembedding[:tokens]
-    best = fused_top_k(states, unembedding, jnp.asarray(rows.mask), k=k, softcap=head.softcap)
+    best = fused_topk(states, unembedding, jnp.asarray(rows.mask), k=k, softcap=head.softcap)
     return best.log_probs, best.ids, best.tail

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from jaxsp.losses import OBJECTIVES, fused_objective, fused_top_k, kl_divergence, parse, topk_kl_divergence
+from jaxsp.losses import OBJECTIVES, fused_objective, fused_topk, kl_divergence, parse, topk_kl_divergence
 from tests import programs
 
 random = np.random.RandomState(0)
@@ -35,7 +35,7 @@ def expected(k, softcap=None):
     [(4, None, None, None), (4, MASK, 4, 2.0), (99, MASK, 5, None), (1, np.zeros_like(MASK), 4, None)],
 )
 def test_equals_the_float64_oracle(k, mask, chunk, softcap):
-    log_probs, ids, tail = fused_top_k(HIDDEN, HEAD, mask, k=k, softcap=softcap, chunk_size=chunk)
+    log_probs, ids, tail = fused_topk(HIDDEN, HEAD, mask, k=k, softcap=softcap, chunk_size=chunk)
     theirs, live = expected(k, softcap), np.ones_like(MASK) if mask is None else mask
     assert (log_probs.dtype, ids.dtype, tail.dtype) == (jnp.float32, jnp.int32, jnp.float32)
     assert log_probs.shape == ids.shape == (B, T, min(k, V))
@@ -48,12 +48,12 @@ def test_equals_the_float64_oracle(k, mask, chunk, softcap):
 
 def test_no_number_under_the_mask_is_read():
     hidden = np.where(MASK[..., None], HIDDEN, np.nan)
-    for a, b in zip(fused_top_k(hidden, HEAD, MASK), fused_top_k(HIDDEN, HEAD, MASK), strict=True):
+    for a, b in zip(fused_topk(hidden, HEAD, MASK), fused_topk(HIDDEN, HEAD, MASK), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_ties_go_to_the_lowest_id():
-    _, ids, tail = fused_top_k(jnp.ones((1, 1)), jnp.ones((4, 1)), k=2)
+    _, ids, tail = fused_topk(jnp.ones((1, 1)), jnp.ones((4, 1)), k=2)
     assert ids.tolist() == [[0, 1]]
     assert float(tail[0]) == 0.5
 
@@ -62,7 +62,7 @@ def test_logits_are_there_for_a_chunk_of_positions_alone():
     """Its memory is far below that of the logits of all positions."""
     positions, tokens, chunk = 2048, 4096, 16
     shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((positions, 8), (tokens, 8)))
-    function = functools.partial(fused_top_k, k=4, chunk_size=chunk)
+    function = functools.partial(fused_topk, k=4, chunk_size=chunk)
     program = jax.jit(lambda hidden, head: function(hidden, head)).lower(*shapes).compile()
     assert programs.memory(program).temp_size_in_bytes < 4 * positions * tokens / 4
 
@@ -80,13 +80,13 @@ def test_logits_are_there_for_a_chunk_of_positions_alone():
 )
 def test_what_does_not_fit_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        fused_top_k(**{"hidden": HIDDEN, "unembedding": HEAD, **arguments})
+        fused_topk(**{"hidden": HIDDEN, "unembedding": HEAD, **arguments})
 
 
 def test_the_tail_counts_beside_the_entries_taken():
     """Those that k leaves out are added to it; it gets no gradient, and none under the mask is read."""
     student = STUDENT @ HEAD.T
-    log_probs, ids, tail = fused_top_k(HIDDEN, HEAD, k=6)
+    log_probs, ids, tail = fused_topk(HIDDEN, HEAD, k=6)
     for k in (2, 6, None):
         value = topk_kl_divergence(log_probs, ids, student, MASK, k=k, teacher_tail=tail)
         np.testing.assert_allclose(value, topk_kl_divergence(log_probs, ids, student, MASK, k=k), atol=2e-6)
@@ -102,7 +102,7 @@ def test_the_tail_counts_beside_the_entries_taken():
 def test_a_small_tail_is_that_of_the_others():
     """The rest of the listed mass up to 1 is lost to rounding; the student finds it far less likely."""
     teacher, student = (jnp.log(jnp.array([[0.7, 0.3, rest]], jnp.float32)) for rest in (1e-7, 1e-30))
-    log_probs, ids, tail = fused_top_k(teacher, jnp.eye(3), k=2)
+    log_probs, ids, tail = fused_topk(teacher, jnp.eye(3), k=2)
     assert float(tail[0]) == pytest.approx(1e-7, rel=1e-4)
     value = float(topk_kl_divergence(log_probs, ids, student, teacher_tail=tail)[0])
     assert value == pytest.approx(float(kl_divergence(teacher, student)[0]), abs=2e-7)
@@ -114,7 +114,7 @@ def test_stored_entries_train_as_those_taken_from_hidden_states():
     """Value and gradient, of one objective and of a mixture in which each takes as many as alone."""
     for text in ("topk_kl(k=5)", "truncated_kl(k=3)", "topk_kl(k=3)=2,truncated_kl(k=5),nll"):
         entry = parse(text)
-        best = fused_top_k(HIDDEN, HEAD, MASK, k=entry.entries)
+        best = fused_topk(HIDDEN, HEAD, MASK, k=entry.entries)
         targets = jnp.zeros((B, T), jnp.int32)
         given = dict(zip(("teacher_log_probs", "teacher_ids", "teacher_tail"), best, strict=True))
 
@@ -129,7 +129,7 @@ def test_stored_entries_train_as_those_taken_from_hidden_states():
 
 
 def test_all_tokens_are_the_full_divergence():
-    best = fused_top_k(HIDDEN, HEAD, MASK, k=V)
+    best = fused_topk(HIDDEN, HEAD, MASK, k=V)
     assert not np.asarray(best.tail).any()
     given = dict(zip(("teacher_log_probs", "teacher_ids", "teacher_tail"), best, strict=True))
 
@@ -156,7 +156,7 @@ def test_an_objective_says_how_many_entries_it_compares():
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_tail_goes_with_its_entries():
-    best = fused_top_k(HIDDEN, HEAD, k=3)
+    best = fused_topk(HIDDEN, HEAD, k=3)
     entries = {"teacher_log_probs": best.log_probs, "teacher_ids": best.ids}
     wrong: list[dict[str, Any]] = [{**entries, "teacher_tail": best.tail[:1]}, {"teacher_tail": best.tail}]
     for given in wrong:

@@ -1,0 +1,242 @@
+"""The fused objectives in a trainer: schedules, weights, a trained head, biases, second derivatives."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec as P
+
+from jaxsp import losses
+from jaxsp.losses import OBJECTIVES, fused_kl_divergence, fused_objective, mixture, parse
+from tests import programs
+from tests.conftest import slow_beside
+from tests.losses.problem import VARIANTS, B, T
+
+D, V = 5, 24
+random = np.random.RandomState(0)
+TEACHER, STUDENT = (random.standard_normal((B, T, D)).astype(np.float32) for _ in range(2))
+HEAD = random.standard_normal((V, D)).astype(np.float32)
+TARGETS = random.randint(0, V, (B, T))
+MASK = random.uniform(size=(B, T)) < 0.6
+WEIGHTS = random.uniform(size=(B, T)).astype(np.float32)
+
+
+def fused(objective, student: Any = STUDENT, head: Any = HEAD, mask: Any = MASK, **options: Any):
+    given = {"teacher_hidden": TEACHER, "targets": TARGETS, "chunk_size": 4}
+    return fused_objective(objective, student, head, mask, **{**given, **options})[0]
+
+
+def plain(objective, student: Any = STUDENT, head=HEAD, mask: Any = MASK, teacher_head=HEAD, **options: Any):
+    student, head = jnp.asarray(student), jnp.asarray(head)
+    logits = {"teacher_logits": jnp.asarray(TEACHER) @ teacher_head.T, "student_logits": student @ head.T}
+    hidden = {"teacher_hidden": jnp.asarray(TEACHER), "student_hidden": student}
+    return objective(mask=mask, targets=jnp.asarray(TARGETS), **logits, **hidden, **options)
+
+
+def close(found, expected, tolerance=2e-5):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), found, expected
+    )
+
+
+TRACEABLE = [
+    (name, *options.items())
+    for name, options in VARIANTS
+    if set(options) & {"temperature", "beta", "label_smoothing"} or (name, *options) in
+    (("alpha", "alpha"), ("skewed_kl", "alpha"))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [fused, plain])
+@pytest.mark.parametrize(("name", "option"), TRACEABLE)
+def test_a_traced_number_is_the_known_one(name, option, path):
+    """Of a schedule within one program; no gradient flows to it."""
+    option, number = option
+    entry = name if path is fused else OBJECTIVES[name]
+    with_number = OBJECTIVES[name].with_options(**{option: number})
+
+    def total(student, number):
+        return jnp.sum(path(entry, student, **{option: number}) * WEIGHTS)
+
+    found = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(STUDENT, number)
+    expected = jax.jit(jax.value_and_grad(lambda x: jnp.sum(path(with_number, x) * WEIGHTS)))(STUDENT)
+    close((found[0], found[1][0]), expected)
+    assert found[1][1] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "ends"),
+    [("js", "beta", ("kl", "reverse_kl")), ("alpha", "alpha", ("reverse_kl", "kl"))],
+)
+def test_a_schedule_may_reach_the_ends(name, option, ends):
+    both = jax.jit(jax.value_and_grad(lambda x, n: jnp.sum(fused(name, x, **{option: n}))))
+    for number, end in enumerate(ends):
+        expected = jax.value_and_grad(lambda x, end=end: jnp.sum(fused(end, x)))(jnp.asarray(STUDENT))
+        close(both(STUDENT, float(number)), expected)
+        known = losses.parse(f"{name}({option}={number})")
+        close(plain(known), plain(OBJECTIVES[end]))
+
+
+def test_a_number_out_of_range_reads_nan_where_it_cannot_be_checked():
+    for name, option, wrong in (
+        ("kl", "temperature", 0.0),
+        ("js", "beta", 1.5),
+        ("nll", "label_smoothing", -1.0),
+    ):
+        values = np.asarray(jax.jit(lambda n, name=name, option=option: fused(name, **{option: n}))(wrong))
+        assert np.isnan(values[MASK]).all()
+        assert (values[~MASK] == 0).all()
+        with pytest.raises(ValueError, match=f"{option} must"):
+            fused(name, **{option: wrong})
+    with pytest.raises(ValueError, match="k must be a whole number of at least 1"):
+        jax.jit(lambda k: fused("topk_kl", k=k))(3)
+
+
+def test_a_mixture_at_a_traced_temperature_is_that_of_the_temperature():
+    text = {"kl": 0.7, "js": 1.0, "nll": 0.3}
+    for path in (fused, plain):
+        found = jax.jit(lambda t, path=path: path(mixture(**text), temperature=t))(3.0)
+        close(found, path(mixture(**text, temperature=3.0)))
+    close(fused("kl=0.7,js,nll=0.3", temperature=3.0), fused(mixture(**text, temperature=3.0)))
+
+
+def test_terms_keep_their_balance_at_every_temperature():
+    """Hinton et al. 2015: gradients of the teacher's part shrink by the square, so that is made up for."""
+
+    def size(objective):
+        slope = jax.grad(lambda x: jnp.sum(plain(parse(objective), x)))(jnp.asarray(STUDENT))
+        return float(jnp.linalg.norm(slope))
+
+    usual = size("kl") / size("nll")
+    for temperature in (4, 8):
+        mixed = mixture(kl=0.5, nll=0.5, temperature=temperature)
+        terms: Any = mixed
+        (of_kl, kl), (of_nll, _) = terms.terms
+        assert (of_kl, of_nll, str(kl)) == (0.5 * temperature**2, 0.5, f"kl(temperature={temperature})")
+        balance = size(f"kl(temperature={temperature})=1,kl=1e-30") * temperature**2 / size("nll")
+        assert 0.3 < balance / usual < 3
+
+
+@pytest.mark.parametrize(
+    "weights", [WEIGHTS, np.array([0.5, 0.0, 2.0], np.float32)], ids=["each", "sequences"]
+)
+def test_weights_of_positions_and_of_sequences(weights):
+    spread = weights if weights.ndim == 2 else np.broadcast_to(weights[:, None], (B, T))
+    for mask in (None, MASK):
+        both = jax.value_and_grad(lambda x, mask=mask: jnp.sum(fused("js", x, mask=mask, weights=weights)))
+        theirs = jax.value_and_grad(
+            lambda x, mask=mask: jnp.sum(plain(OBJECTIVES["js"], x, mask=mask) * spread)
+        )
+        close(both(jnp.asarray(STUDENT)), theirs(jnp.asarray(STUDENT)))
+
+
+def test_what_has_no_weight_is_not_read():
+    """The first positions skipped, whatever is there."""
+    weights = np.broadcast_to(np.arange(T) >= 2, (B, T)).astype(np.float32)
+    student = np.where(weights[..., None] > 0, STUDENT, np.nan)
+    both = jax.value_and_grad(lambda x: jnp.sum(fused("kl", x, mask=None, weights=weights)))
+    close(both(jnp.asarray(student)), both(jnp.asarray(STUDENT)))
+
+
+@pytest.mark.parametrize("name", slow_beside(
+    ["kl", "nll", "topk_kl", "kl=0.7,nll=0.3", "cosine_similarity"], "nll", "cosine_similarity"
+))  # fmt: skip
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "some"])
+def test_a_trained_head_has_its_gradient(name, mask):
+    """With the part of every position weighed by its own cotangent; the teacher's head is another one."""
+    other = HEAD[::-1].copy()
+    options = {"teacher_unembedding": other, "softcap": 3.0, "head_gradient": True, "chunk_size": 5}
+
+    def ours(student, head):
+        return jnp.sum(fused(name, student, head, mask, **options) * WEIGHTS)
+
+    def theirs(student, head):
+        cap = lambda x: 3 * jnp.tanh(x / 3)  # noqa: E731
+        logits = {"teacher_logits": cap(TEACHER @ other.T), "student_logits": cap(student @ head.T)}
+        states = {"teacher_hidden": jnp.asarray(TEACHER), "student_hidden": student}
+        return jnp.sum(WEIGHTS * parse(name)(mask=mask, targets=jnp.asarray(TARGETS), **logits, **states))
+
+    both = (jax.jit(jax.value_and_grad(f, argnums=(0, 1))) for f in (ours, theirs))
+    found, expected = (f(jnp.asarray(STUDENT), jnp.asarray(HEAD)) for f in both)
+    close(found, expected)
+
+
+def test_a_trained_head_under_sharded_rows():
+    """Its gradient is the sum over all devices', as shard_map's types ask for."""
+    mesh = jax.make_mesh((3,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:3])
+
+    def total(student, head, teacher, mask):
+        return jnp.sum(fused_kl_divergence(teacher, student, head, mask, head_gradient=True))
+
+    def local(*arrays):
+        return jax.grad(total, argnums=(0, 1))(*arrays)
+
+    rows = P("data")
+    run = jax.shard_map(local, mesh=mesh, in_specs=(rows, P(), rows, rows), out_specs=(rows, P()))
+    close(jax.jit(run)(STUDENT, HEAD, TEACHER, MASK), jax.grad(total, argnums=(0, 1))(
+        jnp.asarray(STUDENT), jnp.asarray(HEAD), TEACHER, MASK
+    ))  # fmt: skip
+
+
+def test_a_bias_of_the_head_and_a_scale_of_the_logits():
+    bias, scale = random.standard_normal(V).astype(np.float32), 0.3
+
+    def with_bias(hidden):
+        return jnp.concatenate([scale * hidden, jnp.ones((*hidden.shape[:-1], 1))], axis=-1)
+
+    head = jnp.concatenate([HEAD, bias[:, None]], axis=1)
+    found = fused_kl_divergence(with_bias(TEACHER), with_bias(STUDENT), head, MASK)
+    teacher, student = (scale * hidden @ HEAD.T + bias for hidden in (TEACHER, STUDENT))
+    close(found, losses.kl_divergence(teacher, student, MASK))
+
+
+def test_second_derivatives():
+    """A Hessian times a vector is the jvp of the gradient, in chunks too; other ways are refused by jax."""
+    vector = random.standard_normal((B, T, D)).astype(np.float32)
+    for name in ("kl", "js", "topk_kl", "kl=0.5,nll=0.5"):
+        ours = jax.grad(lambda x, name=name: jnp.sum(fused(name, x) * WEIGHTS))
+        theirs = jax.grad(lambda x, name=name: jnp.sum(plain(parse(name), x) * WEIGHTS))
+        found, expected = (
+            jax.jit(lambda x, f=f: jax.jvp(f, (x,), (vector,)))(STUDENT) for f in (ours, theirs)
+        )
+        close(found, expected, 1e-4)
+    loss = functools.partial(fused, "kl")
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(loss, (jnp.asarray(STUDENT),), (vector,))
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        jax.grad(lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(loss(x)))(x) ** 2))(jnp.asarray(STUDENT))
+
+
+def test_metrics_may_be_objectives():
+    own = losses.Objective(losses.kl_divergence).with_options(temperature=2.0)
+    _, measured = fused_objective(
+        "kl", STUDENT, HEAD, teacher_hidden=TEACHER, chunk_size=4, metrics=("js(beta=0.3)", own)
+    )
+    assert list(measured) == ["js(beta=0.3)", "kl(temperature=2)"]
+    close(measured["kl(temperature=2)"], plain(own, mask=None))
+
+
+def test_labels_of_no_target():
+    labels = np.where(MASK, TARGETS, -100)
+    found = losses.fused_negative_log_likelihood(STUDENT, labels, HEAD, labels != -100, chunk_size=4)
+    close(found, plain(OBJECTIVES["nll"]))
+
+
+@pytest.mark.parametrize(("name", "most"), [("kl", 4), ("nll", 2), ("js", 6), ("topk_kl", 4)])
+@pytest.mark.usefixtures("optimized")
+def test_arrays_over_a_chunks_logits(name, most):
+    """Few at a time, as the gradients are written out; differentiated, JS took 8."""
+    positions, tokens, chunk = 64, 4096, 32
+    shapes = [jax.ShapeDtypeStruct((n, 64), jnp.float32) for n in (positions, positions, tokens)]
+
+    def loss(student, teacher, head):
+        given = {"teacher_hidden": teacher, "targets": jnp.zeros(positions, jnp.int32)}
+        return jnp.sum(fused_objective(name, student, head, chunk_size=chunk, **given)[0])
+
+    program = jax.jit(jax.value_and_grad(loss)).lower(*shapes).compile()
+    assert programs.memory(program).temp_size_in_bytes < (most + 0.25) * 4 * chunk * tokens
