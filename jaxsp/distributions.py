@@ -56,8 +56,8 @@ def context_prefix(
 
 
 def _check_ids(ids: AnyArray, config: DecoderConfig) -> None:
-    """Where they are known: an embedding of what is out of range would be another token's, or NaN."""
-    if not isinstance(ids, jax.core.Tracer) and ids.size:
+    """Refuses ids that the vocabulary lacks, where they are known: they would be read as others, or NaN."""
+    if not isinstance(ids, jax.core.Tracer) and getattr(ids, "is_fully_addressable", True) and ids.size:
         low, high = int(np.min(ids)), int(np.max(ids))
         if low < 0 or high >= config.vocab_size:
             wrong = low if low < 0 else high

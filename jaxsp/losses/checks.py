@@ -87,7 +87,7 @@ def check_batch(name: str, array: AnyArray, batch: tuple[int, ...], last: str) -
 
 
 def check_given(given: Mapping[str, AnyArray], live: AnyArray, tokens: int) -> None:
-    """What is given for each position ``[*b, t]``, as the objectives take it."""
+    """Checks what is given for each position ``[*b, t]``, as the objectives take it."""
     batch, top = live.shape, [n for n in ("teacher_log_probs", "teacher_ids") if n in given]
     for name in {"teacher_hidden", *top} & set(given):
         check_batch(name, given[name], batch, "d" if name == "teacher_hidden" else "k")

@@ -5,8 +5,8 @@ logits are at hand, and the backward pass only scales it. Live positions are tak
 that hold none are not computed.
 
 Rows may be spread over devices by ``jax.jit`` alone. A chunk of consecutive positions would then be on one of
-them, and XLA would have all compute it. So a chunk has as many positions of each group of rows, and rows of
-different devices are never in one group.
+them, and XLA would have all compute it. So a chunk has as many positions of each group of rows, one at least;
+where the devices' number divides that of the rows, rows of different devices are never in one group.
 """
 
 from __future__ import annotations
@@ -258,11 +258,13 @@ def _one_chunk(
             inputs["teacher_logits"] = teacher_cap(logits_of(inputs["teacher_hidden"], teacher_head))
         raw = logits_of(student, head)
     inputs |= {"mask": live, "axis_name": shard}
-    measured = {name: entry(**inputs, student_logits=own_cap(raw)) for name, entry in settings.metrics}
+    measured = {
+        name: _of_chunk(entry, {**inputs, "student_logits": own_cap(raw)}) for name, entry in settings.metrics
+    }
 
     def values_of(raw: Array, student: Array) -> Array:
         own = {"student_logits": own_cap(raw), "student_hidden": student}
-        return settings.objective(**{**inputs, **own, **given["options"]})
+        return _of_chunk(settings.objective, {**inputs, **own}, given["options"])
 
     values, pull = jax.vjp(values_of, raw, student)
     if not gradient:
@@ -281,6 +283,17 @@ def _one_chunk(
         flat, states = (x.reshape(-1, x.shape[-1]) for x in (own, student))
         to_head = product("vn,nd->vd", flat.T, states, head.dtype)
     return ((values, measured), to_hidden.astype(student.dtype)), to_head
+
+
+def _of_chunk(entry: Objective, inputs: dict[str, Any], options: Mapping[str, Any] = {}) -> Array:
+    """Values of the chunk ``[*g, n]``; a function of a user's own sees one axis of positions."""
+    shape = inputs["mask"].shape
+    if len(shape) > 1 and not entry.is_ours:
+        inputs = {
+            name: x.reshape(-1, *x.shape[len(shape) :]) if isinstance(x, jax.Array) else x
+            for name, x in inputs.items()
+        }
+    return entry(**inputs, **options).reshape(shape)
 
 
 def raw_logits(hidden: Array, head: Array, live: Array) -> Array:

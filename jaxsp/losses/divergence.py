@@ -275,8 +275,8 @@ def renyi_divergence(
       (arXiv:1206.2459).
     """
     alpha = positive("alpha", number("alpha", alpha))
-    out = _divergence(_alpha, teacher_logits, student_logits, mask, temperature, axis_name, alpha)
-    return out if alpha == 1 else jnp.log1p(alpha * (alpha - 1) * out) / (alpha - 1)
+    sides = teacher_logits, student_logits, mask, temperature, axis_name
+    return _divergence(kl, *sides) if alpha == 1 else _divergence(_renyi, *sides, alpha)
 
 
 def total_variation(
@@ -377,6 +377,20 @@ def _alpha(log_q: Array, log_p: Array, alpha: Any, axis_name: str | None = None)
 
     terms, slope = _between(alpha, _to_reverse_kl(log_p, log_q), _to_kl(log_p, log_q), inside)
     return total(jnp.sum(terms, axis=-1), axis_name), slope, None
+
+
+def _renyi(log_q: Array, log_p: Array, alpha: float, axis_name: str | None = None) -> Found:
+    possible = (log_p > -jnp.inf) | (log_q > -jnp.inf)
+    logs = jnp.where(possible, alpha * log_p + (1 - alpha) * log_q, -jnp.inf)
+    top = jnp.max(logs, axis=-1, keepdims=True)
+    top = jnp.nan_to_num(top if axis_name is None else jax.lax.pmax(top, axis_name), neginf=0.0)
+    sums = total(jnp.sum(jnp.exp(logs - top), axis=-1, keepdims=True), axis_name)
+    log_sum = top + jnp.log(sums)
+    # Near 1 the sum's logarithm is lost to rounding, and what it lacks of 1 is not.
+    lacks = alpha * (alpha - 1) * _alpha(log_q, log_p, alpha, axis_name)[0]
+    near = jnp.abs(lacks) < 0.5
+    value = jnp.where(near, jnp.log1p(jnp.where(near, lacks, 0.0)), log_sum[..., 0]) / (alpha - 1)
+    return value, -jnp.exp(logs - log_sum), -1.0
 
 
 def _skewed_kl(log_q: Array, log_p: Array, alpha: Any, axis_name: str | None = None) -> Found:

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jaxsp.losses import checks, chunked_head, vocabulary
 from jaxsp.losses.checks import Hidden, Losses, Mask, Number, Tokens, Weights
 from jaxsp.losses.chunked_head import ChunkSettings, evaluate
-from jaxsp.losses.objective import Objective
-from jaxsp.losses.objectives import TEACHER_TOPK, parse
+from jaxsp.losses.objective import TEACHER_TOPK, Objective, choices
+from jaxsp.losses.objectives import parse
 from jaxsp.losses.topk import TOPK, TopKAndTail, topk_and_tail
-from jaxsp.typing import AnyArray, Array, Float, Int
+from jaxsp.typing import AnyArray, Array, Float, Int, UserError
 
 
 def fused_kl_divergence(
@@ -281,6 +281,8 @@ def _entries(
     entry, *others = (parse(one) if isinstance(one, str) else one for one in (objective, *metrics))
     measures = tuple((str(name), other) for name, other in zip(metrics, others, strict=True))
     traced = {name: value for name, value in options.items() if name not in known}
+    for name in traced.keys() - entry.known_options.keys():
+        raise UserError(f"{entry} has no option {name!r}; it has {choices(name, entry.known_options)}")
     return entry.with_options(**known), measures, traced
 
 

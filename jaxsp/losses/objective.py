@@ -10,12 +10,17 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsp.losses.checks import Losses, Mask, check_mask, number
-from jaxsp.losses.topk import TOPK
+from jaxsp.losses.checks import Losses, Mask, check_count, check_mask, number
+from jaxsp.losses.topk import TOPK, topk_and_tail
+from jaxsp.losses.vocabulary import on_auto_axes
 from jaxsp.typing import AnyArray, Array, UserError
+
+TEACHER_TOPK = ("teacher_log_probs", "teacher_ids")
+"""Inputs that can be taken from the teacher's logits."""
 
 # What the teacher must give for an input; those that are not here ask nothing of it.
 _NEEDS = {
@@ -59,8 +64,7 @@ class Objective:
 
     Attributes:
       function: called ``function(*inputs, mask, **options)``; gives float32 ``[*b, t]``. The mask is boolean
-        ``[*b, t]``, or ``None`` where all positions count. With an argument ``axis_name`` it also takes the
-        logits of one shard of the vocabulary, and sums over that axis itself.
+        ``[*b, t]``, or ``None`` where all positions count.
       inputs: names of what it compares, in its order: ``teacher_logits``, ``student_logits``,
         ``teacher_hidden``, ``student_hidden``, ``teacher_log_probs``, ``teacher_ids``, ``targets``.
       sense: whether a good prompt makes it small (``minimise``), large (``maximise``), or brings it to zero
@@ -106,6 +110,8 @@ class Objective:
     derive: Callable[[dict[str, Any], int], dict[str, Any]] | None = None
 
     def __post_init__(self):
+        if self.derive is None and self.compares_best:
+            object.__setattr__(self, "derive", _with_best)
         if self.sense not in _SENSES:
             raise UserError(f"The sense of an objective is one of {', '.join(_SENSES)}, not {self.sense!r}.")
         given: dict[str, Any] = dict(self.options)
@@ -163,7 +169,12 @@ class Objective:
     @property
     def sums_over_shards(self) -> bool:
         """Whether it takes the logits of one shard of the vocabulary; its gradient is then written out."""
-        return self._takes("axis_name")
+        return self.is_ours and self._takes("axis_name")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether its function is one of the table's."""
+        return any(entry.function is self.function for entry in OBJECTIVES.values())
 
     @property
     def known_options(self) -> dict[str, Any]:
@@ -200,7 +211,7 @@ class Objective:
           ValueError: an input is missing or does not fit.
         """
         given = {name: array for name, array in available.items() if array is not None}
-        given = given if self.derive is None else self.derive(given, self.entries)
+        given = given if self.derive is None else self.derive(given, given.get("k", self.entries))
         for name in self.inputs:
             if name not in given:
                 raise ValueError(f"This objective needs {name}; it was not given.")
@@ -211,7 +222,7 @@ class Objective:
             **({"axis_name": axis_name} if self.sums_over_shards else {}),
             **more,
         }
-        if any(entry.function is self.function for entry in OBJECTIVES.values()):
+        if self.is_ours:
             return self.function(*arrays, mask, **options)
         shape = self._positions(arrays, mask)
         live = None if mask is None else check_mask(mask, shape)
@@ -254,6 +265,16 @@ class Objective:
             raise UserError(f"{name} must give float32 values, computed in float32, not {dtype}.")
         values = values.astype(jnp.float32)
         return values if live is None else jnp.where(live, values, 0.0)
+
+
+def _with_best(given: dict[str, Any], entries: int) -> dict[str, Any]:
+    """The teacher's best tokens, and the mass of the rest, from its logits where neither is there."""
+    if "teacher_logits" not in given or any(name in given for name in TEACHER_TOPK):
+        return given
+    check_count("k", entries)
+    logits = jax.lax.stop_gradient(jnp.asarray(given["teacher_logits"]))
+    found = on_auto_axes(lambda x: topk_and_tail(x, entries), logits, logits)
+    return {**given, **dict(zip((*TEACHER_TOPK, "teacher_tail"), found, strict=True))}
 
 
 _REST = inspect.Parameter.VAR_KEYWORD

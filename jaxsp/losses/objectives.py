@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import Losses, Mask, check_count, number
+from jaxsp.losses.checks import Losses, Mask, number
 from jaxsp.losses.divergence import (
     alpha_divergence,
     js_divergence,
@@ -24,37 +24,21 @@ from jaxsp.losses.divergence import (
 )
 from jaxsp.losses.likelihood import negative_log_likelihood
 from jaxsp.losses.mismatch import rank_agreement, topk_mismatch, zero_one
-from jaxsp.losses.objective import OBJECTIVES, Objective, choices, listed
+from jaxsp.losses.objective import OBJECTIVES, TEACHER_TOPK, Objective, choices, listed
 from jaxsp.losses.similarity import cosine_similarity, distribution_cosine_similarity, hidden_mse
 from jaxsp.losses.topk import (
     TOPK,
     renormalised_topk_kl_divergence,
-    topk_and_tail,
     topk_js_divergence,
     topk_kl_divergence,
     topk_reverse_kl_divergence,
     truncated_kl_divergence,
 )
 from jaxsp.losses.uncertainty import confidence_shift, entropy
-from jaxsp.losses.vocabulary import on_auto_axes
 from jaxsp.typing import AnyArray, UserError
 
 _HIDDEN = ("teacher_hidden", "student_hidden")
-TEACHER_TOPK = ("teacher_log_probs", "teacher_ids")
-"""Inputs that can be taken from the teacher's logits."""
-
-
-def _with_best(given: dict[str, Any], entries: int) -> dict[str, Any]:
-    """The teacher's best tokens, and the mass of the rest, from its logits where neither is there."""
-    if "teacher_logits" not in given or any(name in given for name in TEACHER_TOPK):
-        return given
-    check_count("k", entries)
-    logits = jax.lax.stop_gradient(jnp.asarray(given["teacher_logits"]))
-    found = on_auto_axes(lambda x: topk_and_tail(x, entries), logits, logits)
-    return {**given, **dict(zip((*TEACHER_TOPK, "teacher_tail"), found, strict=True))}
-
-
-_best = functools.partial(Objective, inputs=(*TEACHER_TOPK, "student_logits"), derive=_with_best)
+_best = functools.partial(Objective, inputs=(*TEACHER_TOPK, "student_logits"))
 _with_tail = functools.partial(_best, optional=("teacher_tail",))
 
 OBJECTIVES |= {
@@ -84,7 +68,7 @@ OBJECTIVES |= {
     ),
     "hidden_mse": Objective(hidden_mse, _HIDDEN, reference="arXiv:1412.6550"),
 }
-_FORMER = {"top_k_mismatch": "topk_mismatch"}  # names that are in older reports and settings
+_FORMER = {"top_k_mismatch": "topk_mismatch"}  # of versions before
 
 
 def _weighted_sum(*inputs_and_mask: Any) -> Any:
@@ -101,7 +85,7 @@ class _Mixture(Objective):
         found = jnp.float32(0)
         for weight, entry in self.terms:
             values = entry(mask=mask, axis_name=axis_name, **available)
-            found += weight * _rescaled(entry, available.get("temperature")) * entry.cost(values)
+            found += weight * self._factor(entry, available.get("temperature")) * entry.cost(values)
         return found
 
     def __str__(self) -> str:
@@ -110,6 +94,10 @@ class _Mixture(Objective):
     @property
     def entries(self) -> int:
         return max((entry.entries for _, entry in self.terms if entry.compares_best), default=TOPK)
+
+    @property
+    def is_ours(self) -> bool:
+        return all(entry.is_ours for _, entry in self.terms)
 
     @property
     def sums_over_shards(self) -> bool:
@@ -126,8 +114,13 @@ class _Mixture(Objective):
         terms = []
         for weight, entry in self.terms:
             own = {name: value for name, value in options.items() if name in entry.known_options}
-            terms.append((weight * _rescaled(entry, own.get("temperature")), entry.with_options(**own)))
+            changed = entry.with_options(**own)
+            temperature = dict(changed.options).get("temperature", 1.0) if "temperature" in own else None
+            terms.append((weight * self._factor(entry, temperature), changed))
         return dataclasses.replace(self, terms=tuple(terms))
+
+    def _factor(self, entry: Objective, temperature: Any) -> Any:
+        return _rescaled(entry, temperature) if len(self.terms) > 1 else 1.0
 
 
 def _rescaled(entry: Objective, temperature: Any) -> Any:
@@ -144,8 +137,8 @@ def mixture(*, temperature: float = 1.0, **weights: float) -> Objective:
 
     Args:
       temperature: τ, given to every entry that has one (the divergences of distributions). Their gradients
-        shrink by 1/τ² as it grows; so these terms, where there are others, are multiplied by τ², and the
-        weights keep their meaning.
+        shrink by 1/τ² as it grows (that of ``total_variation`` by 1/τ alone); so of several terms these are
+        multiplied by τ², and the weights keep their meaning.
       **weights: by name of the entry, each positive.
 
     Returns:

@@ -156,7 +156,8 @@ def topk_reverse_kl_divergence(
         leave of 1, less than 0.000001, which rounding hides, counts as that.
 
     Returns:
-      ``[*b, t]`` float32, in nats; never above ``reverse_kl_divergence`` where the tail is given.
+      ``[*b, t]`` float32, in nats; never above ``reverse_kl_divergence`` where the tail is given and
+      not 0.
 
     Raises:
       ValueError: shapes, dtypes or ids don't fit, k < 1, or the tail of a half-precision teacher is missing.
@@ -279,7 +280,7 @@ def renormalised_topk_kl_divergence(
     other tokens it does not see: they may take nearly all. Prefer ``topk_kl_divergence``.
 
     Args:
-      teacher_log_probs: ``[*b, t, k]``, as in ``topk_kl_divergence``, or up to a constant of each position.
+      teacher_log_probs: ``[*b, t, k]``, as in ``topk_kl_divergence``.
       teacher_ids: ``[*b, t, k]``, their tokens, in ``[0, v)``, each once.
       student_logits: ``[*b, t, v]``, any float dtype.
       mask: ``[*b, t]``, True where a position counts; all if ``None``.

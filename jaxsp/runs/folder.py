@@ -31,7 +31,7 @@ from jaxsp.settings import differences
 from jaxsp.study.lost import lost, passages
 from jaxsp.typing import UserError
 
-VERSION = 5
+VERSION = 6
 """Version of the files in a run's folder; 0.1 wrote none."""
 
 REPORT, METRICS, RESULTS = "report.json", "metrics.jsonl", "results.parquet"

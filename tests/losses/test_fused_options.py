@@ -13,6 +13,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 from jaxsp import losses
 from jaxsp.losses import OBJECTIVES, fused_kl_divergence, fused_objective, mixture, parse
+from jaxsp.typing import UserError
 from tests import programs
 from tests.conftest import slow_beside
 from tests.losses.problem import VARIANTS, B, T
@@ -55,7 +56,7 @@ TRACEABLE = [
 @pytest.mark.parametrize("path", [fused, plain])
 @pytest.mark.parametrize(("name", "option"), TRACEABLE)
 def test_a_traced_number_is_the_known_one(name, option, path):
-    """Of a schedule within one program; no gradient flows to it."""
+    """As a schedule's within one program; no gradient flows to it."""
     option, number = option
     entry = name if path is fused else OBJECTIVES[name]
     with_number = OBJECTIVES[name].with_options(**{option: number})
@@ -240,3 +241,45 @@ def test_arrays_over_a_chunks_logits(name, most):
 
     program = jax.jit(jax.value_and_grad(loss)).lower(*shapes).compile()
     assert programs.memory(program).temp_size_in_bytes < (most + 0.25) * 4 * chunk * tokens
+
+
+def test_a_traced_number_that_an_objective_does_not_have_is_refused():
+    for name in ("beta", "temprature"):
+        with pytest.raises(UserError, match=f"kl has no option '{name}'"):
+            jax.jit(lambda number, name=name: fused("kl", **{name: number}))(0.3)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_function_of_ones_own_sees_one_axis_of_positions():
+    """Whatever the devices and the rows: here there are as many of both."""
+    seen = []
+
+    def squares(teacher_logits, student_logits, mask):
+        seen.append(student_logits.ndim)
+        return jnp.sum((teacher_logits - student_logits) ** 2, axis=1)
+
+    teacher, student = (np.resize(x, (jax.device_count(), T, D)) for x in (TEACHER, STUDENT))
+    found = fused_objective(losses.Objective(squares), student, HEAD, teacher_hidden=teacher, chunk_size=16)
+    np.testing.assert_allclose(found[0], np.sum(((teacher - student) @ HEAD.T) ** 2, axis=-1), rtol=2e-5)
+    assert set(seen) == {2}
+
+
+def test_ones_own_top_k_objective_has_the_teachers_best_tokens():
+    inputs = ("teacher_log_probs", "teacher_ids", "student_logits")
+    own = losses.Objective(lambda *given: losses.topk_kl_divergence(*given), inputs)
+    close(fused(own), fused("topk_kl(k=24)"))
+
+
+def test_a_single_term_is_not_rescaled():
+    term = mixture(kl=0.7)
+    for entry in (term.with_options(temperature=jnp.float32(2)), parse("kl=0.7,temperature=2")):
+        assert str(entry) == "kl(temperature=2)=0.7"
+    traced = jax.jit(lambda temperature: fused(term, temperature=temperature))(2.0)
+    close(traced, 0.7 * fused("kl", temperature=2.0))
+
+
+def test_renyi_of_far_distributions_is_finite():
+    far = jnp.array([[0.0, 40.0]])
+    value, gradient = jax.value_and_grad(lambda x: losses.renyi_divergence(far, x).sum())(far[:, ::-1])
+    np.testing.assert_allclose(value, 40 - 2 * np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[0.5, -0.5]], rtol=1e-5)

@@ -209,7 +209,7 @@ def _of_one_size(numbers: Sequence[int]) -> list[list[int]]:
 
     Example:
       >>> _of_one_size([1, 2, 5, 10, 20, 40, 80, 160])
-      [[1, 2, 5, 10], [20, 40], [80, 160]]
+      [[1, 2, 5, 10, 20], [40, 80], [160]]
     """
     groups = itertools.groupby(numbers, lambda number: (max(number, 16) - 1).bit_length() // 2)
     return [list(group) for _, group in groups]
