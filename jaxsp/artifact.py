@@ -134,9 +134,7 @@ class SoftPrompt:
             )
         try:
             return _prefix(model.params, model.config, np.array([before], np.int32), self.sigma, self.kind)
-        except UserError:
-            raise
-        except (TypeError, ValueError) as error:  # jax's, of shapes
+        except (UserError, TypeError, ValueError) as error:
             raise Damaged(f"The prompt's arrays don't fit its model ({in_a_line(error, 120)})") from error
 
     def check(self, model: LanguageModel) -> None:

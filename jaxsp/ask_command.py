@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from jaxsp.artifact import SoftPrompt
     from jaxsp.models.language_model import LanguageModel
     from jaxsp.typing import KeyValues
+
+ROOM = 64
+"""Tokens of an answer that there must be room for behind the document; else σ answers however unsure."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,15 +76,21 @@ class Ask(Saved):
                 )
         model = self.load(prompt)
         prefix = prompt.prefix(model)
-        document = functools.cache(lambda: _document(model, prompt))
+        ids = None if least is None else _document_ids(model, prompt)
+        document = functools.cache(lambda: _document(model, ids))
+
+        def has_room(question: str) -> bool:
+            count = len(prompt.chat.query_ids(model.tokenizer, question))
+            return ids is not None and len(ids) + count + min(self.max_tokens, ROOM) <= model.config.window
 
         def pieces(question: str) -> Iterator[str]:
-            if least is not None:
+            before = prefix
+            if least is not None and has_room(question):
                 if (own := _sure(model, prompt, prefix, question, self.max_tokens, least)) is not None:
                     yield own
                     return
                 print("σ is not sure of this; the whole document answers.", file=sys.stderr)
-            before = prefix if least is None else document()
+                before = document()
             yield from model.stream_answer(before, question, prompt.chat, max_tokens=self.max_tokens)
 
         def answer(question: str) -> None:
@@ -104,12 +113,12 @@ def _sure(
     return None if certainty(logs) < least else model.decode(answer)
 
 
-def _document(model: LanguageModel, prompt: SoftPrompt) -> KeyValues:
-    """The prefix that the whole document is."""
-    import numpy as np
+def _document_ids(model: LanguageModel, prompt: SoftPrompt) -> Any:
+    """The token ids of the whole document, with those before it.
 
-    from jaxsp.distributions import context_prefix
-
+    Raises:
+      UserError: the model has no room for them.
+    """
     ids = prompt.chat.context_ids(model.tokenizer, prompt.context or "")
     ids = model.check_ids([*prompt.manifest["slots"]["before_ids"], *ids])
     if len(ids) >= model.config.window:
@@ -117,4 +126,13 @@ def _document(model: LanguageModel, prompt: SoftPrompt) -> KeyValues:
             f"The document has {len(ids):,} tokens, and the model's window {model.config.window:,}: leave"
             " --context-fallback away."
         )
+    return ids
+
+
+def _document(model: LanguageModel, ids: Any) -> KeyValues:
+    """The prefix that the whole document is."""
+    import numpy as np
+
+    from jaxsp.distributions import context_prefix
+
     return context_prefix(model.params, model.config, np.array([ids]))

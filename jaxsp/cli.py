@@ -257,12 +257,12 @@ class Evaluate(Saved):
             raise UserError(f"--calibrate writes into the prompt's folder, which {self.directory} is not.")
         prompt, queries = self.prompt(), read_queries(self.queries, self.query_column)
         report = api.evaluate(self.load(prompt), prompt, queries, teacher=self.teacher)
-        if self.calibrate:
-            certainty.calibrate(self.directory, report)
         if self.json:
             print(json.dumps(report, indent=2, ensure_ascii=False))
         else:
             console.print_brackets(report)
+        if self.calibrate:
+            certainty.calibrate(self.directory, report)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -174,7 +174,7 @@ def print_import(prompt: SoftPrompt, folder: Path) -> None:
 
 def print_files(files: Mapping[str, bytes], repository: str, *, public: bool) -> None:
     """Prints what is to be uploaded, and who may read it."""
-    print(f"To {repository}, {'for everyone to read' if public else 'private'}:")
+    print(f"To {repository}, {'for everyone to read if it is new or public' if public else 'private'}:")
     for name, data in files.items():
         print(f"  {name} ({len(data):,} bytes)")
 

@@ -114,7 +114,7 @@ def upload(
             raise UserError(f"Uploading needs a token of the hub: {_LOG_IN}.")
         try:
             found = api.model_info(repository)
-        except RepositoryNotFoundError:  # the hub says the same of one that is not to be seen
+        except RepositoryNotFoundError:  # or one that the token may not see
             there, address = set(), str(api.create_repo(repository, private=not public))
         else:
             if not (found.private or public):
@@ -123,6 +123,11 @@ def upload(
                     " choose another repository."
                 )
             there = {file.rfilename for file in found.siblings or ()}
+            if (others := there - {".gitattributes", "README.md"}) and not others & set(files):
+                raise UserError(
+                    f"{repository} holds other files ({min(others)!r:.60}) and no soft prompt; choose another"
+                    " repository."
+                )
             address = f"{api.endpoint}/{repository}"
         operations: list[Any] = [CommitOperationAdd(name, data) for name, data in files.items()]
         operations += [CommitOperationDelete(name) for name in gone if name in there and name not in files]

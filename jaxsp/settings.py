@@ -49,8 +49,8 @@ class StudySettings:
 
     study: str = "auto"
     """Queries from the document: auto (all of them, where none are given; beside those given a quote of each
-    sentence that none asks for, which takes seconds), on (also beside those given queries of all forms,
-    until each sentence is asked for) or off."""
+    sentence that none asks for, at most 64 or as many as are given), on (also beside those given queries of
+    all forms, until each sentence is asked for) or off."""
     study_queries: int | None = _setting(None, type=int, at_least=1)
     """Number of queries from the document; by default four a sentence, where none are given. Beside those
     given it is the most."""

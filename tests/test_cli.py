@@ -133,8 +133,9 @@ def test_compress_writes_everything(compress, tmp_path):
     assert report["held_out"]["brackets"]["full_context"]["kl"] == pytest.approx(0, abs=1e-6)
     assert report["held_out"]["brackets"]["full_context"]["rouge_l"] == 1.0
     assert set(report["gap_closed"]) == {"value", "low", "high"}
-    parts = ("load", "answers", "signals", "start", "compile", "train", "held_out", "evaluate")
-    assert all(report["seconds"][name] > 0 for name in parts)
+    parts = ("load", "answers", "signals", "start", "train", "held_out", "evaluate")
+    assert all(report["seconds"][name] > 0 for name in parts), report["seconds"]
+    assert report["seconds"]["compile"] >= 0  # none, where other tests have compiled the same
     assert report["seconds"]["total"] == pytest.approx(sum(report["seconds"].values()) / 2)
     assert {q["split"] for q in report["queries"]} == {"train", "held_out"}
     for query in report["queries"]:

@@ -1,4 +1,4 @@
-"""What a stranger may get wrong is one sentence."""
+"""A stranger's mistake is one sentence."""
 
 from __future__ import annotations
 

@@ -81,6 +81,10 @@ def test_the_readme_says_what_it_is(server, folder):
     assert "f" * 64 in text
     assert "| prompt | 0.250 |" in text
     assert "A good stand-in." in text
+    assert "facts are lost: 1.\n" in text
+    assert "long?" not in text
+    jaxsp.push(folder, NAME, with_document=True)
+    text = server.repositories[NAME].files["README.md"].decode()
     assert "facts are lost (1):\n\n- How␛ long?\n" in text
 
 
@@ -126,10 +130,22 @@ def test_a_public_repository_is_written_to_only_if_that_is_meant(server, folder,
     assert not server.repositories[NAME].files
     code, out, err = jaxsp_command("push", folder, NAME, "--public")
     assert code == 0, err
-    assert out.startswith(f"To {NAME}, for everyone to read:\n")
+    assert out.startswith(f"To {NAME}, for everyone to read if it is new or public:\n")
     assert server.repositories[NAME].files
     jaxsp.push(folder, "somebody/new", public=True)
     assert not server.repositories["somebody/new"].private
+
+
+def test_a_repository_of_other_files_is_left_alone(server, folder):
+    """One with the README alone that the hub made is filled."""
+    there = server.repositories[NAME] = Repository()
+    there.files.update({"README.md": b"theirs", "model.safetensors": b"theirs"})
+    with pytest.raises(UserError, match=r"holds other files \('model.safetensors'\) and no soft prompt"):
+        jaxsp.push(folder, NAME)
+    assert there.files["README.md"] == b"theirs"
+    del there.files["model.safetensors"]
+    jaxsp.push(folder, NAME)
+    assert "manifest.json" in there.files
 
 
 def test_a_dry_run_asks_the_hub_nothing(server, folder, jaxsp_command):

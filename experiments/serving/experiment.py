@@ -1,4 +1,4 @@
-"""What serving σ gives beside the whole document, its cache and Hugging Face; and what a fallback catches."""
+"""Serving σ beside the whole document, its cache and Hugging Face; and what a fallback catches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def table(results: Results) -> str:
     parts = []
     if found := results.get("speed"):
         parts += [_speed(found), _memory(found)]
-    if found := results.get("fallback"):
+    if (found := results.get("fallback")) and found["rows"]:
         parts.append(fallback.table(found))
     return "\n\n".join(parts) or "None yet."
 
@@ -61,13 +61,13 @@ def result(results: Results) -> str:
             for context, words in speed.CONTEXTS.items()
         )
         parts.append(f"tokens/s of {users} at once: {', '.join(rates)}")
-    if found := results.get("fallback"):
+    if (found := results.get("fallback")) and found["rows"]:
         parts.append(fallback.result(found))
     return "; ".join(parts)
 
 
 def draw(results: Results, folder: Path) -> None:
-    if found := results.get("fallback"):
+    if (found := results.get("fallback")) and found["rows"]:
         fallback.draw(found, folder)
 
 
@@ -75,8 +75,8 @@ EXPERIMENT = Experiment(
     question="What does a server gain by σ in speed, time to the first token and memory, beside the whole"
     " document, the document's cache and Hugging Face's generate; and how many of σ's wrong answers does a"
     " fallback to the document catch, at which cost?",
-    cost="not known yet: speed has 4 turns of 160 requests a row, fallback 2 to 5 minutes a document, on two"
-    " cores; rows of torch need torch and transformers",
+    cost="not known yet: speed has 4 turns of 16, 48 or 96 requests a row, fallback 2 to 5 minutes a"
+    " document, on two cores; rows of torch need torch and transformers",
     run=measure,
     table=table,
     result=result,

@@ -70,7 +70,7 @@ def answered(
 
 
 def _of_facts(one: Answered) -> float:
-    """Of tokens with a figure, or a capital that doesn't begin the answer; of all, if there are none."""
+    """The lowest of tokens with a figure or a capital inside the answer; of all, if there are none."""
     said = [word.strip() for word in one.words]
     facts = [
         any(sign.isdigit() for sign in word) or (n > 0 and word[:1].isupper()) for n, word in enumerate(said)
@@ -95,7 +95,7 @@ DISTANCE, RANDOM = "distance_to_failed_queries", "random"
 
 
 def distances(answers: Sequence[Answered], wrong: Sequence[bool]) -> list[float]:
-    """How much nearer a query's last hidden state is to one that was answered well than to one that failed.
+    """The distance from a query's last hidden state to one that failed, less that to one answered well.
 
     Each query is compared with the others alone. Distances are cosines; without a query of one kind among the
     others nothing is known of it: 0.

@@ -47,7 +47,7 @@ class Side:
         self._cache: DynamicCache = read.past_key_values
 
     def answers(self, queries: list[list[int]], *, cached: bool) -> tuple[float, list[int]]:
-        """When the first token was there, and the tokens of each answer; padded in front of the query."""
+        """The time of the first token, and the tokens of each answer; padded in front of the query."""
         longest, pad = max(map(len, queries)), self._job["stop_ids"][0]
         pads = [longest - len(query) for query in queries]
         shared = self._shared

@@ -82,7 +82,8 @@ class Calibration:
         if found is None:
             raise UserError(
                 "The prompt does not say when it is not sure: it was made by an older version, or is one of"
-                " the shorter ones of a nested prompt. Calibrate it with jaxsp evaluate --calibrate."
+                " the shorter ones of a nested prompt, which are not calibrated. A whole one in a folder is,"
+                " by jaxsp evaluate --calibrate."
             )
         if not isinstance(found, dict) or not isinstance(found.get("signal"), str):
             raise Damaged(f"The prompt's {MANIFEST} is damaged: fallback is {found!r:.60}")

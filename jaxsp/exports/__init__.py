@@ -61,7 +61,7 @@ class Export(Protocol):
         ...
 
     def weights(self, model: LanguageModel, scratch: Path) -> Path:
-        """Where the consumer finds the model when it is checked.
+        """The place where the consumer finds the model when it is checked.
 
         Args:
           model: the model.

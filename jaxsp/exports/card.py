@@ -56,8 +56,8 @@ def card(
     tokens = prompt.manifest["context_tokens"]
     parts = [
         f"# A soft prompt for {model.short_name}, for {to}",
-        f"{prompt.prompt_length} slots of kind {prompt.kind} stand in for a document of {tokens} tokens."
-        " Learnt by jaxsp. With it the model answers questions about the document, each by itself; it is of"
+        f"{prompt.prompt_length} slots of kind {prompt.kind} {_origin(tokens)}. With it the"
+        " model answers questions about the document, each by itself; it is of"
         " use with this one model.",
         "## Use",
         use,
@@ -71,6 +71,12 @@ def card(
     if report is not None and "held_out" in report:
         parts += ["## Measured by jaxsp", _brackets(report)]
     return "\n\n".join(parts) + "\n"
+
+
+def _origin(tokens: int) -> str:
+    if not tokens:
+        return "were learnt by another program"
+    return f"stand in for a document of {tokens} tokens, learnt by jaxsp"
 
 
 def _weights(held: Held, to: str, with_model: bool) -> str:
@@ -119,7 +125,7 @@ def _limit(held: Held, to: str) -> str | None:
     )
 
 
-def _brackets(report: Mapping[str, Any]) -> str:
+def _brackets(report: Mapping[str, Any], *, with_queries: bool = True) -> str:
     rows = [
         f"| {name.replace('_', ' ')} | {found['kl']:.3f} |"
         for name, found in report["held_out"]["brackets"].items()
@@ -130,6 +136,8 @@ def _brackets(report: Mapping[str, Any]) -> str:
         text += f"\n\n{visible(verdict)}"
     lost = [q["query"] for q in report.get("queries", []) if q.get("captured") is False]
     if lost:
+        if not with_queries:
+            return f"{text}\n\nHeld-out queries whose facts are lost: {len(lost)}."
         shown = "\n".join(f"- {' '.join(visible(query).split())}" for query in lost[:MOST_LOST])
         more = f"\n- and {len(lost) - MOST_LOST} more" if len(lost) > MOST_LOST else ""
         text += f"\n\nHeld-out queries whose facts are lost ({len(lost)}):\n\n{shown}{more}"
@@ -152,14 +160,13 @@ def hub_card(
     head = ["library_name: jaxsp", "tags: [jax, soft-prompt, prompt-compression]"]
     if model:
         head.insert(0, f"base_model: {json.dumps(model)}")
-    stands_for = f"stand in for a document of {tokens} tokens" if tokens else "were learnt by another program"
     where = "" if model or named["name"].lower() == EMBEDDED else " --model DIR"
     here = f"{SCHEME}{repository}"
     brings = "lies beside it" if prompt.context is not None else "is not in this repository"
     parts = [
         "---\n" + "\n".join(head) + "\n---",
         f"# A soft prompt for {visible(named['name'])}",
-        f"{prompt.prompt_length} slots of kind {prompt.kind} {stands_for}. It is a prompt of jaxsp"
+        f"{prompt.prompt_length} slots of kind {prompt.kind} {_origin(tokens)}. It is a prompt of jaxsp"
         f" {jaxsp.__version__}, of use with this one model. The document {brings}; what it says may be read"
         " out of the prompt by asking.",
         "## Use",
@@ -174,5 +181,5 @@ def hub_card(
         " over all tensors). jaxsp refuses other ones.",
     ]
     if report is not None and "held_out" in report:
-        parts += ["## Measured by jaxsp", _brackets(report)]
+        parts += ["## Measured by jaxsp", _brackets(report, with_queries=prompt.context is not None)]
     return "\n\n".join(parts) + "\n"

@@ -135,13 +135,13 @@ class Adapter:
         chat, before, end = self._place(held, plain)
         sigma = held.sigma(len(before), end)
         length = len(self.tensor) - len(before)
-        if not length:
+        if length < 1:
             raise UserError(f"{self.folder} holds the chat template's tokens alone, and no soft prompt.")
         made = made_for(model, chat, before)
         tokens = 0 if context is None else len(chat.context_ids(model.tokenizer, context))
         own = self.manifest or {**made, "teacher": None, "trained_on": [], "context_tokens": tokens}
         if not self.untouched:  # what was measured, and how it was trained, is another prompt's
-            own = {name: value for name, value in own.items() if name != "held_out"}
+            own = {name: value for name, value in own.items() if name not in ("held_out", "fallback")}
             own |= {"training": {}, "imported": {"from": "PEFT", "type": self.peft_type}}
         same = self.untouched and own["kind"] == kind and own.get("dtype") == "bfloat16"
         manifest = {

@@ -37,7 +37,8 @@ class PromptKind(Protocol):
     @property
     def FORM(self) -> Mapping[str, str]:
         """Axes of each array of σ, by its name (of one within another ``outer.inner``): l layers, k slots, g
-        key/value heads, f their width, d the model's width; others are the kind's own."""
+        key/value heads, f their width, d the model's width; others are the kind's own.
+        One without it is not checked."""
         ...
 
     def initial(self, start: Start) -> PyTree:
@@ -118,6 +119,8 @@ def checked_kind(kind: str, sigma: PyTree, sizes: Mapping[str, int]) -> PromptKi
     if kind not in PROMPT_KINDS:
         raise UserError(f"Unknown kind of prompt {kind!r}; choose one of {', '.join(PROMPT_KINDS)}.")
     chosen = PROMPT_KINDS[kind]
+    if not hasattr(chosen, "FORM"):
+        return chosen  # of one's own
     found = _arrays(sigma) if isinstance(sigma, Mapping) else {}
     drawn = {"drawn"} if isinstance(chosen, Draws) else set()
     if found.keys() - drawn != chosen.FORM.keys():

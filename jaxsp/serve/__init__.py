@@ -28,12 +28,13 @@ What a request means:
 - With ``--context-fallback 0.1`` a chat whose answer σ is not sure of is answered as ``name:document`` does,
   and says ``full``. σ's certainty is the probability of the least probable token of its answer; the limit is
   the one below which a tenth of the held-out queries lie, by the calibration in the prompt's manifest: of
-  other chats like these about a tenth go to the document. An answer is held back until it is judged, so
-  that it never changes: one that is sure comes in one piece when σ has ended, also in a stream; one that is
-  not is given up at its first unsure token, and the document's comes as usual. ``usage`` is then the
-  document's, and ``discarded_tokens`` those of σ's answer. Completions are never judged, nor chats for which
-  there is no room behind the document, nor the shorter prompts of a nested one: σ answers. Where the document
-  can't be read now, the request is refused (429 or 503), as one for ``name:document`` is.
+  other chats like these, with answers as long, about a tenth go to the document. An answer is held back
+  until it is judged, so that it never changes: one that is sure comes in one piece when σ has ended, also in
+  a stream; one that is not is given up at its first unsure token, and the document's comes as usual.
+  ``usage`` is then the document's, and ``discarded_tokens`` those of σ's answer. Completions are never
+  judged, nor chats for which there is no room behind the document, nor the shorter prompts of a nested one:
+  σ answers. Where the document can't be read now, the request is refused (429 or 503), as one for
+  ``name:document`` is.
 - The page itself is the same for everybody, and needs no key: it asks for one. What it then shows comes as
   JSON (``/page/prompts``). It may stand at any path behind a proxy.
 - A field that would change the answer, and can't be served, is refused by name; one that only describes the

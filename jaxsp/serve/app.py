@@ -153,7 +153,9 @@ class _Service:
             asked = await self._ready(request, read)
         finally:
             self._arriving -= 1
-        least = self._fallback and self._fallback.least(asked.served, asked.wish, len(asked.ids))
+        least, name = None, f"{asked.served.name}:{DOCUMENT}"
+        if self._fallback is not None and self._brackets.find(name) is not None:
+            least = self._fallback.least(asked.served, asked.wish, len(asked.ids))
         exchange = Exchange(*_parts(asked), self._limits, least=least)
         if least is not None:
             exchange = await self._judged(request, asked, exchange)
@@ -173,7 +175,7 @@ class _Service:
         finally:
             exchange.close()  # it has ended, or is not needed
         bracket = self._brackets.find(f"{asked.served.name}:{DOCUMENT}")
-        assert bracket is not None  # the fallback has checked it
+        assert bracket is not None  # or it would not be judged
         served, scheduler = await self._brackets.open(bracket, self._encoder)
         asked = asked._replace(served=served, scheduler=scheduler)
         return Exchange(*_parts(asked), self._limits, instead_of=exchange)

@@ -8,6 +8,9 @@ from jaxsp.serve.brackets import DOCUMENT, Bracket
 from jaxsp.serve.schema import Wish
 from jaxsp.serve.served import Served, Shelf
 
+ROOM = 64
+"""Tokens of an answer that there must be room for behind the document, if so many are wanted."""
+
 
 class Fallback:
     """The certainties below which the soft prompts' own answers are not given.
@@ -48,4 +51,6 @@ class Fallback:
             return None
         manifest = served.prompt.manifest
         before = len(manifest["slots"]["before_ids"]) + manifest["context_tokens"]
-        return self._least[served.name] if before + count < served.model.config.window else None
+        wanted = ROOM if wish.max_tokens is None else min(wish.max_tokens, ROOM)
+        fits = before + count + wanted <= served.model.config.window
+        return self._least[served.name] if fits else None

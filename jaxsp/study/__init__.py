@@ -3,8 +3,8 @@
 Seeds (one file each in ``seeds``) draft queries about the pieces of a document (``text``). The model writes
 those that are only begun (``writing``) and answers all with the document before it. Queries that the document
 doesn't matter to are left out (``filters``). Of the others some are chosen (``choice``) for each sentence
-(``coverage``). Beside the queries of a user it is quotes alone, of sentences that none of these asks
-for, unless the user wishes for more. ``questions`` conducts.
+(``coverage``). Beside the queries of a user it is those that need no writing, of sentences that none of these
+asks for, unless the user wishes for more. ``questions`` conducts.
 """
 
 from jaxsp.study.questions import (

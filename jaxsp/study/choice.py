@@ -15,9 +15,6 @@ A_SENTENCE = 4
 HELD_OUT, MOST_HELD_OUT = 0.2, 16
 """Part of the questions to measure on, and their number at most, where the user gives none."""
 
-SHARE = 3
-"""Queries of the user's own for each sentence that may be asked for without a look at what they depend on."""
-
 FEW = 64
 """Queries of the document for sentences that nobody asks for, at most, where the user's own are fewer."""
 
@@ -96,5 +93,6 @@ def to_fill(times: Sequence[int], given: int, added: int, most: int | None) -> l
       ([0, 4], [0, 2])
     """
     some = [i for i, own in enumerate(times) if own == 0]
-    room = max(0, min(max(given, FEW), len(times) if most is None else most) - added)
+    room = max(given, FEW) if most is None else min(most, max(given, FEW))
+    room = max(0, room - added)
     return some if len(some) <= room else [some[i * len(some) // room] for i in range(room)]

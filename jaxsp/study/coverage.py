@@ -93,7 +93,7 @@ def covered(
       asked: the texts of the queries, each with its answer's.
       most_tokens: tokens to read at most. Beyond them, and in documents of several parts, that sentence
         counts which shares most with a query.
-      spare: number of sentences without a query by words up to which none is removed: all are left without.
+      spare: if words leave no more sentences than that without a query, none is taken away to see more.
     """
     depends, job = by_words(document, asked), problem.job
     left = set(range(len(document.sentences))).difference(*depends)

@@ -23,7 +23,7 @@ from jaxsp.files import atomic_write, read_json, sealed, unsealed
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.settings import Settings, plain
-from jaxsp.study.choice import HELD_OUT, SHARE, to_fill, to_measure, to_train
+from jaxsp.study.choice import HELD_OUT, to_fill, to_measure, to_train
 from jaxsp.study.coverage import covered
 from jaxsp.study.filters import MATTERS, Seen, is_answer, is_sane
 from jaxsp.study.seeds import SEEDS, Draft, Seed
@@ -42,7 +42,10 @@ DRAFTS = 4
 
 FILLING = ("quote", "complete", "mention")
 """Seeds beside the user's own queries: the document itself has the answer, and the model writes nothing. Each
-is for the sentences that those before it didn't suit."""
+is for the sentences of which those before it can't be made."""
+
+SHARE = 3
+"""For so many of the user's own queries one sentence may be left untested: it counts as not asked for."""
 
 FILLING_TOKENS = 8192
 """Tokens to read at most, about, to find what the user's own queries ask for: some seconds on two cores."""

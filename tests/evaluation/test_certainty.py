@@ -91,7 +91,7 @@ def test_a_prompt_keeps_its_calibration(tmp_path):
     found = saved(stored, tmp_path)
     assert Calibration.of(found) == Calibration((-0.123456789, -2.0), (False, True))
     assert Calibration.of(found.cut(found.prompt_length)) == Calibration.of(found)
-    with pytest.raises(UserError, match=r"one of the shorter ones of a nested prompt\. Calibrate"):
+    with pytest.raises(UserError, match=r"one of the shorter ones of a nested prompt, which are not"):
         Calibration.of(found.cut(2))
 
 

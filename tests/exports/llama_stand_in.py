@@ -30,7 +30,7 @@ class Batch(ctypes.Structure):
 
 
 class Context:
-    """What has been read, as input vectors by their positions; the logits of the last batch."""
+    """The tokens read so far, as input vectors by their positions; the logits of the last batch."""
 
     def __init__(self, model: jaxsp.LanguageModel) -> None:
         self.model = model

@@ -300,7 +300,7 @@ def test_another_model_is_refused(tmp_path):
 
 
 def test_questions_that_would_have_other_ids_are_refused(tmp_path, monkeypatch):
-    """Of a tokenizer that begins a text in another way than it goes on."""
+    """Texts of a tokenizer that begins a text in another way than it goes on."""
     own = dataclasses.replace(model("llama"), tokenizer=model("llama").tokenizer)
     found = Adapter.load(adapter(tmp_path / "a", random(3)))
     monkeypatch.setattr("jaxsp.exports.from_peft.encode", lambda *_, **__: [1])

@@ -16,7 +16,7 @@ from jaxsp.evaluation.certainty import SIGNAL, certainty
 from jaxsp.serve import server
 from jaxsp.serve.app import CONTEXT_HEADER
 from jaxsp.serve.brackets import NOTHING, Bracket, Brackets
-from jaxsp.serve.fallback import Fallback
+from jaxsp.serve.fallback import ROOM, Fallback
 from jaxsp.serve.schema import read_chat
 from jaxsp.serve.served import Shelf
 from jaxsp.teacher.answers import answers_with_log_probs
@@ -173,7 +173,7 @@ def test_samples_are_judged_by_the_most_probable_tokens():
 
 
 def test_what_a_stop_text_leaves_out_is_not_judged():
-    """Of an answer whose least sure token comes after the stop."""
+    """An answer whose least sure token comes after the stop."""
     texts = {question: asked("pump", question, TOKENS) for question in QUESTIONS}
     question, whole = next(
         (question, text)
@@ -196,8 +196,11 @@ def test_a_chat_for_which_the_document_leaves_no_room_is_not_judged():
     wish = read_chat({"model": "pump", "messages": [{"role": "user", "content": "a"}]})
     manifest = served.prompt.manifest
     room = 512 - len(manifest["slots"]["before_ids"]) - manifest["context_tokens"]
-    assert fallback.least(served, wish, room - 1) == pytest.approx(-0.15)
-    assert fallback.least(served, wish, room) is None
+    assert fallback.least(served, wish, room - ROOM) == pytest.approx(-0.15)
+    assert fallback.least(served, wish, room - ROOM + 1) is None
+    short = dataclasses.replace(wish, max_tokens=3)
+    assert fallback.least(served, short, room - 3) == pytest.approx(-0.15)
+    assert fallback.least(served, short, room - 2) is None
     assert fallback.least(found["oven@2"], wish, 5) is None
     assert fallback.least(found["oven@4"], wish, 5) == fallback.least(found["oven"], wish, 5) is not None
 

@@ -22,8 +22,8 @@ def test_what_was_added_takes_room():
 
 
 @pytest.mark.parametrize(("given", "expected"), [(5, 64), (200, 200)])
-def test_the_queries_given_stay_the_half_at_least_of_many(given, expected):
-    """Where there is no room for all, some from the whole of the document."""
+def test_as_many_as_are_given_or_a_few_at_most(given, expected):
+    """If there is no room for all, it is some from the whole of the document."""
     found = to_fill([0] * 1000, given, added=0, most=None)
     assert len(found) == expected
     assert found == sorted(set(found))

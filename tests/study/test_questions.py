@@ -433,7 +433,7 @@ def test_documents_of_all_kinds_are_asked_for_whole(calm_model, heeded, kind):
 
 @pytest.mark.parametrize("kind", slow_beside(KINDS, "one sentence", "repeated", "chinese"))
 def test_documents_of_all_kinds_are_quoted_whole(calm_model, heeded, asks_for, kind):
-    """What is quoted ends where the sentence does, whatever stands in it."""
+    """A quote ends where the sentence does, whatever stands in it."""
     settings = make_settings({"prompt_length": 2, "max_answer_tokens": 96})
     asks_for(set())
     found, problem = study(calm_model, KINDS[kind], GIVEN, HELD_OUT, settings, Display(visible=False))
