@@ -211,7 +211,8 @@ class Objective:
           ValueError: an input is missing or does not fit.
         """
         given = {name: array for name, array in available.items() if array is not None}
-        given = given if self.derive is None else self.derive(given, given.get("k", self.entries))
+        entries: Any = given.get("k", self.entries)
+        given = given if self.derive is None else self.derive(given, entries)
         for name in self.inputs:
             if name not in given:
                 raise ValueError(f"This objective needs {name}; it was not given.")
