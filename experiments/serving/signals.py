@@ -119,7 +119,7 @@ def all_signals(answers: Sequence[Answered], wrong: Sequence[bool]) -> dict[str,
 
 
 def sent(values: Sequence[float], threshold: Callable[[Sequence[float]], float]) -> list[bool]:
-    """Which answers are below the threshold that all others give.
+    """The answers that are below the threshold that all others give.
 
     Args:
       values: a signal on the held-out queries of one document.

@@ -18,7 +18,7 @@ from jaxsp.typing import UserError
 from tests.exports import consumer
 
 NINE = Calibration(tuple(-float(n) for n in range(1, 10)), (False,) * 6 + (True,) * 3)
-"""Of the nine answers the three least sure are wrong."""
+"""Nine answers, of which the three least sure are wrong."""
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_what_is_no_calibration_is_said(fallback, said, tmp_path):
 
 
 def test_the_probabilities_of_answers_are_those_of_full_forward_passes():
-    """Of answers of several lengths, after several prefixes."""
+    """Answers of several lengths, after several prefixes."""
     prompts = [consumer.prompt("llama", "per_head", bias=True), consumer.prompt("llama", "key_value")]
     model = consumer.model("llama").stopping_at(range(3, 60))  # some of its answers end early
     prefixes = distributions.KeyValues.alike([prompt.prefix(model) for prompt in prompts])

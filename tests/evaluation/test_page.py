@@ -167,7 +167,7 @@ def test_the_document_has_marks_where_answers_were_lost():
 
 
 def test_the_document_is_underlined_where_nobody_asks():
-    """What is underlined is not listed once more."""
+    """A sentence that is underlined is not listed once more."""
     own = report()
     own["study"] = {
         "given": 5, "added": 1, "sentences": ["One.", "Two."], "asked": [1], "by_given": [1], "guessed": [],

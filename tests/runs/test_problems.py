@@ -128,7 +128,7 @@ def test_runs_that_differ_in_seeds_and_steps_share_what_was_asked(calm_model, as
 def test_an_objective_of_the_best_tokens_keeps_no_more_than_these(
     calm_model, tmp_path, monkeypatch, asked, added
 ):
-    """Of the queries to train on, also while the document is asked."""
+    """Best tokens of the queries to train on, also while the document is asked."""
     if not added:
         monkeypatch.setattr("jaxsp.study.questions.to_fill", lambda *a, **k: [])
     under_way, keep = [], problems.Problems._keep_study

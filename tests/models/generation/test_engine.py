@@ -166,7 +166,7 @@ def test_requests_read_together_are_answered_alike(run, monkeypatch):
 
 
 def test_a_slot_waits_for_a_whole_group(run, monkeypatch):
-    """Of three slots one stays free until another is; the last request is read by itself."""
+    """One of three slots stays free until another is; the last request is read by itself."""
     read, reads = engine._read, []
 
     def counted(given, rows, state):
