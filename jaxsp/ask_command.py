@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from jaxsp.models.language_model import LanguageModel
     from jaxsp.typing import KeyValues
 
-ROOM = 64
-"""Tokens of an answer that there must be room for behind the document; else σ answers however unsure."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ask(Saved):
@@ -64,7 +61,7 @@ class Ask(Saved):
 
     def _answer(self, prompt: SoftPrompt) -> Callable[[str], None]:
         """A function that prints the answer to a question; the model is loaded."""
-        from jaxsp.evaluation.certainty import Calibration
+        from jaxsp.evaluation.certainty import ROOM, Calibration
 
         share, least = self.context_fallback, None
         if share is not None:

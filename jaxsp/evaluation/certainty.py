@@ -21,6 +21,10 @@ SIGNAL = "lowest_log_probability"
 SHARE = 0.1
 """The share of requests for which a report says what a fallback would catch."""
 
+ROOM = 64
+"""Tokens of an answer that there must be room for behind the document, if so many are wanted; where there is
+not, σ answers however unsure it is."""
+
 
 def certainty(log_probs: Sequence[float] | AnyArray) -> float:
     """Certainty of an answer: the logarithm of the probability of its least probable token.

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from jaxsp.errors import UserError
-from jaxsp.evaluation.certainty import Calibration
+from jaxsp.evaluation.certainty import ROOM, Calibration
 from jaxsp.serve.brackets import DOCUMENT, Bracket
 from jaxsp.serve.schema import Wish
 from jaxsp.serve.served import Served, Shelf
-
-ROOM = 64
-"""Tokens of an answer that there must be room for behind the document, if so many are wanted."""
 
 
 class Fallback:

@@ -93,6 +93,6 @@ def to_fill(times: Sequence[int], given: int, added: int, most: int | None) -> l
       ([0, 4], [0, 2])
     """
     some = [i for i, own in enumerate(times) if own == 0]
-    room = max(given, FEW) if most is None else min(most, max(given, FEW))
-    room = max(0, room - added)
+    most = max(given, FEW) if most is None else min(most, max(given, FEW))
+    room = max(0, most - added)
     return some if len(some) <= room else [some[i * len(some) // room] for i in range(room)]

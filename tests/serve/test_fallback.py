@@ -12,11 +12,11 @@ import httpx
 import openai
 import pytest
 
-from jaxsp.evaluation.certainty import SIGNAL, certainty
+from jaxsp.evaluation.certainty import ROOM, SIGNAL, certainty
 from jaxsp.serve import server
 from jaxsp.serve.app import CONTEXT_HEADER
 from jaxsp.serve.brackets import NOTHING, Bracket, Brackets
-from jaxsp.serve.fallback import ROOM, Fallback
+from jaxsp.serve.fallback import Fallback
 from jaxsp.serve.schema import read_chat
 from jaxsp.serve.served import Shelf
 from jaxsp.teacher.answers import answers_with_log_probs
