@@ -17,7 +17,7 @@ import optax
 
 from experiments.offline_distillation import pairs
 from experiments.offline_distillation.pairs import Pair, Pieces
-from experiments.offline_distillation.recipe import read, say_hidden, say_topk, store, train_step
+from experiments.offline_distillation.recipe import Model, read, say_hidden, say_topk, store, train_step
 from experiments.suite import Experiment, KeptRows, Results, Run, markdown
 from jaxsp import losses
 from jaxsp.typing import Array, PyTree
@@ -55,30 +55,25 @@ class Sizes:
     learning_rate: float
 
 
-FULL = Sizes(rows=4, length=128, steps=50, seeds=(0, 1), learning_rate=5e-4)
-SMALL = Sizes(rows=2, length=16, steps=3, seeds=(0,), learning_rate=1e-2)
+FULL = Sizes(rows=2, length=128, steps=20, seeds=(0, 1), learning_rate=5e-4)
+SMALL = Sizes(rows=2, length=16, steps=3, seeds=(0, 1), learning_rate=1e-2)
 MOST = 12
 """Rows of training and of held-out texts in a small run."""
 
 
 def measure(_: str, run: Run) -> dict[str, Any]:
     """A row for each seed and signal; a full run that was stopped goes on with the next seed."""
-    sizes = FULL if run.full else SMALL
+    sizes, most = (FULL, None) if run.full else (SMALL, MOST)
     kept = KeptRows("offline_distillation", "default", run)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pair = pairs.smollm2() if run.full else pairs.random_llamas(folder)
-        train, held_out = (Pieces(pair.model, texts, sizes.length) for texts in pairs.texts())
-        if not run.full:
-            for pieces in (train, held_out):
-                pieces.ids, pieces.mask = pieces.ids[:MOST], pieces.mask[:MOST]
-        seconds, sizes_on_disk = fill(pair, train, sizes, folder)
-        bench = Bench(pair, train, held_out, sizes, folder)
-        for seed in sizes.seeds:
-            if not any(row["seed"] == seed for row in kept.rows):
-                for row in bench.run(seed):
-                    on_disk = sizes_on_disk.get(row["signal"], 0) / train.ids.size
-                    kept.add({**row, "bytes_a_token": on_disk, "store_seconds": seconds.get(row["signal"])})
+        train, held_out = (Pieces(pair.model, texts, sizes.length, most) for texts in pairs.texts())
+        try:
+            _measure_seeds(pair, train, held_out, sizes, folder, kept)
+        except KeyboardInterrupt:
+            if not kept.rows:
+                raise
     return {
         "pair": pair.name, "dtype": pair.model.config.dtype, "k": K, **dataclasses.asdict(sizes),
         "parameters": {
@@ -90,6 +85,21 @@ def measure(_: str, run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _measure_seeds(
+    pair: Pair, train: Pieces, held_out: Pieces, sizes: Sizes, folder: Path, kept: KeptRows
+) -> None:
+    left = [seed for seed in sizes.seeds if not any(row["seed"] == seed for row in kept.rows)]
+    if not left:
+        return
+    seconds, on_disk = fill(pair, train, sizes, folder)
+    bench = Bench(pair, train, held_out, sizes, folder)
+    for seed in left:
+        for row in bench.run(seed):
+            signal = row["signal"]
+            stored = {"bytes_a_token": on_disk.get(signal, 0) / train.ids.size}
+            kept.add({**row, **stored, "store_seconds": seconds.get(signal)})
+
+
 def _count(weights: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(weights))
 
@@ -99,22 +109,29 @@ def file_of(folder: Path, signal: str) -> Path:
 
 
 def fill(pair: Pair, pieces: Pieces, sizes: Sizes, folder: Path) -> tuple[dict[str, float], dict[str, int]]:
-    """Stores each signal of all rows; gives the seconds that it took, and the bytes on the disk."""
-    say = {
-        "teacher_hidden": jax.jit(functools.partial(say_hidden, pair.teacher)),
-        "teacher_ids": jax.jit(functools.partial(say_topk, pair.teacher, k=K)),
-    }
+    """Stores each signal of all rows; gives the seconds that it took, and the bytes on the disk.
+
+    The best tokens come from the hidden states: the teacher reads the texts once, and that counts for both.
+    """
+    head, count = pair.teacher.head(pair.teacher_weights), len(pieces.ids)
+    say = jax.jit(functools.partial(say_hidden, pair.teacher, pair.teacher_weights))
+    best = jax.jit(lambda said: say_topk(said["teacher_hidden"], head, k=K))
+    batches = _batches(pieces.ids, sizes.rows)
+    jax.block_until_ready(best(say(batches[0])))  # they compile
+    started = time.perf_counter()
+    said = jax.block_until_ready([say(ids) for ids in batches])
+    reading = time.perf_counter() - started
+    chosen = jax.block_until_ready([best(one) for one in said])
+    choosing = time.perf_counter() - started
     seconds, on_disk = {}, {}
     for name, signal in SIGNALS.items():
         if not signal.stored:
             continue
-        call = say["teacher_hidden" if "teacher_hidden" in signal.stored else "teacher_ids"]
-        jax.block_until_ready(call(pair.teacher_weights, pieces.ids[: sizes.rows]))  # it compiles
+        found, before = (said, reading) if "teacher_hidden" in signal.stored else (chosen, choosing)
         started = time.perf_counter()
-        said = [call(pair.teacher_weights, ids) for ids in _batches(pieces.ids, sizes.rows)]
-        whole = {n: jnp.concatenate([one[n] for one in said])[: len(pieces.ids)] for n in signal.stored}
+        whole = {n: jnp.concatenate([one[n] for one in found])[:count] for n in signal.stored}
         store(whole, pair.vocabulary, file_of(folder, name))
-        seconds[name] = time.perf_counter() - started
+        seconds[name] = before + time.perf_counter() - started
         on_disk[name] = file_of(folder, name).stat().st_size
     return seconds, on_disk
 
@@ -129,20 +146,22 @@ class Bench:
     """All signals' students, trained side by side from one start on the same batches."""
 
     def __init__(self, pair: Pair, train: Pieces, held_out: Pieces, sizes: Sizes, folder: Path) -> None:
-        self._pair, self._train, self._held_out, self._sizes, self._folder = (
-            pair, train, held_out, sizes, folder,
-        )  # fmt: skip
+        self._pair, self._train, self._sizes, self._folder = pair, train, sizes, folder
         rate = optax.warmup_cosine_decay_schedule(0.0, sizes.learning_rate, sizes.steps // 5, sizes.steps)
         self._optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
+        self._start = jax.jit(lambda x: (jax.tree.map(jnp.copy, x), self._optimizer.init(x)))  # steps donate
         self._head = jax.jit(pair.teacher.head)(pair.teacher_weights)
         self._steps = {name: self._compiled(name) for name in SIGNALS}
-        self._measure = jax.jit(functools.partial(held_out_kl, pair))
+        self._measure = jax.jit(functools.partial(held_out_kl, pair.student))
+        say = jax.jit(functools.partial(say_hidden, pair.teacher))
+        pieces = zip(*(_batches(x, sizes.rows) for x in (held_out.ids, held_out.mask)), strict=True)
+        self._held_out = [(ids, mask, say(pair.teacher_weights, ids)) for ids, mask in pieces]
+        self._initial = self._measured(pair.student_weights)
 
     def run(self, seed: int) -> list[dict[str, Any]]:
         """A row for each signal."""
-        states = {name: self._start() for name in SIGNALS}
+        states = {name: self._start(self._pair.student_weights) for name in SIGNALS}
         rows = {name: {"seed": seed, "signal": name, "losses": [], "seconds": []} for name in SIGNALS}
-        initial = self._measured(self._pair.student_weights)
         for number, index in enumerate(self._order(seed)):
             for name, row in rows.items():  # in turns, so that what else the machine does falls on all
                 started = time.perf_counter()
@@ -157,18 +176,14 @@ class Bench:
             kl, zero_one = self._measured(states[name][0])
             taken = row.pop("seconds")
             row |= {
-                "initial_kl": initial[0], "held_out_kl": kl,
-                "initial_zero_one": initial[1], "held_out_zero_one": zero_one,
+                "initial_kl": self._initial[0], "held_out_kl": kl,
+                "initial_zero_one": self._initial[1], "held_out_zero_one": zero_one,
                 "step_seconds": statistics.median(taken), "step_mib": memory(self._steps[name]) / MIB,
                 "loss_difference": max(
                     abs(a - b) for a, b in zip(row["losses"], rows[ONLINE]["losses"], strict=True)
                 ),
             }  # fmt: skip
         return list(rows.values())
-
-    def _start(self) -> tuple[PyTree, PyTree]:
-        weights = jax.tree.map(jnp.copy, self._pair.student_weights)  # a step overwrites them
-        return weights, self._optimizer.init(weights)
 
     def _order(self, seed: int) -> np.ndarray:
         """Numbers of the rows of each batch: all rows in a new order, again and again."""
@@ -193,17 +208,15 @@ class Bench:
         step = functools.partial(stored_step, self._pair, self._optimizer, SIGNALS[name].objective)
         if name == ONLINE:
             step = functools.partial(online_step, self._pair, self._optimizer)
-        batch = self._batch(name, np.arange(self._sizes.rows))
-        lowered = jax.jit(step, donate_argnums=0).lower(self._start(), batch, self._of_teacher(name))
+        state = jax.eval_shape(self._start, self._pair.student_weights)
+        given = state, self._batch(name, np.arange(self._sizes.rows)), self._of_teacher(name)
+        lowered = jax.jit(step, donate_argnums=0).lower(*given)
         return lowered.compile()
 
-    def _measured(self, weights: PyTree) -> tuple[float, float]:
+    def _measured(self, weights: PyTree) -> tuple[float, ...]:
         """Exact KL from the teacher on the held-out rows, and the share of other first tokens."""
-        size, pieces = self._sizes.rows, self._held_out
-        batches = zip(*(_batches(x, size) for x in (pieces.ids, pieces.mask)), strict=True)
-        found = [self._measure(self._pair.teacher_weights, weights, *batch) for batch in batches]
-        total = losses.merge(*(kl for kl, _ in found)), losses.merge(*(misses for _, misses in found))
-        return float(losses.masked_mean(total[0])), float(losses.masked_mean(total[1]))
+        found = [self._measure(weights, *batch, self._head) for batch in self._held_out]
+        return tuple(float(losses.masked_mean(losses.merge(*totals))) for totals in zip(*found, strict=True))
 
 
 def online_step(
@@ -222,12 +235,11 @@ def stored_step(
 
 
 def held_out_kl(
-    pair: Pair, teacher: PyTree, weights: PyTree, ids: Array, mask: Array
+    student: Model, weights: PyTree, ids: Array, mask: Array, said: dict[str, Any], head: Array
 ) -> tuple[losses.Total, losses.Total]:
     values, measured = losses.fused_objective(
-        "kl", pair.student.hidden(weights, ids), pair.student.head(weights), mask,
-        metrics=("zero_one",), teacher_hidden=pair.teacher.hidden(teacher, ids),
-        teacher_unembedding=pair.teacher.head(teacher),
+        "kl", student.hidden(weights, ids), student.head(weights), mask,
+        metrics=("zero_one",), teacher_unembedding=head, **said,
     )  # fmt: skip
     return losses.masked_sum(values, mask), losses.masked_sum(measured["zero_one"], mask)
 
@@ -289,4 +301,5 @@ EXPERIMENT = Experiment(
     run=measure,
     table=table,
     result=result,
+    missing="It has not been run yet.",
 )

@@ -18,8 +18,8 @@ from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.typing import Array, Bool, Int, PyTree
 
-LAYERS = 10
-"""Layers of the student: the teacher's first ones, of 30."""
+LAYERS = 12
+"""Layers of the student: of the teacher's 30 the first and the last, as many of each."""
 HELD_OUT = ("cabin", "museum")
 """Documents that the student is measured on and never trained on."""
 
@@ -50,11 +50,14 @@ class Pieces:
       mask: ``[n, t]``, False there.
     """
 
-    def __init__(self, model: jaxsp.LanguageModel, texts: list[str], length: int) -> None:
+    def __init__(
+        self, model: jaxsp.LanguageModel, texts: list[str], length: int, most: int | None = None
+    ) -> None:
         rows = []
         for text in texts:
             ids = model.encode_context(text)
             rows += [ids[i : i + length] for i in range(0, len(ids), length)]
+        rows = rows[:most]
         self.ids: Int[np.ndarray, "n t"] = np.zeros((len(rows), length), np.int32)
         self.mask: Bool[np.ndarray, "n t"] = np.zeros((len(rows), length), bool)
         for row, ids in enumerate(rows):
@@ -62,10 +65,11 @@ class Pieces:
 
 
 def smollm2() -> Pair:
-    """SmolLM2-135M-Instruct in bfloat16, and a student of its first layers, whose head is tied."""
+    """SmolLM2-135M-Instruct in bfloat16, and a student of its outer layers, whose head is tied."""
     model = jaxsp.load_model("smollm2-135m-instruct", dtype="bfloat16")
     config = model.config.replace(layers=LAYERS, ropes=model.config.ropes[:LAYERS])
-    weights = {**model.params, "layers": jax.tree.map(lambda x: x[:LAYERS], model.params["layers"])}
+    ends = np.r_[: LAYERS // 2, -LAYERS // 2 : 0]
+    weights = {**model.params, "layers": jax.tree.map(lambda x: x[ends], model.params["layers"])}
     return _pair(f"{model.name}: {LAYERS} of {model.config.layers} layers", model, config, weights)
 
 

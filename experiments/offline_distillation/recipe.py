@@ -72,9 +72,9 @@ def say_hidden(teacher: Model, weights: PyTree, ids: Array) -> dict[str, Array]:
     return {"teacher_hidden": teacher.hidden(weights, ids)}
 
 
-def say_topk(teacher: Model, weights: PyTree, ids: Array, *, k: int) -> dict[str, Array]:
+def say_topk(hidden: Array, head: Array, *, k: int) -> dict[str, Array]:
     """The k best tokens, their log-probabilities, and the probability of all others."""
-    best = losses.fused_topk(teacher.hidden(weights, ids), teacher.head(weights), k=k)
+    best = losses.fused_topk(hidden, head, k=k)
     return {"teacher_log_probs": best.log_probs, "teacher_ids": best.ids, "teacher_tail": best.tail}
 
 
