@@ -114,14 +114,15 @@ def fill(pair: Pair, pieces: Pieces, sizes: Sizes, folder: Path) -> tuple[dict[s
     The best tokens come from the hidden states: the teacher reads the texts once, and that counts for both.
     """
     head, count = pair.teacher.head(pair.teacher_weights), len(pieces.ids)
-    say = jax.jit(functools.partial(say_hidden, pair.teacher, pair.teacher_weights))
-    best = jax.jit(lambda said: say_topk(said["teacher_hidden"], head, k=K))
+    say = jax.jit(functools.partial(say_hidden, pair.teacher))
+    best = jax.jit(functools.partial(say_topk, k=K))
     batches = _batches(pieces.ids, sizes.rows)
-    jax.block_until_ready(best(say(batches[0])))  # they compile
+    first = say(pair.teacher_weights, batches[0])["teacher_hidden"]
+    jax.block_until_ready(best(first, head))  # both compile
     started = time.perf_counter()
-    said = jax.block_until_ready([say(ids) for ids in batches])
+    said = jax.block_until_ready([say(pair.teacher_weights, ids) for ids in batches])
     reading = time.perf_counter() - started
-    chosen = jax.block_until_ready([best(one) for one in said])
+    chosen = jax.block_until_ready([best(one["teacher_hidden"], head) for one in said])
     choosing = time.perf_counter() - started
     seconds, on_disk = {}, {}
     for name, signal in SIGNALS.items():
@@ -147,7 +148,8 @@ class Bench:
 
     def __init__(self, pair: Pair, train: Pieces, held_out: Pieces, sizes: Sizes, folder: Path) -> None:
         self._pair, self._train, self._sizes, self._folder = pair, train, sizes, folder
-        rate = optax.warmup_cosine_decay_schedule(0.0, sizes.learning_rate, sizes.steps // 5, sizes.steps)
+        peak = sizes.learning_rate
+        rate = optax.warmup_cosine_decay_schedule(peak / 4, peak, sizes.steps // 5, sizes.steps)
         self._optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
         self._start = jax.jit(lambda x: (jax.tree.map(jnp.copy, x), self._optimizer.init(x)))  # steps donate
         self._head = jax.jit(pair.teacher.head)(pair.teacher_weights)
