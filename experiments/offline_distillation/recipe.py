@@ -90,6 +90,7 @@ def store(said: dict[str, Array], vocabulary: int, file: Path) -> None:
 def read(file: Path, rows: Sequence[int]) -> dict[str, Array]:
     """These rows of what was stored, in this order; nothing else is read from the disk."""
     with safe_open(file, "flax") as stored:
-        pieces = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+        names = stored.keys()
+        pieces = {name: stored.get_slice(name) for name in names}
         said = {name: jnp.concatenate([x[i : i + 1] for i in rows]) for name, x in pieces.items()}
     return {name: x.astype(jnp.int32) if name == "teacher_ids" else x for name, x in said.items()}
