@@ -33,6 +33,7 @@ NAMES = (
     "decoder_speed",
     "serving",
     "loss_cost",
+    "offline_distillation",
     "scale",
     "colab",
 )
