@@ -94,6 +94,7 @@ def test_compress_writes_everything(compress, tmp_path):
         "prompt.safetensors",
         "manifest.json",
         "context.txt",
+        "README.md",
         "report.json",
         "report.md",
         "report.html",

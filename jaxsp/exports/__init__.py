@@ -43,6 +43,11 @@ class Export(Protocol):
         ...
 
     @property
+    def LOADED_BY(self) -> str:
+        """Markdown in a line: what loads an export, and which kinds of prompts it takes."""
+        ...
+
+    @property
     def USE(self) -> str:
         """Markdown for people: how the export is used; with the words that ``write`` gives in braces."""
         ...

@@ -17,6 +17,7 @@ from typing import Any
 from jaxsp.artifact import ARRAYS, CONTEXT, MANIFEST, SoftPrompt
 from jaxsp.errors import Damaged
 from jaxsp.evaluation import page, report as reports
+from jaxsp.exports import readme
 from jaxsp.files import (
     as_path,
     as_read,
@@ -88,9 +89,13 @@ class Result:
         return self.report.get("error")
 
     def save(self, directory: str | Path) -> None:
-        """Writes prompt, manifest, metrics, plots and reports into ``directory``, ``report.json`` last."""
+        """Writes the prompt, its README, metrics, plots and reports into ``directory``, ``report.json`` last.
+
+        A ``README.md`` that jaxsp did not write, or that was changed since, stays as it is.
+        """
         folder = Path(directory)
         self.prompt.save(folder)
+        readme.write(folder, self.prompt, self.report)
         lines = "".join(json.dumps(line) + "\n" for line in self.lines)
         if self.error is None:
             self.write_reports(folder)
@@ -307,6 +312,7 @@ class RunFolder:
                     shutil.rmtree(old)
                 else:
                     old.unlink(missing_ok=True)
+            readme.remove(self.directory)
             self.settings.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(self.settings, reports.as_json(sealed({"version": VERSION, **settings})))
         except OSError as error:
