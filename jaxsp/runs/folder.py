@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxsp.artifact import ARRAYS, CONTEXT, MANIFEST, SoftPrompt
 from jaxsp.errors import Damaged
-from jaxsp.evaluation import page, report as reports
+from jaxsp.evaluation import asking, page, report as reports
 from jaxsp.exports import readme
 from jaxsp.files import (
     as_path,
@@ -80,8 +80,9 @@ class Result:
         )
 
     def ask(self, question: str, **options: Any) -> str:
-        """The model's answer with the prompt in place of the context; options as in ``SoftPrompt.ask``."""
-        return self.prompt.ask(question, **options)
+        """The model's answer with the prompt in place of the context; options as in ``jaxsp.ask``, and
+        ``model``."""
+        return asking.ask(self.prompt, question, **options)
 
     @property
     def error(self) -> str | None:
