@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.serving import client, experiment, fallback, signals, speed
+from experiments.serving import client, experiment, fallback, prompts, signals, speed
 from experiments.serving.client import Load
 from experiments.serving.signals import DISTANCE, RANDOM, Answered
 from experiments.suite import Run
@@ -19,6 +19,7 @@ from jaxsp import distributions
 from jaxsp.data.examples import make_rows
 from jaxsp.evaluation.certainty import SIGNAL
 from jaxsp.teacher.answers import answers_with_log_probs
+from tests.conftest import CONTEXT, QUERIES
 from tests.exports import consumer
 
 
@@ -247,3 +248,22 @@ def test_a_small_run_measures_all_forms(tmp_path):
     kept = (tmp_path / "speed.jsonl").read_text().splitlines()
     assert len(kept) == len(rows)
     assert json.loads(kept[0])["turn"] == 1
+
+
+@pytest.mark.slow
+def test_a_document_is_compressed_once_and_each_held_out_query_is_a_row(tiny_model, tmp_path, monkeypatch):
+    held_out = [
+        {"query": "How long is it?", "expect": ["90"]},
+        {"query": "Of what is it?", "expect": ["steel"]},
+    ]
+    monkeypatch.setattr(prompts, "read", lambda name: (CONTEXT, QUERIES[:6], held_out))
+    first = prompts.compressed(tiny_model, "demo", tmp_path, full=False)
+    rows = fallback.rows_of(tiny_model, first)
+    assert [one["query"] for one in rows] == [one["query"] for one in held_out]
+    assert all(one["wrong"] for one in rows)  # a random model
+    stored = first.prompt.manifest["fallback"]["certainties"]
+    assert [one["signals"][SIGNAL] for one in rows] == pytest.approx(stored, abs=1e-4)
+    written = (tmp_path / "demo" / "report.json").stat().st_mtime_ns
+    again = prompts.compressed(tiny_model, "demo", tmp_path, full=False)
+    assert (tmp_path / "demo" / "report.json").stat().st_mtime_ns == written
+    assert fallback.rows_of(tiny_model, again) == rows
