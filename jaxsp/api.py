@@ -10,7 +10,8 @@ from jaxsp import exports, hub, processes
 from jaxsp.artifact import FILES, SoftPrompt, check_decoder, named_model
 from jaxsp.data.documents import Query, as_queries
 from jaxsp.errors import check_text
-from jaxsp.evaluation import brackets, report as reports
+from jaxsp.evaluation import asking, brackets, report as reports
+from jaxsp.evaluation.asking import AskOptions
 from jaxsp.exports import Exported, push as pushing
 from jaxsp.exports.from_peft import Adapter
 from jaxsp.files import as_path
@@ -28,6 +29,7 @@ from jaxsp.training.slots import Callback
 from jaxsp.typing import NonFiniteLoss, UserError
 
 Queries = Sequence[str | Query | Mapping[str, Any]]
+Saved = SoftPrompt | str | Path
 
 
 @processes.peer_failure_as_user_error()
@@ -163,16 +165,12 @@ def compress_many(
 
 
 @overload
-def ask(prompt: SoftPrompt | str | Path, question: str, /, *, max_tokens: int = 128) -> str: ...
+def ask(prompt: Saved, question: str, /, **options: Unpack[AskOptions]) -> str: ...
 @overload
 def ask(
-    model: LanguageModel | str | Path,
-    prompt: SoftPrompt | str | Path,
-    question: str,
-    *,
-    max_tokens: int = 128,
+    model: LanguageModel | str | Path, prompt: Saved, question: str, **options: Unpack[AskOptions]
 ) -> str: ...
-def ask(model: Any, prompt: Any, question: str | None = None, *, max_tokens: int = 128) -> str:
+def ask(model: Any, prompt: Any, question: Any = None, **options: Unpack[AskOptions]) -> str:
     """The model's greedy answer to a question, reading the soft prompt in place of the context.
 
     ``ask(prompt, question)`` or ``ask(model, prompt, question)``.
@@ -181,10 +179,14 @@ def ask(model: Any, prompt: Any, question: str | None = None, *, max_tokens: int
       model: the model that the prompt was trained for; by default the one of that name.
       prompt: the soft prompt, or its folder.
       question: the input z.
-      max_tokens: longest answer.
+      **options: ``max_tokens``, the longest answer (128), and ``context_fallback``, the fraction of questions
+        that the whole document answers: those on which the soft prompt is least sure, by what is kept in it
+        (``jaxsp evaluate --calibrate``). A warning of the logger ``jaxsp`` says so each time. By default the
+        soft prompt answers all.
 
     Raises:
-      UserError: the prompt belongs to another model, or the question is too long.
+      UserError: the prompt belongs to another model, or the question is too long; with ``context_fallback``,
+        the prompt is not calibrated, its document is not there, or the window has no room for it.
 
     Example:
       >>> import jaxsp
@@ -196,7 +198,7 @@ def ask(model: Any, prompt: Any, question: str | None = None, *, max_tokens: int
     if question is None:
         model, prompt, question = None, model, prompt
     prompt = prompt if isinstance(prompt, SoftPrompt) else SoftPrompt.load(prompt)
-    return prompt.ask(question, model=model, max_tokens=max_tokens)
+    return asking.ask(prompt, question, model=model, **options)
 
 
 def questions(

@@ -131,7 +131,8 @@ def print_summary(result: Result, out: str, started: float) -> None:
     _print(
         f"{report['prompt_length']} slots for {report['context_tokens']} tokens"
         f" ({report['compression']:.1f}×), {time.perf_counter() - started:.0f} s in all.",
-        f"Report: {folder / PAGE} (as text: report.md)   Prompt: {folder / 'prompt.safetensors'}",
+        f"Report: {folder / PAGE} (as text: report.md)   Prompt: {folder / 'prompt.safetensors'}"
+        " (how to use it: README.md)",
     )
 
 

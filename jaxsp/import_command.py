@@ -39,6 +39,7 @@ class ImportPeft:
         from jaxsp import api, console
         from jaxsp.artifact import CONTEXT
         from jaxsp.data.documents import read_context
+        from jaxsp.exports import readme
 
         folder = as_path(self.directory, "The adapter")
         folder = folder.parent if folder.is_file() else folder
@@ -49,19 +50,21 @@ class ImportPeft:
         if prompt.context is None:  # an earlier prompt's would be taken for this one's
             (out / CONTEXT).unlink(missing_ok=True)
         prompt.save(out)
+        readme.write(out, prompt)
         console.print_import(prompt, out)
 
 
 def _check(out: Path, overwrite: bool) -> None:
     """Raises ``UserError`` if no prompt may be written there, before a model is loaded."""
     from jaxsp.artifact import FILES, MANIFEST
+    from jaxsp.exports.card import CARD
 
     if out.is_file():
         raise UserError(f"{out} is a file; choose another folder with --out.")
     there = {file.name for file in out.iterdir()} if out.is_dir() else set()
     if not there:
         return
-    if MANIFEST not in there or not there <= set(FILES):
+    if MANIFEST not in there or not there <= {*FILES, CARD}:
         raise UserError(f"{out} holds other files than a prompt's; choose another folder with --out.")
     if not overwrite:
         raise UserError(f"{out} is there already; replace it with --overwrite, or choose another --out.")

@@ -33,10 +33,15 @@ def visible(text: str) -> str:
     return _CONTROL.sub(sign, text)
 
 
+def say(line: str) -> None:
+    """Shows a line on standard error, by ``logging``, so that a program may catch it."""
+    logging.getLogger("jaxsp").warning("%s", visible(line))
+
+
 @functools.cache
 def say_once(line: str) -> None:
-    """Shows a line on standard error, once in a process; by ``logging``, so that a program may catch it."""
-    logging.getLogger("jaxsp").warning("%s", visible(line))
+    """As ``say``, once in a process."""
+    say(line)
 
 
 def prepare() -> None:

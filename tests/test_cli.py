@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from jaxsp import plan
 from jaxsp.arguments import parse, program
 from jaxsp.artifact import write_manifest
 from jaxsp.cli import COMMANDS, Compress
+from jaxsp.models import decoder
 from jaxsp.study.seeds import SEEDS
 from jaxsp.terminal import visible
 from tests import tiny
@@ -94,6 +96,7 @@ def test_compress_writes_everything(compress, tmp_path):
         "prompt.safetensors",
         "manifest.json",
         "context.txt",
+        "README.md",
         "report.json",
         "report.md",
         "report.html",
@@ -600,13 +603,22 @@ def test_ask_inspect_evaluate(jaxsp_command, finished, job, tmp_path, monkeypatc
     assert next(lines, "all asked") == "all asked"
 
 
-def test_who_is_not_sure_reads_the_document(jaxsp_command, finished, tmp_path):
+def test_who_is_not_sure_reads_the_document(jaxsp_command, finished, tmp_path, monkeypatch, caplog):
     """The answer is the soft prompt's, or the one after the whole document; standard error says which."""
     prompt = jaxsp.SoftPrompt.load(finished)
     model = jaxsp.load_model(prompt.manifest["model"]["name"]).with_chat(prompt.chat)
     ids = np.array([[*prompt.manifest["slots"]["before_ids"], *model.encode_context(prompt.context or "")]])
     whole = jaxsp.distributions.context_prefix(model.params, model.config, ids)
     expected = "".join(model.stream_answer(whole, "What now?", max_tokens=5))
+    in_pieces = functools.partial(decoder.read_long, longest=16)  # which change no answer
+    monkeypatch.setattr(decoder, "read_long", in_pieces)
+    read, sizes = decoder._read_chunk, list[int]()
+
+    def read_chunk(params, config, room, ids, *rest):
+        sizes.append(ids.shape[1])
+        return read(params, config, room, ids, *rest)
+
+    monkeypatch.setattr(decoder, "_read_chunk", read_chunk)
     command = ("ask", finished, "What now?", "--max-tokens", 5)
     plain = jaxsp_command(*command)
     assert plain[1] != f"{visible(expected)}\n"
@@ -620,8 +632,22 @@ def test_who_is_not_sure_reads_the_document(jaxsp_command, finished, tmp_path):
         write_manifest(own, {**prompt.manifest, "fallback": fallback})
         code, out, err = jaxsp_command("ask", own, *command[2:], "--context-fallback", 0.5)
         assert (code, out, err) == (0, answer, said)
+        assert (len(sizes) >= 3 and max(sizes) <= 16) if said else not sizes
+        caplog.clear()
+        found = jaxsp.ask(own, "What now?", max_tokens=5, context_fallback=0.5)
+        assert (visible(found) + "\n", [f"{text}\n" for text in caplog.messages]) == (
+            answer,
+            [said] * bool(said),
+        )
+        assert jaxsp.ask(model, own, "What now?", max_tokens=5) + "\n" == plain[1]
+    odd: list[Any] = [0, 1.5, float("nan"), "half"]
+    for share in odd:
+        with pytest.raises(jaxsp.UserError, match="--context-fallback must be "):
+            jaxsp.ask(own, "What now?", context_fallback=share)
     (own / "context.txt").unlink()
     refused(jaxsp_command("ask", own, "Who?", "--context-fallback", 0.5), "not in the soft prompt's folder")
+    with pytest.raises(jaxsp.UserError, match="not in the soft prompt's folder"):
+        jaxsp.ask(own, "Who?", context_fallback=0.5)
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_the_readme_says_what_it_is(server, folder):
     text = server.repositories[NAME].files["README.md"].decode()
     assert text.startswith("---\nlibrary_name: jaxsp\n")
     assert "# A soft prompt for small-model" in text
-    assert "3 slots of kind embedding stand in for a document of 9 tokens" in text
+    assert "3 slots of kind embedding were learnt by jaxsp and stand in for a document of 9 tokens" in text
     assert f'jaxsp ask hf://{NAME} --model DIR "How long is the cable?"' in text
     for to in ("peft", "transformers", "vllm", "llama.cpp"):
         assert f"jaxsp export hf://{NAME} --model DIR --to {to} --out {to}/" in text

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import jaxsp
+from experiments.serving.prompts import DOCUMENTS, compressed
 from experiments.serving.signals import SIGNALS, all_signals, answered, sent, separation
-from experiments.suite import DEMO, KeptRows, Run, markdown, own_document
-from jaxsp import demo
+from experiments.suite import KeptRows, Run, markdown
 from jaxsp.evaluation.certainty import SIGNAL, Calibration
+from jaxsp.runs.folder import Result
 from jaxsp.teacher.answers import answer_ids
 
-DOCUMENTS = ("demo", "museum", "town", "shelter", "cabin")
-COMPRESSION = 20
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)
 GOAL_SHARE, GOAL_CAUGHT = 0.1, 0.6
+
+SECOND = ("asked for", "sent to the document", "wrong answers caught", "most that can be", "right answers")
 
 
 def measure(run: Run) -> dict[str, Any]:
@@ -29,44 +30,32 @@ def measure(run: Run) -> dict[str, Any]:
         for name in documents:
             if name in done:
                 continue
-            kept.add({"document": name, "queries": rows_of(model, name, run.full)})
+            result = compressed(model, name, kept.folder, run.full)
+            kept.add({"document": name, "queries": rows_of(model, result)})
             print(f"{name}: {len(kept.rows[-1]['queries'])} queries", flush=True)
     there = {row["document"]: row for row in kept.rows}  # some committed and kept
     return {"model": model.name, "dtype": model.config.dtype, "rows": list(there.values())}
 
 
-def rows_of(model: jaxsp.LanguageModel, name: str, full: bool) -> list[dict[str, Any]]:
-    """Compresses a document as ``experiments/documents`` does; a row each of its held-out queries."""
-    options: dict[str, Any] = {"prompt_length": len(model.encode_context(_read(name)[0])) // COMPRESSION}
-    if name == "demo":
-        options = dict(DEMO)
-    context, queries, held_out = _read(name)
-    if not full:
-        options |= {"steps": 2, "max_answer_tokens": 8}
-        queries, held_out = queries[:8], held_out[:4]
-    result = jaxsp.compress(model, context, queries, held_out=held_out, progress=False, **options)
+def rows_of(model: jaxsp.LanguageModel, result: Result) -> list[dict[str, Any]]:
+    """A row each of the held-out queries of a run, with all signals of σ's answer."""
     found = [row for row in result.report["queries"] if row["split"] == "held_out"]
     prompt, most = result.prompt, result.report["settings"]["max_answer_tokens"]
     ids = [prompt.chat.query_ids(model.tokenizer, row["query"]) for row in found]
     prefix = prompt.prefix(model)
     answers = answer_ids(model, prefix, ids, max_tokens=most)
-    calibration = Calibration.of(prompt)
-    wrong = list(calibration.wrong)
+    wrong = list(Calibration.of(prompt).wrong)
     signals = all_signals(answered(model, prefix, ids, answers), wrong)
     return [
         {
             "query": row["query"],
-            "wrong": wrong[i],
+            "wrong": is_wrong,
             "right_with_document": row["right"],
             "captured": row["captured"],
             "signals": {signal: values[i] for signal, values in signals.items()},
         }
-        for i, row in enumerate(found)
+        for i, (row, is_wrong) in enumerate(zip(found, wrong, strict=True))
     ]
-
-
-def _read(name: str) -> tuple[str, list[Any], list[Any]]:
-    return demo.read() if name == "demo" else own_document(name)
 
 
 def curve(rows: Sequence[Mapping[str, Any]], signal: str) -> list[dict[str, float]]:
@@ -79,8 +68,9 @@ def curve(rows: Sequence[Mapping[str, Any]], signal: str) -> list[dict[str, floa
       signal: name of the signal.
 
     Returns:
-      By share: the share that was ``sent``, the share of the wrong answers among them (``caught``), and the
-      right answers of all, where those sent are the document's (``right``).
+      By share: the share that was ``sent``, the share of the wrong answers that are among them (``caught``),
+      the ``most`` of them that so many requests could catch by any signal, and the right answers of all,
+      where those sent are the document's (``right``).
     """
     found = []
     for share in SHARES:
@@ -92,6 +82,7 @@ def curve(rows: Sequence[Mapping[str, Any]], signal: str) -> list[dict[str, floa
                 "share": share,
                 "sent": sum(is_sent for _, is_sent in chosen) / len(chosen),
                 "caught": sum(wrong) / max(1, len(wrong)),
+                "most": min(1.0, sum(is_sent for _, is_sent in chosen) / max(1, len(wrong))),
                 "right": sum(right) / len(right),
             }
         )
@@ -128,7 +119,7 @@ def table(record: Mapping[str, Any]) -> str:
     ]
     own = curve(rows, SIGNAL)
     second = [
-        [f"{point['share']:.0%}", f"{point['sent']:.2f}", f"{point['caught']:.2f}", f"{point['right']:.2f}"]
+        [f"{point['share']:.0%}", *(f"{point[key]:.2f}" for key in ("sent", "caught", "most", "right"))]
         for point in own
     ]
     queries = [query for row in rows for query in row["queries"]]
@@ -137,11 +128,8 @@ def table(record: Mapping[str, Any]) -> str:
         f"{len(queries)} held-out queries of {len(rows)} documents: {len(queries) - wrong} right with σ,"
         f" {right} with the whole document."
     )
-    tables = [
-        markdown(head, lines),
-        markdown(["asked for", "sent to the document", "wrong answers caught", "right answers"], second),
-    ]
-    return "\n\n".join([*tables, total])
+    picture = "![Wrong answers caught against requests sent to the document](fallback.png)"
+    return "\n\n".join([picture, markdown(head, lines), markdown(SECOND, second), total])
 
 
 def result(record: Mapping[str, Any]) -> str:
@@ -149,7 +137,7 @@ def result(record: Mapping[str, Any]) -> str:
     point = next(p for p in curve(record["rows"], SIGNAL) if p["share"] == GOAL_SHARE)
     return (
         f"a fallback of {GOAL_SHARE:.0%} sends {point['sent']:.0%} and catches {point['caught']:.0%} of the"
-        f" wrong answers (aim: {GOAL_CAUGHT:.0%})"
+        f" wrong answers (aim: {GOAL_CAUGHT:.0%}; most that can be: {point['most']:.0%})"
     )
 
 
@@ -167,6 +155,9 @@ def draw(record: Mapping[str, Any], folder: Path) -> None:
             *zip(*points, strict=True), marker="o" if is_ours else None, linewidth=2.5 if is_ours else 1,
             label=name.replace("_", " "),
         )  # fmt: skip
+    queries = [query["wrong"] for row in rows for query in row["queries"]]
+    best = [(0.0, 0.0), (sum(queries) / len(queries), 1.0), (1.0, 1.0)]
+    axes.plot(*zip(*best, strict=True), color="grey", linestyle="--", label="most that can be")
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="at random")
     axes.plot([GOAL_SHARE], [GOAL_CAUGHT], "x", color="black", label="aim")
     axes.set(xlabel="requests sent to the document", ylabel="wrong answers caught", xlim=(0, 1), ylim=(0, 1))

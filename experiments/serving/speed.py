@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,8 @@ import jaxsp
 from experiments import random_llama
 from experiments.decoder_speed.experiment import has_torch
 from experiments.serving.client import Load, load
-from experiments.suite import DEMO, Run
-from jaxsp import demo
+from experiments.serving.prompts import compressed, read
+from experiments.suite import KeptRows, Run, commit
 from jaxsp.artifact import make_artifact
 from jaxsp.data.documents import as_queries
 from jaxsp.evaluation.report import report_header
@@ -29,11 +29,11 @@ from jaxsp.settings import make_settings
 from jaxsp.teacher.problem import tokenize
 
 USERS = (1, 8, 32)
-REQUESTS = {1: 16, 8: 48, 32: 96}
+REQUESTS = {1: 6, 8: 16, 32: 48}
 """Requests of a turn, by the number of users."""
 
 TURNS = 3
-"""Turns that count; what differs takes turns, and one before them compiles and warms up."""
+"""Turns that count; all sides take turns, and one before them, a request a user, compiles and warms up."""
 
 MOST_TOKENS = 32
 
@@ -42,6 +42,9 @@ CONTEXTS = {"sigma": "σ", "cached": "document, cached", "read": "document, read
 
 SMALL_CONTEXT = "The tank holds 1.2 litres. The cable is 90 cm long. The lid is made of steel and of glass."
 SMALL_QUERIES = [f"What is fact {n}?" for n in range(4)]
+
+Kept = Sequence[Mapping[str, Any]]
+"""Loads of an earlier run, as ``turns`` gives them."""
 
 Measure = Callable[[str, Sequence[str], int], Load]
 """A function from one of ``CONTEXTS``, questions and a number of users to the load."""
@@ -62,77 +65,109 @@ SMALL = Sizes((1, 2), {1: 2, 2: 4}, 1, 8, 200)
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """All sides in turns, on the demo's manual and its questions; a small run is of a random model."""
-    sizes = FULL if run.full else SMALL
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        directory = Path(folder)
-        model, questions, context = _compressed(directory, run.full)
+    """All sides in turns, on the demo's manual and its questions; a small run is of a random model.
+
+    Each load is kept as it is measured: after a stop a run of the same code goes on with those that are left.
+    """
+    sizes, kept = FULL if run.full else SMALL, KeptRows("serving", "speed", run)
+    loads = [row for row in kept.rows if "turn" in row and row["commit"] == commit()]
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        model, questions, context, folder = _compressed(kept.folder, run.full)
         sides: dict[str, Measure] = {}
-        url = stack.enter_context(serving(directory / "manual", model, sizes))
-        sides["jaxsp"] = _asked_of(url, context, sizes)
+        url = stack.enter_context(serving(folder, model, sizes))
+        sides["jaxsp"] = _asked_of(url, folder.name, context, sizes)
         versions = None
         if has_torch(run.torch_python):
             job = _job(model, context, sizes)
-            torch = stack.enter_context(_torch(run.torch_python, directory / "job.json", job))
+            torch = stack.enter_context(_torch(run.torch_python, Path(scratch) / "job.json", job))
             versions = torch.versions
             sides["torch"] = _asked_of_torch(torch, model)
-        header = report_header(model, jaxsp.SoftPrompt.load(directory / "manual"))
+        for one in turns(sides, questions, sizes, list(loads)):
+            kept.add(one)
+            loads.append(one)
+        header = report_header(model, jaxsp.SoftPrompt.load(folder))
         return {
             "model": model.name,
             "dtype": model.config.dtype,
             **{key: header[key] for key in ("context_tokens", "prompt_length", "prefix_bytes")},
-            "file_bytes": (directory / "manual" / "prompt.safetensors").stat().st_size,
+            "file_bytes": (folder / "prompt.safetensors").stat().st_size,
             "slots": max(sizes.users),
             "max_tokens": sizes.max_tokens,
-            "rows": list(rows(sides, questions, sizes)),
+            "rows": medians(loads),
             "torch": versions,
         }
 
 
-def rows(sides: dict[str, Measure], questions: Sequence[str], sizes: Sizes) -> Iterator[dict[str, Any]]:
-    """A row for each side, form of the document and number of users: the medians of the turns."""
-    found: dict[tuple[str, str, int], list[Load]] = {}
+def turns(
+    sides: Mapping[str, Measure], questions: Sequence[str], sizes: Sizes, done: Kept = ()
+) -> Iterator[dict[str, Any]]:
+    """The loads of all sides in turns, as they are measured; one before them, which warms up, does not count.
+
+    Args:
+      sides: by name.
+      questions: messages; each turn has others, the same for all sides, and begins again after the last.
+      sizes: of the run.
+      done: loads that an earlier run has measured.
+    """
+    there = {tuple(row[key] for key in ("side", "context", "users", "turn")) for row in done}
     for users in sizes.users:
         for turn in range(sizes.turns + 1):
-            # Other questions each turn, the same for all; more requests than questions ask them again.
-            first = turn * sizes.requests[users]
-            asked = itertools.islice(itertools.cycle(questions), first, first + sizes.requests[users])
-            some = list(asked)
+            first, count = turn * sizes.requests[users], sizes.requests[users] if turn else users
+            some = list(itertools.islice(itertools.cycle(questions), first, first + count))
+            counting = [turn] if turn else range(1, sizes.turns + 1)
             for side, ask in sides.items():
                 for context in CONTEXTS:
-                    if side == "torch" and context == "sigma":
+                    left = [n for n in counting if (side, context, users, n) not in there]
+                    if not left or (side == "torch" and context == "sigma"):
                         continue
                     one = ask(context, some, users)
                     if turn:
-                        found.setdefault((side, context, users), []).append(one)
+                        yield {"side": side, "context": context, "users": users, "turn": turn, **vars(one)}
                         _say(f"{side}, {context}, {users}: {sum(one.tokens) / one.seconds:.1f} tokens/s")
-    for (side, context, users), loads in found.items():
-        yield {
-            "side": side,
-            "context": context,
-            "users": users,
-            "requests": sizes.requests[users],
-            "tokens_per_second": statistics.median(sum(one.tokens) / one.seconds for one in loads),
-            "first_token_seconds": statistics.median(
-                itertools.chain.from_iterable(one.first_token_seconds for one in loads)
-            ),
-            "answer_tokens": statistics.mean(itertools.chain.from_iterable(one.tokens for one in loads)),
-        }
 
 
-def _compressed(directory: Path, full: bool) -> tuple[jaxsp.LanguageModel, list[str], str]:
-    """Writes the soft prompt; gives its model, the questions to ask and the document."""
+def medians(loads: Kept) -> list[dict[str, Any]]:
+    """A row for each side, form of the document and number of users: the medians of its turns.
+
+    Args:
+      loads: of ``turns``.
+    """
+    found: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
+    for one in loads:
+        found.setdefault((one["side"], one["context"], one["users"]), []).append(one)
+    rows = []
+    for (side, context, users), own in found.items():
+        rates = [sum(one["tokens"]) / one["seconds"] for one in own]
+        firsts = itertools.chain.from_iterable(one["first_token_seconds"] for one in own)
+        tokens = list(itertools.chain.from_iterable(one["tokens"] for one in own))
+        rows.append(
+            {
+                "side": side,
+                "context": context,
+                "users": users,
+                "requests": len(tokens),
+                "tokens_per_second": statistics.median(rates),
+                "tokens_per_second_of_turns": rates,
+                "first_token_seconds": statistics.median(firsts),
+                "answer_tokens": statistics.mean(tokens),
+            }
+        )
+    return sorted(rows, key=lambda row: row["users"])
+
+
+def _compressed(folder: Path, full: bool) -> tuple[jaxsp.LanguageModel, list[str], str, Path]:
+    """The model of the soft prompt, the questions to ask, the document, and the soft prompt's folder."""
     if full:
         model = jaxsp.load_model()
-        context, train, held_out = demo.read()
-        jaxsp.compress(model, context, train, held_out=held_out, out=directory / "manual", **DEMO)
-        return model, [query.text for query in (*train, *held_out)], context
-    model = jaxsp.load_model(random_llama.write(directory / "model"), dtype="float32")
+        context, train, held_out = read("demo")
+        compressed(model, "demo", folder, full)
+        return model, [query.text for query in (*train, *held_out)], context, folder / "demo"
+    model = jaxsp.load_model(random_llama.write(folder / "model"), dtype="float32")
     settings = make_settings({"prompt_length": 4, "kind": "embedding"})
     job = tokenize(model, SMALL_CONTEXT, as_queries(SMALL_QUERIES[:1]), [], settings)
     sigma = {"embeddings": np.asarray(model.embed(job.context_ids[:4]))}
-    make_artifact(model, job, settings, sigma, SMALL_CONTEXT, steps=0).save(directory / "manual")
-    return model, SMALL_QUERIES, SMALL_CONTEXT
+    make_artifact(model, job, settings, sigma, SMALL_CONTEXT, steps=0).save(folder / "demo")
+    return model, SMALL_QUERIES, SMALL_CONTEXT, folder / "demo"
 
 
 @contextlib.contextmanager
@@ -154,9 +189,9 @@ def serving(folder: Path, model: jaxsp.LanguageModel, sizes: Sizes) -> Iterator[
         process.wait()
 
 
-def _asked_of(url: str, context: str, sizes: Sizes) -> Measure:
+def _asked_of(url: str, prompt: str, context: str, sizes: Sizes) -> Measure:
     def measured(form: str, questions: Sequence[str], users: int) -> Load:
-        name = {"sigma": "manual", "cached": "manual:document", "read": "manual:nothing"}[form]
+        name = {"sigma": prompt, "cached": f"{prompt}:document", "read": f"{prompt}:nothing"}[form]
         texts = [f"{context}\n\n{question}" if form == "read" else question for question in questions]
         return load(url, name, texts, users, sizes.max_tokens)
 

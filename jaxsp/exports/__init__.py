@@ -43,6 +43,11 @@ class Export(Protocol):
         ...
 
     @property
+    def LOADED_BY(self) -> str:
+        """Markdown in a line: what loads an export, and which kinds of prompts it takes."""
+        ...
+
+    @property
     def USE(self) -> str:
         """Markdown for people: how the export is used; with the words that ``write`` gives in braces."""
         ...
@@ -153,7 +158,7 @@ def export(
     held, rows = hold(prompt, model), check.rows_of(prompt, report)
     queries, chosen = [query for query, _ in rows], EXPORTS[to]
     with os_errors_as_user_errors(out, "choose another --out"), _scratch(out) as folder:
-        words = chosen.write(held, folder, queries)
+        words = dict(chosen.write(held, folder, queries))
         written = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
         described = {**description(prompt, model, queries), "end": held.end, "sha256": written}
         text = json.dumps(described, indent=2, ensure_ascii=False)
@@ -161,7 +166,7 @@ def export(
         for name, script in chosen.SCRIPTS.items():
             shutil.copyfile(Path(__file__).parent / "consumers" / script, folder / name)
         if with_model:
-            _copy_model(model, folder / MODEL, to)
+            words |= _copy_model(model, folder / MODEL, to)
         found = check.measure(held, to, folder, rows, chosen.weights)
         if found.get("kl", 0.0) > check.LARGEST_KL:
             raise UserError(
@@ -208,10 +213,13 @@ def _move(folder: Path, out: Path) -> None:
         file.replace(out / file.name)
 
 
-def _copy_model(model: LanguageModel, folder: Path, to: str) -> None:
+def _copy_model(model: LanguageModel, folder: Path, to: str) -> dict[str, str]:
+    """Copies a model's files; gives the words of ``USE`` that name them in the export."""
     folder.mkdir()
+    words: dict[str, str] = {}
     files = {*weight_files(model.directory), *(f for p in _OF_A_MODEL for f in model.directory.glob(p))}
     if to == "llama.cpp" and (own := gguf_file(model.name)) is not None:
-        files = {own}
+        files, words = {own}, {"file": shlex.quote(f"{MODEL}/{own.name}")}
     for file in sorted(files):
         shutil.copyfile(file, folder / file.name)
+    return words

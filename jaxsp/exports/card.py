@@ -1,16 +1,16 @@
-"""The README of an export: what it is, what it needs, what was measured, how to use it here."""
+"""The READMEs of an export and of a saved prompt: what each is, what was measured, how to use it."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jaxsp
 from jaxsp.artifact import SoftPrompt
 from jaxsp.exports.prefix import NEVER, Held
-from jaxsp.hub import SCHEME
+from jaxsp.hub import is_remote
 from jaxsp.models.load import EMBEDDED, gguf_file, hub_id
 from jaxsp.terminal import visible
 
@@ -53,10 +53,9 @@ def card(
       with_model: whether the model's files lie in the export.
     """
     prompt, model = held.prompt, held.model
-    tokens = prompt.manifest["context_tokens"]
     parts = [
         f"# A soft prompt for {model.short_name}, for {to}",
-        f"{prompt.prompt_length} slots of kind {prompt.kind} {_origin(tokens)}. With it the"
+        f"{prompt.prompt_length} slots of kind {prompt.kind} {_origin(prompt)}. With it the"
         " model answers questions about the document, each by itself; it is of"
         " use with this one model.",
         "## Use",
@@ -73,10 +72,10 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def _origin(tokens: int) -> str:
-    if not tokens:
-        return "were learnt by another program"
-    return f"stand in for a document of {tokens} tokens, learnt by jaxsp"
+def _origin(prompt: SoftPrompt) -> str:
+    tokens = prompt.manifest["context_tokens"]
+    learnt = "were learnt by another program" if "imported" in prompt.manifest else "were learnt by jaxsp"
+    return f"{learnt} and stand in for a document of {tokens} tokens" if tokens else learnt
 
 
 def _weights(held: Held, to: str, with_model: bool) -> str:
@@ -144,42 +143,52 @@ def _brackets(report: Mapping[str, Any], *, with_queries: bool = True) -> str:
     return text
 
 
-def hub_card(
-    prompt: SoftPrompt, repository: str, report: Mapping[str, Any] | None, formats: Sequence[str]
+def prompt_card(
+    prompt: SoftPrompt, here: str, report: Mapping[str, Any] | None, engines: Mapping[str, str]
 ) -> str:
-    """The README of a saved prompt in a repository of the model hub.
+    """The README of a saved prompt.
 
     Args:
       prompt: the soft prompt, as it will lie there.
-      repository: its name, ``OWNER/NAME``.
+      here: the place as commands name it: ``hf://OWNER/NAME``, or ``.`` for the folder that the README is in.
       report: the run's ``report.json``, if it is known.
-      formats: of exports.
+      engines: by the names of exports what loads them, as Markdown.
     """
     named = prompt.manifest["model"]
-    model, tokens = hub_id(named["name"]), prompt.manifest["context_tokens"]
+    model = hub_id(named["name"])
+    short = os.path.basename(named["name"]) if os.path.isabs(named["name"]) else named["name"]
     head = ["library_name: jaxsp", "tags: [jax, soft-prompt, prompt-compression]"]
     if model:
         head.insert(0, f"base_model: {json.dumps(model)}")
-    where = "" if model or named["name"].lower() == EMBEDDED else " --model DIR"
-    here = f"{SCHEME}{repository}"
-    brings = "lies beside it" if prompt.context is not None else "is not in this repository"
+    remote = is_remote(here)
+    where = "" if model or named["name"].lower() == EMBEDDED or not remote else " --model DIR"
+    place = "this repository" if remote else "this folder"
+    brings = "lies beside it" if prompt.context is not None else f"is not in {place}"
     parts = [
         "---\n" + "\n".join(head) + "\n---",
-        f"# A soft prompt for {visible(named['name'])}",
-        f"{prompt.prompt_length} slots of kind {prompt.kind} {_origin(tokens)}. It is a prompt of jaxsp"
+        f"# A soft prompt for {visible(short)}",
+        f"{prompt.prompt_length} slots of kind {prompt.kind} {_origin(prompt)}. It is a prompt of jaxsp"
         f" {jaxsp.__version__}, of use with this one model. The document {brings}; what it says may be read"
         " out of the prompt by asking.",
-        "## Use",
+        "## Use" if remote else "## Use, in this folder",
         f'```sh\npip install jaxsp\njaxsp ask {here}{where} "How long is the cable?"\n'
         f"jaxsp serve {here}{where}    # OpenAI's HTTP interface\n```",
-        "## Other programs\n\nEach takes the kinds of prompts that it can hold; `jaxsp export` says which.",
-        "```sh\n"
-        + "\n".join(f"jaxsp export {here}{where} --to {name} --out {name}/" for name in formats)
-        + "\n```",
+        "## Other programs",
+        "Each takes what it can hold, and `jaxsp export` refuses the rest with the reason. The README of an"
+        " export says more.",
+        "| program | export | loaded there by |\n|---|---|---|\n"
+        + "\n".join(
+            f"| {name} | `jaxsp export {here}{where} --to {name} --out {name}/` | {loaded} |"
+            for name, loaded in engines.items()
+        ),
         "## The model",
         f"`{visible(named['name'])}`, weights with the fingerprint `{named['fingerprint']}` (jaxsp's SHA-256"
-        " over all tensors). jaxsp refuses other ones.",
+        " over all tensors). jaxsp refuses other ones."
+        + ("" if remote else " Where they lie in another place, add `--model DIR`."),
     ]
-    if report is not None and "held_out" in report:
-        parts += ["## Measured by jaxsp", _brackets(report, with_queries=prompt.context is not None)]
+    if report is not None and report.get("error"):
+        parts += ["## Not measured", f"Its training failed: {visible(report['error'])}"]
+    elif report is not None and "held_out" in report:
+        shows_queries = prompt.context is not None or not remote
+        parts += ["## Measured by jaxsp", _brackets(report, with_queries=shows_queries)]
     return "\n\n".join(parts) + "\n"

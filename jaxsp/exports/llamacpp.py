@@ -22,6 +22,7 @@ from jaxsp.typing import UserError
 
 SCRIPTS = {"load.py": "llamacpp.py", "question.py": "question.py"}
 NEEDS = ("llama-cpp-python",)
+LOADED_BY = "`llama.cpp/load.py`, as `llama_batch.embd`: kind `embedding` alone, of a model in a GGUF file"
 USE = """\
 ```sh
 pip install llama-cpp-python

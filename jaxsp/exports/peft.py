@@ -18,6 +18,7 @@ from jaxsp.typing import UserError
 CONFIG, ARRAYS = "adapter_config.json", "adapter_model.safetensors"
 SCRIPTS = {"load.py": "peft.py", "question.py": "question.py"}
 NEEDS = ("torch", "transformers", "peft")
+LOADED_BY = '`PeftModel.from_pretrained(model, "peft/")`: input vectors, or keys and values without biases'
 USE = """\
 ```sh
 pip install torch transformers peft

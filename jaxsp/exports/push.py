@@ -10,10 +10,10 @@ from typing import Any
 
 from jaxsp.artifact import ARRAYS, CONTEXT, MANIFEST, SoftPrompt
 from jaxsp.errors import UserError
-from jaxsp.exports import EXPORTS
-from jaxsp.exports.card import CARD, hub_card
+from jaxsp.exports import readme
+from jaxsp.exports.card import CARD
 from jaxsp.files import read_whole, sealed
-from jaxsp.hub import check_name
+from jaxsp.hub import SCHEME, check_name
 
 FILES = (ARRAYS, MANIFEST, CARD, CONTEXT)
 """Everything that may be uploaded."""
@@ -52,7 +52,7 @@ def files_of(
     shown = SoftPrompt(prompt.sigma, manifest, prompt.context if with_document else None)
     text = json.dumps(sealed(manifest), indent=2, ensure_ascii=False)
     found = {
-        CARD: hub_card(shown, repository, report, list(EXPORTS)).encode(),
+        CARD: readme.text(shown, report, f"{SCHEME}{repository}").encode(),
         MANIFEST: f"{text}\n".encode(),
         ARRAYS: read_whole(folder / ARRAYS, manifest["sha256"]),
     }

@@ -17,6 +17,7 @@ from jaxsp.files import atomic_write
 
 SCRIPTS = {"load.py": "transformers.py", "question.py": "question.py"}
 NEEDS = ("torch", "transformers", "safetensors")
+LOADED_BY = "`transformers/load.py`, as a `DynamicCache`: every kind"
 USE = """\
 ```sh
 pip install torch transformers safetensors

@@ -26,6 +26,9 @@ from jaxsp.typing import Float, UserError
 
 SCRIPTS = {"client.py": "vllm.py"}
 NEEDS = ("torch", "transformers")
+LOADED_BY = (
+    "`vllm/client.py`, as `prompt_embeds` of `vllm serve --enable-prompt-embeds`: kind `embedding` alone"
+)
 USE = """\
 ```sh
 vllm serve MODEL --enable-prompt-embeds --chat-template-content-format {form}

@@ -16,7 +16,8 @@ from typing import Any
 
 from jaxsp.artifact import ARRAYS, CONTEXT, MANIFEST, SoftPrompt
 from jaxsp.errors import Damaged
-from jaxsp.evaluation import page, report as reports
+from jaxsp.evaluation import asking, page, report as reports
+from jaxsp.exports import readme
 from jaxsp.files import (
     as_path,
     as_read,
@@ -79,8 +80,9 @@ class Result:
         )
 
     def ask(self, question: str, **options: Any) -> str:
-        """The model's answer with the prompt in place of the context; options as in ``SoftPrompt.ask``."""
-        return self.prompt.ask(question, **options)
+        """The model's answer with the prompt in place of the context; options as in ``jaxsp.ask``, and
+        ``model``."""
+        return asking.ask(self.prompt, question, **options)
 
     @property
     def error(self) -> str | None:
@@ -88,9 +90,13 @@ class Result:
         return self.report.get("error")
 
     def save(self, directory: str | Path) -> None:
-        """Writes prompt, manifest, metrics, plots and reports into ``directory``, ``report.json`` last."""
+        """Writes the prompt, its README, metrics, plots and reports into ``directory``, ``report.json`` last.
+
+        A ``README.md`` that jaxsp did not write, or that was changed since, stays as it is.
+        """
         folder = Path(directory)
         self.prompt.save(folder)
+        readme.write(folder, self.prompt, self.report)
         lines = "".join(json.dumps(line) + "\n" for line in self.lines)
         if self.error is None:
             self.write_reports(folder)
@@ -307,6 +313,7 @@ class RunFolder:
                     shutil.rmtree(old)
                 else:
                     old.unlink(missing_ok=True)
+            readme.remove(self.directory)
             self.settings.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(self.settings, reports.as_json(sealed({"version": VERSION, **settings})))
         except OSError as error:

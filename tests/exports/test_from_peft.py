@@ -318,6 +318,10 @@ def test_from_the_command_line_to_an_answer(tmp_path, jaxsp_command):
         r"It is read as σ '<|im_start|>user\n' QUESTION '<|im_end|>\n<|im_start|>assistant\n'.",
     ]
     assert f"ask {out}" in said
+    assert (
+        "3 slots of kind embedding were learnt by another program and stand"
+        in (out / "README.md").read_text()
+    )
     code, said, err = jaxsp_command("inspect", out)
     assert (code, "trained by PEFT, PROMPT_TUNING" in " ".join(said.split())) == (0, True), err
     code, said, err = jaxsp_command("ask", out, QUESTION, "--max-tokens", 2, "--dtype", "float32")
@@ -329,6 +333,7 @@ def test_from_the_command_line_to_an_answer(tmp_path, jaxsp_command):
     assert not (out / "context.txt").exists()
     code, said, err = jaxsp_command("inspect", out)
     assert "not known" in said
+    assert "The document is not in this folder" in (out / "README.md").read_text()
     (out / "notes").touch()
     code, _, err = jaxsp_command("import-peft", folder, "--overwrite")
     assert (code, "holds other files than a prompt's" in err) == (2, True)

@@ -82,7 +82,8 @@ def test_the_file_holds_the_chats_text_before_the_prompt_and_the_prompt(given, t
     np.testing.assert_array_equal(vectors, hold(own, model).vectors)
     assert [file.name for file in (out / "model").iterdir()] == ["small.gguf"]
     text = written[0]["README.md"].decode()
-    assert f"python load.py {model.name} " in text
+    assert "python load.py model/small.gguf " in text
+    assert str(Path(model.name).parent) not in text
     assert "**Unchecked**: llama_cpp was missing" in text
     assert found is not None
     assert found.check.startswith("pip install llama-cpp-python\njaxsp export DIR --to llama.cpp --out ")
@@ -95,7 +96,9 @@ def test_the_loader_gives_what_jaxsp_gives(given, stand_in, tmp_path):
     assert found.kl is not None
     assert found.kl < 1e-9
     assert not stand_in.kept
-    assert "Read by llama.cpp in float32, on 1 question:" in (tmp_path / "out" / "README.md").read_text()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "Read by llama.cpp in float32, on 1 question:" in text
+    assert f"python load.py {model.name} " in text
     (weights,) = stand_in.weights
     assert not weights.exists()
     question, load = (fresh(tmp_path / "out", name) for name in ("question", "load"))

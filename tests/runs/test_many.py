@@ -143,7 +143,14 @@ def test_one_folder_and_one_row_each(calm_model, results):
     assert [row["id"] for row in rows] == [row["id"] for row in UNEVEN]
     for result, row in zip(found, rows, strict=True):
         prompt = jaxsp.SoftPrompt.load(out / row["id"])
-        for name in ("report.md", "report.html", "tokens.json", "plots/training.png", "metrics.jsonl"):
+        for name in (
+            "README.md",
+            "report.md",
+            "report.html",
+            "tokens.json",
+            "plots/training.png",
+            "metrics.jsonl",
+        ):
             assert (out / row["id"] / name).is_file()
         assert_same_sigma(prompt.sigma, result.prompt.sigma)
         assert row["error"] is None
@@ -205,9 +212,11 @@ def test_a_failed_job_says_what_it_did_and_can_be_mended(calm_model, tmp_path, j
 def test_overwrite_leaves_what_is_not_ours(calm_model, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.txt").write_text("precious")
+    (tmp_path / "a" / "README.md").write_text("mine")
     for _ in range(2):
         compress_many(calm_model, [job("a")], out=tmp_path, overwrite=True, steps=4)
     assert (tmp_path / "a" / "thesis.txt").read_text() == "precious"
+    assert (tmp_path / "a" / "README.md").read_text() == "mine"
     assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 5
 
 
