@@ -12,16 +12,14 @@ them. Where the logits are sharded over the vocabulary, ``axis_name`` names the 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsp.losses.checks import Logits, Losses, Mask, Number, finite, fraction, number, positive, prepare
-from jaxsp.losses.vocabulary import Found, Piece, compared, log_softmax, total
+from jaxsp.losses.vocabulary import Found, Piece, compared, log_softmax, total, total_over_tokens
 from jaxsp.typing import Array
 
 
@@ -320,24 +318,11 @@ def total_variation(
 
 
 def _divergence(
-    piece: Piece,
-    teacher: Any,
-    student: Any,
-    mask: Mask,
-    temperature: Any,
-    axis_name: str | None,
-    *number: Any,
+    piece: Piece, teacher: Any, student: Any, mask: Mask, temperature: Any, axis_name: Any, *number: Any
 ) -> Losses:
-    sides = {"teacher_logits": teacher, "student_logits": student}
-    mask, p, q = prepare(mask, temperature, **sides)
-    piece, traced = with_number(functools.partial(piece, axis_name=axis_name), *number)
-    return jnp.where(mask, compared(piece, q, log_softmax(p, axis_name), *traced, axis_name=axis_name), 0.0)
-
-
-def with_number(piece: Piece, *number: Any) -> tuple[Piece, tuple[Any, ...]]:
-    """The piece with its number where that is known, and what is left to give: a traced one."""
-    known = [float(np.float32(x)) for x in number if isinstance(x, float)]
-    return (lambda *logs: piece(*logs, *known)), () if known else number
+    mask, p, q = prepare(mask, temperature, teacher_logits=teacher, student_logits=student)
+    log_p = log_softmax(p, axis_name)
+    return jnp.where(mask, compared(piece, q, log_p, *number, axis_name=axis_name), 0.0)
 
 
 # Pieces: see `vocabulary.Piece`. What is the same multiple of q for all tokens is left out of a slope: the
@@ -346,13 +331,13 @@ def with_number(piece: Piece, *number: Any) -> tuple[Piece, tuple[Any, ...]]:
 
 def kl(log_q: Array, log_p: Array, axis_name: str | None = None) -> Found:
     """KL(p ‖ q)."""
-    return total(jnp.sum(kl_terms(log_p, log_q), axis=-1), axis_name), -jnp.exp(log_p), -1.0
+    return total_over_tokens(kl_terms(log_p, log_q), axis_name), -jnp.exp(log_p), -1.0
 
 
 def reverse_kl(log_q: Array, log_p: Array, axis_name: str | None = None) -> Found:
     """KL(q ‖ p)."""
     terms = kl_terms(log_q, log_p)
-    value = total(jnp.sum(terms, axis=-1), axis_name)
+    value = total_over_tokens(terms, axis_name)
     return value, terms, value
 
 
@@ -365,7 +350,7 @@ def js(log_q: Array, log_p: Array, beta: Any, axis_name: str | None = None) -> F
         return beta * kl_terms(log_p, log_m) + slope, slope
 
     terms, slope = _between(beta, _to_kl(log_p, log_q), _to_reverse_kl(log_p, log_q), inside)
-    return total(jnp.sum(terms, axis=-1), axis_name), slope, None
+    return total_over_tokens(terms, axis_name), slope, None
 
 
 def _alpha(log_q: Array, log_p: Array, alpha: Any, axis_name: str | None = None) -> Found:
@@ -376,7 +361,7 @@ def _alpha(log_q: Array, log_p: Array, alpha: Any, axis_name: str | None = None)
         return terms / (alpha * (1 - alpha)), -powers / alpha
 
     terms, slope = _between(alpha, _to_reverse_kl(log_p, log_q), _to_kl(log_p, log_q), inside)
-    return total(jnp.sum(terms, axis=-1), axis_name), slope, None
+    return total_over_tokens(terms, axis_name), slope, None
 
 
 def _renyi(log_q: Array, log_p: Array, alpha: float, axis_name: str | None = None) -> Found:
@@ -396,13 +381,13 @@ def _renyi(log_q: Array, log_p: Array, alpha: float, axis_name: str | None = Non
 def _skewed_kl(log_q: Array, log_p: Array, alpha: Any, axis_name: str | None = None) -> Found:
     log_m, p = _log_mixture(log_p, log_q, alpha), jnp.exp(log_p)
     share = jnp.exp(log_q - jnp.where(p == 0, 0.0, log_m))
-    value = total(jnp.sum(kl_terms(log_p, log_m), axis=-1), axis_name)
+    value = total_over_tokens(kl_terms(log_p, log_m), axis_name)
     return value, -(1 - alpha) * jnp.where(p == 0, 0.0, p * share), None
 
 
 def _total_variation(log_q: Array, log_p: Array, axis_name: str | None = None) -> Found:
     p, q = jnp.exp(log_p), jnp.exp(log_q)
-    value = total(jnp.sum(jnp.abs(p - q), axis=-1), axis_name) / 2
+    value = total_over_tokens(jnp.abs(p - q), axis_name) / 2
     return value, jnp.sign(q - p) * q / 2, None
 
 

@@ -24,7 +24,7 @@ from jaxsp.losses.divergence import (
 )
 from jaxsp.losses.likelihood import negative_log_likelihood
 from jaxsp.losses.mismatch import rank_agreement, topk_mismatch, zero_one
-from jaxsp.losses.objective import OBJECTIVES, TEACHER_TOPK, Objective, choices, listed
+from jaxsp.losses.objective import OBJECTIVES, TEACHER_TOPK, Objective, choices, listed, no_option
 from jaxsp.losses.similarity import cosine_similarity, distribution_cosine_similarity, hidden_mse
 from jaxsp.losses.topk import (
     TOPK,
@@ -110,24 +110,23 @@ class _Mixture(Objective):
     def with_options(self, **options: Any) -> Objective:
         """The mixture with each option in all terms that have it; a temperature as in ``mixture``."""
         for name in options.keys() - self.known_options.keys():
-            raise UserError(f"{self} has no option {name!r}; it has {choices(name, self.known_options)}")
+            raise no_option(self, name, self.known_options)
         terms = []
         for weight, entry in self.terms:
             own = {name: value for name, value in options.items() if name in entry.known_options}
             changed = entry.with_options(**own)
-            temperature = dict(changed.options).get("temperature", 1.0) if "temperature" in own else None
-            terms.append((weight * self._factor(entry, temperature), changed))
+            terms.append((weight * self._factor(entry, _temperature(changed)), changed))
         return dataclasses.replace(self, terms=tuple(terms))
 
     def _factor(self, entry: Objective, temperature: Any) -> Any:
-        return _rescaled(entry, temperature) if len(self.terms) > 1 else 1.0
+        """A weight's at another temperature than the entry's: of several terms, gradients keep their size."""
+        if temperature is None or len(self.terms) == 1 or "temperature" not in entry.known_options:
+            return 1.0
+        return (temperature / _temperature(entry)) ** 2
 
 
-def _rescaled(entry: Objective, temperature: Any) -> Any:
-    """A weight's factor at another temperature than that of the entry: gradients shrink by its square."""
-    if temperature is None or "temperature" not in entry.known_options:
-        return 1.0
-    return (temperature / dict(entry.options).get("temperature", 1.0)) ** 2
+def _temperature(entry: Objective) -> float:
+    return dict(entry.options).get("temperature", 1.0)
 
 
 def mixture(*, temperature: float = 1.0, **weights: float) -> Objective:
@@ -280,7 +279,7 @@ def _mixed(terms: Sequence[tuple[str, dict, float | None]], temperature: float =
         if not (weight > 0 and math.isfinite(weight)):
             raise UserError(f"The weight of {entry} must be positive, not {weight}.")
         if shared and "temperature" not in options and len(terms) > 1:
-            weight *= _rescaled(named(name), temperature)
+            weight *= temperature**2
         if entry in (other for _, other in parts):
             raise UserError(f"The mixture has {entry} twice; add up its weights.")
         parts.append((weight, entry))

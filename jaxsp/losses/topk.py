@@ -20,11 +20,12 @@ from jaxsp.losses.checks import (
     check_count,
     check_entries,
     check_floating,
+    check_shape,
     fraction,
     prepare,
 )
-from jaxsp.losses.divergence import js, kl, kl_terms, reverse_kl, with_number
-from jaxsp.losses.vocabulary import Found, Piece, compared, log_softmax, on_auto_axes
+from jaxsp.losses.divergence import js, kl, kl_terms, reverse_kl
+from jaxsp.losses.vocabulary import Found, Piece, compared, log_softmax, on_auto_axes, with_numbers
 from jaxsp.typing import AnyArray, Array, Float, Int
 
 TOPK = 64
@@ -337,15 +338,15 @@ def _over_best(
     there = check_entries(teacher_log_probs, teacher_ids, live, logits.shape[-1])
     if k is not None:
         check_count("k", k)
-    if teacher_tail is not None and teacher_tail.shape != live.shape:
-        raise ValueError(f"teacher_tail must have shape {list(live.shape)}, not {list(teacher_tail.shape)}.")
-    if teacher_tail is None and not without_tail and jnp.finfo(teacher_log_probs.dtype).bits < 32:
+    exact = teacher_tail is not None
+    if exact:
+        check_shape("teacher_tail", teacher_tail, live.shape)
+    elif not without_tail and jnp.finfo(teacher_log_probs.dtype).bits < 32:
         raise ValueError(
             f"teacher_log_probs are {teacher_log_probs.dtype}: what they leave of 1 is lost to rounding;"
             " give it as teacher_tail, or keep them in float32."
         )
-    piece, traced = with_number(piece, *number)
-    exact = teacher_tail is not None
+    piece, traced = with_numbers(piece, *number)
 
     def values(logits: Array, live: Array, there: Array, log_p: Array, ids: Array, *tail: Array) -> Array:
         log_p = jnp.where(there, jax.lax.stop_gradient(log_p).astype(jnp.float32), -jnp.inf)
