@@ -93,16 +93,16 @@ def check_given(given: Mapping[str, AnyArray], live: AnyArray, tokens: int) -> N
     for name, last in {"teacher_hidden": "d", "teacher_log_probs": "k", "teacher_ids": "k"}.items():
         if name in given:
             check_shape(name, given[name], batch, last)
-    best = [given[name] for name in ("teacher_log_probs", "teacher_ids") if name in given]
+    has_best = "teacher_log_probs" in given and "teacher_ids" in given
     if "targets" in given:
         check_ids(given["targets"], batch, tokens, live)
-    if "teacher_tail" in given and (given["teacher_tail"].shape != batch or len(best) < 2):
+    if "teacher_tail" in given and (given["teacher_tail"].shape != batch or not has_best):
         raise ValueError(
             f"teacher_tail must have shape {list(batch)} and stand beside teacher_log_probs and"
             f" teacher_ids; it has {list(given['teacher_tail'].shape)}."
         )
-    if len(best) == 2:
-        check_entries(*best, live, tokens)
+    if has_best:
+        check_entries(given["teacher_log_probs"], given["teacher_ids"], live, tokens)
 
 
 def check_entries(log_probs: AnyArray, ids: AnyArray, mask: AnyArray, tokens: int) -> AnyArray:

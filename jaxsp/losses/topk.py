@@ -12,18 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import (
-    Logits,
-    Losses,
-    Mask,
-    Number,
-    check_count,
-    check_entries,
-    check_floating,
-    check_shape,
-    fraction,
-    prepare,
-)
+from jaxsp.losses import checks
+from jaxsp.losses.checks import Logits, Losses, Mask, Number, prepare
 from jaxsp.losses.divergence import js, kl, kl_terms, reverse_kl
 from jaxsp.losses.vocabulary import Found, Piece, compared, log_softmax, on_auto_axes, with_numbers
 from jaxsp.typing import AnyArray, Array, Float, Int
@@ -74,8 +64,8 @@ def topk(logits: Logits, k: int = TOPK) -> TopK:
       >>> [f"{p:.2f}" for p in jnp.exp(best.log_probs)[0]]
       ['0.60', '0.30']
     """
-    check_floating(logits=logits)
-    check_count("k", k)
+    checks.check_floating(logits=logits)
+    checks.check_count("k", k)
     return TopK(*on_auto_axes(lambda x: topk_and_tail(x, k)[:2], jnp.asarray(logits), jnp.asarray(logits)))
 
 
@@ -218,7 +208,7 @@ def topk_js_divergence(
     Reference:
       Agarwal et al. 2023 (arXiv:2306.13649), here of coarser distributions.
     """
-    beta = fraction("beta", beta)
+    beta = checks.fraction("beta", beta)
     return _over_best(js, teacher_log_probs, teacher_ids, student_logits, mask, k, teacher_tail, beta)
 
 
@@ -335,12 +325,12 @@ def _over_best(
 ) -> Losses:
     """The piece of the two coarser distributions ``[*b, t, k + 1]``, whose last token is the tail."""
     live, logits = prepare(mask, student_logits=student_logits)
-    there = check_entries(teacher_log_probs, teacher_ids, live, logits.shape[-1])
+    there = checks.check_entries(teacher_log_probs, teacher_ids, live, logits.shape[-1])
     if k is not None:
-        check_count("k", k)
+        checks.check_count("k", k)
     exact = teacher_tail is not None
     if exact:
-        check_shape("teacher_tail", teacher_tail, live.shape)
+        checks.check_shape("teacher_tail", teacher_tail, live.shape)
     elif not without_tail and jnp.finfo(teacher_log_probs.dtype).bits < 32:
         raise ValueError(
             f"teacher_log_probs are {teacher_log_probs.dtype}: what they leave of 1 is lost to rounding;"
