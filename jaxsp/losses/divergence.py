@@ -344,24 +344,25 @@ def reverse_kl(log_q: Array, log_p: Array, axis_name: str | None = None) -> Foun
 def js(log_q: Array, log_p: Array, beta: Any, axis_name: str | None = None) -> Found:
     """The generalised Jensen-Shannon divergence; at the ends of beta its limits."""
 
-    def inside() -> tuple[Array, Array]:
+    def inside() -> Found:
         log_m = _log_mixture(log_p, log_q, beta)
         slope = (1 - beta) * kl_terms(log_q, log_m)
-        return beta * kl_terms(log_p, log_m) + slope, slope
+        value = total_over_tokens(beta * kl_terms(log_p, log_m) + slope, axis_name)
+        return value, slope, total_over_tokens(slope, axis_name)
 
-    terms, slope = _between(beta, _to_kl(log_p, log_q), _to_reverse_kl(log_p, log_q), inside)
-    return total_over_tokens(terms, axis_name), slope, None
+    return _between(beta, (kl, reverse_kl), inside, log_q, log_p, axis_name)
 
 
 def _alpha(log_q: Array, log_p: Array, alpha: Any, axis_name: str | None = None) -> Found:
-    def inside() -> tuple[Array, Array]:
+    def inside() -> Found:
         possible = (log_p > -jnp.inf) | (log_q > -jnp.inf)
         powers = jnp.exp(jnp.where(possible, alpha * log_p + (1 - alpha) * log_q, -jnp.inf))
         terms = alpha * jnp.exp(log_p) + (1 - alpha) * jnp.exp(log_q) - powers
-        return terms / (alpha * (1 - alpha)), -powers / alpha
+        slope = -powers / alpha
+        value = total_over_tokens(terms / (alpha * (1 - alpha)), axis_name)
+        return value, slope, total_over_tokens(slope, axis_name)
 
-    terms, slope = _between(alpha, _to_reverse_kl(log_p, log_q), _to_kl(log_p, log_q), inside)
-    return total_over_tokens(terms, axis_name), slope, None
+    return _between(alpha, (reverse_kl, kl), inside, log_q, log_p, axis_name)
 
 
 def _renyi(log_q: Array, log_p: Array, alpha: float, axis_name: str | None = None) -> Found:
@@ -391,24 +392,14 @@ def _total_variation(log_q: Array, log_p: Array, axis_name: str | None = None) -
     return value, jnp.sign(q - p) * q / 2, None
 
 
-Parts = Callable[[], tuple[Array, Array]]
-"""Gives the terms ``[*b, v]`` of a sum and their slopes."""
-
-
-def _to_kl(log_p: Array, log_q: Array) -> Parts:
-    return lambda: (kl_terms(log_p, log_q), -jnp.exp(log_p))
-
-
-def _to_reverse_kl(log_p: Array, log_q: Array) -> Parts:
-    return lambda: (terms := kl_terms(log_q, log_p), terms)
-
-
-def _between(number: Any, at_0: Parts, at_1: Parts, inside: Parts) -> tuple[Array, Array]:
-    """The parts for this number; all are computed only where it is traced."""
+def _between(number: Any, ends: tuple[Piece, Piece], inside: Callable[[], Found], *sides: Any) -> Found:
+    """What is inside of (0, 1), or the piece at an end; all three are computed only for a traced number."""
     if isinstance(number, float):
-        return {0.0: at_0, 1.0: at_1}.get(number, inside)()
-    chosen = jax.tree.map(lambda a, b: jnp.where(number == 0, a, b), at_0(), inside())
-    return jax.tree.map(lambda a, b: jnp.where(number == 1, a, b), at_1(), chosen)
+        return ends[int(number)](*sides) if number in (0.0, 1.0) else inside()
+    found = inside()
+    for end, piece in enumerate(ends):
+        found = jax.tree.map(lambda a, b, end=end: jnp.where(number == end, a, b), piece(*sides), found)
+    return found
 
 
 def kl_terms(log_p: Array, log_q: Array) -> Array:
