@@ -393,7 +393,7 @@ def _total_variation(log_q: Array, log_p: Array, axis_name: str | None = None) -
 
 
 def _between(number: Any, ends: tuple[Piece, Piece], inside: Callable[[], Found], *sides: Any) -> Found:
-    """What is inside of (0, 1), or the piece at an end; all three are computed only for a traced number."""
+    """The piece of the end that the number is, 0 or 1, else ``inside``; of a traced one all are computed."""
     if isinstance(number, float):
         return ends[int(number)](*sides) if number in (0.0, 1.0) else inside()
     found = inside()

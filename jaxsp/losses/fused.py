@@ -194,14 +194,16 @@ def fused_objective(
     entries = entry, *dict(measures).values()
     best = {"teacher_log_probs": teacher_log_probs, "teacher_ids": teacher_ids, "teacher_tail": teacher_tail}
     optional = {"teacher_hidden": teacher_hidden, "targets": targets, **best}
-    heads = unembedding, teacher_unembedding
-    each, weights, tokens = _checked(student_hidden, *heads, mask, weights, axis_name, optional, entries)
+    tokens = checks.check_heads(student_hidden, unembedding, teacher_hidden, teacher_unembedding)
+    each = _checked(optional, student_hidden.shape[:-1], mask, tokens * vocabulary.shards(axis_name), entries)
+    if weights is not None:
+        weights = checks.weights_of(weights, each["live"].shape)
+        each["live"] &= weights != 0
     given: dict[str, Any] = {"each": each, "options": traced}
     if teacher_unembedding is not None:
         given["teacher_head"] = jnp.asarray(teacher_unembedding)
     # What is the same on devices whose positions are not gets the sum of their gradients.
-    spread = (vocabulary.like_varying(jnp.asarray(x), *each.values()) for x in (student_hidden, unembedding))
-    student, head = spread
+    student, head = (vocabulary.like_varying(x, *each.values()) for x in (student_hidden, unembedding))
     all_live = mask is None and weights is None
     gathered = axis_name is not None and not all(entry.sums_over_shards for entry in entries)
     tokens *= vocabulary.shards(axis_name if gathered else None)
@@ -296,29 +298,18 @@ def _entries(
 
 
 def _checked(
-    student_hidden: Hidden,
-    head: AnyArray,
-    teacher_head: AnyArray | None,
-    mask: Mask,
-    weights: Weights,
-    axis_name: str | None,
-    optional: dict[str, Any],
-    entries: Sequence[Objective],
-) -> tuple[dict[str, Array], Array | None, int]:
-    """What is given for each position, ``live`` among it, the weights, and the number of a shard's tokens."""
+    optional: dict[str, Any], batch: tuple[int, ...], mask: Mask, tokens: int, entries: Sequence[Objective]
+) -> dict[str, Array]:
+    """All that is given for each position, and ``live``: which of them count."""
     each = {name: jnp.asarray(array) for name, array in optional.items() if array is not None}
-    tokens = checks.check_heads(student_hidden, head, optional["teacher_hidden"], teacher_head)
-    live = checks.check_mask(mask, student_hidden.shape[:-1])
-    checks.check_given(each, live, tokens * vocabulary.shards(axis_name))
+    each["live"] = checks.check_mask(mask, batch)
+    checks.check_given(each, each["live"], tokens)
     made = () if any(name in each for name in TEACHER_TOPK) else TEACHER_TOPK  # of teacher_hidden
     for name in (name for entry in entries for name in entry.inputs if not name.startswith("student")):
         source = "teacher_hidden" if name in ("teacher_logits", *made) else name
         if source not in each:
             raise ValueError(f"This objective needs {source}; it was not given.")
-    if weights is not None:
-        weights = checks.weights_of(weights, live.shape)
-        live = live & (weights != 0)
-    return {**each, "live": live}, weights, tokens
+    return each
 
 
 def _read_once(given: dict[str, Any], student: Array) -> bool:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsp.typing import Array
+from jaxsp.typing import AnyArray, Array
 
 Found: TypeAlias = tuple[Array, Array, Array | float | None]
 Piece: TypeAlias = Callable[..., Found]
@@ -65,11 +65,12 @@ def own_part(x: Array, width: int, axis_name: str | None) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, first_token(width, axis_name), width, axis=-1)
 
 
-def like_varying(x: Array, *others: Array) -> Array:
+def like_varying(x: AnyArray, *others: Array) -> Array:
     """``x``, marked as differing over all the axes over which the others differ.
 
     ``shard_map`` keeps book of that in its types, and a loop's carry must not change its type.
     """
+    x = jnp.asarray(x)
     axes = frozenset().union(*map(_varying, others)) - _varying(x)
     if not axes:
         return x
