@@ -355,8 +355,7 @@ def js(log_q: Array, log_p: Array, beta: Any, axis_name: str | None = None) -> F
 
 def _alpha(log_q: Array, log_p: Array, alpha: Any, axis_name: str | None = None) -> Found:
     def inside() -> Found:
-        possible = (log_p > -jnp.inf) | (log_q > -jnp.inf)
-        powers = jnp.exp(jnp.where(possible, alpha * log_p + (1 - alpha) * log_q, -jnp.inf))
+        powers = jnp.exp(_log_powers(log_p, log_q, alpha))
         terms = alpha * jnp.exp(log_p) + (1 - alpha) * jnp.exp(log_q) - powers
         slope = -powers / alpha
         value = total_over_tokens(terms / (alpha * (1 - alpha)), axis_name)
@@ -366,8 +365,7 @@ def _alpha(log_q: Array, log_p: Array, alpha: Any, axis_name: str | None = None)
 
 
 def _renyi(log_q: Array, log_p: Array, alpha: float, axis_name: str | None = None) -> Found:
-    possible = (log_p > -jnp.inf) | (log_q > -jnp.inf)
-    logs = jnp.where(possible, alpha * log_p + (1 - alpha) * log_q, -jnp.inf)
+    logs = _log_powers(log_p, log_q, alpha)
     top = jnp.max(logs, axis=-1, keepdims=True)
     top = jnp.nan_to_num(top if axis_name is None else jax.lax.pmax(top, axis_name), neginf=0.0)
     sums = total(jnp.sum(jnp.exp(logs - top), axis=-1, keepdims=True), axis_name)
@@ -415,3 +413,9 @@ def _log_mixture(log_p: Array, log_q: Array, beta: Any) -> Array:
     neither = jnp.maximum(a, b) == -jnp.inf
     a, b = (jnp.where(neither, 0.0, side) for side in (a, b))
     return jnp.where(neither, -jnp.inf, jnp.logaddexp(a, b))
+
+
+def _log_powers(log_p: Array, log_q: Array, alpha: Any) -> Array:
+    """log(p^α q^(1-α)) of each token; -inf where both are 0."""
+    possible = (log_p > -jnp.inf) | (log_q > -jnp.inf)
+    return jnp.where(possible, alpha * log_p + (1 - alpha) * log_q, -jnp.inf)

@@ -188,8 +188,8 @@ def parse(text: str) -> Objective:
         name = re.split(r"[(=]", part)[0].strip()
         known = {} if name == "temperature" else named(name).known_options
         try:
-            _, listed, weight = _TERM.fullmatch(part).groups()  # type: ignore[union-attr]
-            pairs = [pair.split("=") for pair in listed.split(",")] if listed else []
+            _, inside, weight = _TERM.fullmatch(part).groups()  # type: ignore[union-attr]
+            pairs = [pair.split("=") for pair in inside.split(",")] if inside else []
             options = {option.strip(): _number(value) for option, value in pairs}
             weight = None if weight is None else _number(weight)
             if len(options) < len(pairs) or (name == "temperature" and (options or weight is None)):
