@@ -80,32 +80,35 @@ def check_heads(
     return tokens
 
 
-def check_batch(name: str, array: AnyArray, batch: tuple[int, ...], last: str) -> None:
-    """The array is ``[*batch, last]``."""
-    if array.shape[:-1] != batch:
-        raise ValueError(f"{name} must have shape {[*batch, last]}, not {list(array.shape)}.")
+def check_shape(name: str, array: AnyArray, shape: tuple[int, ...], *last: str) -> None:
+    """The array is one of exactly this shape, or with one more axis of any size, if that has a name."""
+    _check_array(name, array)
+    if array.ndim != len(shape) + len(last) or array.shape[: len(shape)] != shape:
+        raise ValueError(f"{name} must have shape {[*shape, *last]}, not {list(array.shape)}.")
 
 
 def check_given(given: Mapping[str, AnyArray], live: AnyArray, tokens: int) -> None:
     """Checks what is given for each position ``[*b, t]``, as the objectives take it."""
-    batch, top = live.shape, [n for n in ("teacher_log_probs", "teacher_ids") if n in given]
-    for name in {"teacher_hidden", *top} & set(given):
-        check_batch(name, given[name], batch, "d" if name == "teacher_hidden" else "k")
+    batch = live.shape
+    for name, last in {"teacher_hidden": "d", "teacher_log_probs": "k", "teacher_ids": "k"}.items():
+        if name in given:
+            check_shape(name, given[name], batch, last)
+    has_best = "teacher_log_probs" in given and "teacher_ids" in given
     if "targets" in given:
         check_ids(given["targets"], batch, tokens, live)
-    if "teacher_tail" in given and (given["teacher_tail"].shape != batch or len(top) < 2):
+    if "teacher_tail" in given and (given["teacher_tail"].shape != batch or not has_best):
         raise ValueError(
             f"teacher_tail must have shape {list(batch)} and stand beside teacher_log_probs and"
             f" teacher_ids; it has {list(given['teacher_tail'].shape)}."
         )
-    if len(top) == 2:
+    if has_best:
         check_entries(given["teacher_log_probs"], given["teacher_ids"], live, tokens)
 
 
 def check_entries(log_probs: AnyArray, ids: AnyArray, mask: AnyArray, tokens: int) -> AnyArray:
     """The teacher's best tokens; gives True where an entry is there: neither ``-inf`` nor under the mask."""
     check_floating("k", teacher_log_probs=log_probs)
-    check_batch("teacher_log_probs", log_probs, mask.shape, "k")
+    check_shape("teacher_log_probs", log_probs, mask.shape, "k")
     there = mask[..., None] & (log_probs != -jnp.inf)
     check_ids(ids, log_probs.shape, tokens, there, name="teacher_ids")
     if _known(log_probs, ids, there):
@@ -124,9 +127,7 @@ def check_mask(mask: AnyArray | None, shape: tuple[int, ...]) -> Array:
     """The mask as booleans of exactly the losses' shape; all True for ``None``."""
     if mask is None:
         return jnp.ones(shape, bool)
-    _check_array("mask", mask)
-    if mask.shape != shape:
-        raise ValueError(f"mask must have shape {list(shape)}, not {list(mask.shape)}.")
+    check_shape("mask", mask, shape)
     if mask.dtype != jnp.bool_ and not jnp.issubdtype(mask.dtype, jnp.integer):
         raise ValueError(f"mask must be boolean, or integers 0 and 1, not {mask.dtype}.")
     if mask.dtype != jnp.bool_ and _known(mask) and not np.isin(mask, (0, 1)).all():
@@ -156,11 +157,9 @@ def check_ids(
     The range can't be known of a traced array; what is out of it then gives NaN, never another
     token's number.
     """
-    _check_array(name, ids)
+    check_shape(name, ids, shape)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"{name} must be integer token ids, not {ids.dtype}.")
-    if ids.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, not {list(ids.shape)}.")
     if _known(ids, mask):
         counted = np.asarray(ids)[np.asarray(mask)]
         wrong = counted[(counted < 0) | (counted >= vocabulary)]

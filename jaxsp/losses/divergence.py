@@ -12,16 +12,14 @@ them. Where the logits are sharded over the vocabulary, ``axis_name`` names the 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsp.losses.checks import Logits, Losses, Mask, Number, finite, fraction, number, positive, prepare
-from jaxsp.losses.vocabulary import Found, Piece, compared, log_softmax, total
+from jaxsp.losses.vocabulary import Found, Piece, compared, log_softmax, total, total_over_tokens
 from jaxsp.typing import Array
 
 
@@ -320,24 +318,11 @@ def total_variation(
 
 
 def _divergence(
-    piece: Piece,
-    teacher: Any,
-    student: Any,
-    mask: Mask,
-    temperature: Any,
-    axis_name: str | None,
-    *number: Any,
+    piece: Piece, teacher: Any, student: Any, mask: Mask, temperature: Any, axis_name: Any, *number: Any
 ) -> Losses:
-    sides = {"teacher_logits": teacher, "student_logits": student}
-    mask, p, q = prepare(mask, temperature, **sides)
-    piece, traced = with_number(functools.partial(piece, axis_name=axis_name), *number)
-    return jnp.where(mask, compared(piece, q, log_softmax(p, axis_name), *traced, axis_name=axis_name), 0.0)
-
-
-def with_number(piece: Piece, *number: Any) -> tuple[Piece, tuple[Any, ...]]:
-    """The piece with its number where that is known, and what is left to give: a traced one."""
-    known = [float(np.float32(x)) for x in number if isinstance(x, float)]
-    return (lambda *logs: piece(*logs, *known)), () if known else number
+    mask, p, q = prepare(mask, temperature, teacher_logits=teacher, student_logits=student)
+    log_p = log_softmax(p, axis_name)
+    return jnp.where(mask, compared(piece, q, log_p, *number, axis_name=axis_name), 0.0)
 
 
 # Pieces: see `vocabulary.Piece`. What is the same multiple of q for all tokens is left out of a slope: the
@@ -346,42 +331,41 @@ def with_number(piece: Piece, *number: Any) -> tuple[Piece, tuple[Any, ...]]:
 
 def kl(log_q: Array, log_p: Array, axis_name: str | None = None) -> Found:
     """KL(p ‖ q)."""
-    return total(jnp.sum(kl_terms(log_p, log_q), axis=-1), axis_name), -jnp.exp(log_p), -1.0
+    return total_over_tokens(kl_terms(log_p, log_q), axis_name), -jnp.exp(log_p), -1.0
 
 
 def reverse_kl(log_q: Array, log_p: Array, axis_name: str | None = None) -> Found:
     """KL(q ‖ p)."""
     terms = kl_terms(log_q, log_p)
-    value = total(jnp.sum(terms, axis=-1), axis_name)
+    value = total_over_tokens(terms, axis_name)
     return value, terms, value
 
 
 def js(log_q: Array, log_p: Array, beta: Any, axis_name: str | None = None) -> Found:
     """The generalised Jensen-Shannon divergence; at the ends of beta its limits."""
 
-    def inside() -> tuple[Array, Array]:
+    def inside() -> Found:
         log_m = _log_mixture(log_p, log_q, beta)
         slope = (1 - beta) * kl_terms(log_q, log_m)
-        return beta * kl_terms(log_p, log_m) + slope, slope
+        value = total_over_tokens(beta * kl_terms(log_p, log_m) + slope, axis_name)
+        return value, slope, total_over_tokens(slope, axis_name)
 
-    terms, slope = _between(beta, _to_kl(log_p, log_q), _to_reverse_kl(log_p, log_q), inside)
-    return total(jnp.sum(terms, axis=-1), axis_name), slope, None
+    return _between(beta, (kl, reverse_kl), inside, log_q, log_p, axis_name)
 
 
 def _alpha(log_q: Array, log_p: Array, alpha: Any, axis_name: str | None = None) -> Found:
-    def inside() -> tuple[Array, Array]:
-        possible = (log_p > -jnp.inf) | (log_q > -jnp.inf)
-        powers = jnp.exp(jnp.where(possible, alpha * log_p + (1 - alpha) * log_q, -jnp.inf))
+    def inside() -> Found:
+        powers = jnp.exp(_log_powers(log_p, log_q, alpha))
         terms = alpha * jnp.exp(log_p) + (1 - alpha) * jnp.exp(log_q) - powers
-        return terms / (alpha * (1 - alpha)), -powers / alpha
+        slope = -powers / alpha
+        value = total_over_tokens(terms / (alpha * (1 - alpha)), axis_name)
+        return value, slope, total_over_tokens(slope, axis_name)
 
-    terms, slope = _between(alpha, _to_reverse_kl(log_p, log_q), _to_kl(log_p, log_q), inside)
-    return total(jnp.sum(terms, axis=-1), axis_name), slope, None
+    return _between(alpha, (reverse_kl, kl), inside, log_q, log_p, axis_name)
 
 
 def _renyi(log_q: Array, log_p: Array, alpha: float, axis_name: str | None = None) -> Found:
-    possible = (log_p > -jnp.inf) | (log_q > -jnp.inf)
-    logs = jnp.where(possible, alpha * log_p + (1 - alpha) * log_q, -jnp.inf)
+    logs = _log_powers(log_p, log_q, alpha)
     top = jnp.max(logs, axis=-1, keepdims=True)
     top = jnp.nan_to_num(top if axis_name is None else jax.lax.pmax(top, axis_name), neginf=0.0)
     sums = total(jnp.sum(jnp.exp(logs - top), axis=-1, keepdims=True), axis_name)
@@ -396,34 +380,24 @@ def _renyi(log_q: Array, log_p: Array, alpha: float, axis_name: str | None = Non
 def _skewed_kl(log_q: Array, log_p: Array, alpha: Any, axis_name: str | None = None) -> Found:
     log_m, p = _log_mixture(log_p, log_q, alpha), jnp.exp(log_p)
     share = jnp.exp(log_q - jnp.where(p == 0, 0.0, log_m))
-    value = total(jnp.sum(kl_terms(log_p, log_m), axis=-1), axis_name)
+    value = total_over_tokens(kl_terms(log_p, log_m), axis_name)
     return value, -(1 - alpha) * jnp.where(p == 0, 0.0, p * share), None
 
 
 def _total_variation(log_q: Array, log_p: Array, axis_name: str | None = None) -> Found:
     p, q = jnp.exp(log_p), jnp.exp(log_q)
-    value = total(jnp.sum(jnp.abs(p - q), axis=-1), axis_name) / 2
+    value = total_over_tokens(jnp.abs(p - q), axis_name) / 2
     return value, jnp.sign(q - p) * q / 2, None
 
 
-Parts = Callable[[], tuple[Array, Array]]
-"""Gives the terms ``[*b, v]`` of a sum and their slopes."""
-
-
-def _to_kl(log_p: Array, log_q: Array) -> Parts:
-    return lambda: (kl_terms(log_p, log_q), -jnp.exp(log_p))
-
-
-def _to_reverse_kl(log_p: Array, log_q: Array) -> Parts:
-    return lambda: (terms := kl_terms(log_q, log_p), terms)
-
-
-def _between(number: Any, at_0: Parts, at_1: Parts, inside: Parts) -> tuple[Array, Array]:
-    """The parts for this number; all are computed only where it is traced."""
+def _between(number: Any, ends: tuple[Piece, Piece], inside: Callable[[], Found], *sides: Any) -> Found:
+    """The piece of the end that the number is, 0 or 1, else ``inside``; of a traced one all are computed."""
     if isinstance(number, float):
-        return {0.0: at_0, 1.0: at_1}.get(number, inside)()
-    chosen = jax.tree.map(lambda a, b: jnp.where(number == 0, a, b), at_0(), inside())
-    return jax.tree.map(lambda a, b: jnp.where(number == 1, a, b), at_1(), chosen)
+        return ends[int(number)](*sides) if number in (0.0, 1.0) else inside()
+    found = inside()
+    for end, piece in enumerate(ends):
+        found = jax.tree.map(lambda a, b, end=end: jnp.where(number == end, a, b), piece(*sides), found)
+    return found
 
 
 def kl_terms(log_p: Array, log_q: Array) -> Array:
@@ -439,3 +413,9 @@ def _log_mixture(log_p: Array, log_q: Array, beta: Any) -> Array:
     neither = jnp.maximum(a, b) == -jnp.inf
     a, b = (jnp.where(neither, 0.0, side) for side in (a, b))
     return jnp.where(neither, -jnp.inf, jnp.logaddexp(a, b))
+
+
+def _log_powers(log_p: Array, log_q: Array, alpha: Any) -> Array:
+    """log(p^α q^(1-α)) of each token; -inf where both are 0."""
+    possible = (log_p > -jnp.inf) | (log_q > -jnp.inf)
+    return jnp.where(possible, alpha * log_p + (1 - alpha) * log_q, -jnp.inf)

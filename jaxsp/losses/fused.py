@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jaxsp.losses import checks, chunked_head, vocabulary
 from jaxsp.losses.checks import Hidden, Losses, Mask, Number, Tokens, Weights
 from jaxsp.losses.chunked_head import ChunkSettings, evaluate
-from jaxsp.losses.objective import TEACHER_TOPK, Objective, choices
+from jaxsp.losses.objective import TEACHER_TOPK, Objective, no_option
 from jaxsp.losses.objectives import parse
 from jaxsp.losses.topk import TOPK, TopKAndTail, topk_and_tail
-from jaxsp.typing import AnyArray, Array, Float, Int, UserError
+from jaxsp.typing import AnyArray, Array, Float, Int
 
 
 def fused_kl_divergence(
@@ -46,7 +46,7 @@ def fused_kl_divergence(
       unembedding: the head ``[v, d]``.
       mask: ``[*b, t]``, True where a position counts; all if ``None``.
       temperature: both sides' logits are divided by it.
-      **more: any other argument of ``fused_objective``.
+      **more: any other argument of ``fused_objective`` but ``metrics``.
 
     Returns:
       ``[*b, t]`` float32, in nats; exactly 0, with zero gradient, where the mask is False.
@@ -66,7 +66,7 @@ def fused_kl_divergence(
       Hinton et al. 2015 (arXiv:1503.02531); the fusion: Hsu et al. 2024 (arXiv:2410.10989).
     """
     more |= {"teacher_hidden": teacher_hidden, "temperature": temperature}
-    return fused_objective("kl", student_hidden, unembedding, mask, **more)[0]
+    return _values("kl", student_hidden, unembedding, mask, **more)
 
 
 def fused_negative_log_likelihood(
@@ -90,7 +90,7 @@ def fused_negative_log_likelihood(
       unembedding: the head ``[v, d]``.
       mask: ``[*b, t]``, True where a position counts; all if ``None``.
       label_smoothing: the share of the target spread evenly over the vocabulary.
-      **more: any other argument of ``fused_objective``.
+      **more: any other argument of ``fused_objective`` but ``metrics``.
 
     Returns:
       ``[*b, t]`` float32, in nats; exactly 0, with zero gradient, where the mask is False.
@@ -111,7 +111,16 @@ def fused_negative_log_likelihood(
       Hsu et al. 2024, Liger Kernel (arXiv:2410.10989).
     """
     more |= {"targets": targets, "label_smoothing": label_smoothing}
-    return fused_objective("nll", student_hidden, unembedding, mask, **more)[0]
+    return _values("nll", student_hidden, unembedding, mask, **more)
+
+
+def _values(name: str, *arrays: Any, metrics: Any = (), **more: Any) -> Losses:
+    if metrics:
+        raise ValueError(
+            "metrics would be lost: values alone are given here. Both come from"
+            f" fused_objective({name!r}, ..., metrics=...)."
+        )
+    return fused_objective(name, *arrays, **more)[0]
 
 
 def fused_objective(
@@ -182,26 +191,28 @@ def fused_objective(
       Hsu et al. 2024, Liger Kernel (arXiv:2410.10989), here for any objective.
     """
     entry, measures, traced = _entries(objective, metrics, options)
+    entries = entry, *dict(measures).values()
     best = {"teacher_log_probs": teacher_log_probs, "teacher_ids": teacher_ids, "teacher_tail": teacher_tail}
     optional = {"teacher_hidden": teacher_hidden, "targets": targets, **best}
-    each = {name: jnp.asarray(array) for name, array in optional.items() if array is not None}
     tokens = checks.check_heads(student_hidden, unembedding, teacher_hidden, teacher_unembedding)
-    each["live"] = live = checks.check_mask(mask, student_hidden.shape[:-1])
-    checks.check_given(each, live, tokens * vocabulary.shards(axis_name))
-    _check_inputs(each, (entry, *dict(measures).values()))
+    each = _checked(optional, student_hidden.shape[:-1], mask, tokens * vocabulary.shards(axis_name), entries)
     if weights is not None:
-        weights = checks.weights_of(weights, live.shape)
-        each["live"] = live = live & (weights != 0)
+        weights = checks.weights_of(weights, each["live"].shape)
+        each["live"] &= weights != 0
     given: dict[str, Any] = {"each": each, "options": traced}
     if teacher_unembedding is not None:
         given["teacher_head"] = jnp.asarray(teacher_unembedding)
     # What is the same on devices whose positions are not gets the sum of their gradients.
-    spread = (vocabulary.like_varying(jnp.asarray(x), *each.values()) for x in (student_hidden, unembedding))
-    student, head = spread
-    static = mask is None and weights is None, _softcaps(softcap, teacher_softcap), axis_name, head_gradient
-    settings = _settings(entry, measures, *static, given, student, chunk_size, tokens)
+    student, head = (vocabulary.like_varying(x, *each.values()) for x in (student_hidden, unembedding))
+    all_live = mask is None and weights is None
+    gathered = axis_name is not None and not all(entry.sums_over_shards for entry in entries)
+    tokens *= vocabulary.shards(axis_name if gathered else None)
+    how = {"masked": not all_live, "metrics": len(measures), "closed": entry.sums_over_shards}
+    size, softcaps = _size(chunk_size, student, tokens, **how), _softcaps(softcap, teacher_softcap)
+    static = size, all_live, softcaps, axis_name, gathered, head_gradient, _read_once(given, student)
+    settings = ChunkSettings(entry, measures, *static)
     found = vocabulary.on_auto_axes(functools.partial(evaluate, settings), student, student, head, given)
-    return _in_order(found, measures, live, weights)
+    return _in_order(found, measures, each["live"], weights)
 
 
 def fused_topk(
@@ -282,40 +293,29 @@ def _entries(
     measures = tuple((str(name), other) for name, other in zip(metrics, others, strict=True))
     traced = {name: value for name, value in options.items() if name not in known}
     for name in traced.keys() - entry.known_options.keys():
-        raise UserError(f"{entry} has no option {name!r}; it has {choices(name, entry.known_options)}")
+        raise no_option(entry, name, entry.known_options)
     return entry.with_options(**known), measures, traced
 
 
-def _check_inputs(each: dict[str, Array], entries: Sequence[Objective]) -> None:
+def _checked(
+    optional: dict[str, Any], batch: tuple[int, ...], mask: Mask, tokens: int, entries: Sequence[Objective]
+) -> dict[str, Array]:
+    """All that is given for each position, and ``live``: which of them count."""
+    each = {name: jnp.asarray(array) for name, array in optional.items() if array is not None}
+    each["live"] = checks.check_mask(mask, batch)
+    checks.check_given(each, each["live"], tokens)
     made = () if any(name in each for name in TEACHER_TOPK) else TEACHER_TOPK  # of teacher_hidden
     for name in (name for entry in entries for name in entry.inputs if not name.startswith("student")):
         source = "teacher_hidden" if name in ("teacher_logits", *made) else name
         if source not in each:
             raise ValueError(f"This objective needs {source}; it was not given.")
+    return each
 
 
-def _settings(
-    objective: Objective,
-    metrics: Measures,
-    all_live: bool,
-    softcaps: tuple[float | None, float | None],
-    axis_name: str | None,
-    trains_head: bool,
-    given: dict[str, Any],
-    student: Array,
-    size: int | None,
-    tokens: int,
-) -> ChunkSettings:
-    gathered = axis_name is not None and not all(
-        e.sums_over_shards for e in (objective, *dict(metrics).values())
-    )
+def _read_once(given: dict[str, Any], student: Array) -> bool:
+    """Whether the head is read once for both sides: an accelerator waits for it."""
     teacher = None if "teacher_head" in given else given["each"].get("teacher_hidden")
-    # An accelerator waits for the head: it is read once for both sides.
-    together = teacher is not None and teacher.dtype == student.dtype and not chunked_head.is_cpu()
-    closed, tokens = objective.sums_over_shards, tokens * vocabulary.shards(axis_name if gathered else None)
-    size = _size(size, student, tokens, masked=not all_live, metrics=len(metrics), closed=closed)
-    static = objective, metrics, size, all_live, softcaps, axis_name, gathered, trains_head, together
-    return ChunkSettings(*static)
+    return teacher is not None and teacher.dtype == student.dtype and not chunked_head.is_cpu()
 
 
 def _size(size: int | None, states: Array, tokens: int, **how: Any) -> int:

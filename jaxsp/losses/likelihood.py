@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
 from jaxsp.losses.checks import Logits, Losses, Mask, Number, Tokens, check_ids, fraction, prepare
-from jaxsp.losses.divergence import with_number
-from jaxsp.losses.vocabulary import Found, compared, first_token, shards, total
+from jaxsp.losses.vocabulary import Found, compared, first_token, shards, total, total_over_tokens
 from jaxsp.typing import AnyArray, Array, Bool, Float, Int
 
 AnswerLogits: TypeAlias = Float[AnyArray, "*b t v"]
@@ -64,17 +62,16 @@ def negative_log_likelihood(
     label_smoothing = fraction("label_smoothing", label_smoothing)
     mask, logits = prepare(mask, student_logits=student_logits)
     check_ids(targets, mask.shape, logits.shape[-1] * shards(axis_name), mask)
-    piece, traced = with_number(functools.partial(_surprise, axis_name), label_smoothing)
-    values = compared(piece, logits, jnp.asarray(targets), *traced, axis_name=axis_name)
-    return jnp.where(mask, values, 0.0)
+    given = jnp.asarray(targets), label_smoothing
+    return jnp.where(mask, compared(_surprise, logits, *given, axis_name=axis_name), 0.0)
 
 
-def _surprise(axis_name: str | None, log_q: Array, targets: Array, smoothing: Any) -> Found:
+def _surprise(log_q: Array, targets: Array, smoothing: Any, axis_name: str | None = None) -> Found:
     # A token is found by comparing ids: so a negative one does not count from the end, and what is out of
     # range on either side is nowhere.
     width = log_q.shape[-1]
     gold = targets[..., None] == first_token(width, axis_name) + jnp.arange(width)
-    known = total(jnp.sum(gold, axis=-1), axis_name) > 0
+    known = total_over_tokens(gold, axis_name) > 0
     wanted = gold.astype(jnp.float32)
     if not isinstance(smoothing, float) or smoothing:
         allowed = (log_q > -jnp.inf).astype(jnp.float32)
@@ -82,7 +79,7 @@ def _surprise(axis_name: str | None, log_q: Array, targets: Array, smoothing: An
         wanted = (1 - smoothing) * wanted + smoothing * share
     unwanted = wanted == 0
     terms = jnp.where(unwanted, 0.0, wanted * jnp.where(unwanted, 0.0, log_q))
-    value = -total(jnp.sum(terms, axis=-1), axis_name)
+    value = -total_over_tokens(terms, axis_name)
     return jnp.where(known, value, jnp.nan), -wanted, -1.0
 
 

@@ -118,8 +118,7 @@ class Objective:
         known = self.known_options
         for name, value in given.items():
             if name not in known and not self._takes(_REST):
-                has = f"it has {choices(name, known)}" if known else "it has none."
-                raise UserError(f"{_qualified(self.function)} has no option {name!r}; {has}")
+                raise no_option(_qualified(self.function), name, known)
             if isinstance(known.get(name), float):
                 given[name] = number(name, value)
             elif isinstance(value, np.generic):
@@ -211,18 +210,15 @@ class Objective:
           ValueError: an input is missing or does not fit.
         """
         given = {name: array for name, array in available.items() if array is not None}
-        entries: Any = given.get("k", self.entries)
-        given = given if self.derive is None else self.derive(given, entries)
+        given = given if self.derive is None else self.derive(given, self.entries)
         for name in self.inputs:
             if name not in given:
                 raise ValueError(f"This objective needs {name}; it was not given.")
         arrays = [given[name] for name in self.inputs]
-        more = {name: given[name] for name in (*self.optional, *self.known_options) if name in given}
-        options = {
-            **dict(self.options),
-            **({"axis_name": axis_name} if self.sums_over_shards else {}),
-            **more,
-        }
+        options = dict(self.options)
+        if self.sums_over_shards:
+            options["axis_name"] = axis_name
+        options |= {name: given[name] for name in (*self.optional, *self.known_options) if name in given}
         if self.is_ours:
             return self.function(*arrays, mask, **options)
         shape = self._positions(arrays, mask)
@@ -272,6 +268,7 @@ def _with_best(given: dict[str, Any], entries: int) -> dict[str, Any]:
     """The teacher's best tokens, and the mass of the rest, from its logits where neither is there."""
     if "teacher_logits" not in given or any(name in given for name in TEACHER_TOPK):
         return given
+    entries = given.get("k", entries)
     check_count("k", entries)
     logits = jax.lax.stop_gradient(jnp.asarray(given["teacher_logits"]))
     found = on_auto_axes(lambda x: topk_and_tail(x, entries), logits, logits)
@@ -298,6 +295,11 @@ def choices(wrong: str, known: Iterable[str]) -> str:
     """The names that there are, and the one that may have been meant."""
     close = difflib.get_close_matches(wrong, known, n=1)
     return ", ".join(known) + (f"; did you mean {close[0]}?" if close else ".")
+
+
+def no_option(owner: Any, name: str, known: Iterable[str]) -> UserError:
+    """The error of an option that there is not."""
+    return UserError(f"{owner} has no option {name!r}; it has {choices(name, known) if known else 'none.'}")
 
 
 def listed(options: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> str:

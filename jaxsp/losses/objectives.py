@@ -12,20 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsp.losses import divergence, likelihood, mismatch, similarity, uncertainty
 from jaxsp.losses.checks import Losses, Mask, number
-from jaxsp.losses.divergence import (
-    alpha_divergence,
-    js_divergence,
-    kl_divergence,
-    renyi_divergence,
-    reverse_kl_divergence,
-    skewed_kl_divergence,
-    total_variation,
-)
-from jaxsp.losses.likelihood import negative_log_likelihood
-from jaxsp.losses.mismatch import rank_agreement, topk_mismatch, zero_one
-from jaxsp.losses.objective import OBJECTIVES, TEACHER_TOPK, Objective, choices, listed
-from jaxsp.losses.similarity import cosine_similarity, distribution_cosine_similarity, hidden_mse
+from jaxsp.losses.objective import OBJECTIVES, TEACHER_TOPK, Objective, choices, listed, no_option
 from jaxsp.losses.topk import (
     TOPK,
     renormalised_topk_kl_divergence,
@@ -34,39 +23,43 @@ from jaxsp.losses.topk import (
     topk_reverse_kl_divergence,
     truncated_kl_divergence,
 )
-from jaxsp.losses.uncertainty import confidence_shift, entropy
 from jaxsp.typing import AnyArray, UserError
 
 _HIDDEN = ("teacher_hidden", "student_hidden")
 _best = functools.partial(Objective, inputs=(*TEACHER_TOPK, "student_logits"))
 _with_tail = functools.partial(_best, optional=("teacher_tail",))
+_metric = functools.partial(Objective, differentiable=False)
 
 OBJECTIVES |= {
-    "kl": Objective(kl_divergence, reference="arXiv:1503.02531"),
-    "reverse_kl": Objective(reverse_kl_divergence, reference="arXiv:2306.08543"),
-    "js": Objective(js_divergence, reference="arXiv:2306.13649"),
-    "skewed_kl": Objective(skewed_kl_divergence, reference="arXiv:2402.03898"),
-    "alpha": Objective(alpha_divergence, reference="doi:10.1109/TIT.2009.2030485"),
-    "renyi": Objective(renyi_divergence, reference="arXiv:1206.2459"),
-    "total_variation": Objective(total_variation, reference="arXiv:2307.15190"),
+    "kl": Objective(divergence.kl_divergence, reference="arXiv:1503.02531"),
+    "reverse_kl": Objective(divergence.reverse_kl_divergence, reference="arXiv:2306.08543"),
+    "js": Objective(divergence.js_divergence, reference="arXiv:2306.13649"),
+    "skewed_kl": Objective(divergence.skewed_kl_divergence, reference="arXiv:2402.03898"),
+    "alpha": Objective(divergence.alpha_divergence, reference="doi:10.1109/TIT.2009.2030485"),
+    "renyi": Objective(divergence.renyi_divergence, reference="arXiv:1206.2459"),
+    "total_variation": Objective(divergence.total_variation, reference="arXiv:2307.15190"),
     "topk_kl": _with_tail(topk_kl_divergence, reference="Cover & Thomas 2006, ch. 2"),
     "topk_reverse_kl": _with_tail(topk_reverse_kl_divergence, reference="arXiv:2306.08543"),
     "topk_js": _with_tail(topk_js_divergence, reference="arXiv:2306.13649"),
     "truncated_kl": _best(truncated_kl_divergence, reference="arXiv:2506.06266"),
     "renormalised_topk_kl": _best(renormalised_topk_kl_divergence, reference="arXiv:2503.16870"),
-    "nll": Objective(negative_log_likelihood, ("student_logits", "targets"), reference="arXiv:2501.09223"),
-    "zero_one": Objective(zero_one, differentiable=False, reference="arXiv:2501.09223"),
-    "topk_mismatch": Objective(topk_mismatch, differentiable=False, reference="arXiv:1409.0575"),
-    "rank_agreement": Objective(
-        rank_agreement, sense="maximise", differentiable=False, reference="doi:10.1093/biomet/30.1-2.81"
+    "nll": Objective(
+        likelihood.negative_log_likelihood, ("student_logits", "targets"), reference="arXiv:2501.09223"
     ),
-    "entropy": Objective(entropy, ("student_logits",), reference="Grandvalet & Bengio 2004"),
-    "confidence_shift": Objective(confidence_shift, sense="zero", reference="arXiv:1706.04599"),
-    "cosine_similarity": Objective(cosine_similarity, _HIDDEN, "maximise", reference="arXiv:1910.01108"),
+    "zero_one": _metric(mismatch.zero_one, reference="arXiv:2501.09223"),
+    "topk_mismatch": _metric(mismatch.topk_mismatch, reference="arXiv:1409.0575"),
+    "rank_agreement": _metric(
+        mismatch.rank_agreement, sense="maximise", reference="doi:10.1093/biomet/30.1-2.81"
+    ),
+    "entropy": Objective(uncertainty.entropy, ("student_logits",), reference="Grandvalet & Bengio 2004"),
+    "confidence_shift": Objective(uncertainty.confidence_shift, sense="zero", reference="arXiv:1706.04599"),
+    "cosine_similarity": Objective(
+        similarity.cosine_similarity, _HIDDEN, "maximise", reference="arXiv:1910.01108"
+    ),
     "distribution_cosine_similarity": Objective(
-        distribution_cosine_similarity, sense="maximise", reference="Salton, Wong & Yang 1975"
+        similarity.distribution_cosine_similarity, sense="maximise", reference="Salton, Wong & Yang 1975"
     ),
-    "hidden_mse": Objective(hidden_mse, _HIDDEN, reference="arXiv:1412.6550"),
+    "hidden_mse": Objective(similarity.hidden_mse, _HIDDEN, reference="arXiv:1412.6550"),
 }
 _FORMER = {"top_k_mismatch": "topk_mismatch"}  # of versions before
 
@@ -110,24 +103,23 @@ class _Mixture(Objective):
     def with_options(self, **options: Any) -> Objective:
         """The mixture with each option in all terms that have it; a temperature as in ``mixture``."""
         for name in options.keys() - self.known_options.keys():
-            raise UserError(f"{self} has no option {name!r}; it has {choices(name, self.known_options)}")
+            raise no_option(self, name, self.known_options)
         terms = []
         for weight, entry in self.terms:
             own = {name: value for name, value in options.items() if name in entry.known_options}
             changed = entry.with_options(**own)
-            temperature = dict(changed.options).get("temperature", 1.0) if "temperature" in own else None
-            terms.append((weight * self._factor(entry, temperature), changed))
+            terms.append((weight * self._factor(entry, _temperature(changed)), changed))
         return dataclasses.replace(self, terms=tuple(terms))
 
     def _factor(self, entry: Objective, temperature: Any) -> Any:
-        return _rescaled(entry, temperature) if len(self.terms) > 1 else 1.0
+        """A weight's at another temperature than the entry's: of several terms, gradients keep their size."""
+        if temperature is None or len(self.terms) == 1 or "temperature" not in entry.known_options:
+            return 1.0
+        return (temperature / _temperature(entry)) ** 2
 
 
-def _rescaled(entry: Objective, temperature: Any) -> Any:
-    """A weight's factor at another temperature than that of the entry: gradients shrink by its square."""
-    if temperature is None or "temperature" not in entry.known_options:
-        return 1.0
-    return (temperature / dict(entry.options).get("temperature", 1.0)) ** 2
+def _temperature(entry: Objective) -> float:
+    return dict(entry.options).get("temperature", 1.0)
 
 
 def mixture(*, temperature: float = 1.0, **weights: float) -> Objective:
@@ -196,8 +188,8 @@ def parse(text: str) -> Objective:
         name = re.split(r"[(=]", part)[0].strip()
         known = {} if name == "temperature" else named(name).known_options
         try:
-            _, listed, weight = _TERM.fullmatch(part).groups()  # type: ignore[union-attr]
-            pairs = [pair.split("=") for pair in listed.split(",")] if listed else []
+            _, inside, weight = _TERM.fullmatch(part).groups()  # type: ignore[union-attr]
+            pairs = [pair.split("=") for pair in inside.split(",")] if inside else []
             options = {option.strip(): _number(value) for option, value in pairs}
             weight = None if weight is None else _number(weight)
             if len(options) < len(pairs) or (name == "temperature" and (options or weight is None)):
@@ -280,7 +272,7 @@ def _mixed(terms: Sequence[tuple[str, dict, float | None]], temperature: float =
         if not (weight > 0 and math.isfinite(weight)):
             raise UserError(f"The weight of {entry} must be positive, not {weight}.")
         if shared and "temperature" not in options and len(terms) > 1:
-            weight *= _rescaled(named(name), temperature)
+            weight *= temperature**2
         if entry in (other for _, other in parts):
             raise UserError(f"The mixture has {entry} twice; add up its weights.")
         parts.append((weight, entry))

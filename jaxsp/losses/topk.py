@@ -12,19 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsp.losses.checks import (
-    Logits,
-    Losses,
-    Mask,
-    Number,
-    check_count,
-    check_entries,
-    check_floating,
-    fraction,
-    prepare,
-)
-from jaxsp.losses.divergence import js, kl, kl_terms, reverse_kl, with_number
-from jaxsp.losses.vocabulary import Found, Piece, compared, log_softmax, on_auto_axes
+from jaxsp.losses import checks
+from jaxsp.losses.checks import Logits, Losses, Mask, Number, prepare
+from jaxsp.losses.divergence import js, kl, kl_terms, reverse_kl
+from jaxsp.losses.vocabulary import Found, Piece, compared, log_softmax, on_auto_axes, with_numbers
 from jaxsp.typing import AnyArray, Array, Float, Int
 
 TOPK = 64
@@ -73,8 +64,8 @@ def topk(logits: Logits, k: int = TOPK) -> TopK:
       >>> [f"{p:.2f}" for p in jnp.exp(best.log_probs)[0]]
       ['0.60', '0.30']
     """
-    check_floating(logits=logits)
-    check_count("k", k)
+    checks.check_floating(logits=logits)
+    checks.check_count("k", k)
     return TopK(*on_auto_axes(lambda x: topk_and_tail(x, k)[:2], jnp.asarray(logits), jnp.asarray(logits)))
 
 
@@ -217,7 +208,7 @@ def topk_js_divergence(
     Reference:
       Agarwal et al. 2023 (arXiv:2306.13649), here of coarser distributions.
     """
-    beta = fraction("beta", beta)
+    beta = checks.fraction("beta", beta)
     return _over_best(js, teacher_log_probs, teacher_ids, student_logits, mask, k, teacher_tail, beta)
 
 
@@ -334,18 +325,18 @@ def _over_best(
 ) -> Losses:
     """The piece of the two coarser distributions ``[*b, t, k + 1]``, whose last token is the tail."""
     live, logits = prepare(mask, student_logits=student_logits)
-    there = check_entries(teacher_log_probs, teacher_ids, live, logits.shape[-1])
+    there = checks.check_entries(teacher_log_probs, teacher_ids, live, logits.shape[-1])
     if k is not None:
-        check_count("k", k)
-    if teacher_tail is not None and teacher_tail.shape != live.shape:
-        raise ValueError(f"teacher_tail must have shape {list(live.shape)}, not {list(teacher_tail.shape)}.")
-    if teacher_tail is None and not without_tail and jnp.finfo(teacher_log_probs.dtype).bits < 32:
+        checks.check_count("k", k)
+    exact = teacher_tail is not None
+    if exact:
+        checks.check_shape("teacher_tail", teacher_tail, live.shape)
+    elif not without_tail and jnp.finfo(teacher_log_probs.dtype).bits < 32:
         raise ValueError(
             f"teacher_log_probs are {teacher_log_probs.dtype}: what they leave of 1 is lost to rounding;"
             " give it as teacher_tail, or keep them in float32."
         )
-    piece, traced = with_number(piece, *number)
-    exact = teacher_tail is not None
+    piece, traced = with_numbers(piece, *number)
 
     def values(logits: Array, live: Array, there: Array, log_p: Array, ids: Array, *tail: Array) -> Array:
         log_p = jnp.where(there, jax.lax.stop_gradient(log_p).astype(jnp.float32), -jnp.inf)

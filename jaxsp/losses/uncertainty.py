@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from jaxsp.losses.checks import Logits, Losses, Mask, Number, prepare
 from jaxsp.losses.divergence import kl_terms
-from jaxsp.losses.vocabulary import Found, compared, total
+from jaxsp.losses.vocabulary import Found, compared, total_over_tokens
 from jaxsp.typing import Array
 
 
@@ -42,13 +40,12 @@ def entropy(
       Learning by Entropy Minimization.
     """
     mask, logits = prepare(mask, temperature, logits=logits)
-    values = compared(functools.partial(_uncertain, axis_name), logits, axis_name=axis_name)
-    return jnp.where(mask, values, 0.0)
+    return jnp.where(mask, compared(_entropy, logits, axis_name=axis_name), 0.0)
 
 
-def _uncertain(axis_name: str | None, log_q: Array) -> Found:
+def _entropy(log_q: Array, axis_name: str | None = None) -> Found:
     terms = -kl_terms(log_q, jnp.zeros_like(log_q))
-    value = total(jnp.sum(terms, axis=-1), axis_name)
+    value = total_over_tokens(terms, axis_name)
     return value, terms, value
 
 

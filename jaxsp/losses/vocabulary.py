@@ -15,14 +15,16 @@ from typing import Any, TypeAlias
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsp.typing import Array
+from jaxsp.typing import AnyArray, Array
 
 Found: TypeAlias = tuple[Array, Array, Array | float | None]
 Piece: TypeAlias = Callable[..., Found]
 """Takes log q ``[*b, v]`` and what else is compared; gives its value ``[*b]``, the slope ``[*b, v]`` to each
-log q as if these were free, and the sum of the slopes ``[*b]`` (``None``: it is to be added up)."""
+log q as if these were free, and the sum of the slopes ``[*b]`` (``None``: it is to be added up). One that can
+work on shards takes ``axis_name``, too, where there are any."""
 
 
 def shards(axis_name: str | None) -> int:
@@ -33,6 +35,11 @@ def shards(axis_name: str | None) -> int:
 def total(x: Array, axis_name: str | None) -> Array:
     """The sum of all shards' parts."""
     return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+
+def total_over_tokens(x: Array, axis_name: str | None) -> Array:
+    """The sum ``[*b]`` over all tokens, of each shard's ``[*b, v]``."""
+    return total(jnp.sum(x, axis=-1), axis_name)
 
 
 def first_token(width: int, axis_name: str | None) -> Array | int:
@@ -58,11 +65,12 @@ def own_part(x: Array, width: int, axis_name: str | None) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, first_token(width, axis_name), width, axis=-1)
 
 
-def like_varying(x: Array, *others: Array) -> Array:
+def like_varying(x: AnyArray, *others: Array) -> Array:
     """``x``, marked as differing over all the axes over which the others differ.
 
     ``shard_map`` keeps book of that in its types, and a loop's carry must not change its type.
     """
+    x = jnp.asarray(x)
     axes = frozenset().union(*map(_varying, others)) - _varying(x)
     if not axes:
         return x
@@ -109,9 +117,17 @@ def compared(piece: Piece, logits: Array, *given: Any, axis_name: str | None = N
     With q = softmax(logits) it is slope - q · (sum of the slopes): less memory than differentiating
     the steps takes, and all that logits on several shards need.
     """
+    piece, arrays = with_numbers(piece, *given)
     if axis_name is None:
-        return _differentiable(piece, logits, given)
-    return _over_shards(piece, axis_name, logits, given)
+        return _differentiable(piece, logits, arrays)
+    return _over_shards(functools.partial(piece, axis_name=axis_name), axis_name, logits, arrays)
+
+
+def with_numbers(piece: Piece, *given: Any) -> tuple[Piece, tuple[Any, ...]]:
+    """The piece with its last arguments where these are known numbers, and what is left to give."""
+    numbers = [float(np.float32(x)) for x in given if isinstance(x, float)]
+    arrays = tuple(x for x in given if not isinstance(x, float))
+    return (lambda *arrays, **over: piece(*arrays, *numbers, **over)), arrays
 
 
 def _value_and_gradient(
@@ -120,7 +136,7 @@ def _value_and_gradient(
     log_q = log_softmax(logits, axis_name)
     value, slope, mass = piece(log_q, *given)
     if mass is None:
-        mass = total(jnp.sum(slope, axis=-1), axis_name)
+        mass = total_over_tokens(slope, axis_name)
     return value, slope - jnp.exp(log_q) * jnp.asarray(mass, jnp.float32)[..., None]
 
 

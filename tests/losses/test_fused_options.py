@@ -249,6 +249,17 @@ def test_a_traced_number_that_an_objective_does_not_have_is_refused():
             jax.jit(lambda number, name=name: fused("kl", **{name: number}))(0.3)
 
 
+def test_metrics_are_refused_where_values_alone_are_given():
+    """They would be computed and lost."""
+    for name, function, arrays in (
+        ("kl", fused_kl_divergence, (TEACHER, STUDENT, HEAD)),
+        ("nll", losses.fused_negative_log_likelihood, (STUDENT, TARGETS, HEAD)),
+    ):
+        with pytest.raises(ValueError, match=rf"metrics would be lost.* fused_objective\('{name}', \.\.\."):
+            function(*arrays, metrics=("zero_one",))
+        close(function(*arrays, metrics=()), function(*arrays))
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_a_function_of_ones_own_sees_one_axis_of_positions():
     """Whatever the devices and the rows: here there are as many of both."""

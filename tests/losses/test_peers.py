@@ -122,3 +122,49 @@ def test_what_underflows_has_no_probability():
     np.testing.assert_allclose(losses.kl_divergence(teacher, student), expected, rtol=1e-6)
     slope = jax.grad(lambda x: losses.kl_divergence(teacher, x).sum())(student)
     assert np.isfinite(slope).all()
+
+
+# distrax 0.1.7, categorical_test.py: test_kl_grad and test_entropy_grad. Theirs ask for what finite logits
+# give that are so low that nothing is left of their probability; the figures are worked out by hand.
+LOW = -10000
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "expected"),
+    [
+        ([-np.inf, 2.0, -3.0, -np.inf, 5.0], [1.0, 7.0, -3.0, 2.0, 4.0], 2.72368),
+        ([-np.inf, 2.0, -1000.0, -np.inf, 5.0], [-np.inf, 7.0, -np.inf, 2.0, 4.0], 2.72184),
+        ([5.0, -2.0, 0.0, 1.0, 4.0], [1.0, 7.0, -3.0, 2.0, 4.0], 4.59054),
+    ],
+)
+def test_distrax_kl_and_its_gradient(teacher, student, expected):
+    """Where the teacher's probability underflows, the term is 0, also if the student bans the token."""
+    both = jax.value_and_grad(lambda x, y: losses.kl_divergence(y, x))
+    sides = jnp.array(student), jnp.array(teacher)
+    value, slope = both(*sides)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+        (value, slope), both(*(jnp.maximum(side, LOW) for side in sides)),
+    )  # fmt: skip
+    assert np.isfinite(slope).all()
+
+
+@pytest.mark.parametrize(
+    ("logits", "expected"),
+    [
+        ([-np.inf, 2.0, -3.0, -np.inf, 5.0], 0.19370),
+        ([-1e9] * 11, np.log(11)),
+        ([1e9] * 11, np.log(11)),
+        ([0.0] * 11, np.log(11)),
+        ([1.0, 7.0, -3.0, 2.0, 4.0], 0.24469),
+    ],
+)
+def test_distrax_entropy_and_its_gradient(logits, expected):
+    both = jax.value_and_grad(losses.entropy)
+    value, slope = both(jnp.array(logits))
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+        (value, slope), both(jnp.maximum(jnp.array(logits), LOW)),
+    )  # fmt: skip
