@@ -11,12 +11,10 @@ distribution at D/V of the memory. All functions are pure and work under jit, gr
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import importlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.core
@@ -175,21 +173,7 @@ def initial_prompt(
         longest_part=max(lengths),
     )
     chosen = PROMPT_KINDS[kind]
-    with _blas_in_one_thread():
-        return jax.block_until_ready(
-            chosen.initial(Start(initial or chosen.DEFAULTS["initial"], source, rank))
-        )
-
-
-@contextlib.contextmanager
-def _blas_in_one_thread() -> Iterator[None]:
-    """On a CPU linear systems are solved by scipy's BLAS: its threads and XLA's would wait for each other."""
-    from threadpoolctl import threadpool_limits
-
-    importlib.import_module("scipy.linalg")  # the limit reaches what is loaded; jax loads it when it needs it
-
-    with threadpool_limits(1, user_api="blas"):
-        yield
+    return chosen.initial(Start(initial or chosen.DEFAULTS["initial"], source, rank))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

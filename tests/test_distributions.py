@@ -1,4 +1,4 @@
-"""Prompts where they start, and what a stranger does wrong: each mistake is one sentence."""
+"""A stranger's mistake is one sentence."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import threadpoolctl
 
 from jaxsp import distributions
 from jaxsp.data.examples import make_rows
 from jaxsp.models import decoder
 from jaxsp.prompts import PROMPT_KINDS
-from jaxsp.prompts.initializers import first
 from jaxsp.typing import UserError
 
 
@@ -79,28 +77,3 @@ def test_ids_that_are_not_of_the_vocabulary(tiny_model, wrong):
     rows.tokens[0, 0] = wrong
     with pytest.raises(UserError, match=f"got {wrong}"):
         distributions.answer_hidden(params, config, prefix, rows)
-
-
-def test_a_start_is_found_in_one_blas_thread(tiny_model, monkeypatch):
-    # Each system of a head is small: BLAS's own threads would only wait for XLA's.
-    def threads():
-        return [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
-
-    seen, vectors = [], first.vectors
-
-    def watched(source):
-        seen.append(threads())
-        return vectors(source)
-
-    monkeypatch.setattr(first, "vectors", watched)
-    params, config = tiny_model.params, tiny_model.config
-    with threadpoolctl.threadpool_limits(2, user_api="blas"):
-        before = threads()
-        distributions.initial_prompt(
-            params, config, np.array([1, 2, 3]), decoder.empty_prefix(config), key=jax.random.key(0),
-            prompt_length=2, initial="first", kind="embedding",
-        )  # fmt: skip
-        assert threads() == before
-    assert seen
-    assert before
-    assert set(seen[0]) == {1}

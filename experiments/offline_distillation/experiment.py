@@ -62,7 +62,7 @@ MOST = 12
 
 
 def measure(_: str, run: Run) -> dict[str, Any]:
-    """A row for each seed and signal; a full run that was stopped goes on with the next seed."""
+    """A row for each seed and signal; a full run that was stopped goes on with the seed that it was at."""
     sizes, most = (FULL, None) if run.full else (SMALL, MOST)
     kept = KeptRows("offline_distillation", "default", run)
     with tempfile.TemporaryDirectory() as name:
@@ -81,14 +81,20 @@ def measure(_: str, run: Run) -> dict[str, Any]:
         },
         "train_tokens": int(train.mask.sum()), "held_out_tokens": int(held_out.mask.sum()),
         "logits_bytes_a_token": pair.vocabulary * jnp.dtype(pair.model.config.dtype).itemsize,
-        "rows": kept.rows,
+        "rows": list(_rows(kept).values()),
     }  # fmt: skip
+
+
+def _rows(kept: KeptRows) -> dict[tuple[int, str], dict[str, Any]]:
+    """The rows by seed and signal, the newest of each: one may be committed and kept, too."""
+    return {(row["seed"], row["signal"]): row for row in kept.rows}
 
 
 def _measure_seeds(
     pair: Pair, train: Pieces, held_out: Pieces, sizes: Sizes, folder: Path, kept: KeptRows
 ) -> None:
-    left = [seed for seed in sizes.seeds if not any(row["seed"] == seed for row in kept.rows)]
+    there = _rows(kept)
+    left = [seed for seed in sizes.seeds if not all((seed, signal) in there for signal in SIGNALS)]
     if not left:
         return
     seconds, on_disk = fill(pair, train, sizes, folder)
@@ -172,8 +178,8 @@ class Bench:
                 )
                 row["losses"].append(round(float(loss), 6))
                 row["seconds"].append(time.perf_counter() - started)
-            told = ", ".join(f"{row['losses'][-1]:.4f}" for row in rows.values())
-            print(f"seed {seed}, step {number + 1}: {told}", flush=True)
+            summary = ", ".join(f"{row['losses'][-1]:.4f}" for row in rows.values())
+            print(f"seed {seed}, step {number + 1}: {summary}", flush=True)
         for name, row in rows.items():
             kl, zero_one = self._measured(states[name][0])
             taken = row.pop("seconds")
@@ -270,7 +276,7 @@ def table(results: Results) -> str:
             f"{statistics.median(row['step_seconds'] for row in rows):.2f}",
             f"{first['step_mib']:,.0f} MiB", seeds(row["held_out_kl"] for row in rows),
             seeds(row["held_out_zero_one"] for row in rows),
-            f"{max(row['loss_difference'] for row in rows):.2g}",
+            f"{max(row['loss_difference'] for row in rows):.2g}" if SIGNALS[name].objective == "kl" else "–",
         ])  # fmt: skip
     return markdown(head, lines)
 

@@ -55,7 +55,7 @@ def _rate(row: Mapping[str, Any]) -> str:
 
 
 def _best(found: Mapping[str, Any]) -> str:
-    """When which wins: by the number of users those that are best, and σ beside the cached document."""
+    """The best by the number of users, and σ beside the cached document."""
     head = ["at once", "most tokens/s", "first token soonest", "σ to cached: tokens/s", "first token"]
     lines = []
     for users in _users(found):

@@ -104,8 +104,12 @@ def ask(
     max_tokens: int = 128,
     context_fallback: float | None = None,
 ) -> str:
-    """The greedy answer to a question, with the prompt in place of the context; as ``jaxsp.ask``."""
+    """The greedy answer to a question, with the prompt in place of the context; as ``jaxsp.ask``.
+
+    A document that answers is read for each call; ``Asking.of`` reads it once.
+    """
     check_text(question, "The question")
+    check_limits("max_tokens", max_tokens, at_least=1)
     asking = Asking(prompt, context_fallback)
     named = named_model(prompt.manifest["model"]) if model is None else model
     return "".join(asking.of(as_model(named, prompt.quantization))(question, max_tokens))

@@ -81,7 +81,7 @@ def check_heads(
 
 
 def check_shape(name: str, array: AnyArray, shape: tuple[int, ...], *last: str) -> None:
-    """The array is one of exactly this shape, or with one more axis of any size, if that has a name."""
+    """Checks that the shape is ``shape``, followed by an axis of any size for each name in ``last``."""
     _check_array(name, array)
     if array.ndim != len(shape) + len(last) or array.shape[: len(shape)] != shape:
         raise ValueError(f"{name} must have shape {[*shape, *last]}, not {list(array.shape)}.")

@@ -32,8 +32,8 @@ Results = tuple[Array, Arrays]  # the objective's values, and the metrics'
 _CPU_BUDGET, _BUDGET = 2**28, 2**30
 _ARRAYS, _CLOSED_ARRAYS = 6, 5
 """Arrays of the size of the logits, float32, when an objective is differentiated, and when its gradient is
-written out; a metric adds one. On a CPU, KL takes 4 and a mixture of it 5. JS and skewed KL take 6, a fifth
-more than the budget: shorter chunks for all would cost KL time."""
+written out; a metric adds one. On a CPU (jax 0.12) KL takes 3 or 4, with NLL in a mixture one more. JS and
+skewed KL take 6, a fifth more than the budget: shorter chunks for all would cost KL time."""
 
 _CAST_BYTES = 2**25
 """A head of another dtype than the product's is cast so many bytes at a time."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsp.losses.checks import Logits, Losses, Mask, Number, finite, fraction, number, positive, prepare
 from jaxsp.losses.vocabulary import Found, Piece, compared, log_softmax, total, total_over_tokens
@@ -274,7 +275,7 @@ def renyi_divergence(
     """
     alpha = positive("alpha", number("alpha", alpha))
     sides = teacher_logits, student_logits, mask, temperature, axis_name
-    return _divergence(kl, *sides) if alpha == 1 else _divergence(_renyi, *sides, alpha)
+    return _divergence(kl, *sides) if np.float32(alpha) == 1 else _divergence(_renyi, *sides, alpha)
 
 
 def total_variation(
@@ -391,7 +392,7 @@ def _total_variation(log_q: Array, log_p: Array, axis_name: str | None = None) -
 
 
 def _between(number: Any, ends: tuple[Piece, Piece], inside: Callable[[], Found], *sides: Any) -> Found:
-    """The piece of the end that the number is, 0 or 1, else ``inside``; of a traced one all are computed."""
+    """The piece of an end if the number is 0 or 1, else ``inside``; of a traced number all are computed."""
     if isinstance(number, float):
         return ends[int(number)](*sides) if number in (0.0, 1.0) else inside()
     found = inside()

@@ -52,7 +52,7 @@ def fused_kl_divergence(
       ``[*b, t]`` float32, in nats; exactly 0, with zero gradient, where the mask is False.
 
     Raises:
-      ValueError: shapes or dtypes don't fit, or a number is out of its range.
+      ValueError: shapes or dtypes don't fit, a number is out of its range, or there are metrics.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -96,7 +96,7 @@ def fused_negative_log_likelihood(
       ``[*b, t]`` float32, in nats; exactly 0, with zero gradient, where the mask is False.
 
     Raises:
-      ValueError: shapes, dtypes or ids don't fit, or a number is out of its range.
+      ValueError: shapes, dtypes or ids don't fit, a number is out of its range, or there are metrics.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -114,13 +114,13 @@ def fused_negative_log_likelihood(
     return _values("nll", student_hidden, unembedding, mask, **more)
 
 
-def _values(name: str, *arrays: Any, metrics: Any = (), **more: Any) -> Losses:
-    if metrics:
+def _values(objective: str, /, *arrays: Any, metrics: Any = (), **more: Any) -> Losses:
+    if metrics is not None and len(metrics):
         raise ValueError(
-            "metrics would be lost: values alone are given here. Both come from"
-            f" fused_objective({name!r}, ..., metrics=...)."
+            "This function returns no metrics: give metrics= to"
+            f" fused_objective({objective!r}, ..., metrics=...)."
         )
-    return fused_objective(name, *arrays, **more)[0]
+    return fused_objective(objective, *arrays, **more)[0]
 
 
 def fused_objective(
@@ -300,7 +300,7 @@ def _entries(
 def _checked(
     optional: dict[str, Any], batch: tuple[int, ...], mask: Mask, tokens: int, entries: Sequence[Objective]
 ) -> dict[str, Array]:
-    """All that is given for each position, and ``live``: which of them count."""
+    """Checks what is given for each position; gives it, and as ``live`` which positions count."""
     each = {name: jnp.asarray(array) for name, array in optional.items() if array is not None}
     each["live"] = checks.check_mask(mask, batch)
     checks.check_given(each, each["live"], tokens)

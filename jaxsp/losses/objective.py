@@ -210,7 +210,8 @@ class Objective:
           ValueError: an input is missing or does not fit.
         """
         given = {name: array for name, array in available.items() if array is not None}
-        given = given if self.derive is None else self.derive(given, self.entries)
+        entries: Any = given.get("k", self.entries)
+        given = given if self.derive is None else self.derive(given, entries)
         for name in self.inputs:
             if name not in given:
                 raise ValueError(f"This objective needs {name}; it was not given.")
@@ -268,7 +269,6 @@ def _with_best(given: dict[str, Any], entries: int) -> dict[str, Any]:
     """The teacher's best tokens, and the mass of the rest, from its logits where neither is there."""
     if "teacher_logits" not in given or any(name in given for name in TEACHER_TOPK):
         return given
-    entries = given.get("k", entries)
     check_count("k", entries)
     logits = jax.lax.stop_gradient(jnp.asarray(given["teacher_logits"]))
     found = on_auto_axes(lambda x: topk_and_tail(x, entries), logits, logits)
@@ -298,7 +298,7 @@ def choices(wrong: str, known: Iterable[str]) -> str:
 
 
 def no_option(owner: Any, name: str, known: Iterable[str]) -> UserError:
-    """The error of an option that there is not."""
+    """The error for an unknown option."""
     return UserError(f"{owner} has no option {name!r}; it has {choices(name, known) if known else 'none.'}")
 
 

@@ -112,10 +112,12 @@ class _Mixture(Objective):
         return dataclasses.replace(self, terms=tuple(terms))
 
     def _factor(self, entry: Objective, temperature: Any) -> Any:
-        """A weight's at another temperature than the entry's: of several terms, gradients keep their size."""
+        """Factor of a weight at another temperature: of several terms the gradients keep their size."""
         if temperature is None or len(self.terms) == 1 or "temperature" not in entry.known_options:
             return 1.0
-        return (temperature / _temperature(entry)) ** 2
+        own = _temperature(entry)
+        unchanged = isinstance(temperature, float) and temperature == own
+        return 1.0 if unchanged else (temperature / own) ** 2
 
 
 def _temperature(entry: Objective) -> float:
@@ -269,10 +271,10 @@ def _mixed(terms: Sequence[tuple[str, dict, float | None]], temperature: float =
             return entry
         entry.check_differentiable()
         weight = 1.0 if weight is None else float(weight)
+        if shared and "temperature" not in options and len(terms) > 1:
+            weight *= temperature * temperature
         if not (weight > 0 and math.isfinite(weight)):
             raise UserError(f"The weight of {entry} must be positive, not {weight}.")
-        if shared and "temperature" not in options and len(terms) > 1:
-            weight *= temperature**2
         if entry in (other for _, other in parts):
             raise UserError(f"The mixture has {entry} twice; add up its weights.")
         parts.append((weight, entry))

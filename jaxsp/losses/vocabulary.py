@@ -124,7 +124,7 @@ def compared(piece: Piece, logits: Array, *given: Any, axis_name: str | None = N
 
 
 def with_numbers(piece: Piece, *given: Any) -> tuple[Piece, tuple[Any, ...]]:
-    """The piece with its last arguments where these are known numbers, and what is left to give."""
+    """Binds known numbers, which come last, to the piece; gives it and the other arguments."""
     numbers = [float(np.float32(x)) for x in given if isinstance(x, float)]
     arrays = tuple(x for x in given if not isinstance(x, float))
     return (lambda *arrays, **over: piece(*arrays, *numbers, **over)), arrays

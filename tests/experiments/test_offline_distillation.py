@@ -164,7 +164,7 @@ def test_it_goes_on_after_a_stop(tmp_path, monkeypatch):
             asked.append(seed)
             if len(asked) == 2:
                 raise KeyboardInterrupt
-            return [{"seed": seed, "signal": HIDDEN}]
+            return [{"seed": seed, "signal": signal} for signal in experiment.SIGNALS]
 
     def fill(*given) -> Any:
         return {HIDDEN: 3.0}, {HIDDEN: 1000}
@@ -172,12 +172,20 @@ def test_it_goes_on_after_a_stop(tmp_path, monkeypatch):
     pair = pairs.random_llamas(Path(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pairs, "smollm2", lambda: pair)
-    monkeypatch.setattr(suite, "committed", lambda name: {})
+    results: dict[str, Any] = {}
+    monkeypatch.setattr(suite, "committed", lambda name: results)
     monkeypatch.setattr(experiment, "Bench", Bench)
     monkeypatch.setattr(experiment, "fill", fill)
     run = Run(full=True, out=tmp_path)
-    (row,) = experiment.measure("default", run)["rows"]
-    assert (row["seed"], row["store_seconds"]) == (0, 3.0)
-    rows = experiment.measure("default", run)["rows"]
-    assert [row["seed"] for row in rows] == [0, 1]
+    count = len(experiment.SIGNALS)
+    results["default"] = experiment.measure("default", run)
+    seconds = [(row["seed"], row["store_seconds"]) for row in results["default"]["rows"]]
+    assert seconds == [(0, 3.0 if signal == HIDDEN else None) for signal in experiment.SIGNALS]
+    rows = experiment.measure("default", run)["rows"]  # what is committed is kept, too
+    assert [row["seed"] for row in rows] == [0] * count + [1] * count
     assert asked == [0, 1, 1]
+    kept = Path("offline_distillation-out/default.jsonl")
+    lines = kept.read_text("utf-8").splitlines()
+    kept.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")  # killed between two rows of a seed
+    assert len(experiment.measure("default", run)["rows"]) == 2 * count
+    assert asked == [0, 1, 1, 1]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import threadpoolctl
 from scipy.optimize import lsq_linear
 
 import jaxsp
@@ -299,3 +301,30 @@ def test_more_slots_than_the_queries_tell_apart():
     assert np.isfinite(values).all()
     nothing = match.Products(jnp.full((4, 4), jnp.nan), jnp.ones(4))
     assert weights(nothing, jnp.ones(4, bool), 0).tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("start", [match.key_values, lambda source: match.uneven(source, 4)])
+def test_a_start_is_found_in_one_blas_thread(start):
+    # Each system of a head is small: BLAS's own threads would only wait for XLA's.
+    def threads():
+        return [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+
+    seen: list[list[int]] = []
+
+    def probed(probe):
+        seen.append(threads())
+        return np.zeros((1, 1, 3))
+
+    def compacted(fit, counts):
+        seen.append(threads())
+        return jnp.zeros(1)
+
+    source: Any = types.SimpleNamespace(
+        prompt_length=2, heads=(1, 1), context_ids=[1, 2, 3, 4], probed=probed, compacted=compacted
+    )
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        before = threads()
+        start(source)
+        assert threads() == before
+    assert before
+    assert {count for found in seen for count in found} == {1}

@@ -10,10 +10,12 @@ al. 2024, Ada-KV (arXiv:2407.11550).
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -47,6 +49,17 @@ CURVE_RIDGE, CURVE_STEPS = 1e-2, 50
 """The strength of the pull, and the steps towards the masses, with which numbers of slots are compared."""
 
 
+@contextlib.contextmanager
+def _blas_in_one_thread() -> Iterator[None]:
+    """On a CPU linear systems are solved by scipy's BLAS: its threads and XLA's would wait for each other."""
+    from threadpoolctl import threadpool_limits
+
+    importlib.import_module("scipy.linalg")  # the limit reaches what is loaded; jax loads it when it needs it
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
+@_blas_in_one_thread()
 def key_values(source: Source) -> KeyValues:
     """Keys, values and biases fitted to the queries of the training rows.
 
@@ -57,6 +70,7 @@ def key_values(source: Source) -> KeyValues:
     return _compacted(source, K, np.full(source.heads, K))
 
 
+@_blas_in_one_thread()
 def uneven(source: Source, most: int) -> KeyValues:
     """The same with K slots a head on average: from 1 to ``most`` of them, where they lessen the error most.
 
@@ -74,7 +88,7 @@ def uneven(source: Source, most: int) -> KeyValues:
 def _compacted(source: Source, size: int, counts_LG: Int[np.ndarray, "l g"]) -> KeyValues:
     if source.compacted is None:
         raise UserError(_NO_ROWS)
-    return source.compacted(fit_to(size), counts_LG)
+    return jax.block_until_ready(source.compacted(fit_to(size), counts_LG))
 
 
 # One object for one number: what is compiled with it is compiled once.
