@@ -24,6 +24,7 @@ from jaxsp.plan import Plan
 from jaxsp.prompts import storage
 from jaxsp.runs.folder import PAGE, Result
 from jaxsp.study import Study
+from jaxsp.teacher.another import name_of_kl
 from jaxsp.teacher.store import Entry
 from jaxsp.terminal import visible
 
@@ -112,12 +113,15 @@ def _taught_by(teacher: Mapping[str, Any] | None) -> dict[str, str]:
 def print_brackets(report: Mapping[str, Any]) -> None:
     """Prints the held-out figures of every bracket, what the model itself can, and the verdict."""
     brackets = report["held_out"]["brackets"]
-    columns = {"kl": "KL", "decisive_agreement": "decisive", "facts_right": "facts", "accuracy": "accuracy"}
+    columns = {
+        "kl": name_of_kl(report.get("taught_by")),
+        "decisive_agreement": "decisive",
+        "facts_right": "facts",
+        "accuracy": "accuracy",
+    }
     columns = {metric: title for metric, title in columns.items() if metric in brackets["prompt"]}
     columns |= {"zero_one": "0/1", "rouge_l": "ROUGE-L"}
     names = bracket_names(report)
-    if (report.get("taught_by") or {}).get("signal") == "answers":
-        columns["kl"] = "NLL of the teacher's answers"
     table = Table("held-out queries", *columns.values(), box=None, padding=(0, 2, 0, 0))
     for name, row in brackets.items():
         table.add_row(names[name], *(f"{row[metric]:.3f}" for metric in columns))

@@ -10,6 +10,7 @@ from typing import Any
 from jaxsp.errors import UserError
 from jaxsp.evaluation import charts
 from jaxsp.evaluation.page import render, series
+from jaxsp.teacher.another import name_of_kl
 
 UNIMPORTANT = ("checkpoint_every", "parallel", "mesh")
 """Settings that decide nothing of the result."""
@@ -57,9 +58,9 @@ class Run:
         return {**own, "teacher": teacher and teacher["name"], **found, "jaxsp": versions.get("jaxsp")}
 
     @property
-    def is_of_tokens(self) -> bool:
-        """Whether its KL is the negative log-likelihood of the teacher's answers."""
-        return (self.report.get("taught_by") or {}).get("signal") == "answers"
+    def name_of_kl(self) -> str:
+        """The name of what the report calls KL."""
+        return name_of_kl(self.report.get("taught_by"))
 
     @functools.cached_property
     def figures(self) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def _check(first: Run, other: Run) -> None:
             f"they are measured on other held-out queries ({len(ours)} and {len(theirs)}, of which"
             f" {len(ours & theirs)} are the same); give all runs the same file with --held-out"
         )
-    if first.is_of_tokens != other.is_of_tokens:
+    if first.name_of_kl != other.name_of_kl:
         refuse("of the teacher of one only the answers are known, so that its KL is another figure")
 
 

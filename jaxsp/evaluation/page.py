@@ -17,6 +17,7 @@ from jaxsp.evaluation import charts
 from jaxsp.evaluation.brackets import TRAINED
 from jaxsp.evaluation.report import MANY_CUT, bracket_names, gap_in_words
 from jaxsp.files import size
+from jaxsp.teacher.another import name_of_kl
 from jaxsp.terminal import visible
 
 COLUMNS = (
@@ -79,7 +80,7 @@ def html(
         "report.html.jinja",
         report={"taught_by": None, "right": None, "by_length": None, "teacher": None, **report},
         names=names,
-        measure=_measure(report),
+        measure=name_of_kl(report.get("taught_by")),
         tiles=_tiles(report),
         steps=next_steps(report),
         bars=charts.bars(rows),
@@ -191,12 +192,6 @@ def _blanks(text: str) -> str:
 
 def _finite(value: float, otherwise: float = math.inf) -> float:
     return value if math.isfinite(value) else otherwise
-
-
-def _measure(report: Mapping[str, Any]) -> str:
-    """The name of what is called KL in the report."""
-    tokens_only = (report.get("taught_by") or {}).get("signal") == "answers"
-    return "NLL of the teacher's answers" if tokens_only else "KL"
 
 
 def _tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -12,6 +12,7 @@ from jaxsp.artifact import SoftPrompt
 from jaxsp.exports.prefix import NEVER, Held
 from jaxsp.hub import is_remote
 from jaxsp.models.load import EMBEDDED, gguf_file, hub_id
+from jaxsp.teacher.another import name_of_kl
 from jaxsp.terminal import visible
 
 CARD = "README.md"
@@ -130,7 +131,10 @@ def _brackets(report: Mapping[str, Any], *, with_queries: bool = True) -> str:
         for name, found in report["held_out"]["brackets"].items()
         if isinstance(found.get("kl"), float)
     ]
-    text = "| held-out queries with | KL, nats a token |\n|---|---:|\n" + "\n".join(rows)
+    measure = name_of_kl(taught_by := report.get("taught_by"))
+    text = f"| held-out queries with | {measure}, nats a token |\n|---|---:|\n" + "\n".join(rows)
+    if taught_by:
+        text = f"Taught by `{visible(taught_by['name'])}`.\n\n{text}"
     if verdict := report.get("verdict", {}).get("text"):
         text += f"\n\n{visible(verdict)}"
     lost = [q["query"] for q in report.get("queries", []) if q.get("captured") is False]

@@ -184,6 +184,19 @@ class Teacher:
         return ids
 
 
+def name_of_kl(taught_by: Mapping[str, Any] | None) -> str:
+    """The name of what a report calls ``kl``.
+
+    Args:
+      taught_by: the report's ``taught_by``: a teacher's ``summary``; ``None`` if the model teaches itself.
+
+    Example:
+      >>> name_of_kl(None), name_of_kl({"signal": "answers"})
+      ('KL', "NLL of the teacher's answers")
+    """
+    return "NLL of the teacher's answers" if (taught_by or {}).get("signal") == "answers" else "KL"
+
+
 def _vocabulary(model: LanguageModel) -> Mapping[str, int]:
     if model.tokenizer is None:
         raise UserError(f"The model {model.name} was loaded without a tokenizer; load it with one.")
