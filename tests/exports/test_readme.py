@@ -40,6 +40,14 @@ def test_it_says_what_the_prompt_is_what_was_lost_and_what_loads_it():
     assert "A good stand-in." in found
     assert "facts are lost (1):\n\n- How␛ long?\n" in found
     assert "wide" not in found
+    assert "| held-out queries with | KL, nats a token |" in found
+    assert "Taught by" not in found
+
+
+def test_a_teacher_of_another_vocabulary_is_named_and_what_is_measured_beside_it():
+    found = readme.text(prompt(), {**REPORT, "taught_by": {"name": "large\x1b", "signal": "answers"}})
+    assert "Taught by `large␛`." in found
+    assert "| held-out queries with | NLL of the teacher's answers, nats a token |" in found
 
 
 def test_what_a_run_saves_has_one_and_a_later_run_writes_it_anew(tmp_path):
