@@ -207,7 +207,7 @@ class Bench:
         return batch
 
     def _of_teacher(self, name: str) -> PyTree:
-        """What a step needs of the teacher: all of it, its head, or nothing."""
+        """The part of the teacher that a step needs: all of it, its head, or nothing."""
         if name == ONLINE:
             return self._pair.teacher_weights
         return self._head if "teacher_hidden" in SIGNALS[name].stored else None

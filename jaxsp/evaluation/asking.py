@@ -108,6 +108,8 @@ def ask(
 
     A document that answers is read for each call; ``Asking.of`` reads it once.
     """
+    if context_fallback is None:
+        return prompt.ask(question, model=model, max_tokens=max_tokens)
     check_text(question, "The question")
     check_limits("max_tokens", max_tokens, at_least=1)
     asking = Asking(prompt, context_fallback)

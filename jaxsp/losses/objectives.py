@@ -190,13 +190,15 @@ def parse(text: str) -> Objective:
         name = re.split(r"[(=]", part)[0].strip()
         known = {} if name == "temperature" else named(name).known_options
         try:
-            _, inside, weight = _TERM.fullmatch(part).groups()  # type: ignore[union-attr]
+            if (term := _TERM.fullmatch(part)) is None:
+                raise ValueError
+            _, inside, weight = term.groups()
             pairs = [pair.split("=") for pair in inside.split(",")] if inside else []
             options = {option.strip(): _number(value) for option, value in pairs}
             weight = None if weight is None else _number(weight)
             if len(options) < len(pairs) or (name == "temperature" and (options or weight is None)):
                 raise ValueError
-        except (AttributeError, ValueError):
+        except ValueError:
             form = f" or {name}(OPTION=NUMBER,...), with {choices('', known)}" if known else "."
             raise UserError(
                 f"Objective {part.strip()!r} can't be read; it should read like {name}=0.7{form}"
