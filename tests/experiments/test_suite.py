@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from experiments import suite
+from experiments.documents.experiment import DOCUMENTS
 from experiments.suite import Experiment, Run
 from jaxsp import demo
 from jaxsp.evaluation.facts import has_expected
@@ -24,7 +25,7 @@ def test_the_list_has_every_folder():
     assert {file.parent.name for file in suite.HERE.glob("*/experiment.py")} == set(suite.NAMES)
 
 
-@pytest.mark.parametrize("name", suite.load("documents").settings)
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_what_right_answers_have_stands_in_our_documents(name):
     context, queries, held_out = demo.read() if name == "demo" else suite.own_document(name)
     assert queries
