@@ -14,7 +14,7 @@ from jaxsp import demo
 
 COMPRESSION = 20
 DOCUMENTS = ("demo", "museum", "town", "shelter", "cabin")
-BEFORE = "_as_input_vectors"
+BEFORE = "_embedding"
 """Ends the name of a setting that compresses its document with the defaults of version 0.1: input vectors,
 and nothing asked but the given queries."""
 KEPT = (
@@ -71,7 +71,8 @@ def table(results: Results) -> str:
         brackets, queries = found["held_out"]["brackets"], found["held_out"]["queries"]
         kl = (f"{brackets[name]['kl']:.3f}" for name in ("prompt", "truncated_context", "no_context"))
         rows.append([
-            name, f"{found['context_tokens']} → {found['prompt_length']}", spread(found["gap_closed"]),
+            name.replace("_", " "), f"{found['context_tokens']} → {found['prompt_length']}",
+            spread(found["gap_closed"]),
             " / ".join(kl), f"{brackets['prompt']['decisive_agreement']:.2f}",
             f"{queries - found['missed']} of {queries}",
             f"{found.get('wall_seconds', found['seconds']['total']):.0f} s",
