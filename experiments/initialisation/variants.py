@@ -20,16 +20,16 @@ LEFT_OUT = 0.15
 
 def _prefix(sigma: Mapping[str, Any], preamble: KeyValues, prefill: Any) -> KeyValues:
     whole = key_value.prefix(sigma, preamble, prefill)
-    if "there" not in sigma:
+    if "drawn" not in sigma:
         return whole
     count = key_value.prompt_length(sigma)
-    own_K = jnp.where(sigma["there"], whole.positions[0, -count:], EMPTY)
+    own_K = jnp.where(sigma["drawn"], whole.positions[0, -count:], EMPTY)
     return KeyValues(whole.keys, whole.values, whole.positions.at[:, -count:].set(own_K), whole.bias)
 
 
 def _drawn(sigma: Mapping[str, Any], key: Array) -> Mapping[str, Any]:
     there = jax.random.bernoulli(key, 1 - LEFT_OUT, (key_value.prompt_length(sigma),))
-    return {**sigma, "there": there.at[-1].set(True)}  # the last one says where the queries stand
+    return {**sigma, "drawn": there.at[-1].set(True)}  # the last one says where the queries stand
 
 
 def register() -> None:

@@ -84,7 +84,7 @@ class Draws(Protocol):
     """A kind of which a step of training reads a part that is drawn."""
 
     def drawn(self, sigma: PyTree, key: Array) -> PyTree:
-        """σ with what was drawn by the key, as ``prefix`` takes it: it may have leaves of its own."""
+        """σ with what was drawn by the key as one leaf more, ``drawn``, as ``prefix`` takes it."""
         ...
 
 

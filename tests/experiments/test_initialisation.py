@@ -6,6 +6,7 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from experiments import suite
 from experiments.initialisation import experiment, variants
 from experiments.initialisation.cell import Cell
 from experiments.suite import Run
-from jaxsp.prompts import PROMPT_KINDS
+from jaxsp import prompts
+from jaxsp.prompts import PROMPT_KINDS, key_value
 from jaxsp.prompts.initializers import INITIALIZERS
+from jaxsp.typing import EMPTY, KeyValues
 
 FIGURES = {"train_kl": 0.1, "held_out_kl": 0.5, "train_kl_no_context": 2.0, "held_out_kl_no_context": 2.0}
 FIGURES |= {"held_out_decisive": 0.75, "captured": 0.5, "start_seconds": 1.0, "step_seconds": 0.5}
@@ -72,6 +75,21 @@ def test_it_goes_on_after_a_stop(tmp_path, monkeypatch):
     wanted = [(name, cell) for name in experiment.TUNED_ON for cell in experiment.cells("learning_rates")]
     assert [pair for pair in asked if pair] == wanted  # each once
     assert [(row["document"], experiment.cell_of(row)) for row in found["rows"]] == wanted
+
+
+def test_slots_left_out_are_read_by_no_query(monkeypatch):
+    monkeypatch.setitem(PROMPT_KINDS, "slots_left_out", key_value)  # taken out again afterwards
+    monkeypatch.setattr(variants, "LEFT_OUT", 1.0)
+    variants.register()
+    sizes = {"l": 2, "g": 1, "f": 4}
+    sigma = {"keys": jnp.ones((2, 3, 1, 4)), "values": jnp.ones((2, 3, 1, 4)), "bias": jnp.zeros((2, 3, 1))}
+    sigma["context_length"] = jnp.asarray(9)
+    drawn = prompts.drawn("slots_left_out", sigma, jax.random.key(0))
+    kind = prompts.checked_kind("slots_left_out", drawn, sizes)
+    empty = jnp.zeros((2, 1, 0, 1, 4))
+    nothing = KeyValues(empty, empty, jnp.zeros((1, 0), jnp.int32))
+    there = np.asarray(kind.prefix(drawn, nothing, None).positions)[0, -3:] != EMPTY
+    np.testing.assert_array_equal(there, [False, False, True])
 
 
 def test_decay_pulls_back_to_the_start():
