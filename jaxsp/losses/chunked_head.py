@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -162,7 +162,8 @@ def chunked(
       The two trees, of ``[*b, t, ...]`` and of sums.
     """
     batch = arrays["live"].shape
-    cuts = [math.gcd(n, _devices()) for n in batch[:-1]]
+    devices = _devices(arrays.values())
+    cuts = [math.gcd(n, devices) for n in batch[:-1]]
     grouped = {name: _grouped(array, batch, cuts) for name, array in arrays.items()}
     live = grouped["live"]
     *groups, R = live.shape
@@ -202,10 +203,13 @@ def chunked(
     return jax.tree.map(lambda a: _ungrouped(a, batch, cuts), out), sums
 
 
-def _devices() -> int:
-    """The number of devices that rows may be spread over without a word in their types; 1 inside of a map."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.manual_axes else max(jax.device_count(), mesh.size)
+def _devices(arrays: Iterable[Array]) -> int:
+    """The number of devices that rows may be spread over without a word in their types."""
+    meshes = jax.sharding.get_abstract_mesh(), *(jax.typeof(array).sharding.mesh for array in arrays)
+    for mesh in meshes:
+        if not mesh.empty:
+            return math.prod(size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
+    return jax.device_count()  # a program does not know whether it has one alone
 
 
 def _grouped(array: Array, batch: tuple[int, ...], cuts: list[int]) -> Array:

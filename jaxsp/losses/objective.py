@@ -85,8 +85,9 @@ class Objective:
 
       >>> import jax, jax.numpy as jnp
       >>> def hellinger(teacher_logits, student_logits, mask, *, power=1.0):
-      ...     p, q = (jax.nn.softmax(x / 2) for x in (jax.lax.stop_gradient(teacher_logits), student_logits))
-      ...     return jnp.sum((jnp.sqrt(p) - jnp.sqrt(q)) ** 2, axis=-1) ** power / 2
+      ...     logits = jax.lax.stop_gradient(teacher_logits), student_logits
+      ...     p_root, q_root = (jnp.exp(jax.nn.log_softmax(x) / 2) for x in logits)
+      ...     return jnp.sum((p_root - q_root) ** 2, axis=-1) ** power / 2
       >>> objective = Objective(hellinger).with_options(power=2.0)
 
       Evaluated and differentiated a chunk of positions at a time, as every entry of the table:

@@ -197,7 +197,7 @@ def test_a_bias_of_the_head_and_a_scale_of_the_logits():
 
 
 def test_second_derivatives():
-    """A Hessian times a vector is the jvp of the gradient, in chunks too; other ways are refused by jax."""
+    """A Hessian times a vector is the jvp of the gradient, in chunks too."""
     vector = random.standard_normal((B, T, D)).astype(np.float32)
     for name in ("kl", "js", "topk_kl", "kl=0.5,nll=0.5"):
         ours = jax.grad(lambda x, name=name: jnp.sum(fused(name, x) * WEIGHTS))
@@ -206,11 +206,21 @@ def test_second_derivatives():
             jax.jit(lambda x, f=f: jax.jvp(f, (x,), (vector,)))(STUDENT) for f in (ours, theirs)
         )
         close(found, expected, 1e-4)
-    loss = functools.partial(fused, "kl")
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(loss, (jnp.asarray(STUDENT),), (vector,))
+
+
+def test_other_second_derivatives():
+    """Forwards alone there is none; backwards twice where no chunk may be left out."""
+
+    def steepness(loss):
+        slope = jax.grad(lambda x: jnp.sum(loss(x)))
+        return jax.jit(jax.grad(lambda x: jnp.sum(slope(x) ** 2)))(STUDENT)
+
+    ours = functools.partial(fused, "kl", mask=None)
+    close(steepness(ours), steepness(functools.partial(plain, OBJECTIVES["kl"], mask=None)), 1e-4)
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
-        jax.grad(lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(loss(x)))(x) ** 2))(jnp.asarray(STUDENT))
+        steepness(functools.partial(fused, "kl"))
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(ours, (jnp.asarray(STUDENT),), (jnp.ones_like(STUDENT),))
 
 
 def test_metrics_may_be_objectives():
