@@ -108,10 +108,9 @@ def evaluate(settings: ChunkSettings, hidden: Array, head: Array, given: Mapping
 
 
 def _forward(settings: ChunkSettings, hidden: Array, head: Array, given: Mapping[str, Any]) -> Any:
-    if settings.trains_head:  # each position's part in its gradient must be weighed, so it is formed later
-        return evaluate(settings, hidden, head, given), (hidden, head, given)
-    results, (gradient, _) = _in_chunks(settings, hidden, head, given, gradient=True)
-    return results, (gradient, given["each"]["live"])
+    later = settings.trains_head  # each position's part in the head's gradient must be weighed
+    results, (gradient, _) = _in_chunks(settings, hidden, head, given, gradient=not later)
+    return results, (hidden, head, given) if later else (gradient, given["each"]["live"])
 
 
 def _backward(settings: ChunkSettings, saved: Any, cotangents: Results) -> Any:

@@ -208,6 +208,18 @@ def test_second_derivatives():
         close(found, expected, 1e-4)
 
 
+def test_second_derivatives_of_a_trained_head():
+    arrays = STUDENT, HEAD
+    vectors = tuple(random.standard_normal(array.shape).astype(np.float32) for array in arrays)
+
+    def twice(loss):
+        both = jax.value_and_grad(lambda x, head: jnp.sum(loss(x, head) * WEIGHTS), argnums=(0, 1))
+        return jax.jit(lambda *arrays: jax.jvp(both, arrays, vectors))(*arrays)
+
+    ours = functools.partial(fused, "kl", head_gradient=True)
+    close(twice(ours), twice(functools.partial(plain, OBJECTIVES["kl"])), 1e-4)
+
+
 def test_other_second_derivatives():
     """Forwards alone there is none; backwards twice where no chunk may be left out."""
 
