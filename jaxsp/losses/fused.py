@@ -337,7 +337,7 @@ def _in_order(found: Any, metrics: Measures, live: Array, weights: Array | None)
 
 def _softcaps(own: float | None, teacher: float | None = None) -> tuple[float | None, float | None]:
     """The teacher's softcap and the student's; ``None`` for none, as the teacher's infinite one is."""
-    own = None if own is None else checks.positive("softcap", own)
+    own = None if own is None else checks.positive("softcap", checks.number("softcap", own))
     if teacher is None:
         return own, own
     teacher = checks.number("teacher_softcap", teacher)

@@ -47,10 +47,10 @@ def rows_of_products(program: Any, *widths: int) -> set[int]:
 
 @pytest.mark.parametrize("devices", [4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "some"])
-@pytest.mark.parametrize("how", ["jit", "vmap", "shard_map"])
+@pytest.mark.parametrize("how", ["jit", "explicit", "vmap", "shard_map"])
 def test_each_device_computes_its_own_rows_alone(how, mask, devices):
     """Counted in the compiled program: rows of a product times chunks are a device's positions."""
-    mesh = mesh_of(devices)
+    mesh = mesh_of(devices, AxisType.Explicit if how == "explicit" else AxisType.Auto)
     rows = NamedSharding(mesh, P("data"))
 
     def loss(student, teacher, mask, size):
@@ -69,10 +69,14 @@ def test_each_device_computes_its_own_rows_alone(how, mask, devices):
 
         specs = P("data"), P("data"), None if mask is None else P("data")
         step = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), P("data")))
-    places = jax.tree.map(lambda _: rows, arrays)
-    program = jax.jit(step, in_shardings=places).lower(*arrays).compile()
+    placed = jax.device_put(arrays, rows)
+    if how == "explicit":
+        lowered = jax.jit(step).lower(*placed)
+    else:  # the arrays' types do not say where they are
+        lowered = jax.jit(step, in_shardings=jax.tree.map(lambda _: rows, arrays)).lower(*arrays)
+    program = lowered.compile()
     assert rows_of_products(program, V, D) == {B * T // devices // CHUNKS}
-    value, gradient = program(*(jax.device_put(array, rows) for array in arrays))
+    value, gradient = program(*placed)
     expected = losses.kl_divergence(TEACHER @ HEAD.T, STUDENT @ HEAD.T, mask)
     np.testing.assert_allclose(np.sum(value), np.sum(expected), rtol=1e-5)
     slope = jax.grad(lambda x: jnp.sum(losses.kl_divergence(TEACHER @ HEAD.T, x @ HEAD.T, mask)))(STUDENT)
