@@ -127,7 +127,7 @@ class Objective:
         kept = sorted(pair for pair in given.items() if pair not in known.items())
         object.__setattr__(self, "options", tuple(kept))
         try:
-            _signature(self.function).bind(*self.inputs, "mask", **given)
+            inspect.signature(self.function).bind(*self.inputs, "mask", **given)
         except TypeError as error:
             called = f"{', '.join(self.inputs)}, the mask and its options"
             name = _qualified(self.function)
@@ -181,7 +181,7 @@ class Objective:
         """The options that the function names, with their defaults."""
         return {
             name: p.default
-            for name, p in list(_signature(self.function).parameters.items())[len(self.inputs) + 1 :]
+            for name, p in list(inspect.signature(self.function).parameters.items())[len(self.inputs) + 1 :]
             if p.kind is not p.VAR_KEYWORD and name not in (*self.optional, "axis_name")
         }
 
@@ -243,7 +243,7 @@ class Objective:
         return turn[self.sense](values)
 
     def _takes(self, argument: Any) -> bool:
-        parameters = _signature(self.function).parameters
+        parameters = inspect.signature(self.function).parameters
         return argument in parameters or argument in {p.kind for p in parameters.values()}
 
     def _positions(self, arrays: list[Any], mask: Mask) -> tuple[int, ...]:
@@ -277,13 +277,6 @@ def _with_best(given: dict[str, Any], entries: int) -> dict[str, Any]:
 
 
 _REST = inspect.Parameter.VAR_KEYWORD
-
-
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    try:
-        return inspect.signature(function)
-    except ValueError:  # of some that are written in C
-        return inspect.signature(lambda *inputs, **options: None)
 
 
 def _masked(array: Any, live: Array | None) -> Any:
