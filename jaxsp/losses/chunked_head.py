@@ -6,9 +6,9 @@ that hold none are not computed.
 
 Rows may be spread over devices by ``jax.jit`` alone. A chunk of consecutive positions would then be on one of
 them, and XLA would have all compute it. So a chunk has as many positions of each group of rows, one at least;
-where the devices' number divides that of the rows, rows of different devices are never in one group. The devices
-are those of the mesh; a program without one may have all of them. If it has fewer, or the rows are not cut, values
-are the same, and groups with few live positions wait for those with more.
+where the devices' number divides that of the rows, rows of different devices are never in one group. The
+devices are those of the mesh; a program without one may have all of them. If it has fewer, or rows are not
+spread, values are the same, and groups with few live positions wait for those with more.
 """
 
 from __future__ import annotations
