@@ -346,7 +346,9 @@ def js(log_q: Array, log_p: Array, beta: Any, axis_name: str | None = None) -> F
     """The generalised Jensen-Shannon divergence; at the ends of beta its limits."""
 
     def inside() -> Found:
-        log_m = _log_mixture(log_p, log_q, beta)
+        # One logarithm a token. Where the sum underflows, so does what is multiplied by it.
+        mixed = beta * jnp.exp(log_p) + (1 - beta) * jnp.exp(log_q)
+        log_m = jnp.log(jnp.maximum(mixed, jnp.finfo(jnp.float32).tiny))
         slope = (1 - beta) * kl_terms(log_q, log_m)
         value = total_over_tokens(beta * kl_terms(log_p, log_m) + slope, axis_name)
         return value, slope, total_over_tokens(slope, axis_name)
