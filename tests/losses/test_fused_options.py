@@ -72,7 +72,11 @@ def test_a_traced_number_is_the_known_one(name, option, path):
 
 @pytest.mark.parametrize(
     ("name", "option", "ends"),
-    [("js", "beta", ("kl", "reverse_kl")), ("alpha", "alpha", ("reverse_kl", "kl"))],
+    [
+        ("js", "beta", ("kl", "reverse_kl")),
+        ("alpha", "alpha", ("reverse_kl", "kl")),
+        ("skewed_kl", "alpha", ("kl",)),
+    ],
 )
 def test_a_schedule_may_reach_the_ends(name, option, ends):
     both = jax.jit(jax.value_and_grad(lambda x, n: jnp.sum(fused(name, x, **{option: n}))))
@@ -309,6 +313,21 @@ def test_a_single_term_is_not_rescaled():
         assert str(entry) == "kl(temperature=2)=0.7"
     traced = jax.jit(lambda temperature: fused(term, temperature=temperature))(2.0)
     close(traced, 0.7 * fused("kl", temperature=2.0))
+
+
+def test_mixtures_of_far_distributions():
+    """A share of the teacher's bounds the skewed KL; without one it is KL, also where q underflows."""
+    teacher, student = jnp.array([[0.0, -200.0]]), jnp.array([[-200.0, 0.0]])
+    both = jax.jit(
+        jax.value_and_grad(lambda x, alpha: losses.skewed_kl_divergence(teacher, x, alpha=alpha).sum())
+    )
+    for alpha, expected, slope in ((0.0, 200, [-1, 1]), (1e-6, -np.log(1e-6), [0, 0]), (1.0, 0, [0, 0])):
+        value, gradient = both(student, alpha)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        np.testing.assert_allclose(gradient, [slope], atol=1e-6)
+        known = losses.skewed_kl_divergence(teacher, student, alpha=alpha)
+        np.testing.assert_allclose(known, [value], rtol=1e-6)
+    np.testing.assert_allclose(losses.js_divergence(teacher, student), [np.log(2)], rtol=1e-6)
 
 
 def test_renyi_of_far_distributions_is_finite():
