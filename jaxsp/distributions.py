@@ -30,7 +30,7 @@ from jaxsp.models.attention.to_piece import attention_to
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.generation import Sampling, generate
 from jaxsp.models.output_head import OutputHead
-from jaxsp.prompts import DEFAULT_KIND, PROMPT_KINDS, checked_kind
+from jaxsp.prompts import DEFAULT_KIND, checked_kind, named_kind
 from jaxsp.prompts.initializers import Source, Start
 from jaxsp.prompts.initializers.match import fit_to
 from jaxsp.prompts.initializers.source import Fit, Probe
@@ -139,9 +139,10 @@ def initial_prompt(
       A pytree of float32 arrays.
 
     Raises:
-      UserError: the initializer and the kind don't go together, or it needs rows.
+      UserError: the kind, the initializer or an id is unknown; or the initializer does not suit the kind, or
+        needs rows.
     """
-
+    _check_ids(context_ids, config)
     model = params, config, preamble
     lengths = list(part_lengths) or [len(context_ids)]
     parts = np.split(context_ids, np.cumsum(lengths)[:-1])
@@ -172,7 +173,7 @@ def initial_prompt(
         compacted=context.compacted if has_rows else None,
         longest_part=max(lengths),
     )
-    chosen = PROMPT_KINDS[kind]
+    chosen = named_kind(kind)
     return chosen.initial(Start(initial or chosen.DEFAULTS["initial"], source, rank))
 
 

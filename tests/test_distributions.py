@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,21 @@ def test_what_is_no_prompt(tiny_model):
         UserError, match="Unknown kind of prompt 'embeddings'; choose one of per_head, key_value"
     ):
         distributions.prompt_prefix(params, config, {"embeddings": array}, preamble, "embeddings")
+
+
+def test_a_start_that_there_is_not(tiny_model):
+    params, config = tiny_model.params, tiny_model.config
+    start = functools.partial(
+        distributions.initial_prompt, params, config, preamble=decoder.empty_prefix(config),
+        key=jax.random.key(0), prompt_length=2,
+    )  # fmt: skip
+    ids = np.array([5, 9, 7])
+    with pytest.raises(UserError, match="Unknown kind of prompt 'vectors'; choose one of per_head"):
+        start(ids, kind="vectors")
+    with pytest.raises(UserError, match="Unknown initializer 'last'; choose one of first, spread"):
+        start(ids, kind="embedding", initial="last")
+    with pytest.raises(UserError, match=rf"must lie in \[0, {config.vocab_size}\), the vocabulary; got -3"):
+        start(np.array([5, -3]), kind="embedding")
 
 
 @pytest.mark.parametrize("wrong", [-1, 10**6])

@@ -6,7 +6,9 @@ that hold none are not computed.
 
 Rows may be spread over devices by ``jax.jit`` alone. A chunk of consecutive positions would then be on one of
 them, and XLA would have all compute it. So a chunk has as many positions of each group of rows, one at least;
-where the devices' number divides that of the rows, rows of different devices are never in one group.
+where the devices' number divides that of the rows, rows of different devices are never in one group. The
+devices are those of the mesh; a program without one may have all of them. If it has fewer, or rows are not
+spread, values are the same, and groups with few live positions wait for those with more.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -108,10 +110,9 @@ def evaluate(settings: ChunkSettings, hidden: Array, head: Array, given: Mapping
 
 
 def _forward(settings: ChunkSettings, hidden: Array, head: Array, given: Mapping[str, Any]) -> Any:
-    if settings.trains_head:  # each position's part in its gradient must be weighed, so it is formed later
-        return evaluate(settings, hidden, head, given), (hidden, head, given)
-    results, (gradient, _) = _in_chunks(settings, hidden, head, given, gradient=True)
-    return results, (gradient, given["each"]["live"])
+    later = settings.trains_head  # each position's part in the head's gradient must be weighed
+    results, (gradient, _) = _in_chunks(settings, hidden, head, given, gradient=not later)
+    return results, (hidden, head, given) if later else (gradient, given["each"]["live"])
 
 
 def _backward(settings: ChunkSettings, saved: Any, cotangents: Results) -> Any:
@@ -162,7 +163,8 @@ def chunked(
       The two trees, of ``[*b, t, ...]`` and of sums.
     """
     batch = arrays["live"].shape
-    cuts = [math.gcd(n, _devices()) for n in batch[:-1]]
+    devices = _devices(arrays.values())
+    cuts = [math.gcd(n, devices) for n in batch[:-1]]
     grouped = {name: _grouped(array, batch, cuts) for name, array in arrays.items()}
     live = grouped["live"]
     *groups, R = live.shape
@@ -202,10 +204,13 @@ def chunked(
     return jax.tree.map(lambda a: _ungrouped(a, batch, cuts), out), sums
 
 
-def _devices() -> int:
-    """The number of devices that rows may be spread over without a word in their types; 1 inside of a map."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.manual_axes else max(jax.device_count(), mesh.size)
+def _devices(arrays: Iterable[Array]) -> int:
+    """The number of devices that rows may be spread over without a word in their types."""
+    meshes = jax.sharding.get_abstract_mesh(), *(jax.typeof(array).sharding.mesh for array in arrays)
+    for mesh in meshes:
+        if not mesh.empty:
+            return math.prod(size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
+    return jax.device_count()  # a program does not know whether it has one alone
 
 
 def _grouped(array: Array, batch: tuple[int, ...], cuts: list[int]) -> Array:

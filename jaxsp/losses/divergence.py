@@ -346,7 +346,7 @@ def js(log_q: Array, log_p: Array, beta: Any, axis_name: str | None = None) -> F
     """The generalised Jensen-Shannon divergence; at the ends of beta its limits."""
 
     def inside() -> Found:
-        log_m = _log_mixture(log_p, log_q, beta)
+        log_m = jnp.log(_mixture(log_p, log_q, beta))
         slope = (1 - beta) * kl_terms(log_q, log_m)
         value = total_over_tokens(beta * kl_terms(log_p, log_m) + slope, axis_name)
         return value, slope, total_over_tokens(slope, axis_name)
@@ -379,10 +379,13 @@ def _renyi(log_q: Array, log_p: Array, alpha: float, axis_name: str | None = Non
 
 
 def _skewed_kl(log_q: Array, log_p: Array, alpha: Any, axis_name: str | None = None) -> Found:
-    log_m, p = _log_mixture(log_p, log_q, alpha), jnp.exp(log_p)
-    share = jnp.exp(log_q - jnp.where(p == 0, 0.0, log_m))
-    value = total_over_tokens(kl_terms(log_p, log_m), axis_name)
-    return value, -(1 - alpha) * jnp.where(p == 0, 0.0, p * share), None
+    def inside() -> Found:
+        m = _mixture(log_p, log_q, alpha)
+        slope = -(1 - alpha) * jnp.exp(log_p) * (jnp.exp(log_q) / m)
+        value = total_over_tokens(kl_terms(log_p, jnp.log(m)), axis_name)
+        return value, slope, total_over_tokens(slope, axis_name)
+
+    return _between(alpha, (kl, lambda *_: inside()), inside, log_q, log_p, axis_name)
 
 
 def _total_variation(log_q: Array, log_p: Array, axis_name: str | None = None) -> Found:
@@ -408,12 +411,10 @@ def kl_terms(log_p: Array, log_q: Array) -> Array:
     return jnp.where(gone, 0.0, p * (jnp.where(gone, 0.0, log_p) - jnp.where(gone, 0.0, log_q)))
 
 
-def _log_mixture(log_p: Array, log_q: Array, beta: Any) -> Array:
-    # log(beta p + (1-beta) q), with a finite gradient where both are 0.
-    a, b = log_p + jnp.log(beta), log_q + jnp.log1p(-beta)
-    neither = jnp.maximum(a, b) == -jnp.inf
-    a, b = (jnp.where(neither, 0.0, side) for side in (a, b))
-    return jnp.where(neither, -jnp.inf, jnp.logaddexp(a, b))
+def _mixture(log_p: Array, log_q: Array, beta: Any) -> Array:
+    """beta p + (1 - beta) q of each token, and never 0: where it underflows, both its parts do."""
+    mixture = beta * jnp.exp(log_p) + (1 - beta) * jnp.exp(log_q)
+    return jnp.maximum(mixture, jnp.finfo(jnp.float32).tiny)
 
 
 def _log_powers(log_p: Array, log_q: Array, alpha: Any) -> Array:

@@ -3,7 +3,9 @@
 With a frozen head the gradient with respect to the hidden states is formed in the forward pass, chunk by
 chunk (``chunked_head.py``): nothing of shape ``[b, t, v]`` ever exists, and nothing is computed twice. The
 idea is Liger Kernel's (Hsu et al. 2024, arXiv:2410.10989). A ``custom_vjp`` has no forward mode: use
-``jax.grad`` or ``jax.vjp``. Products with the Hessian are ``jax.jvp`` of ``jax.grad``.
+``jax.grad`` or ``jax.vjp``. Products with the Hessian are ``jax.jvp`` of ``jax.grad``. ``jax.grad`` of
+``jax.grad`` works where no chunk may be left out, without mask and weights; else jax says that it can't
+reverse a loop.
 """
 
 from __future__ import annotations
@@ -173,8 +175,8 @@ def fused_objective(
         to all terms that have them.
 
     Returns:
-      The objective's values ``[*b, t]``, float32, exactly 0 with zero gradient where the mask is False;
-      and the metrics', by text.
+      The objective's values ``[*b, t]``, float32, exactly 0 with zero gradient where the mask is False,
+      and the metrics', by text. Of second derivatives ``jax.jvp`` of ``jax.grad`` works always.
 
     Raises:
       ValueError: something needed is missing, shapes or dtypes don't fit, or a number is out of range.
@@ -335,7 +337,7 @@ def _in_order(found: Any, metrics: Measures, live: Array, weights: Array | None)
 
 def _softcaps(own: float | None, teacher: float | None = None) -> tuple[float | None, float | None]:
     """The teacher's softcap and the student's; ``None`` for none, as the teacher's infinite one is."""
-    own = None if own is None else checks.positive("softcap", own)
+    own = None if own is None else checks.positive("softcap", checks.number("softcap", own))
     if teacher is None:
         return own, own
     teacher = checks.number("teacher_softcap", teacher)

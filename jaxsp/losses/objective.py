@@ -85,8 +85,9 @@ class Objective:
 
       >>> import jax, jax.numpy as jnp
       >>> def hellinger(teacher_logits, student_logits, mask, *, power=1.0):
-      ...     p, q = (jax.nn.softmax(x / 2) for x in (jax.lax.stop_gradient(teacher_logits), student_logits))
-      ...     return jnp.sum((jnp.sqrt(p) - jnp.sqrt(q)) ** 2, axis=-1) ** power / 2
+      ...     logits = jax.lax.stop_gradient(teacher_logits), student_logits
+      ...     p_root, q_root = (jnp.exp(jax.nn.log_softmax(x) / 2) for x in logits)
+      ...     return jnp.sum((p_root - q_root) ** 2, axis=-1) ** power / 2
       >>> objective = Objective(hellinger).with_options(power=2.0)
 
       Evaluated and differentiated a chunk of positions at a time, as every entry of the table:
@@ -126,7 +127,7 @@ class Objective:
         kept = sorted(pair for pair in given.items() if pair not in known.items())
         object.__setattr__(self, "options", tuple(kept))
         try:
-            _signature(self.function).bind(*self.inputs, "mask", **given)
+            inspect.signature(self.function).bind(*self.inputs, "mask", **given)
         except TypeError as error:
             called = f"{', '.join(self.inputs)}, the mask and its options"
             name = _qualified(self.function)
@@ -180,7 +181,7 @@ class Objective:
         """The options that the function names, with their defaults."""
         return {
             name: p.default
-            for name, p in list(_signature(self.function).parameters.items())[len(self.inputs) + 1 :]
+            for name, p in list(inspect.signature(self.function).parameters.items())[len(self.inputs) + 1 :]
             if p.kind is not p.VAR_KEYWORD and name not in (*self.optional, "axis_name")
         }
 
@@ -242,7 +243,7 @@ class Objective:
         return turn[self.sense](values)
 
     def _takes(self, argument: Any) -> bool:
-        parameters = _signature(self.function).parameters
+        parameters = inspect.signature(self.function).parameters
         return argument in parameters or argument in {p.kind for p in parameters.values()}
 
     def _positions(self, arrays: list[Any], mask: Mask) -> tuple[int, ...]:
@@ -276,13 +277,6 @@ def _with_best(given: dict[str, Any], entries: int) -> dict[str, Any]:
 
 
 _REST = inspect.Parameter.VAR_KEYWORD
-
-
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    try:
-        return inspect.signature(function)
-    except ValueError:  # of some that are written in C
-        return inspect.signature(lambda *inputs, **options: None)
 
 
 def _masked(array: Any, live: Array | None) -> Any:

@@ -338,21 +338,21 @@ def _over_best(
         )
     piece, traced = with_numbers(piece, *number)
 
-    def values(logits: Array, live: Array, there: Array, log_p: Array, ids: Array, *tail: Array) -> Array:
+    def values(logits: Array, there: Array, log_p: Array, ids: Array, tail: Array, *numbers: Array) -> Array:
         log_p = jnp.where(there, jax.lax.stop_gradient(log_p).astype(jnp.float32), -jnp.inf)
         # Out of range on either side reads NaN; an entry that is not there takes no token from the tail.
         ids = jnp.where(there & (ids >= 0), ids.astype(jnp.int32), logits.shape[-1])
         mass = -jnp.expm1(jax.nn.logsumexp(log_p[..., :k], axis=-1))
         if exact:  # and that of the entries after the first k
             left_out = jnp.sum(jnp.exp(log_p[..., log_p.shape[-1] if k is None else k :]), axis=-1)
-            mass = jnp.where(live, jax.lax.stop_gradient(tail[0]).astype(jnp.float32), 0.0) + left_out
+            mass = jax.lax.stop_gradient(tail).astype(jnp.float32) + left_out
         mass = jnp.maximum(mass, least_tail)
         coarse = _of_coarse(piece, 0.0 if exact or least_tail else _ROUNDING)
-        return compared(coarse, logits, log_p[..., :k], ids[..., :k], mass, *tail[exact:])
+        return compared(coarse, logits, log_p[..., :k], ids[..., :k], mass, *numbers)
 
-    arrays = [logits, live, there, teacher_log_probs, teacher_ids]
-    arrays += [teacher_tail] if exact else []
-    found = on_auto_axes(values, logits, *map(jnp.asarray, arrays), *traced)
+    tail = jnp.where(live, 0.0 if teacher_tail is None else teacher_tail, 0.0)
+    arrays = there, teacher_log_probs, teacher_ids, tail
+    found = on_auto_axes(values, logits, logits, *map(jnp.asarray, arrays), *traced)
     return jnp.where(live, found, 0.0)
 
 

@@ -99,6 +99,13 @@ DEFAULT_KIND = PromptSettings.kind
 """The kind where none is given."""
 
 
+def named_kind(kind: str) -> PromptKind:
+    """The kind of this name; raises ``UserError`` with the choices if there is none."""
+    if kind not in PROMPT_KINDS:
+        raise UserError(f"Unknown kind of prompt {kind!r}; choose one of {', '.join(PROMPT_KINDS)}.")
+    return PROMPT_KINDS[kind]
+
+
 def checked_kind(kind: str, sigma: PyTree, sizes: Mapping[str, int]) -> PromptKind:
     """The kind of this name, for which σ has the right form.
 
@@ -116,9 +123,7 @@ def checked_kind(kind: str, sigma: PyTree, sizes: Mapping[str, int]) -> PromptKi
       Traceback (most recent call last):
       jaxsp.errors.UserError: A prompt of kind embedding has embeddings [k, d] with d = 16, not [4, 8].
     """
-    if kind not in PROMPT_KINDS:
-        raise UserError(f"Unknown kind of prompt {kind!r}; choose one of {', '.join(PROMPT_KINDS)}.")
-    chosen = PROMPT_KINDS[kind]
+    chosen = named_kind(kind)
     if not hasattr(chosen, "FORM"):
         return chosen  # of one's own
     found = _arrays(sigma) if isinstance(sigma, Mapping) else {}

@@ -595,6 +595,8 @@ def test_bad_arguments_are_named():
     }.items():
         with pytest.raises(ValueError, match=match):
             call(**wrong)
+    with pytest.raises(ValueError, match="softcap must be a number that is known when the program is traced"):
+        jax.jit(lambda softcap: call(softcap=softcap))(3.0)
     with pytest.raises(ValueError, match="temperature must be positive, not 0"):
         fused_kl_divergence(TEACHER, STUDENT, HEAD, temperature=0)
     with pytest.raises(ValueError, match="label_smoothing must lie between 0 and 1"):

@@ -72,7 +72,11 @@ def test_a_traced_number_is_the_known_one(name, option, path):
 
 @pytest.mark.parametrize(
     ("name", "option", "ends"),
-    [("js", "beta", ("kl", "reverse_kl")), ("alpha", "alpha", ("reverse_kl", "kl"))],
+    [
+        ("js", "beta", ("kl", "reverse_kl")),
+        ("alpha", "alpha", ("reverse_kl", "kl")),
+        ("skewed_kl", "alpha", ("kl",)),
+    ],
 )
 def test_a_schedule_may_reach_the_ends(name, option, ends):
     both = jax.jit(jax.value_and_grad(lambda x, n: jnp.sum(fused(name, x, **{option: n}))))
@@ -197,7 +201,7 @@ def test_a_bias_of_the_head_and_a_scale_of_the_logits():
 
 
 def test_second_derivatives():
-    """A Hessian times a vector is the jvp of the gradient, in chunks too; other ways are refused by jax."""
+    """A Hessian times a vector is the jvp of the gradient, in chunks too."""
     vector = random.standard_normal((B, T, D)).astype(np.float32)
     for name in ("kl", "js", "topk_kl", "kl=0.5,nll=0.5"):
         ours = jax.grad(lambda x, name=name: jnp.sum(fused(name, x) * WEIGHTS))
@@ -206,11 +210,33 @@ def test_second_derivatives():
             jax.jit(lambda x, f=f: jax.jvp(f, (x,), (vector,)))(STUDENT) for f in (ours, theirs)
         )
         close(found, expected, 1e-4)
-    loss = functools.partial(fused, "kl")
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(loss, (jnp.asarray(STUDENT),), (vector,))
+
+
+def test_second_derivatives_of_a_trained_head():
+    arrays = STUDENT, HEAD
+    vectors = tuple(random.standard_normal(array.shape).astype(np.float32) for array in arrays)
+
+    def twice(loss):
+        both = jax.value_and_grad(lambda x, head: jnp.sum(loss(x, head) * WEIGHTS), argnums=(0, 1))
+        return jax.jit(lambda *arrays: jax.jvp(both, arrays, vectors))(*arrays)
+
+    ours = functools.partial(fused, "kl", head_gradient=True)
+    close(twice(ours), twice(functools.partial(plain, OBJECTIVES["kl"])), 1e-4)
+
+
+def test_other_second_derivatives():
+    """Forwards alone there is none; backwards twice where no chunk may be left out."""
+
+    def steepness(loss):
+        slope = jax.grad(lambda x: jnp.sum(loss(x)))
+        return jax.jit(jax.grad(lambda x: jnp.sum(slope(x) ** 2)))(STUDENT)
+
+    ours = functools.partial(fused, "kl", mask=None)
+    close(steepness(ours), steepness(functools.partial(plain, OBJECTIVES["kl"], mask=None)), 1e-4)
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
-        jax.grad(lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(loss(x)))(x) ** 2))(jnp.asarray(STUDENT))
+        steepness(functools.partial(fused, "kl"))
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(ours, (jnp.asarray(STUDENT),), (jnp.ones_like(STUDENT),))
 
 
 def test_metrics_may_be_objectives():
@@ -287,6 +313,21 @@ def test_a_single_term_is_not_rescaled():
         assert str(entry) == "kl(temperature=2)=0.7"
     traced = jax.jit(lambda temperature: fused(term, temperature=temperature))(2.0)
     close(traced, 0.7 * fused("kl", temperature=2.0))
+
+
+def test_mixtures_of_far_distributions():
+    """A share of the teacher's bounds the skewed KL; without one it is KL, also where q underflows."""
+    teacher, student = jnp.array([[0.0, -200.0]]), jnp.array([[-200.0, 0.0]])
+    both = jax.jit(
+        jax.value_and_grad(lambda x, alpha: losses.skewed_kl_divergence(teacher, x, alpha=alpha).sum())
+    )
+    for alpha, expected, slope in ((0.0, 200, [-1, 1]), (1e-6, -np.log(1e-6), [0, 0]), (1.0, 0, [0, 0])):
+        value, gradient = both(student, alpha)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        np.testing.assert_allclose(gradient, [slope], atol=1e-6)
+        known = losses.skewed_kl_divergence(teacher, student, alpha=alpha)
+        np.testing.assert_allclose(known, [value], rtol=1e-6)
+    np.testing.assert_allclose(losses.js_divergence(teacher, student), [np.log(2)], rtol=1e-6)
 
 
 def test_renyi_of_far_distributions_is_finite():

@@ -38,19 +38,19 @@ def mesh_of(devices: int, kind: AxisType = AxisType.Auto):
     return jax.make_mesh((devices,), ("data",), axis_types=(kind,), devices=jax.devices()[:devices])
 
 
-def rows_of_products(program: Any) -> set[int]:
-    """Rows, on each device, of the products that give logits."""
+def rows_of_products(program: Any, *widths: int) -> set[int]:
+    """Rows, on each device, of the products of one of these widths: by default of those that give logits."""
     shapes = re.findall(r"= \w+\[([\d,]+)\]\S* dot\(", programs.text(program))
     sizes = [[int(size) for size in shape.split(",")] for shape in shapes]
-    return {math.prod(size[:-1]) for size in sizes if size[-1] == V}
+    return {math.prod(size[:-1]) for size in sizes if size[-1] in (widths or (V,))}
 
 
 @pytest.mark.parametrize("devices", [4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "some"])
-@pytest.mark.parametrize("how", ["jit", "vmap", "shard_map"])
+@pytest.mark.parametrize("how", ["jit", "explicit", "vmap", "shard_map"])
 def test_each_device_computes_its_own_rows_alone(how, mask, devices):
     """Counted in the compiled program: rows of a product times chunks are a device's positions."""
-    mesh = mesh_of(devices)
+    mesh = mesh_of(devices, AxisType.Explicit if how == "explicit" else AxisType.Auto)
     rows = NamedSharding(mesh, P("data"))
 
     def loss(student, teacher, mask, size):
@@ -69,10 +69,14 @@ def test_each_device_computes_its_own_rows_alone(how, mask, devices):
 
         specs = P("data"), P("data"), None if mask is None else P("data")
         step = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), P("data")))
-    places = jax.tree.map(lambda _: rows, arrays)
-    program = jax.jit(step, in_shardings=places).lower(*arrays).compile()
-    assert rows_of_products(program) == {B * T // devices // CHUNKS}
-    value, gradient = program(*(jax.device_put(array, rows) for array in arrays))
+    placed = jax.device_put(arrays, rows)
+    if how == "explicit":
+        lowered = jax.jit(step).lower(*placed)
+    else:  # the arrays' types do not say where they are
+        lowered = jax.jit(step, in_shardings=jax.tree.map(lambda _: rows, arrays)).lower(*arrays)
+    program = lowered.compile()
+    assert rows_of_products(program, V, D) == {B * T // devices // CHUNKS}
+    value, gradient = program(*placed)
     expected = losses.kl_divergence(TEACHER @ HEAD.T, STUDENT @ HEAD.T, mask)
     np.testing.assert_allclose(np.sum(value), np.sum(expected), rtol=1e-5)
     slope = jax.grad(lambda x: jnp.sum(losses.kl_divergence(TEACHER @ HEAD.T, x @ HEAD.T, mask)))(STUDENT)
@@ -88,6 +92,34 @@ def test_the_devices_of_the_rows_as_far_as_types_say(kind):
     assert vocabulary.parts(array) == 4
     assert found[-1] == (4 if kind == AxisType.Explicit else 1)
     assert vocabulary.parts(jnp.asarray(STUDENT)) == 1
+
+
+def test_rows_are_grouped_by_the_devices_of_their_mesh():
+    """Not by all that there are: the fewer groups of rows, the more even they are."""
+    found = []
+    program = jax.jit(lambda x: found.append(chunked_head._devices([x])) or x)
+    program(jax.device_put(STUDENT, NamedSharding(mesh_of(4), P("data"))))
+    with jax.set_mesh(mesh_of(2)):
+        program(STUDENT)
+    program(STUDENT)
+    assert found == [4, 2, jax.device_count()]
+
+
+def test_rows_are_divided_where_the_head_alone_is_mapped():
+    """``shard_map`` over the vocabulary; over the rows' axis jit divides the work."""
+    mesh = jax.make_mesh((2, 4), ("data", "vocabulary"), axis_types=(AxisType.Auto,) * 2)
+
+    def local(teacher, student, head):
+        size = B * T // CHUNKS
+        return fused_kl_divergence(teacher, student, head, chunk_size=size, axis_name="vocabulary")
+
+    specs = P(), P(), P("vocabulary")
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), axis_names={"vocabulary"})
+    places = [NamedSharding(mesh, P(axis)) for axis in ("data", "data", "vocabulary")]
+    program = jax.jit(run, in_shardings=places).lower(TEACHER, STUDENT, HEAD).compile()
+    assert rows_of_products(program, V // 4) == {B * T // 2 // CHUNKS}
+    found = program(*map(jax.device_put, (TEACHER, STUDENT, HEAD), places))
+    np.testing.assert_allclose(found, losses.kl_divergence(TEACHER @ HEAD.T, STUDENT @ HEAD.T), atol=1e-5)
 
 
 def test_prompts_and_rows_before_the_positions():

@@ -31,11 +31,18 @@ class Start:
     """One initializer and what it starts from; a prompt kind takes what it can use.
 
     ``rank`` is for kinds that have one; ``None``: they choose.
+
+    Raises:
+      UserError: there is no such initializer.
     """
 
     name: str
     source: Source
     rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in INITIALIZERS:
+            raise UserError(f"Unknown initializer {self.name!r}; choose one of {', '.join(INITIALIZERS)}.")
 
     def vectors(self) -> Float[Array, "k d"]:
         """K input vectors.
