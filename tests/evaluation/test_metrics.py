@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from jaxsp.evaluation import verdict as verdicts
 from jaxsp.evaluation.metrics import ANSWER_METRICS, Answer, gap_closed, rouge_l
-from jaxsp.evaluation.report import _verdict
 
 
 def test_rouge_l():
@@ -92,7 +92,7 @@ def verdict(gap, queries, truncated=1.0, learnt=1.0, kind="per_head", train=(), 
     ours = float(np.mean([q["kl"] for q in queries if q["split"] == "held_out"]))
     brackets = {"prompt": {"kl": ours}, "truncated_context": {"kl": truncated}, "no_context": {"kl": 1e-6}}
     low, high = (None, None) if gap is None else (gap - 0.1, gap + 0.1)
-    return _verdict(
+    return verdicts.verdict(
         {
             "queries": queries,
             "gap_closed": {"value": gap, "low": low, "high": high},

@@ -83,6 +83,21 @@ def make_rates(settings: Settings, sigma: PyTree) -> PyTree:
     return jax.tree.map(lambda rate: jnp.where(rate == 0, 0.0, 1.0), rates)
 
 
+def check_rates(settings: Settings) -> None:
+    """Raises ``UserError`` if ``rates`` can't be read, or names what a prompt of this kind does not have.
+
+    Of a kind without a ``FORM`` the parts are known once it has started.
+    """
+    form = getattr(PROMPT_KINDS[settings.prompt.kind], "FORM", None)
+    if parse_rates(settings.training.rates) and form:
+        smallest: dict[str, Any] = {}
+        for name, axes in form.items():
+            *outer, own = name.split(".")
+            part = smallest.setdefault(outer[0], {}) if outer else smallest
+            part[own] = jax.ShapeDtypeStruct([1] * len(axes.split()), jnp.float32)
+        jax.eval_shape(functools.partial(make_rates, settings), smallest)
+
+
 @functools.partial(jax.jit, static_argnames=("kind", "factors"))
 def _rates(kind: str, sigma: PyTree, factors: tuple[tuple[str, float], ...]) -> PyTree:
     return PROMPT_KINDS[kind].rates(sigma, dict(factors))
