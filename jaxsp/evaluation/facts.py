@@ -102,9 +102,12 @@ def whole_words(pieces: Sequence[str], marked: Sequence[bool]) -> list[str]:
     found, last = list[str](), -2
     for number, word in enumerate(re.finditer(r"\S+", text)):
         if any(start < word.end() and word.start() < end for start, end in spans):
-            found[-1:] = [f"{found[-1]} {word[0]}"] if number == last + 1 else [*found[-1:], word[0]]
+            if number == last + 1:
+                found[-1] += f" {word[0]}"
+            else:
+                found.append(word[0])
             last = number
-    return [words.strip(".,;:!?") or words for words in found]
+    return [some.strip(".,;:!?") or some for some in found]
 
 
 def figures_and_names(text: str) -> set[str]:

@@ -116,8 +116,8 @@ def verdict(report: Mapping[str, Any], kind: str) -> dict[str, Any]:
     same = [q for q in held_out if q["captured"] and q.get("decisive_tokens") == 0 and q.get("right") is None]
     if has_gap and same:
         text += (
-            f" For {len(same)} of the {len(held_out)} it decides nothing: the model says each token without it,"
-            " too, so that they show nothing of σ."
+            f" For {len(same)} of the {len(held_out)} it decides nothing: the model says each token without"
+            " it, too, and they show nothing of σ."
         )
     if has_gap and brackets["prompt"]["kl"] >= brackets["truncated_context"]["kl"]:
         text += " It is no better than the context cut to its length: don't use it."

@@ -135,6 +135,35 @@ def test_a_verdict_on_answers_that_are_known():
     )
 
 
+def test_a_verdict_on_queries_that_the_context_does_not_decide():
+    """They are captured by definition: that is no praise of σ."""
+    queries = [query("held_out", 0.1, True) | {"decisive_tokens": count} for count in (0, 0, 3)]
+    said = "For 2 of the 3 it decides nothing: the model says each token without it, too"
+    assert said in verdict(0.9, queries)["text"]
+    assert "decides nothing" not in verdict(0.9, queries[2:])["text"]
+    known = [queries[0] | {"right": True}]  # it is counted by that
+    assert "decides nothing" not in verdict(0.9, known)["text"]
+    assert "decides nothing" not in verdict(None, queries)["text"]
+
+
+def test_the_cost_of_a_larger_model_stands_beside_the_advice():
+    rows = [
+        query("held_out", 0.1, True) | {"answer_full_context": "It is 3.", "right": r} for r in (False, True)
+    ]
+    read = {row["query"]: "It is 2." for row in rows}
+    cost = verdicts.cost_of_larger(2**28, 354, 16)
+    found = verdicts.on_teacher({"queries": rows}, read, None, cost)
+    assert found["weak"]
+    assert found["text"].startswith(
+        "The model itself, with the whole context: 1 of 2 held-out answers are right;"
+    )
+    assert "about 768.0 MiB for them and 3 times as long" in found["text"]
+    assert "`jaxsp plan MODEL --context-tokens 354 --prompt-length 16`" in found["text"]
+    better = verdicts.on_teacher({"queries": rows[1:]}, read, None, cost)
+    assert not better["weak"]
+    assert "MiB" not in better["text"]
+
+
 def test_verdicts():
     good = verdict(0.9, [query("held_out", 0.1, True), query("train", 0.1, True)])
     assert "answers to all 1 held-out queries" in good["text"]
