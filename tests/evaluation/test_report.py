@@ -196,10 +196,10 @@ def test_another_teacher_is_named(report):
         "name": "big", "dtype": "bfloat16", "quantization": "none", "fingerprint": "0123456789abcdef",
         "signal": "distributions",
     }  # fmt: skip
-    report["held_out"]["brackets"]["full_context"] = ROW
+    report["held_out"]["brackets"]["full_context"] = {**ROW, "kl": 0.0}
     text = markdown(report)
     assert "\n- taught by: big (bfloat16, quantization: none, weights 0123456789ab)\n" in text
-    assert "| the context, read by the teacher big: what σ should be | 0.250" in text
+    assert "| the context, read by the teacher big: what σ should be | 0.000" in text
     assert "tokens only" not in text
     report["taught_by"]["signal"] = "answers"
     assert "\n- **tokens only**: the teacher has another vocabulary" in markdown(report)
