@@ -71,9 +71,8 @@ def make_rates(settings: Settings, sigma: PyTree) -> PyTree:
       UserError: the prompt has no such part.
     """
     kind, factors = settings.prompt.kind, parse_rates(settings.training.rates)
-    _check_parts(
-        kind, factors, [n for n, part in sigma.items() if isinstance(part, Mapping) or np.ndim(part)]
-    )
+    parts = [name for name, part in sigma.items() if isinstance(part, Mapping) or np.ndim(part)]
+    _check_parts(kind, factors, parts)
     rates = _rates(kind, sigma, tuple(factors.items()))
     if isinstance(settings.training.optimizer, str):
         return rates
