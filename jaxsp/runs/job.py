@@ -17,7 +17,7 @@ from jaxsp.data.documents import Query, as_queries, read_text, split_queries
 from jaxsp.files import parse_json
 from jaxsp.losses import as_objective
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.prompts import PROMPT_KINDS, storage, with_defaults
+from jaxsp.prompts import PROMPT_KINDS, low_rank, storage, with_defaults
 from jaxsp.prompts.initializers import INITIALIZERS, check_vectors
 from jaxsp.runs import on_policy
 from jaxsp.settings import Settings, decides_result, make_settings, side_by_side
@@ -223,7 +223,10 @@ def make_job(
         raise UserError("a row can't have a teacher of its own; give teacher for the whole run")
     settings = make_settings({**defaults, **own})
     check_settings(settings)
-    settings = with_defaults(settings)
+    settings, config = with_defaults(settings), model.config
+    if settings.prompt.rank is not None:
+        entries = config.kv_heads * config.head_width
+        low_rank.check_rank(settings.prompt.rank, settings.prompt.prompt_length, entries)
     train, held_out = _split(queries, held_out, settings)
     if settings.study.study != "on":
         on_policy.check(settings, train)
