@@ -111,8 +111,7 @@ def summarise(
     report["fallback"] = certainty.mark(report["queries"], measured["prompt"].certainties)
     report |= _right(report["queries"])
     report["cut_answers"] = _cut_answers(model, problem, measured, settings, teacher)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
-    cost = cost_of_larger(weights, len(problem.job.context_ids), settings.prompt.prompt_length)
+    cost = _cost(model, problem.job, settings)
     report["teacher"] = on_teacher(report, _read_of(problem.read, context), teacher, cost)
     report["verdict"] = verdict(report, settings.prompt.kind)
     seen = np.maximum(mask[~is_train].sum(axis=0), 1)
@@ -123,6 +122,12 @@ def summarise(
         if name != "initial"
     }
     return report
+
+
+def _cost(model: LanguageModel, job: TokenizedJob, settings: Settings) -> str:
+    """A sentence on what a larger model would take."""
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    return cost_of_larger(weights, len(job.context_ids), settings.prompt.prompt_length)
 
 
 def _parts(job: TokenizedJob) -> dict[str, Any]:
