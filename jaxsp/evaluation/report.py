@@ -79,9 +79,8 @@ def summarise(
             for name in names
         }
         there = decisive & split[:, None]
-        for name, found in brackets.items():
-            wrong = positions[name]["zero_one"][there]
-            found["decisive_agreement"] = float(1 - wrong.mean()) if wrong.size else 1.0
+        for name, found in brackets.items() if there.any() else ():
+            found["decisive_agreement"] = float(1 - positions[name]["zero_one"][there].mean())
         return {"queries": int(split.sum()), "brackets": brackets}
 
     def gap(bracket: str, of: np.ndarray = ~is_train) -> dict[str, Any]:

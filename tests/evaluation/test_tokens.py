@@ -11,6 +11,7 @@ from jaxsp import distributions
 from jaxsp.data.documents import as_queries
 from jaxsp.evaluation import tokens
 from jaxsp.evaluation.brackets import measure
+from jaxsp.evaluation.report import summarise
 from jaxsp.evaluation.tokens import by_token, decisive, pieces
 from jaxsp.progress import Display
 from jaxsp.settings import make_settings
@@ -84,6 +85,20 @@ def test_a_given_answer_decides_what_the_teacher_says_itself(calm_model, problem
     )
     own[i, place] = False
     np.testing.assert_array_equal(decisive(calm_model, asked, found), own)
+
+
+def test_where_nothing_is_decisive_there_is_no_figure(calm_model, problem, measured):
+    """Else even no context would be all right."""
+    whole = read_part(calm_model, problem.job, 0, problem.preamble)
+    (same,) = measure(calm_model, problem, {"prompt": whole}, 6).values()
+    names = "full_context", "prompt", "truncated_context", "no_context"
+    settings = make_settings({"max_answer_tokens": 6})
+    found = summarise(calm_model, problem, dict.fromkeys(names, same), CONTEXT, settings)
+    assert all("decisive_agreement" not in row for row in found["held_out"]["brackets"].values())
+    assert [row["decisive_tokens"] for row in found["queries"]] == [0] * 4
+    given = {**dict.fromkeys(names, same), "no_context": measured[1]["no_context"]}
+    brackets = summarise(calm_model, problem, given, CONTEXT, settings)["held_out"]["brackets"]
+    assert [brackets[name]["decisive_agreement"] for name in names] == [1.0, 1.0, 1.0, 0.0]
 
 
 def test_states_are_kept_of_the_prompt_alone(measured, problem):
