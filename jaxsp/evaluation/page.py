@@ -246,10 +246,11 @@ def next_steps(report: Mapping[str, Any]) -> list[str]:
         found.append("Add queries (--queries) on the sentences below that no query depends on.")
     if held_out and all(query.get("seed") for query in held_out):
         found.append("Measure on questions of your own (--held-out): the model wrote these itself.")
-    if missed := [query for query in held_out if not query["captured"]]:
+    missed = [query for query in held_out if not query["captured"]]
+    if helped := sum(query.get("right") is not False for query in missed):  # the document answers them
         found.append(
-            f"Keep the document itself for questions like the {len(missed)} that lose something; they are"
-            " marked below."
+            f"Keep the document itself for questions like the {helped} that lose something; they are marked"
+            " below."
         )
     ask = "Ask it with jaxsp ask, or take it to another program with jaxsp export."
     return [*found, ask] if missed else [ask, *found]

@@ -326,14 +326,14 @@ def bracket_rows(
       >>> bracket_rows({"a": {"kl": 0.5}, "b": {"kl": 0.0}, "c": {"kl": 0.5}}, {n: f"as {n}" for n in "abc"})
       [('a', 'as a, which is also as c', {'kl': 0.5}), ('b', 'as b', {'kl': 0.0})]
     """
-    found: dict[str, tuple[str, dict[str, float]]] = {}
+    found: dict[str, list[str]] = {}
     for name, figures in brackets.items():
-        twin = next((other for other, (_, row) in found.items() if row == figures), None)
-        if twin is None:
-            found[name] = names[name], figures
-        else:
-            found[twin] = f"{found[twin][0]}, which is also {names[name]}", figures
-    return [(name, words, row) for name, (words, row) in found.items()]
+        twin = next((other for other in found if brackets[other] == figures), name)
+        found.setdefault(twin, []).append(names[name])
+    return [
+        (name, ", which is also ".join(filter(None, (first, " and ".join(others)))), brackets[name])
+        for name, (first, *others) in found.items()
+    ]
 
 
 def as_json(value: Any) -> str:

@@ -113,6 +113,8 @@ def verdict(report: Mapping[str, Any], kind: str) -> dict[str, Any]:
             f" context decides; {len(missed)} lose it, and such questions need"
             f" {'the part itself' if several else 'the whole document'}."
         )
+        if wrong := sum(q.get("right") is False for q in missed):
+            text += f" Wrong after the full context, too: {wrong} of these, which need a better teacher."
     same = [q for q in held_out if q["captured"] and q.get("decisive_tokens") == 0 and q.get("right") is None]
     if has_gap and same:
         text += (

@@ -146,6 +146,15 @@ def test_a_verdict_on_queries_that_the_context_does_not_decide():
     assert "decides nothing" not in verdict(None, queries)["text"]
 
 
+def test_a_verdict_on_what_the_document_does_not_answer_either():
+    lost = query("held_out", 0.1, False)
+    said = (
+        "2 lose it, and such questions need the whole document. 1 of these are wrong after the full context"
+    )
+    assert said in verdict(0.9, [lost | {"right": right} for right in (False, True)])["text"]
+    assert "Wrong after" not in verdict(0.9, [lost, lost | {"right": True}])["text"]
+
+
 def test_the_cost_of_a_larger_model_stands_beside_the_advice():
     rows = [
         query("held_out", 0.1, True) | {"answer_full_context": "It is 3.", "right": r} for r in (False, True)

@@ -281,6 +281,9 @@ def test_a_field_that_is_missing_is_no_blank():
 def test_next_steps():
     own = report()
     assert "Keep the document itself for questions like the 1 " in " ".join(next_steps(own))
+    own["queries"][2]["right"] = False  # the document doesn't help
+    assert "Keep the document" not in " ".join(next_steps(own))
+    del own["queries"][2]["right"]
     own["verdict"]["suggestions"] = ["more steps (--steps)"]
     own["teacher"]["weak"] = True
     own["cut_answers"] = {

@@ -240,11 +240,16 @@ def test_brackets_of_equal_figures_are_one_row(report):
         assert f"| {BRACKETS[first]}, which is also {BRACKETS[other]} | {brackets[first]['kl']:.3f} |" in text
         assert f"\n| {BRACKETS[other]} |" not in text
         assert text.count("\n| the context cut to the length of σ |") == (other == "initial")
+    three = dict.fromkeys(("prompt", "initial", "truncated_context"), brackets["prompt"])
+    report["held_out"]["brackets"] = {**brackets, **three}
+    assert "σ, which is also σ before training and the context cut to the length of σ |" in markdown(report)
 
 
 def test_the_words_that_are_lost_are_named(report):
     report["queries"][2]["lost"] = ["249 euros", "<4>"]
     assert "\n- \\<b\\>Far\\</b\\> \\& {{ verdict }}? (249 euros; \\<4\\>)\n\n- model" in markdown(report)
+    report["queries"][2]["right"] = False
+    assert "(249 euros; \\<4\\>): wrong after the full context, too\n" in markdown(report)
     for query in report["queries"]:
         query["captured"] = True
     assert "lose it" not in markdown(report)
