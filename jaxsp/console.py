@@ -17,7 +17,8 @@ from jaxsp.artifact import MANIFEST, SoftPrompt
 from jaxsp.errors import Damaged, in_a_line
 from jaxsp.evaluation.compare import Comparison, in_words
 from jaxsp.evaluation.page import number
-from jaxsp.evaluation.report import bracket_names, gap_in_words
+from jaxsp.evaluation.report import bracket_names, bracket_rows
+from jaxsp.evaluation.verdict import gap_in_words
 from jaxsp.exports import Exported
 from jaxsp.files import size
 from jaxsp.plan import Plan
@@ -121,10 +122,9 @@ def print_brackets(report: Mapping[str, Any]) -> None:
     }
     columns = {metric: title for metric, title in columns.items() if metric in brackets["prompt"]}
     columns |= {"zero_one": "0/1", "rouge_l": "ROUGE-L"}
-    names = bracket_names(report)
     table = Table("held-out queries", *columns.values(), box=None, padding=(0, 2, 0, 0))
-    for name, row in brackets.items():
-        table.add_row(names[name], *(f"{row[metric]:.3f}" for metric in columns))
+    for _, words, row in bracket_rows(brackets, bracket_names(report)):
+        table.add_row(words, *(f"{row[metric]:.3f}" for metric in columns))
     _print(table, *filter(None, [report["teacher"]["text"]]), report["verdict"]["text"])
 
 

@@ -12,6 +12,7 @@ from jaxsp import api, terminal
 from jaxsp.artifact import SoftPrompt, named_model, tokenizer_fingerprint
 from jaxsp.cli import Ask
 from jaxsp.models.weights import old_fingerprint
+from jaxsp.prompts.storage import DTYPES
 from jaxsp.typing import UserError
 
 
@@ -31,6 +32,22 @@ def test_a_prompt_of_0_1_knows_its_model_by_what_0_1_hashed(tiny_model, tiny_dir
     saved_for(tiny_model, tiny_model.fingerprint).check(tiny_model)
     with pytest.raises(UserError, match="another model: its model weights"):
         saved_for(tiny_model, old_fingerprint([file])).check(tiny_model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_prompt_of_other_weights_is_refused_in_every_dtype(tiny_model, tmp_path, dtype):
+    """Read from its files, before any question."""
+    sigma = {"embeddings": np.linspace(-1, 1, 3 * tiny_model.config.width, dtype=np.float32).reshape(3, -1)}
+    whole = saved_for(tiny_model, "0" * 64).manifest | {
+        "format": 2, "kind": "embedding", "prompt_length": 3, "dtype": dtype, "context_tokens": 9,
+        "slots": {"before": "a", "between": "b", "after": "c", "before_ids": [1]},
+    }  # fmt: skip
+    SoftPrompt(sigma, whole).save(tmp_path)
+    loaded = SoftPrompt.load(tmp_path)
+    np.testing.assert_allclose(loaded.sigma["embeddings"], sigma["embeddings"], atol=0.01)
+    for used in (loaded.prefix, loaded.check):
+        with pytest.raises(UserError, match=r"another model: its model weights are those of .* \(0{12}\)"):
+            used(tiny_model)
 
 
 ASKS = {

@@ -56,6 +56,7 @@ def folder(tmp_path, monkeypatch):
     Path("full").mkdir()
     Path("full/notes").touch()
     prompt().save("prompt")
+    prompt(kind="spiral").save("odd")
     result(Path("failed"))
     for name, change in {
         "cut": lambda f: (f / "manifest.json").write_text("{"),

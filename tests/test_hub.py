@@ -48,6 +48,8 @@ def folder(tmp_path):
     brackets = {"prompt": {"kl": 0.25}, "no_context": {"kl": 1.5}}
     queries = [{"query": "How\x1b long?", "split": "held_out", "captured": False}]
     report = {"held_out": {"brackets": brackets}, "verdict": {"text": "A good stand-in."}, "queries": queries}
+    report["taught_by"] = {**teacher, "signal": "distributions"}
+    report["teacher"] = {"text": f"The teacher, {teacher['name']}: 3 of 4 held-out answers are right."}
     (found / "report.json").write_text(json.dumps(report))
     return found
 
@@ -79,6 +81,7 @@ def test_the_readme_says_what_it_is(server, folder):
     for to in ("peft", "transformers", "vllm", "llama.cpp"):
         assert f"jaxsp export hf://{NAME} --model DIR --to {to} --out {to}/" in text
     assert "f" * 64 in text
+    assert "Taught by `large-model`." in text
     assert "| prompt | 0.250 |" in text
     assert "A good stand-in." in text
     assert "facts are lost: 1.\n" in text

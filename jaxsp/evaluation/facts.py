@@ -52,10 +52,10 @@ def is_right(answer: str, query: Query) -> bool | None:
     return has_expected(answer, query) and (query.answer is None or says(answer, query.answer))
 
 
-def agrees(
+def lost(
     reference: Sequence[int], decisive: Sequence[bool], answer: Sequence[int], stop_ids: Collection[int] = ()
-) -> bool:
-    """Whether an answer has every decisive token of the reference: each run of them, in their order.
+) -> list[bool]:
+    """Whether each token of the reference is decisive and lost: an answer has runs of them in their order.
 
     Args:
       reference: the teacher's answer, as token ids.
@@ -64,21 +64,50 @@ def agrees(
       stop_ids: ids that end an answer; none is a fact.
 
     Example:
-      >>> agrees([5, 2, 4, 9, 7], [False, True, True, True, False], [8, 2, 4, 9]), agrees([5, 2], [0, 1], [4])
-      (True, False)
+      >>> lost([5, 2, 4, 9, 7], [False, True, True, True, False], [8, 2, 4, 9]), lost([5, 2], [0, 1], [4])
+      ([False, False, False, False, False], [False, True])
     """
     marked = [(bool(d) and i not in stop_ids, i) for i, d in zip(reference, decisive, strict=True)]
-    start = 0
+    start, found = 0, list[bool]()
     for is_decisive, run in itertools.groupby(marked, key=lambda pair: pair[0]):
         ids = [i for _, i in run]
-        if not is_decisive:
-            continue
-        places = range(start, len(answer) - len(ids) + 1)
+        places = range(start, len(answer) - len(ids) + 1) if is_decisive else ()
         place = next((p for p in places if list(answer[p : p + len(ids)]) == ids), None)
-        if place is None:
-            return False
-        start = place + len(ids)
-    return True
+        found += [is_decisive and place is None] * len(ids)
+        start = start if place is None else place + len(ids)
+    return found
+
+
+def agrees(
+    reference: Sequence[int], decisive: Sequence[bool], answer: Sequence[int], stop_ids: Collection[int] = ()
+) -> bool:
+    """Whether an answer has every decisive token of the reference; arguments as in ``lost``."""
+    return not any(lost(reference, decisive, answer, stop_ids))
+
+
+def whole_words(pieces: Sequence[str], marked: Sequence[bool]) -> list[str]:
+    """The words that marked tokens are a part of, those next to each other as one text.
+
+    Args:
+      pieces: the text of each token.
+      marked: whether it is one.
+
+    Example:
+      >>> whole_words(["It", " costs", " 2", "49", " euros", " in", " Oslo", "."], [0, 0, 0, 1, 1, 0, 1, 0])
+      ['249 euros', 'Oslo']
+    """
+    text = "".join(pieces)
+    ends = list(itertools.accumulate(map(len, pieces)))
+    spans = [(end - len(piece), end) for piece, end, m in zip(pieces, ends, marked, strict=True) if m]
+    found, last = list[str](), -2
+    for number, word in enumerate(re.finditer(r"\S+", text)):
+        if any(start < word.end() and word.start() < end for start, end in spans):
+            if number == last + 1:
+                found[-1] += f" {word[0]}"
+            else:
+                found.append(word[0])
+            last = number
+    return [some.strip(".,;:!?") or some for some in found]
 
 
 def figures_and_names(text: str) -> set[str]:

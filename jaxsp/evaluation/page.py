@@ -15,7 +15,8 @@ from markupsafe import Markup
 
 from jaxsp.evaluation import charts
 from jaxsp.evaluation.brackets import TRAINED
-from jaxsp.evaluation.report import MANY_CUT, bracket_names, gap_in_words
+from jaxsp.evaluation.report import bracket_names, bracket_rows
+from jaxsp.evaluation.verdict import MANY_CUT, gap_in_words
 from jaxsp.files import size
 from jaxsp.teacher.another import name_of_kl
 from jaxsp.terminal import visible
@@ -68,9 +69,10 @@ def html(
     """
     brackets, names = report["held_out"]["brackets"], bracket_names(report)
     intervals = report["held_out"].get("kl_intervals", {})
+    each = bracket_rows(brackets, names)
     rows = [
-        {"name": name, "label": names[name], **intervals.get(name, {}), "value": row["kl"]}
-        for name, row in brackets.items()
+        {"name": name, "label": words, **intervals.get(name, {}), "value": row["kl"]}
+        for name, words, row in each
     ]
     by_kl = sorted(report["queries"], key=lambda query: -_finite(query["kl"]))
     training, loss = _training(report, lines)
@@ -79,7 +81,7 @@ def html(
     return render(
         "report.html.jinja",
         report={"taught_by": None, "right": None, "by_length": None, "teacher": None, **report},
-        names=names,
+        brackets=each,
         measure=name_of_kl(report.get("taught_by")),
         tiles=_tiles(report),
         steps=next_steps(report),
@@ -244,10 +246,11 @@ def next_steps(report: Mapping[str, Any]) -> list[str]:
         found.append("Add queries (--queries) on the sentences below that no query depends on.")
     if held_out and all(query.get("seed") for query in held_out):
         found.append("Measure on questions of your own (--held-out): the model wrote these itself.")
-    if missed := [query for query in held_out if not query["captured"]]:
+    missed = [query for query in held_out if not query["captured"]]
+    if helped := sum(query.get("right") is not False for query in missed):  # the document answers them
         found.append(
-            f"Keep the document itself for questions like the {len(missed)} that lose something; they are"
-            " marked below."
+            f"Keep the document itself for questions like the {helped} that lose something; they are marked"
+            " below."
         )
     ask = "Ask it with jaxsp ask, or take it to another program with jaxsp export."
     return [*found, ask] if missed else [ask, *found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import json
 import re
@@ -17,8 +18,10 @@ from jaxsp import distributions
 from jaxsp.artifact import SoftPrompt
 from jaxsp.evaluation import certainty
 from jaxsp.evaluation.brackets import BRACKETS, IN_PARTS, TRAINED, Measured
-from jaxsp.evaluation.facts import agrees, has_expected, is_right, says, stands_in
+from jaxsp.evaluation.facts import has_expected, is_right, lost, says, whole_words
 from jaxsp.evaluation.metrics import ANSWER_METRICS, Answer, gap_closed, interval
+from jaxsp.evaluation.tokens import decisive as decisive_tokens, pieces
+from jaxsp.evaluation.verdict import cost_of_larger, on_teacher, verdict, with_interval
 from jaxsp.files import atomic_write, size
 from jaxsp.models import decoder
 from jaxsp.models.language_model import LanguageModel
@@ -27,18 +30,6 @@ from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import Problem, TokenizedJob
 from jaxsp.terminal import visible
 from jaxsp.typing import KeyValues
-
-GOOD = 0.8
-"""Overall: the fraction of the gap from which σ is called a good stand-in."""
-
-LEARNT = 0.9
-"""Part of the training queries' decisive tokens that a prompt long enough gets right."""
-
-WEAK = 0.7
-"""A teacher whose answers are right less often than this is advised against."""
-
-MANY_CUT = 0.2
-"""Part of the teacher's answers that are cut at their greatest length, from which the verdict says so."""
 
 
 def summarise(
@@ -76,8 +67,7 @@ def summarise(
         for name in known
     }
     kl = {name: at["kl"].sum(axis=1) for name, at in positions.items()}
-    # Tokens that the model gets wrong without the context, and right with it.
-    decisive = mask & (positions["no_context"]["zero_one"] > 0)
+    decisive = decisive_tokens(model, problem, measured)
 
     def part(split: np.ndarray, names: Iterable[str]) -> dict[str, Any]:
         brackets = {
@@ -89,9 +79,8 @@ def summarise(
             for name in names
         }
         there = decisive & split[:, None]
-        for name, found in brackets.items():
-            wrong = positions[name]["zero_one"][there]
-            found["decisive_agreement"] = float(1 - wrong.mean()) if wrong.size else 1.0
+        for name, found in brackets.items() if there.any() else ():
+            found["decisive_agreement"] = float(1 - positions[name]["zero_one"][there].mean())
         return {"queries": int(split.sum()), "brackets": brackets}
 
     def gap(bracket: str, of: np.ndarray = ~is_train) -> dict[str, Any]:
@@ -121,8 +110,9 @@ def summarise(
     report["fallback"] = certainty.mark(report["queries"], measured["prompt"].certainties)
     report |= _right(report["queries"])
     report["cut_answers"] = _cut_answers(model, problem, measured, settings, teacher)
-    report["teacher"] = _teacher(report, _read_of(problem.read, context), teacher)
-    report["verdict"] = _verdict(report, settings.prompt.kind)
+    cost = _cost(model, problem.job, settings)
+    report["teacher"] = on_teacher(report, _read_of(problem.read, context), teacher, cost)
+    report["verdict"] = verdict(report, settings.prompt.kind)
     seen = np.maximum(mask[~is_train].sum(axis=0), 1)
     last = int(mask[~is_train].any(axis=0).sum())
     report["by_position"] = {
@@ -131,6 +121,12 @@ def summarise(
         if name != "initial"
     }
     return report
+
+
+def _cost(model: LanguageModel, job: TokenizedJob, settings: Settings) -> str:
+    """A sentence on what a larger model would take."""
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    return cost_of_larger(weights, len(job.context_ids), settings.prompt.prompt_length)
 
 
 def _parts(job: TokenizedJob) -> dict[str, Any]:
@@ -188,13 +184,21 @@ def _queries(
         if i in answers["prompt"]:
             ours, ids = answers["prompt"][i], rows.targets["tokens"][i, mask[i]]
             row |= {f"answer_{name}": answers[name][i].text for name in TRAINED}
-            row["captured"] = agrees(ids.tolist(), decisive[i, mask[i]].tolist(), ours.ids, model.stop_ids)
+            gone = lost(ids.tolist(), decisive[i, mask[i]].tolist(), ours.ids, model.stop_ids)
+            row |= {"captured": not any(gone), "lost": whole_words(_pieces(model, ids.tolist()), gone)}
             if query.answer is not None:  # the model's own words are others
-                row["captured"] = says(ours.text, query.answer)
+                kept = says(ours.text, query.answer)
+                row |= {"captured": kept, "lost": [] if kept else [query.answer]}
             row["right"] = is_right(row["answer_full_context"], query)
             row |= {f"right_{name}": is_right(answers[name][i].text, query) for name in TRAINED}
         found.append(row)
     return found
+
+
+def _pieces(model: LanguageModel, ids: list[int]) -> list[str]:
+    """The text of each token of an answer."""
+    tokenizer: Any = model.tokenizer
+    return pieces(ids, lambda some: tokenizer.decode(list(some), skip_special_tokens=False))
 
 
 def _right(queries: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
@@ -307,6 +311,31 @@ def bracket_names(report: Mapping[str, Any]) -> dict[str, str]:
     return names
 
 
+def bracket_rows(
+    brackets: Mapping[str, dict[str, float]], names: Mapping[str, str]
+) -> list[tuple[str, str, dict[str, float]]]:
+    """The rows of a table of brackets: name, words and figures; those of equal figures are one row.
+
+    A start may be the truncated context, and σ its own start, where no step is better.
+
+    Args:
+      brackets: figures by name.
+      names: the brackets in words.
+
+    Example:
+      >>> bracket_rows({"a": {"kl": 0.5}, "b": {"kl": 0.0}, "c": {"kl": 0.5}}, {n: f"as {n}" for n in "abc"})
+      [('a', 'as a, which is also as c', {'kl': 0.5}), ('b', 'as b', {'kl': 0.0})]
+    """
+    found: dict[str, list[str]] = {}
+    for name, figures in brackets.items():
+        twin = next((other for other in found if brackets[other] == figures), name)
+        found.setdefault(twin, []).append(names[name])
+    return [
+        (name, ", which is also ".join(filter(None, (first, " and ".join(others)))), brackets[name])
+        for name, (first, *others) in found.items()
+    ]
+
+
 def as_json(value: Any) -> str:
     """JSON for files that people look at, too."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -322,119 +351,15 @@ def markdown(report: dict[str, Any]) -> str:
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"interval": _interval, "cell": _cell, "size": size}
+    environment.filters |= {"interval": with_interval, "cell": _cell, "size": size}
     source = importlib.resources.files("jaxsp.evaluation").joinpath("report.md.jinja").read_text("utf-8")
     try:
-        return environment.from_string(source).render(report, bracket_names=bracket_names(report))
+        names = bracket_names(report)
+        return environment.from_string(source).render(
+            report, rows=functools.partial(bracket_rows, names=names)
+        )
     except jinja2.UndefinedError as error:
         raise ValueError(str(error)) from error
-
-
-def _teacher(report: dict[str, Any], read: dict[str, str], teacher: Teacher | None) -> dict[str, Any]:
-    """The teacher's own answers, by which σ is judged: those right, and those that stand in what it read."""
-    held_out = [q for q in report["queries"] if q["split"] == "held_out"]
-    checked = {"right": [q["right"] for q in held_out if q["right"] is not None]}
-    standing = [stands_in(q["answer_full_context"], read[q["query"]], q["query"]) for q in held_out]
-    checked["standing"] = [there for there in standing if there is not None]
-    words = {"right": "are right", "standing": "with figures or names have only those of the document"}
-    parts = [
-        f"{sum(found)} of {len(found)} held-out answers {words[n]}" for n, found in checked.items() if found
-    ]
-    shares = [sum(found) / len(found) for found in checked.values() if found]
-    weak = bool(shares) and shares[0] < WEAK
-    before = "one part of the context for each query" if report.get("parts") else "the whole context"
-    who = "The model itself" if teacher is None else f"The teacher, {teacher.model.name}"
-    text = f"{who}, with {before}: {'; '.join(parts)}." if parts else ""
-    if weak and teacher is None:
-        text += " σ can be no better: take a larger model (`jaxsp plan MODEL` says what it takes)."
-    elif weak:
-        text += " σ learns from these: take a better teacher (--teacher)."
-    return {"text": text, "weak": weak}
-
-
-def _verdict(report: dict[str, Any], kind: str) -> dict[str, Any]:
-    held_out, train = ([q for q in report["queries"] if q["split"] == s] for s in ("held_out", "train"))
-    missed = [q for q in held_out if not q["captured"]]
-    gap, brackets = report["gap_closed"], report["held_out"]["brackets"]
-    has_gap = gap["value"] is not None
-    good = not missed and (not has_gap or gap["value"] >= GOOD)
-    several = len(report.get("parts", {}).get("tokens", []))
-    full = "one part of it, which the teacher reads for each query" if several else "the full context"
-    text = f"σ closes {_interval(gap)} of the gap between no context and {full}. "
-    if not has_gap:
-        text = (
-            "No gap to close: to the held-out queries the model says the same without the context (KL"
-            f" {brackets['no_context']['kl']:.2g}), so that they show nothing of σ. Ask what only the"
-            " document answers. "
-        )
-    if not missed:
-        text += f"Its answers to all {len(held_out)} held-out queries have what the context decides."
-    else:
-        text += (
-            f"Its answers to {len(held_out) - len(missed)} of {len(held_out)} held-out queries have what the"
-            f" context decides; {len(missed)} lose it, and such questions need"
-            f" {'the part itself' if several else 'the whole document'}."
-        )
-    if has_gap and brackets["prompt"]["kl"] >= brackets["truncated_context"]["kl"]:
-        text += " It is no better than the context cut to its length: don't use it."
-    if has_gap and several and brackets["prompt"]["kl"] >= brackets["first_part"]["kl"]:
-        text += " It is no better than the first part of the context alone."
-    if several:
-        text += (
-            f" The teacher of each query read one of the context's {several} parts: what only several parts"
-            " together answer is neither learnt nor measured."
-        )
-    if right := report.get("right"):
-        text += (
-            f" Of {right['known']} answers whose facts are known {right['full_context']} are right after the"
-            f" full context, {right['prompt']} with σ and {right['no_context']} without context."
-        )
-    if all(q.get("seed") for q in held_out):
-        text += " These are questions that the model itself wrote: measure on yours with --held-out."
-    text += _on_cut_answers(report, len(held_out))
-    suggestions = []  # the one that brings most first
-    if not good:
-        if kind == "embedding":
-            suggestions.append("keys and values in every layer (--kind per_head)")
-        same = train and "best_tokens" not in report["train"]  # else the KL of the two are of different kinds
-        if same and np.mean([q["kl"] for q in held_out]) > 1.5 * np.mean([q["kl"] for q in train]):
-            suggestions.append("add queries like those missed (--queries)")
-        if train and report["train"]["brackets"]["prompt"]["decisive_agreement"] < LEARNT:
-            suggestions.append("a longer prompt (--prompt-length)")
-        suggestions.append("more steps (--steps)")
-        text += f" What may help: {', '.join(suggestions)}."
-    return {"text": text, "missed": [q["query"] for q in missed], "suggestions": suggestions}
-
-
-def _on_cut_answers(report: Mapping[str, Any], held_out: int) -> str:
-    """The verdict's sentence on them, where they are many of the teacher's."""
-    if not (found := report.get("cut_answers")):
-        return ""
-    cut, of = found["train"] + found["held_out"]["full_context"], found["train_answers"] + held_out
-    if cut < MANY_CUT * of:
-        return ""
-    return (
-        f" {cut} of the teacher's {of} answers are cut at {found['max_answer_tokens']} tokens: what would"
-        " follow is neither learnt nor measured; raise --max-answer-tokens."
-    )
-
-
-def gap_in_words(gap: Mapping[str, float | None]) -> str:
-    """The part of a gap that is closed, in percent; or that there is none.
-
-    Example:
-      >>> gap_in_words({"value": 0.9412}), gap_in_words({"value": None})
-      ('94.1%', 'no gap to close')
-    """
-    return "no gap to close" if gap["value"] is None else f"{gap['value']:.1%}"
-
-
-def _interval(gap: Mapping[str, float | None]) -> str:
-    if gap["value"] is None:
-        return gap_in_words(gap)
-    if gap["low"] is None:
-        return f"{gap_in_words(gap)} (no interval: one query)"
-    return f"{gap_in_words(gap)} (95% interval {gap['low']:.1%} to {gap['high']:.1%})"
 
 
 def _answer(model: LanguageModel, ids: list[int]) -> Answer:

@@ -15,7 +15,7 @@ from jaxsp.losses.chunked_head import product
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.output_head import OutputHead
 from jaxsp.teacher.problem import Problem
-from jaxsp.typing import AnyArray, Array, Float, ceil_div
+from jaxsp.typing import AnyArray, Array, Bool, Float, Int, ceil_div
 
 LIKELIEST = 5
 """Tokens of each distribution that are kept."""
@@ -25,6 +25,47 @@ MOST_TOKENS = 1000
 
 _CHUNK = 64
 """Positions at a time: one program for all."""
+
+
+def decisive(
+    model: LanguageModel, problem: Problem, measured: Mapping[str, Measured]
+) -> Bool[np.ndarray, "n a"]:
+    """Whether an answer token is decisive: the model gets it wrong without the context, and right with it.
+
+    The teacher's own answers it always gets right. In place of one that was given it may say another token: σ
+    is then not praised for saying that, too.
+
+    Args:
+      model: the frozen model.
+      problem: the queries, and what the teacher said.
+      measured: by bracket; of these ``no_context`` is looked at.
+    """
+    found = problem.rows.mask & (measured["no_context"].positions["zero_one"] > 0)
+    is_given = np.array([ids is not None for ids in problem.job.given_ids])
+    query, place = np.nonzero(found & is_given[:, None])
+    right = _first(model, problem, query, place) == problem.rows.targets["tokens"][query, place]
+    found[query, place] = right
+    return found
+
+
+def _first(
+    model: LanguageModel, problem: Problem, query: Int[np.ndarray, " p"], place: Int[np.ndarray, " p"]
+) -> Int[np.ndarray, " p"]:
+    """The tokens that the teacher puts first at these places of answers; their own where that isn't known."""
+    targets = problem.rows.targets
+    found = targets["tokens"][query, place]
+    for name, rows in problem.wanted.rows(problem.job.is_train).items():
+        (here,) = np.nonzero(np.isin(query, rows))
+        if name not in targets or not len(here):
+            continue
+        places = list(zip(query[here].tolist(), place[here].tolist(), strict=True))
+        if name == "top_k":
+            found[here] = [targets[name][1][i, a][0] for i, a in places]
+        else:
+            head = problem.teacher_head or OutputHead.of(model.params, model.config)
+            states = np.stack([np.asarray(targets["hidden"][i, a]) for i, a in places])
+            found[here] = _best(head, states, head.unembedding.shape[0])[1][:, 0]
+    return found
 
 
 def by_token(
@@ -45,7 +86,7 @@ def by_token(
       probability.
     """
     kl, none = (measured[name].positions["kl"] for name in ("prompt", "no_context"))
-    wrong, mask = measured["no_context"].positions["zero_one"], problem.rows.mask
+    decides, mask = decisive(model, problem, measured), problem.rows.mask
     states, counts = measured["prompt"].states or {}, mask.sum(axis=1)
     order = sorted(states, key=lambda i: -float(kl[i].sum() / counts[i]))
     chosen = [i for i, before in zip(order, np.cumsum(counts[order]), strict=True) if before <= MOST_TOKENS]
@@ -72,7 +113,7 @@ def by_token(
                 ),
                 "kl": _rounded(kl[i, here]),
                 "kl_no_context": _rounded(none[i, here]),
-                "decisive": (wrong[i, here] > 0).tolist(),
+                "decisive": decides[i, here].tolist(),
                 **{name: side[place] for name, side in likeliest.items()},
             }
         )
@@ -118,17 +159,23 @@ def _likeliest(
     head: OutputHead, states: Sequence[np.ndarray], vocabulary: int, text: Callable[[int], str]
 ) -> list[list[list[list[Any]]]]:
     """The likeliest tokens of each position of each answer, as text, with their probabilities."""
-    flat = np.concatenate(states)
-    padded = np.zeros((ceil_div(len(flat), _CHUNK) * _CHUNK, flat.shape[1]), flat.dtype)
-    padded[: len(flat)] = flat
-    parts = [_top(head, padded[i : i + _CHUNK], vocabulary) for i in range(0, len(padded), _CHUNK)]
-    probabilities, ids = (np.concatenate([np.asarray(part[j]) for part in parts]) for j in range(2))
+    probabilities, ids = _best(head, np.concatenate(states), vocabulary)
     pairs = [
         [[text(int(token)), round(float(p), 4)] for token, p in zip(some, chances, strict=True)]
-        for some, chances in zip(ids[: len(flat)], probabilities, strict=False)
+        for some, chances in zip(ids, probabilities, strict=True)
     ]
     ends = np.cumsum([len(own) for own in states]).tolist()
     return [pairs[end - len(own) : end] for end, own in zip(ends, states, strict=True)]
+
+
+def _best(head: OutputHead, states: Float[AnyArray, "p d"], vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """The largest probabilities at each position, ``[P, 5]``, and their tokens, chunk by chunk."""
+    count = len(states)
+    padded = np.zeros((ceil_div(count, _CHUNK) * _CHUNK, states.shape[1]), states.dtype)
+    padded[:count] = states
+    parts = [_top(head, padded[i : i + _CHUNK], vocabulary) for i in range(0, len(padded), _CHUNK)]
+    probabilities, ids = (np.concatenate([np.asarray(part[j]) for part in parts]) for j in range(2))
+    return probabilities[:count], ids[:count]
 
 
 @functools.partial(jax.jit, static_argnames="vocabulary")

@@ -135,6 +135,8 @@ def _brackets(report: Mapping[str, Any], *, with_queries: bool = True) -> str:
     text = f"| held-out queries with | {measure}, nats a token |\n|---|---:|\n" + "\n".join(rows)
     if taught_by:
         text = f"Taught by `{visible(taught_by['name'])}`.\n\n{text}"
+    elif teacher := report.get("teacher", {}).get("text"):  # another one's name may be a path
+        text += f"\n\n{visible(teacher)}"
     if verdict := report.get("verdict", {}).get("text"):
         text += f"\n\n{visible(verdict)}"
     lost = [q["query"] for q in report.get("queries", []) if q.get("captured") is False]

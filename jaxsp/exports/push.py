@@ -47,6 +47,8 @@ def files_of(
     manifest = {**prompt.manifest, "model": _named(prompt.manifest["model"])}
     if prompt.teacher is not None:
         manifest["teacher"] = _named(prompt.teacher)
+    if report is not None and report.get("taught_by"):
+        report = {**report, "taught_by": _named(report["taught_by"])}
     if not with_document:
         manifest.pop("context_sha256", None)  # whoever has the text could be told by it
     shown = SoftPrompt(prompt.sigma, manifest, prompt.context if with_document else None)

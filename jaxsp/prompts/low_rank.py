@@ -41,12 +41,21 @@ def initial(start: Start) -> Sigma:
     """
     sigma = key_value.initial(start)
     _, K, G, F = sigma["keys"].shape
+    if start.rank is not None:
+        check_rank(start.rank, K, G * F)
     rank = start.rank or max(1, K * G * F // (2 * (K + G * F)))
-    if start.rank and rank * (K + G * F) >= K * G * F:
-        most = (K * G * F - 1) // (K + G * F)
-        advice = f"take at most {most}" if most else "take --kind key_value"
-        raise UserError(f"--rank {rank} makes {K} slots of {G * F} entries no smaller; {advice}.")
     return {**sigma, **{name: _factors(sigma[name], rank) for name in ("keys", "values")}}
+
+
+def check_rank(rank: int, prompt_length: int, entries: int) -> None:
+    """Raises ``UserError`` if a rank makes so many slots, each of so many entries in a layer, no smaller."""
+    both = prompt_length + entries
+    if rank * both >= prompt_length * entries:
+        most = (prompt_length * entries - 1) // both
+        advice = f"take at most {most}" if most else "take --kind key_value"
+        raise UserError(
+            f"--rank {rank} makes {prompt_length} slots of {entries} entries no smaller; {advice}."
+        )
 
 
 def _factors(slots_LKGF: Float[Array, "l k g f"], rank: int) -> dict[str, Array]:

@@ -17,15 +17,15 @@ from jaxsp.data.documents import Query, as_queries, read_text, split_queries
 from jaxsp.files import parse_json
 from jaxsp.losses import as_objective
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.prompts import PROMPT_KINDS, storage, with_defaults
-from jaxsp.prompts.initializers import INITIALIZERS
+from jaxsp.prompts import PROMPT_KINDS, low_rank, storage, with_defaults
+from jaxsp.prompts.initializers import INITIALIZERS, check_vectors
 from jaxsp.runs import on_policy
 from jaxsp.settings import Settings, decides_result, make_settings, side_by_side
 from jaxsp.teacher import samples
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import SAMPLE, TokenizedJob, digest, tokenize
 from jaxsp.training.drivers import DRIVERS
-from jaxsp.training.optimizers import make_optimizer, parse_rates
+from jaxsp.training.optimizers import check_rates, make_optimizer
 from jaxsp.typing import UserError
 
 BESIDE_GIVEN = True
@@ -132,11 +132,14 @@ def check_settings(settings: Settings) -> None:
             f"--rank must be at most the number of slots (--prompt-length {prompt.prompt_length}), not"
             f" {prompt.rank}."
         )
-    chosen = with_defaults(settings).training
+    filled = with_defaults(settings)
+    if PROMPT_KINDS[prompt.kind].IS_READ and filled.prompt.initial is not None:
+        check_vectors(filled.prompt.initial)
+    chosen = filled.training
     if chosen.steps is None:
         raise UserError(f"The kind {prompt.kind} has no number of steps of its own; give --steps.")
     make_optimizer(chosen)
-    parse_rates(settings.training.rates)
+    check_rates(settings)
     if settings.devices.mesh and settings.devices.parallel != "mesh":
         raise UserError(
             f"--mesh {settings.devices.mesh} needs --parallel mesh, not {settings.devices.parallel}."
@@ -220,7 +223,10 @@ def make_job(
         raise UserError("a row can't have a teacher of its own; give teacher for the whole run")
     settings = make_settings({**defaults, **own})
     check_settings(settings)
-    settings = with_defaults(settings)
+    settings, config = with_defaults(settings), model.config
+    if settings.prompt.rank is not None:
+        entries = config.kv_heads * config.head_width
+        low_rank.check_rank(settings.prompt.rank, settings.prompt.prompt_length, entries)
     train, held_out = _split(queries, held_out, settings)
     if settings.study.study != "on":
         on_policy.check(settings, train)

@@ -22,6 +22,7 @@ from jaxsp.evaluation import brackets, report as reports, table
 from jaxsp.evaluation.brackets import Measured
 from jaxsp.evaluation.metrics import mean_kl_function
 from jaxsp.evaluation.tokens import by_token
+from jaxsp.evaluation.verdict import gap_in_words
 from jaxsp.losses import as_objective
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.sharding import DATA, local
@@ -446,4 +447,4 @@ def bracket_key(
 
 
 def _summary(result: Result) -> str:
-    return result.error or f"gap closed: {reports.gap_in_words(result.report['gap_closed'])}"
+    return result.error or f"gap closed: {gap_in_words(result.report['gap_closed'])}"

@@ -6,7 +6,7 @@ import pytest
 
 import jaxsp
 from jaxsp.data.documents import Query
-from jaxsp.evaluation.facts import agrees, is_right, says, stands_in
+from jaxsp.evaluation.facts import agrees, is_right, lost, says, stands_in, whole_words
 from tests.conftest import CONTEXT, QUERIES
 
 
@@ -39,6 +39,17 @@ def test_every_decisive_run_in_its_order():
     assert not agrees(ids, decisive, [20, 4, 9, 8])
     assert agrees(ids, decisive, [20, 4, 9, 8], stop_ids=[2])
     assert agrees(ids, [False] * 7, [])
+
+
+def test_the_words_of_what_is_lost():
+    ids, decisive = [5, 20, 4, 9, 7, 8, 2], [False, True, True, False, True, False, True]
+    assert lost(ids, decisive, [20, 4, 9, 1], stop_ids=[2]) == [False] * 4 + [True] + [False] * 2
+    assert lost(ids, decisive, [7, 20, 4]) == [False] * 4 + [True, False, True]
+    texts = ["The", " K", "7", " costs", " 2", "49", " euros", "."]
+    assert whole_words(texts, [False, False, True, False, True, True, True, True]) == ["K7", "249 euros"]
+    assert whole_words(["容量", "为1.2升"], [False, True]) == ["容量为1.2升"]
+    assert whole_words(["a", "\n", "b"], [False, True, False]) == []
+    assert whole_words(["Yes", " ?!"], [False, True]) == ["?!"]
 
 
 def test_right_where_it_is_known():

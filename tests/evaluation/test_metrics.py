@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from jaxsp.evaluation import verdict as verdicts
 from jaxsp.evaluation.metrics import ANSWER_METRICS, Answer, gap_closed, rouge_l
-from jaxsp.evaluation.report import _verdict
 
 
 def test_rouge_l():
@@ -92,7 +92,7 @@ def verdict(gap, queries, truncated=1.0, learnt=1.0, kind="per_head", train=(), 
     ours = float(np.mean([q["kl"] for q in queries if q["split"] == "held_out"]))
     brackets = {"prompt": {"kl": ours}, "truncated_context": {"kl": truncated}, "no_context": {"kl": 1e-6}}
     low, high = (None, None) if gap is None else (gap - 0.1, gap + 0.1)
-    return _verdict(
+    return verdicts.verdict(
         {
             "queries": queries,
             "gap_closed": {"value": gap, "low": low, "high": high},
@@ -133,6 +133,42 @@ def test_a_verdict_on_answers_that_are_known():
         "Of 4 answers whose facts are known 4 are right after the full context, 3 with σ and 1 without"
         in found
     )
+
+
+def test_a_verdict_on_queries_that_the_context_does_not_decide():
+    """They are captured by definition: that is no praise of σ."""
+    queries = [query("held_out", 0.1, True) | {"decisive_tokens": count} for count in (0, 0, 3)]
+    said = "For 2 of the 3 it decides nothing: the model says each token without it, too"
+    assert said in verdict(0.9, queries)["text"]
+    assert "decides nothing" not in verdict(0.9, queries[2:])["text"]
+    known = [queries[0] | {"right": True}]  # it is counted by that
+    assert "decides nothing" not in verdict(0.9, known)["text"]
+    assert "decides nothing" not in verdict(None, queries)["text"]
+
+
+def test_a_verdict_on_what_the_document_does_not_answer_either():
+    lost = query("held_out", 0.1, False)
+    said = "such questions need the whole document. Wrong after the full context, too: 1 of these, which"
+    assert said in verdict(0.9, [lost | {"right": right} for right in (False, True)])["text"]
+    assert "Wrong after" not in verdict(0.9, [lost, lost | {"right": True}])["text"]
+
+
+def test_the_cost_of_a_larger_model_stands_beside_the_advice():
+    rows = [
+        query("held_out", 0.1, True) | {"answer_full_context": "It is 3.", "right": r} for r in (False, True)
+    ]
+    read = {row["query"]: "It is 2." for row in rows}
+    cost = verdicts.cost_of_larger(2**28, 354, 16)
+    found = verdicts.on_teacher({"queries": rows}, read, None, cost)
+    assert found["weak"]
+    assert found["text"].startswith(
+        "The model itself, with the whole context: 1 of 2 held-out answers are right;"
+    )
+    assert "about 768.0 MiB for them and 3 times as long" in found["text"]
+    assert "`jaxsp plan MODEL --context-tokens 354 --prompt-length 16`" in found["text"]
+    better = verdicts.on_teacher({"queries": rows[1:]}, read, None, cost)
+    assert not better["weak"]
+    assert "MiB" not in better["text"]
 
 
 def test_verdicts():

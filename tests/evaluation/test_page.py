@@ -123,6 +123,21 @@ def test_the_numbers_of_the_page_are_those_of_the_report():
         assert " ".join(query["query"].split()) in shown
 
 
+def test_the_teacher_comes_before_the_verdict():
+    shown = check(html(report(), LINES)).text
+    assert shown.index("The model itself is right.") < shown.index("σ closes most of it.")
+
+
+def test_brackets_of_equal_figures_are_one_bar():
+    own = report()
+    own["held_out"]["brackets"]["initial"] = dict(own["held_out"]["brackets"]["prompt"])
+    shown = check(html(own, LINES)).text
+    assert (
+        shown.count("the trained soft prompt σ, which is also σ before training") == 2
+    )  # its bar and its row
+    assert shown.count("σ before training") == 2
+
+
 def test_bars_end_where_their_values_are():
     text = html(report(), LINES)
     assert re.search(r'<rect width="10.0".*?M5.0 5H15.0M', text, re.DOTALL)  # 0.25 of 2.5
@@ -156,10 +171,12 @@ def test_control_characters_are_shown_as_signs():
 def test_the_document_has_marks_where_answers_were_lost():
     own = report()
     lost = [query for query in own["queries"] if query["split"] == "held_out" and not query["captured"]]
+    lost[0]["lost"] = ["249 euros", "4"]
     text = html(own, LINES, None, [Passage("One. ", ()), Passage("Two.", (0,))], lost)
     check(text)
     assert '>One. <mark>Two.</mark><sup><a href="#lost-1"' in text
     assert 'id="lost-1"' in text
+    assert ">249 euros; 4<" in text
     none = check(html(own, LINES, None, [Passage("One.", ())], [])).text
     assert "Nothing is marked" in none
     nowhere = check(html(own, LINES, None, [Passage("One.", ())], lost)).text
@@ -264,6 +281,9 @@ def test_a_field_that_is_missing_is_no_blank():
 def test_next_steps():
     own = report()
     assert "Keep the document itself for questions like the 1 " in " ".join(next_steps(own))
+    own["queries"][2]["right"] = False  # the document doesn't help
+    assert "Keep the document" not in " ".join(next_steps(own))
+    del own["queries"][2]["right"]
     own["verdict"]["suggestions"] = ["more steps (--steps)"]
     own["teacher"]["weak"] = True
     own["cut_answers"] = {

@@ -96,6 +96,10 @@ The model itself is right.
 
 σ closes most of it.
 
+These lose it (with what σ's answer lacks):
+
+- \\<b\\>Far\\</b\\> \\& {{{{ verdict }}}}?
+
 - model: tiny \\<i\\> \\& {{{{ 1 }}}} (float32, quantization: none)
 - σ: embedding, 4 slots for 87 tokens (21.8×)
 - keys and values in front of a query: 1.0 MiB for σ, 5.00 GiB for the whole context; preparing them\
@@ -192,10 +196,10 @@ def test_another_teacher_is_named(report):
         "name": "big", "dtype": "bfloat16", "quantization": "none", "fingerprint": "0123456789abcdef",
         "signal": "distributions",
     }  # fmt: skip
-    report["held_out"]["brackets"]["full_context"] = ROW
+    report["held_out"]["brackets"]["full_context"] = {**ROW, "kl": 0.0}
     text = markdown(report)
     assert "\n- taught by: big (bfloat16, quantization: none, weights 0123456789ab)\n" in text
-    assert "| the context, read by the teacher big: what σ should be | 0.250" in text
+    assert "| the context, read by the teacher big: what σ should be | 0.000" in text
     assert "tokens only" not in text
     report["taught_by"]["signal"] = "answers"
     assert "\n- **tokens only**: the teacher has another vocabulary" in markdown(report)
@@ -227,12 +231,28 @@ def test_queries_given_and_those_of_the_document_are_kept_apart(report):
     assert "\n5 queries to train on are yours. The document gave the others" in markdown(report)
 
 
-def test_a_start_that_is_the_truncated_context_is_one_row_with_it(report):
+def test_brackets_of_equal_figures_are_one_row(report):
+    """A start that is the truncated context; and σ where no step is better than its start."""
     brackets = {name: {**ROW, "kl": i / 10} for i, name in enumerate(BRACKETS)}
-    report["held_out"]["brackets"] = {**brackets, "initial": brackets["truncated_context"]}
-    text = markdown(report)
-    assert f"| {BRACKETS['truncated_context']}, which is also σ before training | 0.300 |" in text
-    assert f"| {BRACKETS['initial']} |" not in text
+    for first, other in (("initial", "truncated_context"), ("prompt", "initial")):
+        report["held_out"]["brackets"] = {**brackets, other: dict(brackets[first])}
+        text = markdown(report)
+        assert f"| {BRACKETS[first]}, which is also {BRACKETS[other]} | {brackets[first]['kl']:.3f} |" in text
+        assert f"\n| {BRACKETS[other]} |" not in text
+        assert text.count("\n| the context cut to the length of σ |") == (other == "initial")
+    three = dict.fromkeys(("prompt", "initial", "truncated_context"), brackets["prompt"])
+    report["held_out"]["brackets"] = {**brackets, **three}
+    assert "σ, which is also σ before training and the context cut to the length of σ |" in markdown(report)
+
+
+def test_the_words_that_are_lost_are_named(report):
+    report["queries"][2]["lost"] = ["249 euros", "<4>"]
+    assert "\n- \\<b\\>Far\\</b\\> \\& {{ verdict }}? (249 euros; \\<4\\>)\n\n- model" in markdown(report)
+    report["queries"][2]["right"] = False
+    assert "(249 euros; \\<4\\>): wrong after the full context, too\n" in markdown(report)
+    for query in report["queries"]:
+        query["captured"] = True
+    assert "lose it" not in markdown(report)
 
 
 def test_shorter_prompts_have_a_table_of_their_own(report):

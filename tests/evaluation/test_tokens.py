@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -9,10 +11,12 @@ from jaxsp import distributions
 from jaxsp.data.documents import as_queries
 from jaxsp.evaluation import tokens
 from jaxsp.evaluation.brackets import measure
-from jaxsp.evaluation.tokens import by_token, pieces
+from jaxsp.evaluation.report import summarise
+from jaxsp.evaluation.tokens import by_token, decisive, pieces
 from jaxsp.progress import Display
 from jaxsp.settings import make_settings
 from jaxsp.teacher.problem import read_part, read_preamble, run_teacher, tokenize
+from jaxsp.teacher.signals import SIGNALS, Wanted
 from tests.conftest import CONTEXT, QUERIES
 
 
@@ -57,6 +61,44 @@ def test_they_are_what_the_model_says(calm_model, problem, measured):
             first = [calm_model.tokenizer.decode([int(token)]) for token in p.argmax(-1)]
             assert [pairs[0][0] for pairs in answer[name]] == first
     assert np.mean(answers[0]["kl"]) >= np.mean(answers[1]["kl"])
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_a_given_answer_decides_what_the_teacher_says_itself(calm_model, problem, measured, signal):
+    """In place of a token that it doesn't say σ is not praised for saying what it says."""
+    _, found = measured
+    own, rows = decisive(calm_model, problem, found), problem.rows
+    np.testing.assert_array_equal(own, rows.mask & (found["no_context"].positions["zero_one"] > 0))
+    first = np.array(rows.targets["tokens"])
+    i = int(np.argmax(own.sum(axis=1) * problem.job.is_train))
+    place, *others = np.flatnonzero(own[i]).tolist()
+    assert others
+    tokens, given = first.copy(), list(problem.job.given_ids)
+    tokens[i, place] += 1
+    given[i] = tokens[i, rows.mask[i]].tolist()
+    top_k = np.zeros((*first.shape, 1)), first[..., None], np.zeros(first.shape)
+    asked = dataclasses.replace(
+        problem,
+        job=dataclasses.replace(problem.job, given_ids=given),
+        rows=rows.with_targets(tokens=tokens, **({"top_k": top_k} if signal == "top_k" else {})),
+        wanted=Wanted(signal),
+    )
+    own[i, place] = False
+    np.testing.assert_array_equal(decisive(calm_model, asked, found), own)
+
+
+def test_where_nothing_is_decisive_there_is_no_figure(calm_model, problem, measured):
+    """Else even no context would be all right."""
+    whole = read_part(calm_model, problem.job, 0, problem.preamble)
+    (same,) = measure(calm_model, problem, {"prompt": whole}, 6).values()
+    names = "full_context", "prompt", "truncated_context", "no_context"
+    settings = make_settings({"max_answer_tokens": 6})
+    found = summarise(calm_model, problem, dict.fromkeys(names, same), CONTEXT, settings)
+    assert all("decisive_agreement" not in row for row in found["held_out"]["brackets"].values())
+    assert [row["decisive_tokens"] for row in found["queries"]] == [0] * 4
+    given = {**dict.fromkeys(names, same), "no_context": measured[1]["no_context"]}
+    brackets = summarise(calm_model, problem, given, CONTEXT, settings)["held_out"]["brackets"]
+    assert [brackets[name]["decisive_agreement"] for name in names] == [1.0, 1.0, 1.0, 0.0]
 
 
 def test_states_are_kept_of_the_prompt_alone(measured, problem):

@@ -14,6 +14,7 @@ from tests.test_files import prompt
 
 REPORT = {
     "held_out": {"brackets": {"prompt": {"kl": 0.25}, "no_context": {"kl": 1.5}}},
+    "teacher": {"text": "The model itself is right."},
     "verdict": {"text": "A good stand-in."},
     "queries": [{"query": "How\x1b long?", "captured": False}, {"query": "How wide?", "captured": True}],
 }
@@ -37,7 +38,7 @@ def test_it_says_what_the_prompt_is_what_was_lost_and_what_loads_it():
         script = next(iter(export.SCRIPTS))
         assert to == "peft" or f"{to}/{script}" in export.LOADED_BY
     assert "| prompt | 0.250 |\n| no context | 1.500 |" in found
-    assert "A good stand-in." in found
+    assert "\n\nThe model itself is right.\n\nA good stand-in.\n" in found
     assert "facts are lost (1):\n\n- How␛ long?\n" in found
     assert "wide" not in found
     assert "| held-out queries with | KL, nats a token |" in found

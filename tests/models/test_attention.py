@@ -14,6 +14,8 @@ import pytest
 
 from jaxsp.models import attention as package
 from jaxsp.models.attention import BACKENDS, AttentionInputs, Slots, attention, chunked, cudnn
+from jaxsp.models.attention.inputs import joined_bias
+from jaxsp.prompts.initializers import ABSENT
 from jaxsp.typing import EMPTY, UserError
 from tests import programs
 
@@ -199,6 +201,25 @@ def test_bfloat16_is_as_near_as_bfloat16_can_be(backend, case):
         assert np.linalg.norm(x - y) < 2**-7 * np.linalg.norm(y)
 
 
+@pytest.mark.parametrize("backend", ["chunked", "splash"])  # cuDNN's formulation has no float16 on a CPU
+def test_a_slot_that_is_not_there_is_none_in_float16_either(backend):
+    """Its bias is beyond that dtype's numbers."""
+    inputs = CASES["bias"](dtype="float16")
+    prefix, own = inputs.slots
+    assert prefix.bias is not None
+    gone = prefix._replace(bias=prefix.bias.at[:, 1].set(ABSENT))
+    joined = joined_bias((gone, own), B)
+    assert joined is not None
+    assert np.isfinite(joined.astype(jnp.float16)).all()  # as splash and cudnn take it
+    left = prefix._replace(positions=prefix.positions.at[:, 1].set(EMPTY))
+    got, expected = (
+        value_and_gradient(BACKENDS[backend].attend, dataclasses.replace(inputs, slots=(slots, own)))
+        for slots in (gone, left)
+    )
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2**-7)
+
+
 def test_a_backend_that_is_asked_for_serves_or_says_why_not():
     inputs = CASES["shared prefix"](dtype="bfloat16")
     for name in BACKENDS:
@@ -238,6 +259,28 @@ def test_auto_takes_what_suits_the_machine(monkeypatch, caplog):
         "chunked",
         "chunked",
     ]  # fmt: skip
+
+
+def test_what_a_backend_can_not_serve_is_said_and_served_by_chunked(monkeypatch, caplog):
+    """A bias or a sliding window on a TPU."""
+    called = []
+    for name, backend in BACKENDS.items():
+        monkeypatch.setattr(backend, "attend", lambda inputs, name=name: called.append(name) or inputs.q_BTHF)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    package._say_once.cache_clear()
+    plain = CASES["bias"](dtype="bfloat16")
+    wide = dataclasses.replace(plain, q_BTHF=jnp.zeros((B, T, H, 128), jnp.bfloat16))
+    for inputs in (CASES["bias and softcap"](dtype="bfloat16"), CASES["window"](dtype="bfloat16"), wide):
+        attention(inputs)
+    assert called == ["chunked"] * 3
+    begin = "Attention falls back from splash to chunked, which is slower: "
+    assert caplog.messages == [
+        f"{begin}Splash can't add a bias after a softcap.",
+        f"{begin}a sliding window counts positions, Splash counts slots.",
+        f"{begin}Splash has no room for a bias beside heads of width 128.",
+    ]
+    attention(plain)
+    assert called[-1] == "splash"
 
 
 def test_refusals_by_dtype_width_order_and_machine(monkeypatch):
@@ -348,15 +391,17 @@ def test_many_prefixes_at_once():
     np.testing.assert_allclose(at_once, one_by_one, rtol=1e-5, atol=1e-6)
 
 
-def test_splash_lowers_for_a_tpu(monkeypatch):
+@pytest.mark.parametrize("case", ["shared prefix", "bias"])
+def test_splash_lowers_for_a_tpu(monkeypatch, case):
     """The kernels of both passes pass Mosaic's checks of shapes and layouts."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    inputs = CASES["shared prefix"](dtype="bfloat16")
+    inputs = CASES[case](dtype="bfloat16")
+    prefix, own = inputs.slots
 
-    def loss(q, keys):
-        slots = (inputs.slots[0]._replace(keys=keys), inputs.slots[1])
+    def loss(q, keys, bias):
+        slots = (prefix._replace(keys=keys, bias=bias), own)
         return attention(dataclasses.replace(inputs, q_BTHF=q, slots=slots)).astype(jnp.float32).sum()
 
-    program = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(inputs.q_BTHF, inputs.slots[0].keys)
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(inputs.q_BTHF, prefix.keys, prefix.bias)
     # One for the forward pass, one for the queries' gradient, one for that of keys and values.
     assert program.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == 3

@@ -175,8 +175,10 @@ def test_only_what_is_there_can_be_cut(tiny_model, preamble):
     for kind, able in (("key_value", "only prompts of --kind nested"), ("nested", "read at 1, 2, 4 slots")):
         sigma = initial(tiny_model, preamble, kind, 4)
         assert prompts.cut(kind, sigma, 4)[0] == "key_value"
-        with pytest.raises(UserError, match=f"{kind} has 4 slots and none of 3; .*{able}"):
-            prompts.cut(kind, sigma, 3)
+        for length in (0, 3, 8):
+            said = f"{kind} has 4 slots and none of {length}; .*{able}"
+            with pytest.raises(UserError, match=said):
+                prompts.cut(kind, sigma, length)
 
 
 def test_shorter_prompts_start_with_the_mass_of_all_slots(tiny_model, preamble):

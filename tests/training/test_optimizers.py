@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
 from typing import Any, cast
 
 import jax
@@ -10,10 +12,21 @@ import numpy as np
 import optax
 import pytest
 
-from jaxsp.prompts import embedding
+from jaxsp.losses import Total
+from jaxsp.prompts import PROMPT_KINDS, embedding, with_defaults
 from jaxsp.settings import TrainingSettings, make_settings
-from jaxsp.training.optimizers import OPTIMIZERS, constant, make_optimizer, make_schedule, warmup_cosine
+from jaxsp.training.optimizers import (
+    OPTIMIZERS,
+    check_rates,
+    constant,
+    make_optimizer,
+    make_rates,
+    make_schedule,
+    warmup_cosine,
+)
 from jaxsp.training.optimizers.muon import orthogonalise
+from jaxsp.training.state import initial_state
+from jaxsp.training.update import _descend
 from jaxsp.typing import Array, UserError
 
 
@@ -153,3 +166,41 @@ def test_the_same_choice_is_the_same_object():
     )
     assert first is second
     assert first is not make_optimizer(TrainingSettings(optimizer="muon", max_grad_norm=2.0))
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "one's own"])
+def test_parts_that_are_to_stay_do_to_the_bit(name):
+    """The keys and the first slot, whatever the gradient, the weight decay or the optimizer."""
+    random = np.random.RandomState(0)
+    shapes = {"keys": (2, 3, 1, 4), "values": (2, 3, 1, 4), "bias": (2, 3, 1), "context_length": ()}
+    sigma = {part: jnp.asarray(random.standard_normal(shape), jnp.float32) for part, shape in shapes.items()}
+    optimizer = optax.adam(0.1) if name == "one's own" else name
+    given = {"kind": "key_value", "optimizer": optimizer, "rates": "keys=0,first=0,bias=3", "steps": 9}
+    settings = with_defaults(make_settings(given))
+    chosen: Any = SimpleNamespace(optimizer=make_optimizer(settings.training))
+    state = initial_state(
+        sigma, chosen.optimizer, key=jax.random.key(0), schedule=make_schedule(settings.training),
+        rates=make_rates(settings, sigma),
+    )  # fmt: skip
+    step = jax.jit(functools.partial(_descend, chosen))
+    for _ in range(3):
+        gradient = jax.tree.map(lambda leaf: jnp.asarray(random.standard_normal(leaf.shape)), sigma)
+        state, _ = step(state, gradient, Total(jnp.float32(5.0), jnp.float32(2.0)), jnp.int32(1))
+    for part, before in sigma.items():
+        stays = np.ones(before.shape, bool)
+        if part in ("values", "bias"):
+            stays[:, 1:] = False
+        np.testing.assert_array_equal(np.asarray(state.sigma[part] == before), stays, part)
+
+
+def test_parts_that_a_kind_does_not_have():
+    for kind, rates, said in (
+        ("per_head", "frob=1", "no part 'frob'; its parts are keys, values, bias, and first"),
+        ("embedding", "keys=1", "no part 'keys'; its parts are embeddings, and first"),
+        ("low_rank", "first=0.5", "share their rows; leave out first"),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_rates(make_settings({"kind": kind, "rates": rates}))
+    for kind in PROMPT_KINDS:
+        own = "embeddings" if kind == "embedding" else "values"
+        check_rates(make_settings({"kind": kind, "rates": f"{own}=0.5"}))

@@ -73,11 +73,15 @@ def joined(pieces: Sequence[Array], batch: int) -> Array:
 
 
 def joined_bias(pieces: Iterable[Slots], batch: int) -> Float[Array, "b s g"] | None:
-    """The biases of the pieces' slots in one axis, 0 where a piece has none; None if none has one."""
+    """The biases of the pieces' slots in one axis, 0 where a piece has none; None if none has one.
+
+    They are finite in the dtype of the keys: of a slot that a head does not have float16 would make -inf.
+    """
     pieces = list(pieces)
     if all(s.bias is None for s in pieces):
         return None
-    return joined([jnp.zeros(s.keys.shape[:3]) if s.bias is None else s.bias for s in pieces], batch)
+    found = joined([jnp.zeros(s.keys.shape[:3]) if s.bias is None else s.bias for s in pieces], batch)
+    return jnp.maximum(found, float(jnp.finfo(pieces[0].keys.dtype).min))
 
 
 def padded(x: Array, multiple: int, fill: int = 0) -> Array:

@@ -26,6 +26,16 @@ INITIALIZERS: dict[str, ModuleType] = {
 }
 
 
+def check_vectors(name: str) -> None:
+    """Raises ``UserError`` if an initializer gives keys and values alone, and no input vectors."""
+    if not hasattr(INITIALIZERS[name], "vectors"):
+        able = ", ".join(name for name, module in INITIALIZERS.items() if hasattr(module, "vectors"))
+        raise UserError(
+            f"--initial {name} starts prompts of keys and values (--kind key_value), not input vectors;"
+            f" choose one of {able}."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
     """One initializer and what it starts from; a prompt kind takes what it can use.
@@ -50,14 +60,8 @@ class Start:
         Raises:
           UserError: the initializer gives keys and values alone.
         """
-        initializer = INITIALIZERS[self.name]
-        if not hasattr(initializer, "vectors"):
-            able = ", ".join(name for name, module in INITIALIZERS.items() if hasattr(module, "vectors"))
-            raise UserError(
-                f"--initial {self.name} starts prompts of keys and values (--kind key_value), not input"
-                f" vectors; choose one of {able}."
-            )
-        return initializer.vectors(self.source)
+        check_vectors(self.name)
+        return INITIALIZERS[self.name].vectors(self.source)
 
     def key_values(self) -> KeyValues:
         """K slots of every layer, batch size 1."""

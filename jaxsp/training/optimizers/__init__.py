@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -70,17 +70,38 @@ def make_rates(settings: Settings, sigma: PyTree) -> PyTree:
     Raises:
       UserError: the prompt has no such part.
     """
-    factors = parse_rates(settings.training.rates)
+    kind, factors = settings.prompt.kind, parse_rates(settings.training.rates)
     parts = [name for name, part in sigma.items() if isinstance(part, Mapping) or np.ndim(part)]
-    if unknown := factors.keys() - {"first", *parts}:
-        raise UserError(
-            f"--rates: a prompt of kind {settings.prompt.kind} has no part {min(unknown)!r}; its parts are"
-            f" {', '.join(parts)}, and first (its first slot)."
-        )
-    rates = _rates(settings.prompt.kind, sigma, tuple(factors.items()))
+    _check_parts(kind, factors, parts)
+    rates = _rates(kind, sigma, tuple(factors.items()))
     if isinstance(settings.training.optimizer, str):
         return rates
     return jax.tree.map(lambda rate: jnp.where(rate == 0, 0.0, 1.0), rates)
+
+
+def check_rates(settings: Settings) -> None:
+    """Raises ``UserError`` if ``rates`` can't be read, or names what a prompt of this kind does not have.
+
+    Of a kind without a ``FORM`` the parts are known once it has started.
+    """
+    kind, factors = settings.prompt.kind, parse_rates(settings.training.rates)
+    if not (factors and (form := getattr(PROMPT_KINDS[kind], "FORM", None))):
+        return
+    smallest: dict[str, Any] = {}
+    for name, axes in form.items():
+        *outer, own = name.split(".")
+        part = smallest.setdefault(outer[0], {}) if outer else smallest
+        part[own] = jax.ShapeDtypeStruct([1] * len(axes.split()), jnp.float32)
+    _check_parts(kind, factors, dict.fromkeys(name.partition(".")[0] for name, axes in form.items() if axes))
+    jax.eval_shape(functools.partial(_rates, kind, factors=tuple(factors.items())), smallest)
+
+
+def _check_parts(kind: str, factors: Mapping[str, float], parts: Iterable[str]) -> None:
+    if unknown := factors.keys() - {"first", *parts}:
+        raise UserError(
+            f"--rates: a prompt of kind {kind} has no part {min(unknown)!r}; its parts are"
+            f" {', '.join(parts)}, and first (its first slot)."
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "factors"))
