@@ -17,6 +17,9 @@ from jaxsp.terminal import visible
 
 CARD = "README.md"
 
+UNNAMED = "MODEL"
+"""Word for a model's folder, which lies elsewhere on each machine."""
+
 MOST_LOST = 10
 """Queries that are named as lost, at most."""
 
@@ -86,19 +89,18 @@ def _weights(held: Held, to: str, with_model: bool) -> str:
     if with_model:
         text += "They lie in `model/`."
     elif to == "llama.cpp":
+        assert file is not None
         text += (
-            f"They are those of `{file}` on the machine that wrote this; export with `--with-model` to have"
-            " it in `model/`."
+            f"They are those of the file `{file.name}`; export with `--with-model` to have it in `model/`."
         )
     elif found:
         text += f"`{found}` had them on the model hub when this was written."
     else:
         origin = "a folder" if file is None else "a GGUF file"
         text += (
-            f"They come from {origin}, `{model.short_name}`, and lie as safetensors in"
-            f" `{os.fspath(model.directory)}` of the machine that wrote this: load them from there, or export"
-            " with `--with-model`, which copies them into `model/`. A model of this name on a hub may have"
-            " others."
+            f"They come from {origin}, `{model.short_name}`. {UNNAMED} stands for the folder that has them as"
+            " safetensors: `jaxsp export` says which one that is on its machine, and with `--with-model`"
+            " copies them into `model/`. A model of this name on a hub may have others."
         )
     return text
 
@@ -106,7 +108,8 @@ def _weights(held: Held, to: str, with_model: bool) -> str:
 def _checked(measured: Mapping[str, Any], to: str, check: str) -> str:
     own = _OF_THE_CHECK.get(to, "")
     if "missing" in measured:
-        missing = f"**Unchecked**: {measured['missing']} was missing. Where it is installed, this checks it:"
+        missing = f"**Unchecked**: {measured['missing']} was missing. Where it is installed, this checks it"
+        missing += ", DIR being the folder of the saved prompt:" if " DIR " in check else ":"
         return "\n\n".join(filter(None, (missing, f"```sh\n{check}\n```", own.strip())))
     reader, count = "transformers" if to == "vllm" else to, measured["queries"]
     return (
