@@ -118,7 +118,7 @@ def test_the_loader_gives_what_jaxsp_gives(given, stand_in, tmp_path):
 
 def test_other_tokens_there_are_refused(given, stand_in, tmp_path, monkeypatch):
     def other(self, text, **_):
-        return [1, 2, 3]
+        return [5, 6, 7]
 
     monkeypatch.setattr(stand_in.Llama, "tokenize", other)
     with pytest.raises(SystemExit, match=r"it gives other tokens to the question 'Hi?"):
