@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jaxsp
-from jaxsp.artifact import SoftPrompt
+from jaxsp.artifact import CARD as CARD, SoftPrompt
 from jaxsp.exports.prefix import NEVER, Held
 from jaxsp.hub import is_remote
 from jaxsp.models.load import EMBEDDED, gguf_file, hub_id
 from jaxsp.teacher.another import name_of_kl
 from jaxsp.terminal import visible
-
-CARD = "README.md"
 
 UNNAMED = "MODEL"
 """Word for a model's folder, which lies elsewhere on each machine."""
