@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +134,7 @@ def test_answers_of_transformers_are_those_of_ask(read_here, tmp_path, monkeypat
 
     own, given = prompt("llama", kind, bias), model("llama")
     out = export(own, given, "transformers", tmp_path / "out", report=REPORT).folder
-    hf = AutoModelForCausalLM.from_pretrained(given.directory, dtype=torch.float32)
+    hf: Any = AutoModelForCausalLM.from_pretrained(given.directory, dtype=torch.float32)
     hf.generation_config.update(repetition_penalty=1.5, do_sample=True, no_repeat_ngram_size=1)
     tokenizer = AutoTokenizer.from_pretrained(given.directory)
     if bias:
