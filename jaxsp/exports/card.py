@@ -24,7 +24,7 @@ MOST_LOST = 10
 
 _REFUSES = "`load.py` refuses a model with other embeddings."
 _OTHER_WEIGHTS = {
-    "vllm": "A server can't tell: with other weights the answers are others.",
+    "vllm": "A server can't tell: under this name with other weights the answers are others.",
     "llama.cpp": "`load.py` can't tell others of the same width: with them the answers are others.",
 }
 _OF_THE_CHECK = {
@@ -104,17 +104,19 @@ def _weights(held: Held, to: str, with_model: bool) -> str:
 
 
 def _checked(measured: Mapping[str, Any], to: str, check: str) -> str:
-    own = _OF_THE_CHECK.get(to, "")
+    own, told = _OF_THE_CHECK.get(to, ""), " (DIR: the folder of the saved prompt)" * (" DIR " in check)
     if "missing" in measured:
-        missing = f"**Unchecked**: {measured['missing']} was missing. Where it is installed, this checks it"
-        missing += ", DIR being the folder of the saved prompt:" if " DIR " in check else ":"
-        return "\n\n".join(filter(None, (missing, f"```sh\n{check}\n```", own.strip())))
-    reader, count = "transformers" if to == "vllm" else to, measured["queries"]
-    return (
-        f"Read by {reader} in float32, on {count} question{'s' * (count != 1)}:"
-        f" KL from jaxsp's own distributions {measured['kl']:.2g} nats a token, largest difference of a logit"
-        f" {measured['logit_difference']:.2g}.{own}"
-    )
+        found = (
+            f"**Unchecked**: {measured['missing']} was missing.{own} Where it is installed, this measures it"
+        )
+    else:
+        reader, count = "transformers" if to == "vllm" else to, measured["queries"]
+        found = (
+            f"Read by {reader} in float32, on {count} question{'s' * (count != 1)}:"
+            f" KL from jaxsp's own distributions {measured['kl']:.2g} nats a token, largest difference of a"
+            f" logit {measured['logit_difference']:.2g}.{own} This measures it again"
+        )
+    return f"{found}{told}:\n\n```sh\n{check}\n```"
 
 
 def _limit(held: Held, to: str) -> str | None:

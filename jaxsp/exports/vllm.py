@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shlex
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ LOADED_BY = (
 )
 USE = """\
 ```sh
-vllm serve {model} --enable-prompt-embeds --chat-template-content-format {form}
+vllm serve {model} --served-model-name {served} --enable-prompt-embeds --chat-template-content-format {form}
 pip install openai
 OPENAI_API_KEY=EMPTY python client.py http://localhost:8000/v1 "How long is the cable?"
 ```
@@ -40,7 +41,8 @@ The server must be one that takes `prompt_embeds` as a part of a chat's message 
 "Prompt Embedding Inputs"). `request.json` is the whole request but for the question: the soft prompt's
 vectors, `prompt_embeds`, as base64 of a torch file, and options for the greedy answer. It has no system text:
 the chat's template adds what belongs there. `client.py` refuses a question with one of the control tokens in
-`refused`, as the server would take them for such."""
+`refused`, as the server would take them for such, and asks for the model by the name above, which has the
+weights' fingerprint in it: a server that was started for another model refuses."""
 
 _STAND_IN = "<prompt_embeds>"
 """The word that vLLM puts in the place of vectors, as one token of its own."""
@@ -86,10 +88,11 @@ def write(held: Held, out: Path, queries: Sequence[str] = ()) -> dict[str, str]:
     data = base64.b64encode(torch_file(sigma)).decode()
     content = [{"type": "prompt_embeds", "data": data}, {"type": "text", "text": lead}]
     more = {"stop_token_ids": ends, "repetition_penalty": 1, "chat_template_kwargs": {THINKING: False}}
-    request = {"model": "", "messages": [{"role": "user", "content": content}], "max_tokens": 128,
+    served = f"{Path(model.short_name).name}-{model.fingerprint[:8]}"
+    request = {"model": served, "messages": [{"role": "user", "content": content}], "max_tokens": 128,
                "temperature": 0, "extra_body": more, "refused": [*words, _STAND_IN]}  # fmt: skip
     atomic_write(out / "request.json", json.dumps(request, indent=2, ensure_ascii=False) + "\n")
-    return {"form": form}
+    return {"form": form, "served": shlex.quote(served)}
 
 
 class _Content:

@@ -239,7 +239,7 @@ def test_no_folder_of_this_machine_is_named(unread, tmp_path, to):
     assert found.check.endswith(f"jaxsp export {tmp_path / 'prompt'} --to {to} --out {out} --overwrite")
     text = (out / "README.md").read_text()
     assert f"\njaxsp export DIR --to {to} --out {to}/ --overwrite\n" in text
-    assert "DIR being the folder of the saved prompt" in text
+    assert "Where it is installed, this measures it (DIR: the folder of the saved prompt):" in text
     assert "MODEL stands for the folder" in text
     assert own.manifest["model"]["name"] == str(given.directory)
     for file in out.iterdir():

@@ -98,6 +98,9 @@ def test_the_client_asks_a_server(exported, monkeypatch, capsys):
     assert question == {"type": "text", "text": "\nHow long?"}
     assert "--chat-template-content-format string" in (exported / "README.md").read_text()
     assert "vLLM itself was not run" in (exported / "README.md").read_text()
+    served = f"llama-{model('llama').fingerprint[:8]}"  # another server does not know it
+    assert body["model"] == served
+    assert f"--served-model-name {served} " in (exported / "README.md").read_text()
     assert body["temperature"] == 0
     assert body["stop_token_ids"] == list(model("llama").stop_ids)
     assert body["chat_template_kwargs"] == {"enable_thinking": False}
