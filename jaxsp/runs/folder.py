@@ -192,10 +192,10 @@ def write_reports(directory: str | Path) -> tuple[list[Path], list[str]]:
             result = Result.load(one)
             if result.error is None:
                 written += result.write_reports(one)
+                own = readme.write(one, result.prompt, result.report)
+                written += [] if own is None else [own]
             else:
                 problems.append(f"{one}: its training failed, there is nothing to show ({result.error})")
-            if (own := readme.write(one, result.prompt, result.report)) is not None:
-                written.append(own)
         except UserError as error:
             problems.append(str(error).rstrip("."))
         except OSError as error:
