@@ -348,8 +348,8 @@ def export(
     if not isinstance(model, LanguageModel):
         name = named_model(prompt.manifest["model"]) if model is None else model
         model = load_model(name, dtype="float32")
-    options = {"source": source, "report": report, "overwrite": overwrite, "with_model": with_model}
-    return exports.export(prompt, model, to, folder, **options)
+    options = {"length": length, "overwrite": overwrite, "with_model": with_model}
+    return exports.export(prompt, model, to, folder, source=source, report=report, **options)
 
 
 def import_peft(

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save
 from jaxsp import distributions, hub, prompts
 from jaxsp.data.documents import normal_form
 from jaxsp.errors import RENAMED, Damaged, check_text, in_a_line
-from jaxsp.files import atomic_write, read_json, read_whole, sealed, unsealed
+from jaxsp.files import atomic_write, is_signed, read_json, read_whole, sealed, unsealed
 from jaxsp.models.chat import ChatTexts
 from jaxsp.models.config import DecoderConfig, Quantization
 from jaxsp.models.language_model import LanguageModel
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 """Format of the manifest; 0.1 wrote 1, with some keys by other names."""
 
-ARRAYS, MANIFEST, CONTEXT = "prompt.safetensors", "manifest.json", "context.txt"
+ARRAYS, MANIFEST, CONTEXT, CARD = "prompt.safetensors", "manifest.json", "context.txt", "README.md"
 FILES = (ARRAYS, MANIFEST, CONTEXT)
 _REQUIRED = {
     "format": int, "kind": str, "prompt_length": int, "model": dict, "tokenizer": dict, "slots": dict,
@@ -204,9 +204,11 @@ class SoftPrompt:
         return "".join(model.stream_answer(self.prefix(model), question, self.chat, max_tokens=max_tokens))
 
     def save(self, directory: str | Path) -> None:
-        """Writes the files into ``directory``, the manifest last: it never stands alone."""
+        """Writes the files into ``directory``, the manifest last; jaxsp's README of an earlier one goes."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        if is_signed(directory / CARD):
+            (directory / CARD).unlink()
         data = save(storage.named_arrays(storage.pack(self.sigma, self.manifest["dtype"])))
         manifest = {**self.manifest, "sha256": hashlib.sha256(data).hexdigest()}
         if self.context is not None:

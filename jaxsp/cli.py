@@ -284,7 +284,7 @@ class Inspect:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Write report.html, report.md and the plots of a run anew, from what was measured; loads no model."""
+    """Write report.html, report.md, README.md and the plots of a run anew, from what was measured."""
 
     examples: ClassVar[str] = """
       jaxsp report prompt/

@@ -154,12 +154,12 @@ def print_export(found: Exported) -> None:
         figures = f"KL {found.kl:.2g} from jaxsp's own distributions, largest difference of a logit"
         lines = [
             f"{found.folder}: checked on {found.queries} question{'s' * (found.queries != 1)}, {figures}"
-            f" {found.logit_difference:.2g}.",
-            f"How to use it: {found.folder / 'README.md'}",
+            f" {found.logit_difference:.2g}."
         ]
     else:
         missing = f"{found.missing} is not installed. To check it:"
         lines = [f"{found.folder} is written, and unchecked: {missing}", *found.check.splitlines()]
+    lines.append(f"How to use it: {found.folder / 'README.md'}; the model: {found.model}")
     for line in lines:  # commands and paths, to be copied: they are not cut at the terminal's width
         print(visible(line))
 

@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 _NAMES = {dict: "an object", list: "a list"}
 
+_SIGNED = "<!-- written by jaxsp, and written anew as long as nobody else changes it: {} -->\n"
+
 
 def parse_json(text: bytes | str, where: object, kind: type[T] = dict, *, finite: bool = True) -> T:
     """The content of a JSON text.
@@ -116,6 +118,32 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
       {'steps': 2}
     """
     return {**content, "seal": checksum(content)}
+
+
+def signed(text: str) -> str:
+    """A Markdown text that is known for jaxsp's as long as nobody changes it: ``is_signed``.
+
+    Example:
+      >>> print(signed("# A title\\n"))  # doctest: +ELLIPSIS
+      # A title
+      <!-- written by jaxsp, and written anew as long as nobody else changes it: ... -->
+      <BLANKLINE>
+    """
+    return text + _signature(text.encode()).decode()
+
+
+def is_signed(file: Path) -> bool:
+    """Whether a file is as ``signed`` made it; one that is missing, or no file, is not."""
+    try:
+        data = file.read_bytes()
+    except OSError:
+        return False
+    content, start, _ = data.rpartition(_SIGNED.partition("{")[0].encode())
+    return bool(start) and data == content + _signature(content)
+
+
+def _signature(content: bytes) -> bytes:
+    return _SIGNED.format(hashlib.sha256(content).hexdigest()).encode()
 
 
 def unsealed(content: dict[str, Any], where: object, *, advice: str = "") -> dict[str, Any]:

@@ -732,13 +732,18 @@ def test_where_there_is_no_gap_to_close_tables_say_so():
 
 
 def test_report_writes_what_the_run_wrote(jaxsp_command, finished, tmp_path):
-    reports = ["report.html", "report.md"]
+    reports = ["report.html", "report.md", "README.md"]
     names = [*reports, *(f"plots/{name}.png" for name in ("training", "by_position", "by_query"))]
     many = tmp_path / "many"
     for name in ("a", "b"):
         shutil.copytree(finished, many / name)
         for file in names:
             (many / name / file).unlink()
+    (many / "b" / "README.md").write_text("My notes.")  # it stays, and is not among the written
+    code, out, _ = jaxsp_command("report", many / "b")
+    assert (many / "b" / "README.md").read_text() == "My notes."
+    assert (code, out.splitlines()) == (0, [str(many / "b" / file) for file in reports[:2]])
+    (many / "b" / "README.md").unlink()
     code, out, _ = jaxsp_command("report", many / "b")
     assert (code, out.splitlines()) == (0, [str(many / "b" / file) for file in reports])
     assert not (many / "a" / "report.md").exists()

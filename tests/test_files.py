@@ -307,7 +307,9 @@ def test_json_is_read_in_one_place():
     package = Path(files.__file__).parent
     reading = [file for file in package.rglob("*.py") if "json.load" in file.read_text("utf-8")]
     assert sorted(str(file.relative_to(package)) for file in reading) == [
+        "exports/consumers/check.py",
         "exports/consumers/question.py",
+        "exports/consumers/transformers.py",
         "exports/consumers/vllm.py",
         "files.py",
         "models/chat_renderer.py",

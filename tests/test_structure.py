@@ -52,7 +52,7 @@ FLOORS = [
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 # Scripts of exports, which run in other processes than jaxsp's.
-CONSUMERS = {f"exports/consumers/{name}.py" for name in ("check", "peft", "transformers")}
+CONSUMERS = {f"exports/consumers/{name}.py" for name in ("biases", "check", "peft", "transformers")}
 # Heavy packages, and the only places that may import them.
 ONLY_IN = {
     "matplotlib": {"evaluation/plots.py"},

@@ -169,12 +169,12 @@ def number(value: Any, digits: int = 3, percent: bool = False) -> str:
     """A number for people; a dash where there is none.
 
     Example:
-      >>> number(0.12345), number(None), number(0.977, 1, percent=True), number(float("nan"))
-      ('0.123', '–', '97.7%', 'nan')
+      >>> number(0.12345), number(None), number(0.977, 1, percent=True), number(float("nan")), number(-1e-9)
+      ('0.123', '–', '97.7%', 'nan', '0.000')
     """
     if value is None:
         return "–"
-    return f"{100 * value:.{digits}f}%" if percent else f"{value:.{digits}f}"
+    return f"{100 * value:z.{digits}f}%" if percent else f"{value:z.{digits}f}"
 
 
 def heat(kl: float) -> str:

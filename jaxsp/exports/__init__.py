@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import secrets
@@ -19,12 +20,13 @@ from typing import Any, Protocol
 from jaxsp.artifact import SoftPrompt
 from jaxsp.errors import suggestion
 from jaxsp.exports import check, llamacpp, peft, transformers, vllm
-from jaxsp.exports.card import CARD, card
+from jaxsp.exports.card import CARD, UNNAMED, card
 from jaxsp.exports.prefix import Held, hold
 from jaxsp.exports.question import DESCRIPTION, description
 from jaxsp.files import atomic_write, os_errors_as_user_errors
+from jaxsp.hub import is_remote
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.models.load import gguf_file
+from jaxsp.models.load import gguf_file, hub_id
 from jaxsp.models.weights import weight_files
 from jaxsp.typing import UserError
 
@@ -65,6 +67,10 @@ class Export(Protocol):
         """
         ...
 
+    def place(self, model: LanguageModel) -> str:
+        """The name by which the consumer loads the model: an id of the hub, or a path of this machine."""
+        ...
+
     def weights(self, model: LanguageModel, scratch: Path) -> Path:
         """The place where the consumer finds the model when it is checked.
 
@@ -79,8 +85,8 @@ EXPORTS: dict[str, Export] = {"peft": peft, "transformers": transformers, "vllm"
 
 MODEL = "model"
 _OURS = (
-    DESCRIPTION, CARD, MODEL, "load.py", "question.py", "client.py", "chat.json", "prefix.safetensors",
-    "adapter_config.json", "adapter_model.safetensors", "prompt_embeds.b64", "prompt_embeds.npy",
+    DESCRIPTION, CARD, MODEL, "load.py", "biases.py", "question.py", "question.json", "prefix.safetensors",
+    "adapter_config.json", "adapter_model.safetensors", "client.py", "request.json", "prompt_embeds.npy",
 )  # fmt: skip
 """Everything that an export may write."""
 
@@ -98,6 +104,7 @@ class Exported:
       queries: questions that it was measured on.
       missing: the package without which it couldn't be checked.
       check: the commands that check it where that is installed.
+      model: where its consumer finds the model: a path of this machine, or an id of the model hub.
     """
 
     folder: Path
@@ -106,6 +113,7 @@ class Exported:
     queries: int
     missing: str | None
     check: str
+    model: str
 
 
 def check_beforehand(prompt: SoftPrompt, to: str, out: Path, *, overwrite: bool = False) -> None:
@@ -135,6 +143,7 @@ def export(
     *,
     source: Path | str | None = None,
     report: dict[str, Any] | None = None,
+    length: int | None = None,
     overwrite: bool = False,
     with_model: bool = False,
 ) -> Exported:
@@ -147,6 +156,7 @@ def export(
       out: the folder.
       source: the folder that the prompt lies in, if it does.
       report: the run's ``report.json``, if it is known.
+      length: the slots that were cut out of a nested prompt, if any were: for the command that checks it.
       overwrite: replace an earlier export in ``out``.
       with_model: copy the model's weights and tokenizer, too.
 
@@ -158,13 +168,15 @@ def export(
     held, rows = hold(prompt, model), check.rows_of(prompt, report)
     queries, chosen = [query for query, _ in rows], EXPORTS[to]
     with os_errors_as_user_errors(out, "choose another --out"), _scratch(out) as folder:
-        words = dict(chosen.write(held, folder, queries))
+        words = {"model": MODEL if with_model else hub_id(model.name) or UNNAMED}
+        words |= chosen.write(held, folder, queries)
         written = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
         described = {**description(prompt, model, queries), "end": held.end, "sha256": written}
         text = json.dumps(described, indent=2, ensure_ascii=False)
         atomic_write(folder / DESCRIPTION, text + "\n")
         for name, script in chosen.SCRIPTS.items():
-            shutil.copyfile(Path(__file__).parent / "consumers" / script, folder / name)
+            if name not in written:  # else the format has one of its own for this prompt
+                shutil.copyfile(Path(__file__).parent / "consumers" / script, folder / name)
         if with_model:
             words |= _copy_model(model, folder / MODEL, to)
         found = check.measure(held, to, folder, rows, chosen.weights)
@@ -173,19 +185,37 @@ def export(
                 f"{to} makes something else of this prompt: KL {found['kl']:.2g} from jaxsp's own"
                 f" distributions, more than {check.LARGEST_KL:g}; nothing was written."
             )
-        command = check_command(to, out, source)
-        own = card(held, to, chosen.USE.format(**words), found, command, report, with_model)
+        again = functools.partial(check_command, to, length=length, with_model=with_model)
+        elsewhere = again("DIR" if source is None or not is_remote(source) else source, f"{to}/")
+        own = card(held, to, chosen.USE.format(**words), found, elsewhere, report, with_model)
         atomic_write(folder / CARD, own)
         _move(folder, out)
     figures = found.get("kl"), found.get("logit_difference"), len(rows), found.get("missing")
-    return Exported(out, *figures, command)
+    place = out / MODEL if with_model else chosen.place(model)
+    return Exported(out, *figures, again("DIR" if source is None else source, out), str(place))
 
 
-def check_command(to: str, out: Path, source: Path | str | None) -> str:
-    """The command that checks an export, where its consumer is installed: it is written anew."""
-    where = "DIR" if source is None else shlex.quote(str(source))
-    packages = " ".join(name for name in EXPORTS[to].NEEDS)
-    return f"pip install {packages}\njaxsp export {where} --to {to} --out {shlex.quote(str(out))} --overwrite"
+def check_command(
+    to: str, source: Path | str, out: Path | str, *, length: int | None = None, with_model: bool = False
+) -> str:
+    """The command that checks an export, where its consumer is installed: it is written anew.
+
+    Args:
+      to: the format.
+      source: the prompt.
+      out: the export.
+      length: slots, if they are not all of the prompt's.
+      with_model: whether the model is in the export.
+
+    Example:
+      >>> print(check_command("peft", "DIR", "peft/", with_model=True))
+      pip install torch transformers peft
+      jaxsp export DIR --to peft --out peft/ --with-model --overwrite
+    """
+    options = f" --length {length}" * (length is not None) + " --with-model" * with_model
+    where, there = (shlex.quote(str(each)) for each in (source, out))
+    packages = " ".join(EXPORTS[to].NEEDS)
+    return f"pip install {packages}\njaxsp export {where} --to {to} --out {there}{options} --overwrite"
 
 
 @contextlib.contextmanager

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jaxsp
-from jaxsp.artifact import SoftPrompt
+from jaxsp.artifact import CARD as CARD, SoftPrompt
 from jaxsp.exports.prefix import NEVER, Held
 from jaxsp.hub import is_remote
 from jaxsp.models.load import EMBEDDED, gguf_file, hub_id
 from jaxsp.teacher.another import name_of_kl
 from jaxsp.terminal import visible
 
-CARD = "README.md"
+UNNAMED = "MODEL"
+"""Word for a model's folder, which lies elsewhere on each machine."""
 
 MOST_LOST = 10
 """Queries that are named as lost, at most."""
@@ -23,7 +24,7 @@ MOST_LOST = 10
 
 _REFUSES = "`load.py` refuses a model with other embeddings."
 _OTHER_WEIGHTS = {
-    "vllm": "A server can't tell: with other weights the answers are others.",
+    "vllm": "A server can't tell: under this name with other weights the answers are others.",
     "llama.cpp": "`load.py` can't tell others of the same width: with them the answers are others.",
 }
 _OF_THE_CHECK = {
@@ -86,34 +87,36 @@ def _weights(held: Held, to: str, with_model: bool) -> str:
     if with_model:
         text += "They lie in `model/`."
     elif to == "llama.cpp":
+        assert file is not None
         text += (
-            f"They are those of `{file}` on the machine that wrote this; export with `--with-model` to have"
-            " it in `model/`."
+            f"They are those of the file `{file.name}`; export with `--with-model` to have it in `model/`."
         )
     elif found:
         text += f"`{found}` had them on the model hub when this was written."
     else:
         origin = "a folder" if file is None else "a GGUF file"
         text += (
-            f"They come from {origin}, `{model.short_name}`, and lie as safetensors in"
-            f" `{os.fspath(model.directory)}` of the machine that wrote this: load them from there, or export"
-            " with `--with-model`, which copies them into `model/`. A model of this name on a hub may have"
-            " others."
+            f"They come from {origin}, `{model.short_name}`. {UNNAMED} stands for the folder that has them as"
+            " safetensors: `jaxsp export` says which one that is on its machine, and with `--with-model`"
+            " copies them into `model/`. A model of this name on a hub may have others."
         )
     return text
 
 
 def _checked(measured: Mapping[str, Any], to: str, check: str) -> str:
-    own = _OF_THE_CHECK.get(to, "")
+    own, told = _OF_THE_CHECK.get(to, ""), " (DIR: the folder of the saved prompt)" * (" DIR " in check)
     if "missing" in measured:
-        missing = f"**Unchecked**: {measured['missing']} was missing. Where it is installed, this checks it:"
-        return "\n\n".join(filter(None, (missing, f"```sh\n{check}\n```", own.strip())))
-    reader, count = "transformers" if to == "vllm" else to, measured["queries"]
-    return (
-        f"Read by {reader} in float32, on {count} question{'s' * (count != 1)}:"
-        f" KL from jaxsp's own distributions {measured['kl']:.2g} nats a token, largest difference of a logit"
-        f" {measured['logit_difference']:.2g}.{own}"
-    )
+        found = (
+            f"**Unchecked**: {measured['missing']} was missing.{own} Where it is installed, this measures it"
+        )
+    else:
+        reader, count = "transformers" if to == "vllm" else to, measured["queries"]
+        found = (
+            f"Read by {reader} in float32, on {count} question{'s' * (count != 1)}:"
+            f" KL from jaxsp's own distributions {measured['kl']:.2g} nats a token, largest difference of a"
+            f" logit {measured['logit_difference']:.2g}.{own} This measures it again"
+        )
+    return f"{found}{told}:\n\n```sh\n{check}\n```"
 
 
 def _limit(held: Held, to: str) -> str | None:

@@ -64,7 +64,12 @@ def write(held: Held, out: Path, queries: Sequence[str] = ()) -> dict[str, str]:
     box = io.BytesIO()
     np.save(box, np.ascontiguousarray(held.vectors, np.float32), allow_pickle=False)
     atomic_write(out / "prompt_embeds.npy", box.getvalue())
-    return {"file": shlex.quote(str(file))}
+    return {"file": shlex.quote(file.name)}
+
+
+def place(model: LanguageModel) -> str:
+    """The GGUF file of the model."""
+    return str(gguf_file(model.name))
 
 
 def weights(model: LanguageModel, scratch: Path) -> Path:

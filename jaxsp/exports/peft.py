@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from jaxsp.exports.prefix import Held, weights as weights
-from jaxsp.exports.question import model_path
+from jaxsp.exports.prefix import Held, place as place, weights as weights
 from jaxsp.files import atomic_write
+from jaxsp.models.load import hub_id
 from jaxsp.prompts.initializers import ABSENT
 from jaxsp.typing import UserError
 
@@ -22,7 +22,7 @@ LOADED_BY = '`PeftModel.from_pretrained(model, "peft/")`: input vectors, or keys
 USE = """\
 ```sh
 pip install torch transformers peft
-python load.py "How long is the cable?"
+python load.py {model} "How long is the cable?"
 ```
 
 `PeftModel.from_pretrained(model, folder)` puts the soft prompt, and the chat's text before it, in front of
@@ -56,7 +56,7 @@ def write(held: Held, out: Path, queries: Sequence[str] = ()) -> dict[str, str]:
     adapter = {
         **own,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model_path(held.model),
+        "base_model_name_or_path": hub_id(held.model.name),
         "inference_mode": True,
         "num_layers": config.layers,
         "num_transformer_submodules": 1,

@@ -14,6 +14,7 @@ import numpy as np
 from jaxsp.artifact import SoftPrompt
 from jaxsp.models import decoder
 from jaxsp.models.language_model import LanguageModel
+from jaxsp.models.load import hub_id
 from jaxsp.models.rope import Rope
 from jaxsp.prompts.initializers import ABSENT
 from jaxsp.typing import EMPTY, Float, Int, UserError
@@ -100,6 +101,11 @@ def hold(prompt: SoftPrompt, model: LanguageModel) -> Held:
         None if embeddings is None else np.concatenate([_before(prompt, model), np.float32(embeddings)]),
         end,
     )
+
+
+def place(model: LanguageModel) -> str:
+    """The model's id on the hub or, of a folder or a GGUF file, the folder of its weights as safetensors."""
+    return hub_id(model.name) or str(model.directory)
 
 
 def weights(model: LanguageModel, scratch: Path) -> Path:

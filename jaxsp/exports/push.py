@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from jaxsp.artifact import ARRAYS, CONTEXT, MANIFEST, SoftPrompt
 from jaxsp.errors import UserError
 from jaxsp.exports import readme
 from jaxsp.exports.card import CARD
+from jaxsp.exports.question import without_paths
 from jaxsp.files import read_whole, sealed
 from jaxsp.hub import SCHEME, check_name
 
@@ -44,11 +44,8 @@ def files_of(
     check_name(repository)
     if with_document and prompt.context is None:
         raise UserError(f"There is no {CONTEXT} in {folder}; leave --with-document away.")
-    manifest = {**prompt.manifest, "model": _named(prompt.manifest["model"])}
-    if prompt.teacher is not None:
-        manifest["teacher"] = _named(prompt.teacher)
-    if report is not None and report.get("taught_by"):
-        report = {**report, "taught_by": _named(report["taught_by"])}
+    manifest = without_paths(prompt.manifest)
+    report = None if report is None else without_paths(report)
     if not with_document:
         manifest.pop("context_sha256", None)  # whoever has the text could be told by it
     shown = SoftPrompt(prompt.sigma, manifest, prompt.context if with_document else None)
@@ -59,8 +56,3 @@ def files_of(
         ARRAYS: read_whole(folder / ARRAYS, manifest["sha256"]),
     }
     return found if shown.context is None else {**found, CONTEXT: shown.context.encode()}
-
-
-def _named(model: Mapping[str, Any]) -> dict[str, Any]:
-    name = model["name"]
-    return {**model, "name": Path(name).name if os.path.isabs(name) else name}

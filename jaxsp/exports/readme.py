@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,11 @@ from typing import Any
 from jaxsp.artifact import SoftPrompt
 from jaxsp.exports import EXPORTS
 from jaxsp.exports.card import CARD, prompt_card
-from jaxsp.files import atomic_write
+from jaxsp.files import atomic_write, is_signed, signed
 from jaxsp.terminal import say_once
 
 HERE = "."
 """The folder that a README lies in, as its commands name it."""
-
-_SEAL = "<!-- written by jaxsp, and written anew as long as nobody else changes it: {} -->\n"
 
 
 def text(prompt: SoftPrompt, report: Mapping[str, Any] | None = None, here: str = HERE) -> str:
@@ -35,32 +32,23 @@ def text(prompt: SoftPrompt, report: Mapping[str, Any] | None = None, here: str 
     return prompt_card(prompt, here, report, {name: each.LOADED_BY for name, each in EXPORTS.items()})
 
 
-def write(folder: Path, prompt: SoftPrompt, report: Mapping[str, Any] | None = None) -> None:
+def write(folder: Path, prompt: SoftPrompt, report: Mapping[str, Any] | None = None) -> Path | None:
     """Writes the README into a saved prompt's folder, but not over one that somebody else wrote or changed.
 
     Args:
       folder: of the prompt.
       prompt: the soft prompt in it.
       report: the run's ``report.json``, if it is known.
+
+    Returns:
+      The README, if it was written.
     """
-    file, content = folder / CARD, text(prompt, report)
-    if file.exists() and not is_ours(file):
+    file = folder / CARD
+    if file.exists() and not is_signed(file):
         say_once(f"{file} was not written by jaxsp, or was changed since: it stays as it is.")
-        return
-    atomic_write(file, content + _seal(content.encode()))
-
-
-def is_ours(file: Path) -> bool:
-    """Whether a README is as ``write`` wrote it.
-
-    Args:
-      file: the README.
-    """
-    try:
-        content, start, _ = (data := file.read_bytes()).rpartition(_SEAL.partition("{")[0].encode())
-    except OSError:  # it is not there, or no file
-        return False
-    return bool(start) and data == content + _seal(content).encode()
+        return None
+    atomic_write(file, signed(text(prompt, report)))
+    return file
 
 
 def remove(folder: Path) -> None:
@@ -69,9 +57,5 @@ def remove(folder: Path) -> None:
     Args:
       folder: that it may be in.
     """
-    if is_ours(folder / CARD):
+    if is_signed(folder / CARD):
         (folder / CARD).unlink(missing_ok=True)
-
-
-def _seal(content: bytes) -> str:
-    return _SEAL.format(hashlib.sha256(content).hexdigest())

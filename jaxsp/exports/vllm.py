@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shlex
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from jaxsp.exports.prefix import Held, weights as weights
+from jaxsp.exports.prefix import Held, place as place, weights as weights
 from jaxsp.exports.question import ORDINARY
 from jaxsp.files import atomic_write
 from jaxsp.models.chat import THINKING, conversation
@@ -31,21 +32,24 @@ LOADED_BY = (
 )
 USE = """\
 ```sh
-vllm serve MODEL --enable-prompt-embeds --chat-template-content-format {form}
-python client.py "How long is the cable?"
+vllm serve {model} --served-model-name {served} --enable-prompt-embeds --chat-template-content-format {form}
+pip install openai
+OPENAI_API_KEY=EMPTY python client.py http://localhost:8000/v1 "How long is the cable?"
 ```
 
 The server must be one that takes `prompt_embeds` as a part of a chat's message (vLLM's documentation:
-"Prompt Embedding Inputs"). `client.py` needs nothing beside Python. It sends no system text: the chat's
-template adds what belongs there. A question with control tokens is refused, as the server would take them for
-such."""
+"Prompt Embedding Inputs"). `request.json` is the whole request but for the question: the soft prompt's
+vectors, `prompt_embeds`, as base64 of a torch file, and options for the greedy answer. It has no system text:
+the chat's template adds what belongs there. `client.py` refuses a question with one of the control tokens in
+`refused`, as the server would take them for such, and asks for the model by the name above, which has the
+weights' fingerprint in it: a server that was started for another model refuses."""
 
 _STAND_IN = "<prompt_embeds>"
 """The word that vLLM puts in the place of vectors, as one token of its own."""
 
 
 def write(held: Held, out: Path, queries: Sequence[str] = ()) -> dict[str, str]:
-    """Writes ``prompt_embeds.b64`` and ``chat.json``, what the client must know.
+    """Writes ``request.json``: the request but for the question, and the words that none may have.
 
     Returns:
       Words to fill ``USE`` with.
@@ -80,12 +84,15 @@ def write(held: Held, out: Path, queries: Sequence[str] = ()) -> dict[str, str]:
     ids = {*control_ids(tokenizer), tokenizer.unk_token_id} - {None}  # a server has no plain form of either
     words = tokenizer.convert_ids_to_tokens(sorted(ids))
     ends = sorted({*model.stop_ids, *held.prompt.stop_ids})
-    known = {"lead": lead, "refused": [*words, _STAND_IN], "stop_token_ids": ends,
-             "chat_template_kwargs": {THINKING: False}}  # fmt: skip
-    atomic_write(out / "chat.json", json.dumps(known, indent=2, ensure_ascii=False) + "\n")
     sigma = held.vectors[len(held.prompt.manifest["slots"]["before_ids"]) :]
-    atomic_write(out / "prompt_embeds.b64", base64.b64encode(torch_file(sigma)))
-    return {"form": form}
+    data = base64.b64encode(torch_file(sigma)).decode()
+    content = [{"type": "prompt_embeds", "data": data}, {"type": "text", "text": lead}]
+    more = {"stop_token_ids": ends, "repetition_penalty": 1, "chat_template_kwargs": {THINKING: False}}
+    served = f"{Path(model.short_name).name}-{model.fingerprint[:8]}"
+    request = {"model": served, "messages": [{"role": "user", "content": content}], "max_tokens": 128,
+               "temperature": 0, "extra_body": more, "refused": [*words, _STAND_IN]}  # fmt: skip
+    atomic_write(out / "request.json", json.dumps(request, indent=2, ensure_ascii=False) + "\n")
+    return {"form": form, "served": shlex.quote(served)}
 
 
 class _Content:

@@ -178,10 +178,10 @@ def finished_runs(directory: str | Path) -> list[Path]:
 
 
 def write_reports(directory: str | Path) -> tuple[list[Path], list[str]]:
-    """Writes the reports for people and the plots anew: of one prompt, or of every one in a folder of many.
+    """Writes anew what people read: reports, plots and README of one prompt, or of all in a folder of many.
 
     Returns:
-      The reports, and what is wrong with the others, a sentence each.
+      The files for people, and what is wrong with the others, a sentence each.
 
     Raises:
       UserError: there is no finished run.
@@ -192,6 +192,8 @@ def write_reports(directory: str | Path) -> tuple[list[Path], list[str]]:
             result = Result.load(one)
             if result.error is None:
                 written += result.write_reports(one)
+                own = readme.write(one, result.prompt, result.report)
+                written += [] if own is None else [own]
             else:
                 problems.append(f"{one}: its training failed, there is nothing to show ({result.error})")
         except UserError as error:

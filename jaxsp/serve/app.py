@@ -28,6 +28,7 @@ from jaxsp.serve.replies import to_bytes
 from jaxsp.serve.scheduler import Scheduler
 from jaxsp.serve.schema import Wish, read_chat, read_completion
 from jaxsp.serve.served import Served, Shelf
+from jaxsp.terminal import say_once
 
 _T = TypeVar("_T")
 CONTEXT_HEADER = "x-jaxsp-context"
@@ -186,7 +187,14 @@ class _Service:
         Raises:
           Refusal: there is none.
         """
-        return self._brackets.find(name) or self._shelf[name]
+        meant = self._brackets.find(name) or self._shelf[name]
+        served = meant.unread if isinstance(meant, Bracket) else meant
+        if served.changed:
+            say_once(
+                f"{served.folder} holds another soft prompt than when this server started; it goes on with"
+                " the one that it has read. Start it again for the new one."
+            )
+        return meant
 
     async def _ready(self, request: Request, read: Callable[[dict[str, Any]], Wish]) -> _Asked:
         """A request, the model that it is for, and its tokens behind what that has read."""

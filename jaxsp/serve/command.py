@@ -37,7 +37,7 @@ class Serve:
     """
     directories: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="DIR [DIR ...]")]]
     """Folders that compress or compress-many wrote, or hf://OWNER/NAME, for one model; a nested prompt is
-    also name@LENGTH."""
+    also name@LENGTH. They are read once: start the server again for what has changed in them."""
     model: str | None = None
     """The model's folder, file or id, if it is not where it was."""
     dtype: str | None = None

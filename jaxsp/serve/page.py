@@ -75,6 +75,8 @@ def document(served: Served) -> dict[str, Any]:
 def _lost(served: Served) -> tuple[list[dict[str, str]], str]:
     """The held-out queries that σ lost, and a sentence on them."""
     names = ("query", "answer_full_context", "answer_prompt")
+    if served.changed:
+        return [], "What was lost is not known: the folder holds another soft prompt than the one served."
     if not (served.folder / REPORT).is_file():
         return [], "What was lost is not known: there is no report beside the soft prompt."
     try:

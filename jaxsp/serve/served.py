@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxsp import prompts
-from jaxsp.artifact import SoftPrompt
+from jaxsp.artifact import MANIFEST, SoftPrompt
 from jaxsp.errors import UserError, suggestion
+from jaxsp.files import read_json
 from jaxsp.hub import name_of
 from jaxsp.models.chat import TurnTexts
 from jaxsp.models.language_model import LanguageModel
@@ -46,6 +48,7 @@ class Served:
     kind: str
     held: int
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    _there: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -59,7 +62,20 @@ class Served:
             "prompt_length": self.held,
             "context_tokens": self.prompt.manifest["context_tokens"],
             "base_model": self.model.short_name,
+            "changed_on_disk": self.changed,
         }
+
+    @property
+    def changed(self) -> bool:
+        """Whether its folder holds another prompt by now; the one that was read at the start is served on."""
+        file = self.folder / MANIFEST
+        with contextlib.suppress(OSError, UserError):  # it is gone, or is being written
+            found = file.stat()
+            stamp = found.st_ino, found.st_mtime_ns, found.st_size
+            if stamp != self._there.get("stamp"):
+                other = read_json(file).get("sha256") != self.prompt.manifest.get("sha256")
+                self._there.update(stamp=stamp, other=other)
+        return self._there.get("other", False)
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:

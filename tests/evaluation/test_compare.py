@@ -11,7 +11,8 @@ import pytest
 from jaxsp.errors import UserError
 from jaxsp.evaluation import compare as module
 from jaxsp.evaluation.compare import Run, compare, html
-from tests.evaluation.test_page import EVIL, LINES, check, report
+from tests.browser import browsing
+from tests.evaluation.test_page import EVIL, LINES, WIDTHS, check, needs_browser, open_all, report, shown
 
 
 def run(name: str, document: str | None = "One.", page: str | None = None, **changes: Any) -> Run:
@@ -117,3 +118,20 @@ def test_answers_of_many_runs_are_left_out(monkeypatch):
     shown = check(html(compare([run("a"), run("b")]))).text
     assert "side by side" not in shown
     assert "Of the first 1 runs." in shown
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_browser_shows_the_comparison_at_every_width(tmp_path):
+    runs = [dataclasses.replace(run(name), lines=LINES) for name in (EVIL, "a" * 200, "c")]
+    url = shown(tmp_path, html(compare(runs)))
+    with browsing(tmp_path / "profile") as view:
+        for width in WIDTHS:
+            view.open(url, width)
+            open_all(view)
+            assert view.js("document.documentElement.scrollWidth") <= width
+            view.picture(tmp_path / f"{width}.png", whole=True)
+        heads = "[...document.querySelectorAll('.cards thead')].map((head) => head.offsetHeight > 0)"
+        assert view.js(heads) == [True, *[False] * len(runs[0].held_out)]  # on a phone those alone that sort
+        assert view.js("document.querySelectorAll('img').length") == 0
+        assert (view.errors, view.dialogs) == ([], [])

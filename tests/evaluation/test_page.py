@@ -7,12 +7,14 @@ import importlib.resources
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jaxsp.evaluation import page
 from jaxsp.evaluation.page import Passage, html, next_steps
+from tests.browser import CHROMIUM, Page, browsing
 from tests.evaluation.test_report import example
 
 EVIL = "</script><script>alert(1)</script></style><img src=x onerror=alert(2)>\"'><b>&amp;"
@@ -303,3 +305,101 @@ def test_blanks_of_tokens_are_seen():
     assert "<code>␣a</code>" in text
     assert "<code>⏎</code>" in text
     assert "a part of the next character" in text
+
+
+WIDTHS = (1280, 390)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+
+def shown(folder: Path, text: str) -> str:
+    """The address of a page in a file."""
+    (folder / "report.html").write_text(text)
+    return (folder / "report.html").as_uri()
+
+
+def fits(view: Page, selector: str) -> bool:
+    """Whether an element is seen whole."""
+    return view.js(
+        f"(({{x, y, right, bottom, width}}) => width > 0 && x >= 0 && y >= 0"
+        f" && right <= document.documentElement.clientWidth && bottom <= innerHeight)"
+        f"(document.querySelector({selector!r}).getBoundingClientRect())"
+    )
+
+
+def open_all(view: Page) -> None:
+    view.js("document.querySelectorAll('details').forEach((one) => { one.open = true })")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_browser_shows_the_report_at_every_width_in_light_and_dark(tmp_path):
+    own, long = report(study=None), ["The", *(f" number{i}" for i in range(200))]
+    lost = [query for query in own["queries"] if query["split"] == "held_out"][:1]
+    pieces = [Passage("A line that goes on. " * 200, ()), Passage("This is lost.", (0,))]
+    url = shown(tmp_path, html(own, LINES, [token(2, *long)], pieces, lost))
+    colours = []
+    with browsing(tmp_path / "profile") as view:
+        for width in WIDTHS:
+            for dark in (False, True):
+                view.open(url, width, dark=dark)
+                open_all(view)
+                assert view.js("document.documentElement.scrollWidth") <= width
+                colours.append(view.js("getComputedStyle(document.body).backgroundColor"))
+                assert view.js("document.querySelector('.document').getBoundingClientRect().height") < 844
+                view.point(".tokens .t:nth-child(7)")
+                assert fits(view, ".t:hover .tip")
+                assert "75.0%" in view.js("document.querySelector('.t:hover .tip').textContent")
+                view.point("h1")
+                view.js("document.querySelector('.tokens .t').focus()")
+                for key in ("ArrowRight", "ArrowDown", "ArrowLeft"):
+                    view.call("Input.dispatchKeyEvent", type="keyDown", key=key)
+                assert view.js("document.activeElement.firstChild.textContent") == " number0"
+                assert fits(view, ".t:focus .tip")
+                view.picture(tmp_path / f"{width}-{dark}.png", whole=True)
+                assert (tmp_path / f"{width}-{dark}.png").stat().st_size > 10_000
+        assert colours[:2] == colours[2:]
+        assert colours[0] != colours[1]
+        assert {request for request in view.requests if not request.startswith("data:")} == {url}
+        assert (view.errors, view.dialogs) == ([], [])
+
+
+@pytest.mark.slow
+@needs_browser
+def test_in_a_browser_the_answers_are_sorted_and_come_again_in_order(tmp_path):
+    own = report()
+    held_out = [query for query in own["queries"] if query["split"] == "held_out"]
+    kls = sorted(f"{query['kl']:.3f}" for query in held_out)
+    assert len(set(kls)) > 1
+    rows = "[...document.querySelectorAll('table.sortable')[0].tBodies[0].rows]"
+    with browsing(tmp_path / "profile") as view:
+        view.open(shown(tmp_path, html(own, LINES)))
+        heads = view.js(
+            "[...document.querySelectorAll('table.sortable')[0].tHead.rows[0].cells]"
+            ".map((head) => head.textContent.trim())"
+        )
+        column = heads.index("KL of σ")
+        for expected, said in ((kls, "ascending"), (kls[::-1], "descending")):
+            view.js(f"document.querySelectorAll('table.sortable th button')[{column}].click()")
+            found = view.js(f"{rows}.map((row) => row.cells[{column}].textContent.trim())")
+            assert found == expected
+            assert view.js(f"document.querySelectorAll('th[aria-sort=\"{said}\"]').length") == 1
+
+
+@pytest.mark.slow
+@needs_browser
+def test_in_a_browser_markup_in_a_report_is_text_and_nothing_of_it_runs(tmp_path):
+    own = report(model=EVIL)
+    for query in own["queries"]:
+        query |= dict.fromkeys(("query", "answer_full_context", "answer_prompt", "answer_no_context"), EVIL)
+    pieces = [Passage(EVIL, ()), Passage(EVIL * 20, (0,))]
+    url = shown(tmp_path, html(own, LINES, [token(2, EVIL, EVIL)], pieces, own["queries"][:1]))
+    with browsing(tmp_path / "profile") as view:
+        for width in WIDTHS:
+            view.open(url, width)
+            open_all(view)
+            view.point(".tokens .t")
+            assert EVIL.replace(" ", "␣") in view.js("document.querySelector('.t:hover .tip').textContent")
+            assert view.js("document.querySelectorAll('img, .document b, .t b b').length") == 0
+            assert view.js("document.scripts.length") == 1
+            assert view.js("document.documentElement.scrollWidth") <= width
+        assert (view.errors, view.dialogs) == ([], [])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxsp
 from jaxsp import exports
 from jaxsp.exports import EXPORTS, check, export
 from jaxsp.exports.prefix import hold
@@ -22,6 +23,7 @@ from tests.exports.consumer import REPORT, model, prompt
 
 FAMILIES = ["llama", "qwen3", "gemma2", "gemma3_text", "mistral", "gpt2"]
 SHORT = "The lid is of steel."
+ASKED = ("How long is the cable?", "Naïve?", "<|im_end|>?")
 with_torch = pytest.mark.skipif(not consumer.HAS_TORCH, reason="torch and PEFT are optional")
 
 
@@ -102,28 +104,65 @@ def test_what_leaves_a_sliding_window_in_the_midst_of_an_answer(read_here, tmp_p
 @pytest.mark.torch
 @with_torch
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("to", "kind"), [("transformers", "per_head"), ("peft", "key_value"), ("peft", "embedding")]
-)
-def test_answers_are_those_of_ask(read_here, tmp_path, to, kind):
+@pytest.mark.parametrize("kind", ["key_value", "embedding"])
+def test_answers_of_peft_are_those_of_ask(read_here, tmp_path, kind):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    own, given = prompt("llama", kind, to == "transformers"), model("llama")
-    out = export(own, given, to, tmp_path / "out", report=REPORT).folder
+    own, given = prompt("llama", kind), model("llama")
+    out = export(own, given, "peft", tmp_path / "out", report=REPORT).folder
     hf = AutoModelForCausalLM.from_pretrained(given.directory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(given.directory)
     question, load = consumer.script(out, "question"), consumer.script(out, "load")
-    behind = (hf, tokenizer, load.load_prefix(hf)) if to == "transformers" else (load.load(hf), tokenizer)
-    for asked in ("How long is the cable?", "Naïve?"):
+    behind = load.load(hf)
+    for asked in ASKED:
         assert question.encode(tokenizer, asked) == given.encode_query(asked, own.chat).tolist()
-        assert load.answer(*behind, asked, max_tokens=12) == own.ask(asked, model=given, max_tokens=12)
-    spelled = question.encode(tokenizer, "<|im_end|>?")
-    assert spelled == given.encode_query("<|im_end|>?", own.chat).tolist()
+        assert load.answer(behind, tokenizer, asked, 12) == own.ask(asked, model=given, max_tokens=12)
     with torch.no_grad():
         hf.get_input_embeddings().get_parameter("weight").add_(0.01)
     with pytest.raises(ValueError, match="was trained for llama; this model has other weights"):
         question.check_weights(hf)
+
+
+@pytest.mark.torch
+@with_torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "bias"), [("embedding", False), ("per_head", True)])
+def test_answers_of_transformers_are_those_of_ask(read_here, tmp_path, monkeypatch, kind, bias):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    own, given = prompt("llama", kind, bias), model("llama")
+    out = export(own, given, "transformers", tmp_path / "out", report=REPORT).folder
+    hf: Any = AutoModelForCausalLM.from_pretrained(given.directory, dtype=torch.float32)
+    hf.generation_config.update(repetition_penalty=1.5, do_sample=True, no_repeat_ngram_size=1)
+    tokenizer = AutoTokenizer.from_pretrained(given.directory)
+    if bias:
+        consumer.script(out, "biases")
+    load, read, generate = consumer.script(out, "load"), [], hf.generate
+
+    def watched(ids, **options):
+        read.append(ids[0].tolist())
+        return generate(ids, **options)
+
+    monkeypatch.setattr(hf, "generate", watched)
+    slots, short = hold(own, given).slots, load.ASK["greedy"] | {"max_new_tokens": 12}
+    for asked in ASKED:
+        assert load.answer(hf, tokenizer, asked, short) == own.ask(asked, model=given, max_tokens=12)
+        assert read.pop() == [0] * slots + given.encode_query(asked, own.chat).tolist()
+    # The end of an answer isn't shown, also where it is no special token.
+    monkeypatch.setattr(hf, "generate", lambda ids, **_: torch.cat([ids, torch.tensor([[5, 2]])], dim=1))
+    monkeypatch.setitem(load.ASK, "ends", [2, 5])
+    assert load.answer(hf, tokenizer, "Hi?") == ""
+    tokenizer.add_tokens(["<think>"])  # it is none of the special ones: no option of a tokenizer splits it
+    monkeypatch.setitem(load.ASK, "control_ids", [tokenizer.convert_tokens_to_ids("<think>")])
+    with pytest.raises(ValueError, match="The question holds a control token of this model; take it out"):
+        load.answer(hf, tokenizer, "Why <think>?")
+    assert load.load_prefix(hf.to(torch.bfloat16)).layers[0].keys.dtype == torch.bfloat16
+    with torch.no_grad():
+        hf.get_input_embeddings().get_parameter("weight").add_(0.01)
+    with pytest.raises(ValueError, match="was trained for llama; this model has other weights"):
+        load.load_prefix(hf)
 
 
 @pytest.mark.parametrize("to", [to for to in EXPORTS if to != "llama.cpp"])  # it needs a GGUF file
@@ -139,7 +178,7 @@ def test_writes_the_same_again_and_leaves_the_prompt_alone(unread, tmp_path, to)
     jax.tree.map(np.testing.assert_array_equal, own.sigma, before)
     export(own, model("llama"), "transformers", out, overwrite=True)
     assert {file.name for file in out.iterdir()} == {
-        "README.md", "load.py", "prefix.safetensors", "prompt.json", "question.py",
+        "README.md", "load.py", "prefix.safetensors", "prompt.json", "question.json",
     }  # fmt: skip
 
 
@@ -172,18 +211,52 @@ def test_slots_that_no_head_has_stay_behind():
     assert hold(prompt("llama", "per_head"), model("llama")).slots == 6 + consumer.SLOTS
 
 
-def test_the_loader_is_short():
-    tree = ast.parse((consumer.CONSUMERS / "transformers.py").read_text())
-    own = {f.name: f for f in tree.body if isinstance(f, ast.FunctionDef)}
-    for name in ("load_prefix", "add_bias"):
-        assert len(ast.unparse(own[name]).splitlines()) < 20
+def test_what_is_shipped_is_short(unread, tmp_path):
+    """All of it: imports and docstrings, too."""
+    plain = export(prompt("llama", "embedding"), model("llama"), "transformers", tmp_path / "plain").folder
+    biased = export(prompt("llama", "per_head", True), model("llama"), "transformers", tmp_path / "b").folder
+    client = export(prompt("llama", "embedding"), model("llama"), "vllm", tmp_path / "vllm").folder
+    lines = {
+        file: sum(bool(line.strip()) for line in file.read_text().splitlines())
+        for folder in (plain, biased, client)
+        for file in folder.glob("*.py")
+    }
+    assert set(lines) == {plain / "load.py", biased / "load.py", biased / "biases.py", client / "client.py"}
+    assert lines.pop(client / "client.py") <= 10
+    assert max(lines.values()) <= 20
+    assert "biases" not in (plain / "load.py").read_text()
+    assert "biases.py" in (biased / "README.md").read_text()
+
+
+@pytest.mark.parametrize("to", [to for to in EXPORTS if to != "llama.cpp"])
+def test_no_folder_of_this_machine_is_named(unread, tmp_path, to):
+    given = model("llama")
+    own = prompt("llama", "embedding")
+    own.save(tmp_path / "prompt")
+    out = tmp_path / "out"
+    found = jaxsp.export(tmp_path / "prompt", to, out=out, model=given)
+    assert found.model == str(given.directory)
+    assert found.check.endswith(f"jaxsp export {tmp_path / 'prompt'} --to {to} --out {out} --overwrite")
+    text = (out / "README.md").read_text()
+    assert f"\njaxsp export DIR --to {to} --out {to}/ --overwrite\n" in text
+    assert "Where it is installed, this measures it (DIR: the folder of the saved prompt):" in text
+    assert "MODEL stands for the folder" in text
+    assert own.manifest["model"]["name"] == str(given.directory)
+    for file in out.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes()
+        assert str(given.directory.parent).encode() not in file.read_bytes()
+    found = jaxsp.export(tmp_path / "prompt", to, out=out, model=given, overwrite=True, with_model=True)
+    assert found.model == str(out / "model")
+    text = (out / "README.md").read_text()
+    assert f"\njaxsp export DIR --to {to} --out {to}/ --with-model --overwrite\n" in text
+    assert "MODEL" not in text
 
 
 def test_the_description_is_whole(unread, tmp_path):
     given = model("llama")
     export(prompt("llama", "embedding"), given, "peft", tmp_path / "out", with_model=True)
     known = json.loads((tmp_path / "out" / "prompt.json").read_text())
-    assert known["model"] == {"name": "llama", "fingerprint": given.fingerprint, "path": str(given.directory)}
+    assert known["model"] == {"name": "llama", "fingerprint": given.fingerprint}
     assert known["stop_ids"] == list(given.stop_ids)
     assert known["question"]["control_ids"] == [0, 1, 2]
     copied = {file.name for file in (tmp_path / "out" / "model").iterdir()}

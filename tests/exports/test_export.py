@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -40,10 +41,11 @@ def test_where_torch_is_missing_the_files_are_there_and_unchecked(
     code, out, err = jaxsp_command("export", saved, "--to", "peft")
     assert code == 0, err
     again = f"jaxsp export {saved} --to peft --out {saved / 'peft'} --overwrite"
+    readme = saved / "peft" / "README.md"
     assert "is written, and unchecked: torch is not installed. To check it:" in out
-    assert out.splitlines()[1:] == ["pip install torch transformers peft", again]
-    assert again in (saved / "peft" / "README.md").read_text()
-    assert "**Unchecked**: torch was missing" in (saved / "peft" / "README.md").read_text()
+    use = f"How to use it: {readme}; the model: {model('llama').directory}"
+    assert out.splitlines()[1:] == ["pip install torch transformers peft", again, use]
+    assert "**Unchecked**: torch was missing" in readme.read_text()
     code, _, err = jaxsp_command("export", saved, "--to", "peft")
     assert (code, "peft is there already; replace it with --overwrite" in err) == (2, True)
 
@@ -56,10 +58,11 @@ def test_the_check_has_a_process_of_its_own_and_the_export_stands_alone(saved, p
     done = python("-m", "jaxsp", "export", str(saved), "--to", "transformers", "--with-model")
     assert done.returncode == 0, done.stderr
     assert f"{saved / 'transformers'}: checked on 1 question, KL" in done.stdout
-    code = "import sys; sys.modules['jaxsp'] = None; sys.argv[:] = sys.argv[1:]; import runpy, pathlib;"
-    code += "sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent));"
-    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    found = python("-c", code, str(saved / "transformers" / "load.py"), QUESTION)
+    text = (saved / "transformers" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code.count("How long is the cable?") == 1
+    code = "import sys; sys.modules['jaxsp'] = None\n" + code.replace("How long is the cable?", QUESTION)
+    found = python("-c", code, cwd=saved / "transformers")
     assert found.returncode == 0, found.stderr
     assert found.stdout == prompt("llama", "embedding").ask(QUESTION, model=model("llama")) + "\n"
 

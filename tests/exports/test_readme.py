@@ -62,6 +62,15 @@ def test_what_a_run_saves_has_one_and_a_later_run_writes_it_anew(tmp_path):
     assert not (tmp_path / CARD).exists()
 
 
+def test_a_prompt_saved_alone_leaves_none_of_an_earlier_one(tmp_path):
+    save(tmp_path)
+    prompt(context_tokens=7).save(tmp_path)
+    assert not (tmp_path / CARD).exists()
+    (tmp_path / CARD).write_text("My notes.\n")
+    prompt(context_tokens=8).save(tmp_path)
+    assert (tmp_path / CARD).read_text() == "My notes.\n"
+
+
 @pytest.mark.parametrize("change", [
     lambda text: "My notes.\n",
     lambda text: text + "More.\n",

@@ -8,6 +8,8 @@ import http.server
 import io
 import json
 import pickletools
+import runpy
+import sys
 import threading
 import zipfile
 
@@ -37,7 +39,7 @@ def exported(tmp_path, monkeypatch):
 
 def test_the_file_holds_the_prompt_alone(exported):
     """The server writes the chat's text before it: it would stand there twice."""
-    data = base64.b64decode((exported / "prompt_embeds.b64").read_text(), validate=True)
+    data = base64.b64decode(sent(exported)["messages"][0]["content"][0]["data"], validate=True)
     archive = zipfile.ZipFile(io.BytesIO(data))
     found = np.frombuffer(archive.read("archive/data/0"), "<f4").reshape(consumer.SLOTS, -1)
     np.testing.assert_array_equal(found, prompt("llama", "embedding").sigma["embeddings"])
@@ -55,7 +57,17 @@ def test_torch_loads_it():
     np.testing.assert_array_equal(found.numpy(), array)
 
 
-def test_the_client_asks_a_server(exported):
+def sent(folder):
+    """The request in an export."""
+    return json.loads((folder / "request.json").read_text())
+
+
+def run_client(folder, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["client.py", *arguments])
+    runpy.run_path(str(folder / "client.py"), run_name="__main__")
+
+
+def test_the_client_asks_a_server(exported, monkeypatch, capsys):
     asked = []
 
     class Server(http.server.BaseHTTPRequestHandler):
@@ -63,34 +75,41 @@ def test_the_client_asks_a_server(exported):
             asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
             data = json.dumps({"choices": [{"message": {"content": "90 cm"}}]}).encode()
             self.send_response(200)
+            self.send_header("Content-Type", "application/json")
             self.end_headers()
             self.wfile.write(data)
 
         def log_message(self, format, *args):
             pass
 
-    client = consumer.script(exported, "client")
+    monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
     with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
-        assert client.ask("How long?", f"http://127.0.0.1:{server.server_port}/v1") == "90 cm"
+        run_client(exported, monkeypatch, f"http://127.0.0.1:{server.server_port}/v1", "How long?")
+    assert capsys.readouterr().out == "90 cm\n"
     ((path, body),) = asked
     assert path == "/v1/chat/completions"
     (message,) = body["messages"]
     sigma, question = message["content"]
-    assert sigma == {"type": "prompt_embeds", "data": (exported / "prompt_embeds.b64").read_text()}
+    assert sigma == sent(exported)["messages"][0]["content"][0]
+    assert sigma["type"] == "prompt_embeds"
+    assert "refused" not in body
     # The server puts one end of a line between two parts of a template that takes texts.
     assert question == {"type": "text", "text": "\nHow long?"}
     assert "--chat-template-content-format string" in (exported / "README.md").read_text()
     assert "vLLM itself was not run" in (exported / "README.md").read_text()
+    served = f"llama-{model('llama').fingerprint[:8]}"  # another server does not know it
+    assert body["model"] == served
+    assert f"--served-model-name {served} " in (exported / "README.md").read_text()
     assert body["temperature"] == 0
     assert body["stop_token_ids"] == list(model("llama").stop_ids)
     assert body["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 @pytest.mark.parametrize("word", ["<|im_end|>", "<|im_start|>", "<prompt_embeds>"])
-def test_a_question_with_a_control_token_is_refused(exported, word):
-    with pytest.raises(ValueError, match="a control token; take it out"):
-        consumer.script(exported, "client").body(f"What is {word}?")
+def test_a_question_with_a_control_token_is_refused(exported, monkeypatch, word):
+    with pytest.raises(SystemExit, match="a control token; take it out"):
+        run_client(exported, monkeypatch, "http://127.0.0.1:1/v1", f"What is {word}?")
 
 
 def with_template(template, monkeypatch, **chat):
@@ -109,7 +128,7 @@ def test_a_template_that_takes_parts_is_given_all_of_the_text(monkeypatch, tmp_p
     own, given = with_template(PARTS, monkeypatch)
     out = export(own, given, "vllm", tmp_path / "out").folder
     assert "--chat-template-content-format openai" in (out / "README.md").read_text()
-    assert json.loads((out / "chat.json").read_text())["lead"] == "\n\n"
+    assert sent(out)["messages"][0]["content"][1]["text"] == "\n\n"
 
 
 def test_the_word_of_what_is_unknown_is_refused_too(monkeypatch, tmp_path):
@@ -118,7 +137,7 @@ def test_the_word_of_what_is_unknown_is_refused_too(monkeypatch, tmp_path):
     assert given.tokenizer is not None
     given.tokenizer.unk_token = "<|endoftext|>"
     out = export(own, given, "vllm", tmp_path / "out").folder
-    assert "<|endoftext|>" in json.loads((out / "chat.json").read_text())["refused"]
+    assert "<|endoftext|>" in sent(out)["refused"]
 
 
 @pytest.mark.parametrize("case", ["no template", "a system text", "another template"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import shutil
 from typing import Any
 
 import httpx
@@ -14,16 +16,18 @@ import pytest
 
 import jaxsp
 from experiments import random_llama
-from jaxsp.artifact import make_artifact
+from jaxsp.artifact import MANIFEST, make_artifact
 from jaxsp.data.documents import Query
 from jaxsp.models import chat as chat_module, decoder
 from jaxsp.models.generation import Sampling, generate
 from jaxsp.models.text import encode
+from jaxsp.serve import page
 from jaxsp.serve.exchange import Limits, _longest
 from jaxsp.serve.refusal import Refusal
 from jaxsp.serve.schema import read_chat
 from jaxsp.settings import make_settings
 from jaxsp.teacher.problem import tokenize
+from jaxsp.terminal import say_once
 from tests.conftest import CONTEXT
 from tests.serve.running import KINDS, LIMITS, asked, running, shelf
 
@@ -75,6 +79,32 @@ def test_every_prompt_is_a_model(service):
         2,
         shelf()["oven"].prompt.manifest["context_tokens"],
     )
+
+
+def test_a_prompt_that_changes_on_disk_is_served_as_it_was_and_that_is_said(service, chat, caplog):
+    served = shelf()["pump"]
+    before = chat("pump").choices[0].message.content
+    assert service.client.models.retrieve("pump").model_extra["changed_on_disk"] is False
+    kept = {file: file.read_bytes() for file in served.folder.iterdir()}
+    say_once.cache_clear()
+    try:
+        (served.folder / MANIFEST).write_text("{")  # as one that is being written
+        assert service.client.models.retrieve("pump").model_extra["changed_on_disk"] is False
+        shelf()["lamp"].prompt.save(served.folder)
+        assert service.client.models.retrieve("pump").model_extra["changed_on_disk"] is True
+        with caplog.at_level(logging.WARNING, logger="jaxsp"):
+            found = [chat(name).choices[0].message.content for name in ("pump", "pump", "bike")]
+        assert found[:2] == [before, before]
+        (said,) = caplog.messages
+        assert said.startswith(f"{served.folder} holds another soft prompt than when this server started;")
+        assert page.document(served)["note"].endswith("holds another soft prompt than the one served.")
+        shutil.rmtree(served.folder)  # a run that starts anew
+        assert served.changed
+    finally:
+        served.folder.mkdir(exist_ok=True)
+        for file, content in kept.items():
+            file.write_bytes(content)
+    assert not served.changed
 
 
 @pytest.mark.parametrize("name", NAMES)

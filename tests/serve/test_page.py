@@ -28,11 +28,11 @@ from jaxsp.serve.brackets import DOCUMENT, Bracket, Brackets
 from jaxsp.serve.refusal import Refusal
 from jaxsp.serve.served import Served
 from jaxsp.terminal import visible
+from tests.browser import CHROMIUM, browsing
 from tests.conftest import slow_beside
 from tests.evaluation.test_page import EVIL, Reader
 from tests.evaluation.test_report import example
 from tests.exports import consumer
-from tests.serve.browser import CHROMIUM, browsing
 from tests.serve.running import LIMITS, Running, asked, running, shelf
 
 QUESTION = "What is fact 7?"

@@ -9,7 +9,9 @@ answer, ``first_i``, and jaxsp's logits from there on, ``logits_i``; and the ids
 """
 
 import importlib.util
+import inspect
 import json
+import os
 import sys
 import warnings
 
@@ -69,21 +71,22 @@ def behind(kind, folder, model, before):
         import base64
         import io
 
-        with open(f"{folder}/prompt_embeds.b64") as file:
-            sigma = torch.load(io.BytesIO(base64.b64decode(file.read())), weights_only=True)
+        with open(f"{folder}/request.json", encoding="utf-8") as file:
+            sent = json.load(file)["messages"][0]["content"][0]
+        sigma = torch.load(io.BytesIO(base64.b64decode(sent["data"])), weights_only=True)
         embed = model.get_input_embeddings()
         return lambda ids: (
             model(inputs_embeds=torch.cat([embed(before), sigma[None], embed(ids)], dim=1)).logits
         )
-    script(folder, "question")
-    load = script(folder, "load")
     if kind == "peft":
-        own = load.load(model)
+        script(folder, "question")
+        own = script(folder, "load").load(model)
         return lambda ids: own(input_ids=ids).logits
-    import copy
-
-    cache = load.load_prefix(model)
-    return lambda ids: load.read(model, copy.deepcopy(cache), ids)
+    if os.path.exists(f"{folder}/biases.py"):
+        script(folder, "biases")
+    load = script(folder, "load")
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return lambda ids: model(ids, **{name: load.load_prefix(model)}).logits
 
 
 def log_softmax(logits):

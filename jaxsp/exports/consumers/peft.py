@@ -1,13 +1,13 @@
 """Answers questions with the soft prompt of this folder, by PEFT.
 
-python load.py "How long is the cable?"
+python load.py MODEL "How long is the cable?"
 """
 
 import sys
 
 import torch
 from peft import PeftModel
-from question import HERE, MODEL, PROMPT, check_weights, encode
+from question import HERE, PROMPT, check_weights, encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -31,5 +31,5 @@ def answer(model, tokenizer, question, max_tokens=128):
 
 
 if __name__ == "__main__":
-    model = load(AutoModelForCausalLM.from_pretrained(MODEL))
-    print(answer(model, AutoTokenizer.from_pretrained(MODEL), " ".join(sys.argv[1:])))
+    model, tokenizer = (auto.from_pretrained(sys.argv[1]) for auto in (AutoModelForCausalLM, AutoTokenizer))
+    print(answer(load(model), tokenizer, " ".join(sys.argv[2:])))

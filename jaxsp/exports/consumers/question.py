@@ -5,21 +5,16 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PROMPT = json.loads((HERE / "prompt.json").read_text("utf-8"))
-MODEL = str(HERE / "model") if (HERE / "model").is_dir() else PROMPT["model"]["path"]
 
 
 def encode(tokenizer, question):
     """Token ids of a question with the chat's texts around it; it can't hold control tokens."""
-
-    def ids(text):
-        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
     known = PROMPT["question"]
-    text = known["lead"] + (question.rstrip() if known["trims"] else question)
-    own = ids(known["anchor"] + text)[len(ids(known["anchor"])) :]
+    text = known["behind"] + question.rstrip(known["blanks"])
+    own = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)[known["skip"] :]
     if not set(own).isdisjoint(known["control_ids"]):
         raise ValueError("The question holds a control token of this model; take it out.")
-    return [*known["lead_ids"], *own, *known["after_ids"]]
+    return [*known["before_ids"], *own, *known["after_ids"]]
 
 
 def check_weights(model):

@@ -1,65 +1,27 @@
-"""Answers questions with the soft prompt of this folder, by transformers alone.
+"""Answers questions with the soft prompt of this folder, by transformers alone; README.md shows how."""
 
-python load.py "How long is the cable?"
-"""
-
-import copy
-import inspect
-import sys
+import json
+from pathlib import Path
 
 import torch
-from question import HERE, MODEL, PROMPT, check_weights, encode
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
+
+HERE = Path(__file__).parent
+ASK, ARRAYS = json.loads((HERE / "question.json").read_text("utf-8")), load_file(HERE / "prefix.safetensors")
 
 
 def load_prefix(model):
-    """The soft prompt as a cache; the answer to each question takes a copy of it."""
-    check_weights(model)
-    arrays, cache = load_file(HERE / "prefix.safetensors"), DynamicCache()
-    pairs = (arrays[name].to(model.device, model.dtype) for name in ("keys", "values"))
-    for layer, (keys, values) in enumerate(zip(*pairs, strict=True)):
-        cache.update(keys[None], values[None], layer)
-    if "bias" in arrays:
-        vars(cache)["more"] = [arrays[name].to(model.device) for name in ("bias", "until")]
-        model.set_attn_implementation("eager")  # the one that takes a mask of its own for each head
-        for part in model.modules():
-            if type(part).__name__.endswith("Attention") and add_bias not in part._forward_pre_hooks.values():
-                part.register_forward_pre_hook(add_bias, with_kwargs=True)
-    return cache
+    table = model.get_input_embeddings().weight
+    if not torch.allclose(table[ARRAYS["rows"], :64].float().cpu(), ARRAYS["entries"], 2**-8, 1e-6):
+        raise ValueError(f"The soft prompt was trained for {ASK['model']}; this model has other weights.")
+    return DynamicCache(zip(*ARRAYS["keys_values"].to(table), strict=True))
 
 
-def add_bias(attention, args, kwargs):
-    more = getattr(kwargs.get("cache", kwargs.get("past_key_values")), "more", None)
-    if more is not None:
-        mask, (bias, until) = kwargs["attention_mask"], (part[attention.layer_idx] for part in more)
-        asked = mask.shape[-1] - bias.shape[-1]  # tokens behind the soft prompt, the new ones last
-        offsets = torch.arange(asked - mask.shape[-2], asked, device=mask.device)
-        gone, least = offsets[:, None] >= until, torch.finfo(mask.dtype).min
-        bias = bias[:, None].to(mask.dtype).expand(-1, len(offsets), -1).masked_fill(gone, least)
-        kwargs["attention_mask"] = mask + torch.nn.functional.pad(bias, (0, asked))
-    return args, kwargs
-
-
-def read(model, cache, ids):
-    """Logits at ``ids`` [1, T], which the cache then holds, too."""
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return model(ids, **{name: cache}).logits
-
-
-@torch.no_grad()
-def answer(model, tokenizer, cache, question, max_tokens=128):
-    """The greedy answer."""
-    cache, found, ids = copy.deepcopy(cache), [], encode(tokenizer, question)
-    while len(found) < max_tokens:
-        logits = read(model, cache, torch.tensor([ids], device=model.device))
-        ids = [int(logits[0, -1].argmax())]
-        if ids[0] in PROMPT["stop_ids"]:
-            break
-        found += ids
-    return tokenizer.decode(found, skip_special_tokens=True)
-
-
-if __name__ == "__main__":
-    model = AutoModelForCausalLM.from_pretrained(MODEL)
-    print(answer(model, AutoTokenizer.from_pretrained(MODEL), load_prefix(model), " ".join(sys.argv[1:])))
+def answer(model, tokenizer, question, options=ASK["greedy"]):
+    own = tokenizer.encode(ASK["behind"] + question.rstrip(ASK["blanks"]), **ASK["plain"])[ASK["skip"] :]
+    if not set(own).isdisjoint(ASK["control_ids"]):
+        raise ValueError("The question holds a control token of this model; take it out.")
+    ids = torch.tensor([ASK["before_ids"] + own + ASK["after_ids"]], device=model.device)
+    found = model.generate(ids, attention_mask=ids**0, past_key_values=load_prefix(model), **options)
+    return tokenizer.decode([i for i in found[0, ids.shape[1] :].tolist() if i not in ASK["ends"]], True)
