@@ -361,7 +361,7 @@ class _Found:
         written = self._kept(
             digest([number, *asked]),
             lambda: completed(
-                model, self.preamble, asked, document.text, key, lambda: note(f"{next(count)} written")
+                model, self.preamble, asked, document.text, key, lambda _: note(f"{next(count)} written")
             ),
         )
         made, texts = [], {query.text for query in self.queries}
