@@ -25,7 +25,7 @@ class Facts(NamedTuple):
 
 
 def facts(characters: int, seed: int = 0) -> Facts:
-    """A list of facts of so many characters at least; every pair of a thing and a machine stands there once."""
+    """A list of facts of so many characters at least; every pair of a thing and a machine is there once."""
     random = np.random.default_rng(seed)
     text, queries = "", []
     while len(text) < characters:

@@ -137,7 +137,5 @@ def table(found: dict[str, Any]) -> str:
         waits = statistics.mean(row["faults"] for row in own) / found["steps"]
         seconds = statistics.median(row["step_seconds"] for row in own)
         lines.append([f"from {name}", f"{len(own)}", f"{seconds:.3f}", f"{waits:.0f}"])
-    return (
-        f"{markdown(head, lines)}\n\nFrom disk at {speed(found['rows']):.1%} of the speed from memory, turn by"
-        f" turn; {found['bytes_a_step'] / 2**10:,.0f} KiB a step."
-    )
+    from_disk = f"From disk at {speed(found['rows']):.1%} of the speed from memory, turn by turn"
+    return f"{markdown(head, lines)}\n\n{from_disk}; {found['bytes_a_step'] / 2**10:,.0f} KiB a step."

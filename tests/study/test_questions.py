@@ -457,6 +457,23 @@ def test_the_interface_of_python(calm_model, heeded):
     assert dataclasses.asdict(found.train[0])["seed"]
 
 
+def test_questions_are_kept_for_the_next_time(calm_model, heeded, cache, monkeypatch, capfd):
+    """By all that decides them; a run that holds some of them out has its own."""
+    monkeypatch.delenv("JAXSP_TEACHER_CACHE")
+
+    def ask(**more):
+        return jaxsp.questions(calm_model, TEXT, count=5, max_answer_tokens=48, **more)
+
+    first = ask()
+    (entry,) = (cache / "teachers").iterdir()
+    assert entry.name.endswith(".questions")
+    monkeypatch.setattr("jaxsp.study.alone.study", None)
+    assert ask() == first
+    assert f"Questions from the document: read from {cache / 'teachers'}" in capfd.readouterr().err
+    with pytest.raises(TypeError):
+        ask(seed=1)
+
+
 KINDS = {
     "one sentence": "The lid of the press is made of steel and glass.",
     "repeated": "The lid of the press is made of steel.\n\n" * 4,
