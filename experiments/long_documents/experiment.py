@@ -41,7 +41,7 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
     text, every = texts.facts(WINDOWS[setting] * WINDOW)
     count = min(TRAIN + HELD_OUT, len(every))
     chosen = [every[i * len(every) // count] for i in range(count)]
-    held_out = chosen[:: count // HELD_OUT][:HELD_OUT]
+    held_out = [chosen[i * count // HELD_OUT] for i in range(HELD_OUT)]
     train = [query for query in chosen if query not in held_out]
     options = {"study": "off", "prompt_length": 16, "max_answer_tokens": 24}
     return summary(compressed(model, text, train, held_out, setting, run, options))
