@@ -21,6 +21,7 @@ from jaxsp.prompts import PROMPT_KINDS, storage, with_defaults
 from jaxsp.prompts.initializers import INITIALIZERS
 from jaxsp.runs import on_policy
 from jaxsp.settings import Settings, decides_result, make_settings, side_by_side
+from jaxsp.study.text import sentences
 from jaxsp.teacher import samples
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import SAMPLE, TokenizedJob, digest, tokenize
@@ -222,6 +223,8 @@ def make_job(
     check_settings(settings)
     settings = with_defaults(settings)
     train, held_out = _split(queries, held_out, settings)
+    if not train and not sentences(context):
+        raise UserError("the document has no sentence to ask about; give queries of your own (--queries)")
     if settings.study.study != "on":
         on_policy.check(settings, train)
     texts = context, train or [SAMPLE], held_out, settings

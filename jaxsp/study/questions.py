@@ -119,6 +119,10 @@ class Study:
         return cls.from_json(read_json(folder / _FILE))
 
 
+class NothingFit(UserError):
+    """A document gives nothing to train on."""
+
+
 def only_fills(settings: Settings, given: Sequence[Query]) -> bool:
     """Whether a study adds to the user's own queries only what needs no writing: nothing in it is drawn."""
     return bool(given) and settings.study.study == "auto"
@@ -177,13 +181,14 @@ def study(
       The study, and the problem of its queries; without signals, if they are to be others than the usual.
 
     Raises:
-      UserError: the document is too long; or, unless it only fills up, it has no sentence, or nothing that
+      UserError: the document is too long.
+      NothingFit: unless it only fills up, the document has no sentence, or nothing that
         was made from it is fit to train on.
     """
     check_length(context)
     document, fills = Document.of(context, lambda text: _tokens(model, text)), only_fills(settings, given)
     if not document.sentences and not fills:
-        raise UserError("The document has no sentence to ask about; give questions with --queries.")
+        raise NothingFit("The document has no sentence to ask about; give questions with --queries.")
     parts = said.job.parts if said else tokenize(model, context, [*given, SAMPLE], held_out, settings).parts
     found = _Found(model, document, parts, settings, display, folder, said)
     own, last = len(given), [*range(len(given), len(given) + len(held_out))]
@@ -204,7 +209,7 @@ def study(
         weights = {name: seed.WEIGHT for name, seed in SEEDS.items()}
         chosen = to_train(depends, found.queries, own, len(document.sentences), settings, weights, found.cut)
     if not chosen or (measure and not last):
-        raise UserError(_nothing(len(found) - own - len(held_out)))
+        raise NothingFit(_nothing(len(found) - own - len(held_out)))
     asked, by_given = (
         sorted(set[int]().union(*(depends[i] for i in some)))
         for some in (chosen, [i for i in chosen if i < own])

@@ -334,7 +334,7 @@ def test_what_is_not_sane_or_not_new_is_left_out_and_asked_for_again(calm_model,
 
 def test_what_the_model_refuses_to_answer_is_left_out(calm_model, heeded, written, monkeypatch):
     written(["How much does the tank hold?", *[None] * 4])
-    monkeypatch.setattr(questions, "_text", lambda *_: "I'm sorry, but I can't help with that.")
+    monkeypatch.setattr(questions, "_text", lambda *_: "The text does not mention it.")
     monkeypatch.setattr(questions, "ROUNDS", 1)
     with pytest.raises(UserError, match="Of 1 queries made from the document none is fit"):
         made(calm_model, held_out=HELD_OUT)
