@@ -34,6 +34,8 @@ NAMES = (
     "serving",
     "loss_cost",
     "offline_distillation",
+    "signals",
+    "long_documents",
     "scale",
     "colab",
 )

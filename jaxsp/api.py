@@ -21,7 +21,7 @@ from jaxsp.progress import Display
 from jaxsp.runs.folder import REPORT, Result, read_report
 from jaxsp.runs.start import Start, open_run, run_one
 from jaxsp.settings import Options, make_settings, plain
-from jaxsp.study import Study, study
+from jaxsp.study import Study, study_alone
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import read_preamble, run_teacher, tokenize
 from jaxsp.teacher.store import Store
@@ -234,7 +234,7 @@ def questions(
     check_text(context, "The context")
     checked = make_settings({**settings, "study_queries": count, "prompt_length": 1})
     model, display = as_model(model), Display(visible=progress)
-    return study(model, context, [], [], checked, display, measure=False)[0]
+    return study_alone(model, context, checked, display, Store.of_run(None, display.say))
 
 
 def evaluate(

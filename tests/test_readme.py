@@ -63,14 +63,21 @@ def test_all_commands_are_shown():
 def test_the_lines_after_the_two_commands_run_one_after_the_other(clone, calm_directory, jaxsp_command):
     """As printed, but for a tiny model and few steps."""
     few = [word for name, value in FEW_STEPS.items() for word in (f"--{name.replace('_', '-')}", value)]
-    first, *others = JAXSP[:4]
-    assert [words[0] for words in JAXSP[:4]] == ["compress", "ask", "evaluate", "inspect"]
+    first, *others = JAXSP[1:5]
+    assert [words[0] for words in JAXSP[1:5]] == ["compress", "ask", "evaluate", "inspect"]
     code, out, err = jaxsp_command(*first, "--model", calm_directory, "--dtype", "float32", *few)
     assert code == 0, err
     for words in others:
         code, out, err = jaxsp_command(*words)
         assert code == 0, err
         assert out.strip()
+
+
+def test_a_document_alone_comes_second():
+    """After the demo, of all lines that call the program."""
+    first, second = re.findall(r"(?:uv run -q )?\bjaxsp (\S+.*)", "\n".join(blocks(README, "sh")))[:2]
+    assert first == "demo"
+    assert shlex.split(second, comments=True)[:3] == ["compress", "jaxsp/demo/manual.md", "--out"]
 
 
 def test_the_first_line_makes_the_others_work():

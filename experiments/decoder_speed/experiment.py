@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.decoder_speed import attention, generation, loading
+from experiments.decoder_speed import attention, generation, loading, questions
 from experiments.decoder_speed.workload import SHAPES, Shape, flops
 from experiments.suite import Experiment, Results, Run, in_turns, markdown
 from jaxsp.losses import fused_kl_divergence, masked_mean
@@ -24,7 +24,7 @@ from jaxsp.models.generation import Sampling, generate
 from jaxsp.models.rope import make_rope
 
 DTYPES = ("bfloat16", "float32")
-PARTS = {"attention": attention, "generation": generation, "loading": loading}
+PARTS = {"attention": attention, "generation": generation, "loading": loading, "questions": questions}
 
 
 def our_jobs(shape: Shape, dtype: str) -> dict[str, Callable[[], Any]]:
@@ -185,7 +185,8 @@ def table(results: Results) -> str:
     parts = [_jobs([results[dtype] for dtype in DTYPES if dtype in results])]
     if "attention" in results:
         parts.append(markdown(attention.HEAD, [attention.cells(row) for row in results["attention"]["rows"]]))
-    parts += [PARTS[name].line(results[name]) for name in ("generation", "loading") if name in results]
+    sentences = (name for name in ("generation", "loading", "questions") if name in results)
+    parts += [PARTS[name].line(results[name]) for name in sentences]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -222,4 +223,5 @@ EXPERIMENT = Experiment(
     result=result,
     settings=(*DTYPES, *PARTS),
     options="--torch-python PATH",
+    missing="How fast questions are written has not been measured yet.",
 )

@@ -21,6 +21,7 @@ from jaxsp.prompts import PROMPT_KINDS, low_rank, storage, with_defaults
 from jaxsp.prompts.initializers import INITIALIZERS, check_vectors
 from jaxsp.runs import on_policy
 from jaxsp.settings import Settings, decides_result, make_settings, side_by_side
+from jaxsp.study.text import sentences
 from jaxsp.teacher import samples
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import SAMPLE, TokenizedJob, digest, tokenize
@@ -228,6 +229,8 @@ def make_job(
         entries = config.kv_heads * config.head_width
         low_rank.check_rank(settings.prompt.rank, settings.prompt.prompt_length, entries)
     train, held_out = _split(queries, held_out, settings)
+    if not train and not sentences(context):
+        raise UserError("the document has no sentence to ask about; give queries of your own (--queries)")
     if settings.study.study != "on":
         on_policy.check(settings, train)
     texts = context, train or [SAMPLE], held_out, settings

@@ -13,7 +13,7 @@ from jaxsp.losses import as_objective
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.runs.job import Job
-from jaxsp.study import Study, only_fills, study, study_key
+from jaxsp.study import NothingFit, Study, only_fills, study, study_key
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import (
     SAMPLE,
@@ -29,7 +29,7 @@ from jaxsp.teacher.problem import (
 from jaxsp.teacher.samples import count, sample
 from jaxsp.teacher.signals import USUAL, Wanted
 from jaxsp.teacher.store import Store, about
-from jaxsp.typing import KeyValues
+from jaxsp.typing import KeyValues, UserError
 
 T = TypeVar("T")
 
@@ -63,12 +63,20 @@ class Problems:
       preamble: its prefix before a context.
       store: where studies, and what the teacher said, are kept.
       teacher: the teacher, if it is another model.
+      named: say which job it is whose document gives nothing to train on.
     """
 
     def __init__(
-        self, model: LanguageModel, preamble: KeyValues, store: Store, teacher: Teacher | None = None
+        self,
+        model: LanguageModel,
+        preamble: KeyValues,
+        store: Store,
+        teacher: Teacher | None = None,
+        *,
+        named: bool = False,
     ) -> None:
         self.model, self.preamble, self.store, self.teacher = model, preamble, store, teacher
+        self.named = named
         self.asked = teacher.model if teacher else model  # who answers
         self.teacher_preamble = read_preamble(teacher.model) if teacher else preamble
         self._problems, self._studies = Kept[Problem](), Kept[Study]()
@@ -78,7 +86,12 @@ class Problems:
         """The job with what the teacher said."""
         asked, found, made, known = job, None, None, dict[str, list[int]]()
         if job.is_studied:
-            found, made, known = self._studied(job, display)
+            try:
+                found, made, known = self._studied(job, display)
+            except NothingFit as error:
+                if not self.named:
+                    raise
+                raise UserError(f"{job.id}: {error} Or leave its row out.") from error
             job = dataclasses.replace(job, train=found.train, held_out=found.held_out)
         tokenized = job.tokenized(self.asked)
         seed = job.settings.training.seed if count(job.settings.teacher) else None

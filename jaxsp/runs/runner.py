@@ -117,7 +117,7 @@ class Runner:
         self.preamble = read_preamble(self.model)
         # Of many, one that is damaged keeps none of the others from going on.
         store = Store.of_run(self.folder and self.folder.teachers, self.display.say, mend=not single)
-        self.problems = Problems(self.model, self.preamble, store, self.teacher)
+        self.problems = Problems(self.model, self.preamble, store, self.teacher, named=not single)
         self.teacher_head = self.teacher and self.teacher.head
         self.brackets = Kept[dict[str, Measured]]()
         self.prefills = Kept[float]()  # seconds of the whole context

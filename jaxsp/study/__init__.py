@@ -7,7 +7,9 @@ doesn't matter to are left out (``filters``). Of the others some are chosen (``c
 asks for, unless the user wishes for more. ``questions`` conducts.
 """
 
+from jaxsp.study.alone import study_alone as study_alone
 from jaxsp.study.questions import (
+    NothingFit as NothingFit,
     Study as Study,
     only_fills as only_fills,
     study as study,

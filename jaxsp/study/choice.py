@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from jaxsp.data.documents import Query
 from jaxsp.settings import Settings
@@ -20,10 +20,15 @@ FEW = 64
 
 
 def to_measure(
-    depends: Mapping[int, set[int]], queries: Sequence[Query], own: int, settings: Settings
+    depends: Mapping[int, set[int]],
+    queries: Sequence[Query],
+    own: int,
+    settings: Settings,
+    cut: Collection[int] = (),
 ) -> list[int]:
     """Queries to hold out: of the questions that the model wrote, as those are most like a user's."""
-    written = [i for i in depends if i >= own and queries[i].seed == "question"] or list(depends)
+    written = [i for i in depends if i >= own and queries[i].seed == "question"]
+    written = [i for i in written if i not in cut] or written or list(depends)
     count = min(MOST_HELD_OUT, max(1, round(HELD_OUT * len(written))))
     return sorted(random.Random(settings.training.seed).sample(written, min(count, len(written))))
 
@@ -35,6 +40,7 @@ def to_train(
     sentences: int,
     settings: Settings,
     weights: Mapping[str, int],
+    cut: Collection[int] = (),
 ) -> list[int]:
     """Numbers of the queries to train on: all given, and more in turns for the sentences asked for least.
 
@@ -47,6 +53,7 @@ def to_train(
       sentences: number of the document's sentences.
       settings: settings of the compression.
       weights: by seed, the times that a sentence is asked for by it, beside the others.
+      cut: queries whose answers are cut at their greatest length: the last to take.
     """
     chosen = [i for i in depends if i < own]
     times = [collections.Counter[str]() for _ in range(sentences)]  # by seed
@@ -67,8 +74,11 @@ def to_train(
         if not open_ones:
             break
         sentence = min(open_ones, key=lambda s: times[s].total())
-        seen = times[sentence]
-        best = min(left[sentence], key=lambda i: (seen[queries[i].seed] + 1) / weights[queries[i].seed])
+
+        def rank(i: int, seen: collections.Counter[str] = times[sentence]) -> tuple[bool, float]:
+            return i in cut, (seen[queries[i].seed] + 1) / weights[queries[i].seed]
+
+        best = min(left[sentence], key=rank)
         chosen.append(best)
         choose(best)
         for sentence in depends[best]:

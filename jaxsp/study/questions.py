@@ -50,7 +50,7 @@ SHARE = 3
 FILLING_TOKENS = 8192
 """Tokens to read at most, about, to find what the user's own queries ask for: some seconds on two cores."""
 
-VERSION = 3
+VERSION = 4
 """Version of the forms of queries and of the choice between them: a study by an earlier one is not read."""
 
 _FILE = "study.json"
@@ -119,6 +119,10 @@ class Study:
         return cls.from_json(read_json(folder / _FILE))
 
 
+class NothingFit(UserError):
+    """A document gives nothing to train on."""
+
+
 def only_fills(settings: Settings, given: Sequence[Query]) -> bool:
     """Whether a study adds to the user's own queries only what needs no writing: nothing in it is drawn."""
     return bool(given) and settings.study.study == "auto"
@@ -177,13 +181,14 @@ def study(
       The study, and the problem of its queries; without signals, if they are to be others than the usual.
 
     Raises:
-      UserError: the document is too long; or, unless it only fills up, it has no sentence, or nothing that
+      UserError: the document is too long.
+      NothingFit: unless it only fills up, the document has no sentence, or nothing that
         was made from it is fit to train on.
     """
     check_length(context)
     document, fills = Document.of(context, lambda text: _tokens(model, text)), only_fills(settings, given)
     if not document.sentences and not fills:
-        raise UserError("The document has no sentence to ask about; give questions with --queries.")
+        raise NothingFit("The document has no sentence to ask about; give questions with --queries.")
     parts = said.job.parts if said else tokenize(model, context, [*given, SAMPLE], held_out, settings).parts
     found = _Found(model, document, parts, settings, display, folder, said)
     own, last = len(given), [*range(len(given), len(given) + len(held_out))]
@@ -197,14 +202,14 @@ def study(
         _ask_for_all(found, seen, own, HELD_OUT if measure and not held_out else 0.0)
     depends = found.depends
     if measure and not last and depends:
-        last = to_measure(depends, found.queries, own, settings)
+        last = to_measure(depends, found.queries, own, settings, found.cut)
         depends = {i: some for i, some in depends.items() if i not in set(last)}
     chosen = list(depends)
     if not fills:
         weights = {name: seed.WEIGHT for name, seed in SEEDS.items()}
-        chosen = to_train(depends, found.queries, own, len(document.sentences), settings, weights)
+        chosen = to_train(depends, found.queries, own, len(document.sentences), settings, weights, found.cut)
     if not chosen or (measure and not last):
-        raise UserError(_nothing(len(found) - own - len(held_out)))
+        raise NothingFit(_nothing(len(found) - own - len(held_out)))
     asked, by_given = (
         sorted(set[int]().union(*(depends[i] for i in some)))
         for some in (chosen, [i for i in chosen if i < own])
@@ -264,6 +269,8 @@ class _Found:
         self.depends: dict[int, set[int]] = {}
         self.counts = collections.Counter[str]()
         """Queries drafted, by seed."""
+        self.cut = set[int]()
+        """Those made whose answers are cut at their greatest length."""
         self.drafts = set[Draft]()
         """Those complete as they were drafted: in another round they would be the same."""
 
@@ -306,6 +313,7 @@ class _Found:
         first, problem = len(self), self.ask([candidate.query for candidate in made])
         with self.display.phase("signals", "What the document decides"):
             fit = _fit(self.model, problem, made)
+        self.cut |= {first + i for i in fit if problem.answers[i][-1] not in self.model.stop_ids}
         alike = self.document.alike
         self.depends |= {first + i: set[int]().union(*map(alike, made[i].draft.sentences)) for i in fit}
 
@@ -361,7 +369,7 @@ class _Found:
         written = self._kept(
             digest([number, *asked]),
             lambda: completed(
-                model, self.preamble, asked, document.text, key, lambda: note(f"{next(count)} written")
+                model, self.preamble, asked, document.text, key, lambda _: note(f"{next(count)} written")
             ),
         )
         made, texts = [], {query.text for query in self.queries}
@@ -401,8 +409,8 @@ def _fit(model: LanguageModel, problem: Problem, made: Sequence[_Candidate]) -> 
     """The queries made whose answers come from the document, and are others without it; the best first.
 
     The best have the answer that they were made for: round-trip consistency (Alberti et al. 2019,
-    arXiv:1906.05416). Others stay, too, as σ is to do what the model does, and so do those whose answers are
-    cut at their greatest length, as the last: a small model has few others.
+    arXiv:1906.05416). Others stay, too, as σ is to do what the model does. Answers that are cut at their
+    greatest length are the last: they count where a sentence has not enough others.
     """
     rows = problem.rows
     kl = at_positions(model, problem.preamble, rows, problem.packing, ("kl",))["kl"].sum(axis=1)

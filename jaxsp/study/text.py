@@ -18,6 +18,7 @@ from jaxsp.data.words import SPACELESS, words
 _BLOCKS = markdown_it.MarkdownIt("commonmark").enable("table")
 _MARKS = re.compile(r"^\s*(?:(?:[-*+>#]+|\d+[.)])\s+)*")
 """Marks of Markdown before the words of a line: of lists, quotes, headings."""
+_TAGS = re.compile(r"<!--.*?(?:-->|\Z)|<[^>]*>", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,9 +272,13 @@ def sentences(document: str) -> list[Sentence]:
         elif token.type == "paragraph_open":
             found += _split(document, first, last, headings, top)
         elif token.type in ("fence", "code_block", "html_block"):
+            block = document[first:last]
+            if token.type == "html_block":
+                block = _without_tags(block)
             for start, end in itertools.pairwise(starts):
-                if first <= start < last and not document[start:end].lstrip().startswith(("```", "~~~")):
-                    found += _whole(document, start, end, headings, top, "")
+                line = block[start - first : end - first] if first <= start < last else ""
+                if line and not line.lstrip().startswith(("```", "~~~")):
+                    found += _whole(document, start, end, headings, top, "", line)
     return found
 
 
@@ -295,11 +300,22 @@ def _split(
 
 
 def _whole(
-    document: str, start: int, end: int, headings: list[tuple[int, str]], block: int, columns: str
+    document: str,
+    start: int,
+    end: int,
+    headings: list[tuple[int, str]],
+    block: int,
+    columns: str,
+    text: str = "",
 ) -> Iterator[Sentence]:
-    text = _plain(document[start:end])
+    text = _plain(text or document[start:end])
     if re.search(r"\w", text):
         yield Sentence(text, start, end, tuple(text for _, text in headings), block, columns)
+
+
+def _without_tags(html: str) -> str:
+    """The text of HTML, each character where it was; what is a tag or a comment is blank."""
+    return _TAGS.sub(lambda found: re.sub(r"\S", " ", found[0]), html)
 
 
 def _plain(text: str) -> str:

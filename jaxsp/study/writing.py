@@ -54,7 +54,7 @@ def completed(
     drafts: Sequence[Draft],
     document: str,
     key: Array,
-    on_written: Callable[[], None] = lambda: None,
+    on_written: Callable[[int], None] = lambda tokens: None,
 ) -> list[str | None]:
     """The text of each draft; ``None`` where the model came to no end, or wrote about the examples.
 
@@ -64,7 +64,7 @@ def completed(
       drafts: those complete stay as they are.
       document: what they are about.
       key: random key of the draws.
-      on_written: called as each is finished.
+      on_written: called as each is finished, with the number of its tokens.
     """
     texts: list[str | None] = [draft.text for draft in drafts]
     if not any(draft.source for draft in drafts):
@@ -106,7 +106,7 @@ def completed(
         key=key,
         decode=lambda ids: str(tokenizer.decode(ids)),
         together=True,
-        on_finished=lambda index, ids: on_written(),
+        on_finished=lambda index, ids: on_written(len(ids)),
     )
     foreign = FOREIGN - set(words(document))
     for i, ids in zip(unfinished, written, strict=True):

@@ -330,6 +330,7 @@ BAD = pytest.mark.parametrize(
         (job("x", queries=0.3), "queries must be a list of queries, not 0.3"),
         (job("x", queries=["What?"]), "At least two queries are needed"),
         (job("x", queries=[], study="off"), "At least two queries are needed"),
+        (job("x", "# A title\n\n## And another", []), "the document has no sentence to ask about"),
         (job("x", study="of"), "Unknown study 'of'; choose one of auto, on, off"),
         (job("x", held_out=[]), "There is no query to hold out"),
         (job("x", held_out=QUERIES[:1]), "is both for training and held out"),

@@ -14,7 +14,7 @@ from jaxsp.study.coverage import Coverage
 from jaxsp.teacher import problem as teachers
 from jaxsp.teacher.store import entries
 from jaxsp.training.slots import Step
-from jaxsp.typing import Interrupted
+from jaxsp.typing import Interrupted, UserError
 from tests.conftest import CONTEXT, QUERIES, assert_same_sigma
 
 SETTINGS: dict[str, Any] = {
@@ -159,3 +159,13 @@ def test_many_jobs_are_filled_up_as_one_is(calm_model, tmp_path):
     alone = compress(calm_model).report
     assert found["a"]["study"] == alone["study"]
     assert found["a"]["train"]["queries"] == alone["train"]["queries"] == 6
+
+
+def test_of_many_jobs_that_is_named_whose_document_gives_nothing(calm_model, monkeypatch):
+    """A run of one needs no name."""
+    monkeypatch.setattr("jaxsp.study.questions.MATTERS", 1e9)
+    row = {"id": "b", "context": CONTEXT}
+    with pytest.raises(UserError, match=r"^b: Of \d+ queries .* Or leave its row out\.$"):
+        list(jaxsp.compress_many(calm_model, [row], progress=False, **SETTINGS))
+    with pytest.raises(UserError, match=r"^Of \d+ queries"):
+        jaxsp.compress(calm_model, CONTEXT, progress=False, **SETTINGS)

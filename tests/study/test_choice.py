@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from jaxsp.data.documents import Query
+from jaxsp.settings import make_settings
 from jaxsp.study import choice
-from jaxsp.study.choice import to_fill
+from jaxsp.study.choice import to_fill, to_measure, to_train
 
 
 def test_sentences_without_a_query_are_asked_for():
@@ -30,3 +32,24 @@ def test_as_many_as_are_given_or_a_few_at_most(given, expected):
     assert found[0] < 20
     assert found[-1] > 900
     assert choice.FEW == 64
+
+
+FORMS = ("question", "question", "question", "quote", "mention", "about")
+WEIGHTS = {"question": 3, "quote": 1, "mention": 1, "about": 1}
+
+
+@pytest.mark.parametrize(
+    ("cut", "expected"), [((), [0, 1, 2, 3]), ((0, 1), [2, 3, 4, 5]), ((0, 1, 2, 3), [4, 5, 0, 1])]
+)
+def test_answers_that_are_cut_count_where_there_are_not_enough_others(cut, expected):
+    queries, settings = [Query(f"q{i}", seed=seed) for i, seed in enumerate(FORMS)], make_settings({})
+    depends = {i: {0} for i in range(len(FORMS))}
+    assert to_train(depends, queries, 0, 1, settings, WEIGHTS, cut) == expected
+
+
+def test_a_question_whose_answer_is_cut_is_not_held_out_if_there_are_others():
+    queries, settings = [Query(f"q{i}", seed=seed) for i, seed in enumerate(FORMS)], make_settings({})
+    depends = {i: {0} for i in range(len(FORMS))}
+    for whole in (0, 1, 2):
+        assert to_measure(depends, queries, 0, settings, cut={0, 1, 2} - {whole}) == [whole]
+    assert to_measure(depends, queries, 0, settings, cut=(0, 1, 2))[0] in (0, 1, 2)

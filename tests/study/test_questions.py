@@ -289,6 +289,57 @@ def test_a_query_does_not_say_what_it_asks_for(calm_model, heeded, monkeypatch):
         made(calm_model, held_out=[Query("What?")])
 
 
+@pytest.fixture
+def written(monkeypatch):
+    """Lets a seed begin a query about each sentence, and says what the model writes in each round; gives the
+    sentences that were asked for."""
+
+    class Own:
+        WEIGHT = 1
+
+        @staticmethod
+        def drafts(document, chunk):
+            return [Draft("", (i,), "A text.") for i in chunk.sentences]
+
+    def say(*rounds: list[str | None]) -> list[list[int]]:
+        asked, left = list[list[int]](), iter(rounds)
+
+        def completed(model, preamble, drafts, *rest):
+            asked.append([draft.sentences[0] for draft in drafts])
+            return next(left)
+
+        monkeypatch.setattr(questions, "SEEDS", {"own": Own})
+        monkeypatch.setattr(questions, "completed", completed)
+        monkeypatch.setattr(questions, "_text", lambda *_: "It holds 1.2 litres.")
+        return asked
+
+    return say
+
+
+def test_what_is_not_sane_or_not_new_is_left_out_and_asked_for_again(calm_model, heeded, written):
+    tank, cable, filter_ = (
+        f"{text} of the K7?"
+        for text in ("How much water goes into the tank", "How long is the cable", "What is the price")
+    )
+    asked = written(
+        [tank, f"And {tank}", "Сколько стоит крышка?", "What?", filter_],  # nearly the same, script, length
+        [cable, None, None],
+    )
+    found, _ = made(calm_model, held_out=HELD_OUT)
+    assert asked == [[0, 1, 2, 3, 4], [1, 2, 3]]
+    assert {query.text for query in found.train} == {tank, cable, filter_}
+    assert found.uncovered == [found.sentences[2], found.sentences[3]]
+    assert found.summary()["seeds"] == {"own": {"drafted": 8, "kept": 3}}
+
+
+def test_what_the_model_refuses_to_answer_is_left_out(calm_model, heeded, written, monkeypatch):
+    written(["How much does the tank hold?", *[None] * 4])
+    monkeypatch.setattr(questions, "_text", lambda *_: "The text does not mention it.")
+    monkeypatch.setattr(questions, "ROUNDS", 1)
+    with pytest.raises(UserError, match="Of 1 queries made from the document none is fit"):
+        made(calm_model, held_out=HELD_OUT)
+
+
 def test_as_many_as_asked_for(calm_model, heeded):
     assert len(made(calm_model, study_queries=7)[0].train) == 7
 
@@ -404,6 +455,23 @@ def test_the_interface_of_python(calm_model, heeded):
     assert len(found.train) == 5
     assert found.held_out == []
     assert dataclasses.asdict(found.train[0])["seed"]
+
+
+def test_questions_are_kept_for_the_next_time(calm_model, heeded, cache, monkeypatch, capfd):
+    """By all that decides them; a run that holds some of them out has its own."""
+    monkeypatch.delenv("JAXSP_TEACHER_CACHE")
+
+    def ask(**more):
+        return jaxsp.questions(calm_model, TEXT, count=5, max_answer_tokens=48, **more)
+
+    first = ask()
+    (entry,) = (cache / "teachers").iterdir()
+    assert entry.name.endswith(".questions")
+    monkeypatch.setattr("jaxsp.study.alone.study", None)
+    assert ask() == first
+    assert f"Questions from the document: read from {cache / 'teachers'}" in capfd.readouterr().err
+    with pytest.raises(TypeError):
+        ask(seed=1)
 
 
 KINDS = {

@@ -54,6 +54,15 @@ def test_sentences_items_rows_and_lines_each_with_its_headings():
     assert [s.columns for s in found[5:7]] == ["size | weight"] * 2
 
 
+def test_html_is_read_without_its_tags():
+    """What is nothing but tags and comments has no sentence."""
+    text = '<div class="note">\n  <p>The lid is red.</p>\n</div>\n\n<!-- this\nof two lines -->\n\nIt is new.'
+    found = sentences(text)
+    assert [s.text for s in found] == ["The lid is red.", "It is new."]
+    assert text[found[0].start : found[0].end].strip() == "<p>The lid is red.</p>"
+    assert sentences('<img src="a.png">\n\n<!-- nothing -->\n\n--- *** ---\n\n<br/>\n') == []
+
+
 @pytest.mark.parametrize("number", range(9))
 def test_a_document_without_a_sentence_lacks_it_and_nothing_else(number):
     one = sentences(MARKDOWN)[number]

@@ -67,3 +67,12 @@ def test_a_model_without_room_for_the_examples_writes_nothing(calm_model):
 
 def test_a_text_that_there_is_no_room_for_is_left_out(write):
     assert write([Draft("How", (0,), "very " * 1000), Draft("Say it.", (0,))]) == [None, "Say it."]
+
+
+def test_it_says_how_many_tokens_it_wrote(calm_model):
+    """A random model comes to no end."""
+    model = dataclasses.replace(calm_model, config=calm_model.config.replace(window=2048))
+    told: list[int] = []
+    key = jax.random.key(3)
+    completed(model, read_preamble(model), [*begun(2), Draft("Say it.", (0,))], DOCUMENT, key, told.append)
+    assert told == [writing.MOST_TOKENS] * 2

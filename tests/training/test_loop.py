@@ -96,6 +96,32 @@ def test_evaluations_come_before_the_first_step_every_n_and_after_the_last():
     assert [line["step"] for line in lines if "held_out_kl" in line] == [0, 3, 6, 7]
 
 
+def test_the_next_batch_is_read_while_the_device_works(monkeypatch):
+    """It is there before the figures of the step are waited for."""
+    events, pack = list[str](), Packing.pack
+
+    class Figure:
+        def __init__(self, value):
+            self.value = value
+
+        def __array__(self, *args, **kwargs):
+            events.append("waited")
+            return np.asarray(self.value)
+
+    counting = CountingDriver()
+    step = counting.step
+
+    def begun(states, batches):
+        events.append("begun")
+        states, metrics = step(states, batches)
+        return states, {name: Figure(value) for name, value in metrics.items()}
+
+    monkeypatch.setattr(counting, "step", begun)
+    monkeypatch.setattr(Packing, "pack", lambda *own: events.append("read") or pack(*own))
+    run(4, counting)
+    assert events[events.index("begun") :] == ["begun", "read", "waited"] * 3 + ["begun", "waited"]
+
+
 def test_it_stops_when_evaluations_no_longer_improve(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     script = dict(enumerate([9, 8, 9, 7, 8, 7, 9, 1, 0]))
