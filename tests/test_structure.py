@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["errors", "terminal"],
     ["files"],
-    ["typing", "arguments"],
+    ["typing", "arguments", "device"],
     ["settings", "compile_cache", "hub"],
     ["models", "losses"],
     ["prompts", "processes", "progress"],

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsp import device
 from jaxsp.losses import vocabulary
 from jaxsp.losses.objective import Objective
 from jaxsp.typing import Array, ceil_div
@@ -41,7 +42,7 @@ _CAST_BYTES = 2**25
 
 def is_cpu() -> bool:
     """Whether there is no accelerator."""
-    return jax.default_backend() == "cpu"
+    return device.platform() == "cpu"
 
 
 def chunk_size(
@@ -205,7 +206,7 @@ def chunked(
 def _devices() -> int:
     """The number of devices that rows may be spread over without a word in their types; 1 inside of a map."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.manual_axes else max(jax.device_count(), mesh.size)
+    return 1 if mesh.manual_axes else max(len(device.every()), mesh.size)
 
 
 def _grouped(array: Array, batch: tuple[int, ...], cuts: list[int]) -> Array:

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxsp import device
 from jaxsp.models.config import DecoderConfig
 from jaxsp.typing import Params, PyTree, UserError
 
@@ -46,7 +47,7 @@ def as_mesh(mesh: Mesh | str) -> Mesh:
         if set(mesh.axis_names) != {DATA, MODEL}:
             raise UserError(f"A mesh must have the axes {DATA} and {MODEL}, not {mesh.axis_names}.")
         return mesh
-    devices = jax.device_count()
+    devices = len(device.every())
     sizes = {DATA: 1 if mesh else devices, MODEL: 1}
     for part in filter(None, mesh.split(",")):
         name, _, size = part.partition("=")
@@ -60,17 +61,17 @@ def as_mesh(mesh: Mesh | str) -> Mesh:
             f"The mesh {layout} takes {wanted} devices, which doesn't divide the {devices} there are;"
             " choose sizes whose product does."
         )
-    processes = jax.process_count()
+    processes = device.processes()
     if processes == 1:
         shape, names = tuple(sizes.values()), tuple(sizes)
-        auto, some = (AxisType.Auto,) * 2, jax.devices()[:wanted]
+        auto, some = (AxisType.Auto,) * 2, device.every()[:wanted]
         return jax.make_mesh(shape, names, axis_types=auto, devices=some)
     if wanted < devices or sizes[DATA] % processes:
         raise UserError(
             f"The mesh must take all {devices} devices of the {processes} processes, and {MODEL} those of one"
             f" process at most; {mesh or 'this'} doesn't."
         )
-    every = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    every = sorted(device.every(), key=lambda one: (one.process_index, one.id))
     return Mesh(np.reshape(np.array(every), tuple(sizes.values())), (DATA, MODEL))
 
 

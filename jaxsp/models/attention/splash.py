@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxsp import device
 from jaxsp.models.attention.inputs import AttentionInputs, joined, joined_bias, padded
 from jaxsp.typing import EMPTY, Array
 
@@ -84,7 +85,7 @@ def attend(inputs: AttentionInputs) -> Array:
         attn_logits_soft_cap=inputs.softcap,
         head_shards=1,
         q_seq_shards=1,
-        interpret=jax.default_backend() != "tpu",
+        interpret=device.platform() != "tpu",
     )
     heads_first = [x.swapaxes(1, 2) for x in (q_BTHF, keys_BSGF, values_BSGF)]
     out_BHTF = jnp.asarray(jax.vmap(kernel)(*heads_first, ids))
