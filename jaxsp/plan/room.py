@@ -73,6 +73,6 @@ def what_holds(config: DecoderConfig) -> str:
                 rounded = "" if quantization == own else f" --quantization {quantization}"
                 return f"--device {name}-{count}{over}{rounded} has room for them"
     return (
-        f"no device that can be described has room for them: over {able[-1]}, to the most that their heads and"
-        f" MLP can be divided, each would have {size(int(least))} of them"
+        f"none of the devices that can be described has room for them: over {able[-1]} of them, the most that"
+        f" its heads and MLP allow, each takes {size(int(least))}"
     )
