@@ -20,8 +20,6 @@ import jax
 
 from jaxsp.errors import UserError, in_a_line
 
-_FAMILY = {"cuda": "gpu", "rocm": "gpu"}  # names of jax.default_device that are not of a kind of device
-
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -44,6 +42,17 @@ SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8
 
 HOST = 8
 """Chips of one process, at most."""
+
+_HOSTS = {1: (1, 1, 1), 8: (2, 4, 1)}
+_USUAL_HOST = (2, 2, 1)
+"""Layout of the chips of one process, in a system of so many."""
+
+_ENVIRONMENT = {
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""What libtpu would otherwise ask the network for: which TPU this machine has. It has none that matters."""
 
 DEVICES = {f"{chip}-{count}": f"{chip}:{layout}" for chip in CHIPS for count, layout in SLICES.items()}
 """Names of the systems that can be described, with the compiler's own names of their topologies."""
@@ -90,14 +99,28 @@ def describe(name: str) -> Described:
             f" {', '.join(counts)} or {last}."
         )
     version = _check_compiler(name)
+    chip, _, count = name.partition("-")
+    host = _HOSTS.get(int(count), _USUAL_HOST)
     from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks the network which TPU this machine has
     try:
-        found = topologies.get_topology_desc(topology_name=DEVICES[name], platform="tpu")
+        with _environment():
+            found = topologies.get_topology_desc(DEVICES[name], "tpu", chips_per_host_bounds=host)
     except (RuntimeError, ValueError, NotImplementedError) as error:  # jax's own kinds are of the first
         raise UserError(f"libtpu {version} can't describe a {name} ({in_a_line(error, 200)}).") from error
-    return Described(name, CHIPS[name.partition("-")[0]], tuple(found.devices), f"libtpu {version}")
+    return Described(name, CHIPS[chip], tuple(found.devices), f"libtpu {version}")
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """``_ENVIRONMENT``, where the user has set nothing else, as long as libtpu starts."""
+    ours = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 def _check_compiler(name: str) -> str:
@@ -156,7 +179,7 @@ def platform() -> str:
     chosen = _chosen()
     if chosen is None:
         return jax.default_backend()
-    return _FAMILY.get(chosen, chosen) if isinstance(chosen, str) else chosen.platform
+    return chosen if isinstance(chosen, str) else chosen.platform
 
 
 def current() -> jax.Device:

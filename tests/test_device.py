@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,21 +70,23 @@ def test_a_compiler_that_is_missing_or_another(compiler):
 )
 def test_a_compiler_that_fits(compiler, monkeypatch, version, wanted):
     (cpu, *_), asked = jax.devices(), []
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
 
-    def describe(**options: Any) -> SimpleNamespace:
-        asked.append(options)
+    def describe(*names: str, **options: Any) -> SimpleNamespace:
+        asked.append((names, options, os.environ["TPU_SKIP_MDS_QUERY"]))
         return SimpleNamespace(devices=[cpu])
 
     monkeypatch.setattr(topologies, "get_topology_desc", describe)
     compiler(version, wanted)
     found = device.describe("v5e-8")
-    assert asked == [{"topology_name": "v5e:2x4", "platform": "tpu"}]
+    assert asked == [(("v5e:2x4", "tpu"), {"chips_per_host_bounds": (2, 4, 1)}, "1")]
+    assert "TPU_SKIP_MDS_QUERY" not in os.environ
     assert (found.compiler, found.devices, found.kind) == (f"libtpu {version}", (cpu,), cpu.device_kind)
     assert found.chip.memory == 2**34
 
 
 def test_a_topology_that_the_compiler_refuses(compiler, monkeypatch):
-    def describe(**_: Any) -> None:
+    def describe(*_: Any, **__: Any) -> None:
         raise RuntimeError("INVALID_ARGUMENT: no such\ntopology.")
 
     monkeypatch.setattr(topologies, "get_topology_desc", describe)
@@ -110,7 +113,7 @@ def test_the_default_device_decides_and_not_the_backend(monkeypatch):
         assert (device.platform(), device.current()) == ("cpu", cpu)
         assert device.every() == jax.devices()
         assert (device.local_count(), device.processes()) == (8, 1)
-    with jax.default_device("cuda"):
+    with jax.default_device("gpu"):
         assert device.platform() == "gpu"
     with jax.default_device("cpu"):
         assert (device.platform(), device.current()) == ("cpu", jax.devices()[0])
