@@ -129,7 +129,7 @@ def _check_compiler(name: str) -> str:
     Raises:
       UserError: it is not the one that the installed jax names, or there is none.
     """
-    wanted = _wanted_compiler()
+    wanted = wanted_compiler()
     install = f"pip install '{'libtpu' if wanted is None else f'libtpu=={wanted}'}'"
     try:
         version = importlib.metadata.version("libtpu")
@@ -147,7 +147,7 @@ def _check_compiler(name: str) -> str:
     return version
 
 
-def _wanted_compiler() -> str | None:
+def wanted_compiler() -> str | None:
     """The versions of libtpu that the installed jax names, as ``0.0.42.*``; ``None``: it names none."""
     required = importlib.metadata.requires("jax") or []
     found = (re.match(r"libtpu\s*==\s*([\d.]+(?:\.\*)?)\s*;", line) for line in required)
