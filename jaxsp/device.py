@@ -48,11 +48,12 @@ _USUAL_HOST = (2, 2, 1)
 """Layout of the chips of one process, in a system of so many."""
 
 _ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-"""What libtpu would otherwise ask the network for: which TPU this machine has. It has none that matters."""
+"""So that libtpu does not ask the network which TPU this machine has, nor let one process alone compile."""
 
 DEVICES = {f"{chip}-{count}": f"{chip}:{layout}" for chip in CHIPS for count, layout in SLICES.items()}
 """Names of the systems that can be described, with the compiler's own names of their topologies."""
