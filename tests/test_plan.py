@@ -88,7 +88,7 @@ def test_operations_are_those_that_xla_counts(tmp_path, kind):
 @pytest.mark.slow
 def test_a_mesh_is_planned_by_device(config, monkeypatch):
     """From a program compiled for it; the search for the largest batch is tested below."""
-    monkeypatch.setattr(plan, "largest", lambda size_of, limit, rows, multiple: rows)
+    monkeypatch.setattr(plan, "largest", lambda size_of, limit, rows, **_: rows)
     settings = make_settings({"batch_size": 16}, base=MESH)
     config = config.replace(vocab_size=260, mlp_width=480)  # nearly all of it can be cut
     limit = 16 * 2**20
@@ -270,6 +270,7 @@ def test_an_update_that_the_compiler_refuses(config, programs, monkeypatch):
     assert found.memory is None
     assert not found.fits
     assert 20 <= found.largest_rows <= 30
+    assert len(programs) <= plan.DESCRIBED_TRIES
     monkeypatch.setattr(plan, "compiled", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         plan.plan(config, SETTINGS, context_tokens=99, query_tokens=40, system=described())

@@ -53,6 +53,9 @@ UTILISATION = 0.56
 """Assumed part of the matrix-product rate. Measured (experiments/decoder_speed) for SmolLM2-135M in bfloat16
 on two CPU cores, and nowhere else yet."""
 
+DESCRIBED_TRIES = 5
+"""Batches compiled for a described device, at most: its compiler takes several times as long as others."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -212,7 +215,8 @@ def _planned(
     else:
         rate, limit = peak_rate(config, system), memory_limit or system.chip.memory
     working = 1 if device.platform() == "cpu" else devices  # a CPU's devices are one processor
-    largest_rows = largest(total, FILL * limit, packing.rows, multiple=parts)
+    tries = 8 if system is None else DESCRIBED_TRIES
+    largest_rows = largest(total, FILL * limit, packing.rows, multiple=parts, tries=tries)
     room = Packing(largest_rows, packing.length).tokens
     sizes = range(1, room // query_tokens + 1)
     return Plan(

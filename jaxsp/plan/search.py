@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable
 
 
-def largest(size_of: Callable[[int], float], limit: float, rows: int, *, multiple: int = 1) -> int:
+def largest(
+    size_of: Callable[[int], float], limit: float, rows: int, *, multiple: int = 1, tries: int = 8
+) -> int:
     """About the most rows whose size is within the limit; 0 if none are found.
 
     Size is nearly a line in the rows: it is followed to the limit, and computed there, until it fits to 5%.
@@ -16,13 +18,14 @@ def largest(size_of: Callable[[int], float], limit: float, rows: int, *, multipl
       limit: in bytes.
       rows: where to start.
       multiple: what the rows must be a multiple of.
+      tries: sizes computed at most.
 
     Example:
       >>> largest(lambda rows: 1000 + 30 * rows, 2000, 2)
       33
     """
     known = {n: size_of(n) for n in (rows, 2 * rows)}
-    while len(known) < 8 and not any(0.95 * limit <= size <= limit for size in known.values()):
+    while len(known) < tries and not any(0.95 * limit <= size <= limit for size in known.values()):
         fitting = {n for n, size in known.items() if size <= limit}
         low = max(fitting, default=0)
         high = min(known.keys() - fitting, default=64 * max(known))
