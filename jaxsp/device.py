@@ -15,10 +15,14 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
 from jaxsp.errors import UserError, in_a_line
+
+Device = Any
+"""A device as jax knows it: to type checkers its class is a variable."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Described:
 
     name: str
     chip: Chip
-    devices: tuple[jax.Device, ...]
+    devices: tuple[Device, ...]
     compiler: str
 
     @property
@@ -183,13 +187,13 @@ def platform() -> str:
     return chosen if isinstance(chosen, str) else chosen.platform
 
 
-def current() -> jax.Device:
+def current() -> Device:
     """The device that the programs traced now are for, the first of several."""
     chosen = _chosen()
     return every()[0] if chosen is None or isinstance(chosen, str) else chosen
 
 
-def every() -> list[jax.Device]:
+def every() -> list[Device]:
     """All devices of the system that the programs traced now are for, those of all processes."""
     chosen = _chosen()
     if chosen is None or isinstance(chosen, str):
@@ -211,6 +215,6 @@ def processes() -> int:
     return len({device.process_index for device in every()})
 
 
-def _chosen() -> jax.Device | str | None:
+def _chosen() -> Device | str | None:
     """The default device, where one is set."""
     return jax.config.jax_default_device  # type: ignore[attr-defined]  # jax's types lack its options

@@ -96,6 +96,7 @@ def test_a_mesh_is_planned_by_device(config, monkeypatch):
     leaves = jax.tree.leaves(plan.decoder.parameter_shapes(config))
     weights = 4 * sum(math.prod(leaf.shape) for leaf in leaves)
     assert found.devices == 4
+    assert found.memory is not None
     assert weights / 2 < found.memory.arguments < 0.65 * weights
     assert found.fits
     assert found.largest_rows == found.rows
@@ -151,8 +152,9 @@ def test_what_fits(config, programs, monkeypatch, changes, rows, share, largest)
     context = 2 * 4 * config.layers * config.kv_heads * config.head_width * (99 + plan.PREAMBLE_TOKENS)
     context += 4 * (99 + plan.PREAMBLE_TOKENS)  # positions
     limit = math.ceil((10_500 + context + 40_000) / plan.FILL)
-    common = {"context_tokens": 99, "query_tokens": 40}
+    common: dict[str, Any] = {"context_tokens": 99, "query_tokens": 40}
     found = plan.plan(config, settings, **common, memory_limit=limit)
+    assert found.memory is not None
     assert found.memory.context == context
     assert (found.rows, programs[0].rows, found.largest_rows) == (rows, share, largest)
     assert found.fits
@@ -244,7 +246,8 @@ def test_a_described_device_is_planned_for(config, programs, monkeypatch):
     """Its memory and its speed, which nothing measures, and no more than it has."""
     monkeypatch.setattr(plan, "matmul_rate", None)
     monkeypatch.setattr(plan, "device_memory", None)
-    sizes, told = {"context_tokens": 99, "query_tokens": 40}, []
+    sizes: dict[str, Any] = {"context_tokens": 99, "query_tokens": 40}
+    told: list[str] = []
     found = plan.plan(config, SETTINGS, **sizes, system=described(), on_progress=told.append)
     assert (found.memory_limit, found.matmul_rate) == (2**34, 197e12 / 6)  # float32
     assert found.compiled_for == "v5e-1 in float32, by libtpu 0.0.42.1"
@@ -315,7 +318,7 @@ def test_weights_that_leave_little_room(config, programs, monkeypatch):
     own = 0.95 * room.weight_bytes(large, None)
     monkeypatch.setattr(room, "FILL", 0.99)
     monkeypatch.setattr(plan, "largest", lambda *_, **__: 0)
-    sizes = {"context_tokens": 99, "query_tokens": 40}
+    sizes: dict[str, Any] = {"context_tokens": 99, "query_tokens": 40}
     found = plan.plan(large, SETTINGS, **sizes, system=described())
     assert own < found.memory_limit
     assert found.room_elsewhere == "--device v6e-1 has room for them"

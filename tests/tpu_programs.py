@@ -161,7 +161,7 @@ def answers(*, start: bool) -> Program:
         choices = tabulate([sampling], 32, None)
         requests = as_arrays([[0] * QUERY_TOKENS], [sampling] * QUERIES, choices, None, QUERY_TOKENS)
     table = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), requests)
-    B, sizes = 16, {"A": SETTINGS.teacher.max_answer_tokens, "N": 0}
+    B, sizes = 16, dict[str, Any](A=SETTINGS.teacher.max_answer_tokens, N=0)
     if start:
         return lower(engine._start, params(), CONFIG, None, table, B, **sizes)
     begin = functools.partial(engine._start, config=CONFIG, B=B, **sizes)
@@ -237,7 +237,9 @@ PROGRAMS: dict[str, Make] = {
     "answers, start": functools.partial(answers, start=True),
     **{f"teacher's {name}": functools.partial(signal, name) for name in SIGNALS},
     **{f"update of {kind}": functools.partial(update, kind) for kind in PROMPT_KINDS},
-    **{f"update by {first}": functools.partial(update, "per_head", first) for first, *_ in families()},
+    **{
+        f"update by {first}": functools.partial(update, "per_head", first) for first, *_ in families()[1:]
+    },  # kl is everywhere
     "update of many prompts": functools.partial(update, "per_head", prompts=PROMPTS),
     "update of int8": functools.partial(update, "per_head", quantization="int8"),
     **{f"loss {name}": functools.partial(loss, name) for _, *others in families() for name in others},

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsp import device
 from jaxsp.models.config import DecoderConfig
@@ -81,7 +81,7 @@ def local(mesh: Mesh) -> Mesh:
     return mesh if len(own) == len(mesh.devices) else Mesh(np.array(own), mesh.axis_names)
 
 
-def check(config: DecoderConfig, mesh: Mesh) -> None:
+def check(config: DecoderConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises ``UserError`` if the model can't be cut in so many parts."""
     parts = mesh.shape[MODEL]
     counts = {"heads": config.heads, "key/value heads": config.kv_heads, "MLP units": config.mlp_width}
@@ -94,7 +94,9 @@ def check(config: DecoderConfig, mesh: Mesh) -> None:
             )
 
 
-def shardings(config: DecoderConfig, mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+def shardings(
+    config: DecoderConfig, mesh: Mesh | AbstractMesh
+) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """For ``load_model``: where the parameter with this path and shape goes.
 
     Raises:
@@ -104,7 +106,7 @@ def shardings(config: DecoderConfig, mesh: Mesh) -> Callable[[str, tuple[int, ..
     return functools.partial(_sharding, mesh)
 
 
-def _sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+def _sharding(mesh: Mesh | AbstractMesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     spec: list[str | None] = [None] * len(shape)
     for pattern, axis in SPLIT.items():
         # A vocabulary that doesn't divide stays whole.
@@ -118,7 +120,7 @@ def head_layout(head: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda leaf: _sharding(mesh, "lm_head/embedding", leaf.shape), head)
 
 
-def layout(params: Params, config: DecoderConfig, mesh: Mesh) -> PyTree:
+def layout(params: Params, config: DecoderConfig, mesh: Mesh | AbstractMesh) -> PyTree:
     """Where each of the weights, or of their shapes, goes: a tree of shardings."""
     of = shardings(config, mesh)
     return jax.tree_util.tree_map_with_path(
