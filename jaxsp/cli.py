@@ -201,6 +201,8 @@ class Plan(AllOptions, ModelOptions):
     examples: ClassVar[str] = """
       jaxsp plan --context-tokens 4000 --prompt-length 32
       jaxsp plan HuggingFaceTB/SmolLM2-360M-Instruct --batch-size 16 --grad-accumulation 2
+      jaxsp plan --device v5e-1
+      jaxsp plan meta-llama/Llama-3.1-8B-Instruct --device v5e-8 --parallel mesh --mesh model=8
     """
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]] = EMBEDDED
     """A directory (config.json is enough), a .gguf file, a hub id, or the name of the embedded model."""
@@ -208,20 +210,26 @@ class Plan(AllOptions, ModelOptions):
     """Tokens of the context, about."""
     query_tokens: int = 64
     """Tokens of a query with its answer, about; half of them are taken to be the answer's."""
+    device: str | None = None
+    """TPUs to plan for, which need not be here: v5e-1, v5e-4, v5e-8 ... v5e-256, or v6e-1 ... v6e-256. Needs
+    jaxsp[tpu], whose compiler runs on any machine. By default this machine."""
     json: bool = False
     """Print everything as JSON on standard output."""
 
     def run(self) -> None:
-        from jaxsp import console, plan
+        from jaxsp import console, device, plan
         from jaxsp.models.load import model_config
+        from jaxsp.progress import Display
         from jaxsp.prompts import with_defaults
 
         settings = with_defaults(_checked(self))
-        config = model_config(self.model, self.dtype, self.quantization)
         sizes = {"context_tokens": self.context_tokens, "query_tokens": self.query_tokens}
-        found = plan.plan(config, settings, **sizes)
+        system = None if self.device is None else device.describe(self.device)
+        with Display().phase("plan", "Planning") as tell, device.programs_for(system):
+            config = model_config(self.model, self.dtype, self.quantization)
+            found = plan.plan(config, settings, **sizes, system=system, on_progress=tell)
         if self.json:
-            memory = {**dataclasses.asdict(found.memory), "total": found.memory.total}
+            memory = found.memory and {**dataclasses.asdict(found.memory), "total": found.memory.total}
             print(json.dumps({**dataclasses.asdict(found), "memory": memory}, indent=2))
             return
         console.print_plan(found, settings.training.updates, ways_to_need_less(self))

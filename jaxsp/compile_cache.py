@@ -13,6 +13,8 @@ from pathlib import Path
 
 import jax
 
+from jaxsp import device
+
 MAX_BYTES = 2 << 30
 """Most that the programs take on disk when a process starts; those not used for longest go first."""
 
@@ -53,7 +55,7 @@ def enable() -> None:
         or config.jax_compilation_cache_dir is not None  # type: ignore[attr-defined]
         # Processes tune a GPU program together: one that finds it on its own disk leaves the others waiting.
         or jax.process_count() > 1
-        or (jax.default_backend() == "cpu" and not _readable(jax.__version_info__))
+        or (device.platform() == "cpu" and not _readable(jax.__version_info__))
     ):
         return
     try:

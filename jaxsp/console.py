@@ -21,7 +21,7 @@ from jaxsp.evaluation.report import bracket_names, bracket_rows
 from jaxsp.evaluation.verdict import gap_in_words
 from jaxsp.exports import Exported
 from jaxsp.files import size
-from jaxsp.plan import Plan
+from jaxsp.plan import Memory, Plan
 from jaxsp.prompts import storage
 from jaxsp.runs.folder import PAGE, Result
 from jaxsp.study import Study
@@ -39,22 +39,34 @@ def print_plan(plan: Plan, steps: int, advice: str) -> None:
       advice: a way to need less memory, said if no batch fits.
     """
     memory, largest = plan.memory, plan.largest_batch_size
-    fits = "" if plan.fits else ": does not fit"
+    described, limit = plan.compiled_for is not None, size(plan.memory_limit)
+    if plan.room_elsewhere is not None:
+        advice = f"the weights take most of the memory, and {plan.room_elsewhere}"
+    speed = f"{plan.matmul_rate / 1e9:,.0f} GFLOP/s, {'at most' if described else 'measured'}"
     rows = {
+        **({"compiled for": plan.compiled_for} if described else {}),
         "devices": f"{plan.devices} ({plan.device})",
         "batch": f"{plan.rows} rows of {plan.row_tokens} tokens",
-        "memory of a device": f"{size(memory.total)} of {size(plan.memory_limit)}{fits}",
-        "  weights, batch, σ": size(memory.arguments),
-        "  temporaries": size(memory.temporaries),
-        "  output": size(memory.output),
-        "  the context": size(memory.context),
+        **_memory_rows(memory, limit, fits=plan.fits),
         "a step": f"{plan.flops / 1e9:,.1f} GFLOP, {plan.step_seconds:,.3g} s",
-        "  matrix products": f"{plan.matmul_rate / 1e9:,.0f} GFLOP/s, measured",
+        "  matrix products": speed,
         "  of which used": f"{plan.utilisation:g}, assumed (SmolLM2's on a CPU)",
         f"{steps} steps": f"{steps * plan.step_seconds / 60:,.1f} min, without teacher and evaluation",
         "largest batch": f"--batch-size {largest}" if largest else f"none fits; {advice}",
     }
     _print_pairs(rows)
+
+
+def _memory_rows(memory: Memory | None, limit: str, *, fits: bool) -> dict[str, str]:
+    if memory is None:
+        return {"memory of a device": f"{limit}, less than the update takes: does not fit"}
+    return {
+        "memory of a device": f"{size(memory.total)} of {limit}{'' if fits else ': does not fit'}",
+        "  weights, batch, σ": size(memory.arguments),
+        "  temporaries": size(memory.temporaries),
+        "  output": size(memory.output),
+        "  the context": size(memory.context),
+    }
 
 
 def print_prompt(prompt: SoftPrompt) -> None:

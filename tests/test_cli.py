@@ -382,6 +382,7 @@ def test_plan_says_what_a_run_will_need(jaxsp_command, tiny_directory, tmp_path,
     monkeypatch.setattr(plan, "largest", lambda *_, **__: 9)
     code, out, err = jaxsp_command("plan", *options, "--steps", 40, "--optimizer", "adam")
     assert code == 0, err
+    assert re.search(r"Planning: \d+\.\d s", err)
     for words in ("rows of", "MiB of", "temporaries", "GFLOP/s, measured", "40 steps", "assumed"):
         assert words in out
     batch = re.search(r"batch +(\d+) rows of (\d+) tokens", out)
@@ -401,6 +402,19 @@ def test_plan_says_what_a_run_will_need(jaxsp_command, tiny_directory, tmp_path,
     printed = json.loads(out)
     assert printed == {**dataclasses.asdict(found), "memory": printed["memory"]}
     assert printed["memory"] == {**dataclasses.asdict(given), "total": given.total}
+    elsewhere = "--device v6e-1 has room for them"
+    found = dataclasses.replace(
+        found, memory=None, compiled_for="v5e-1, by libtpu 0", room_elsewhere=elsewhere
+    )
+    code, out, err = jaxsp_command("plan", *options)
+    words = " ".join(out.split())
+    for said in (
+        "compiled for v5e-1, by libtpu 0", "256.00 GiB, less than the update takes: does not fit",
+        "GFLOP/s, at most", f"none fits; the weights take most of the memory, and {elsewhere}",
+    ):  # fmt: skip
+        assert said in words
+    code, out, err = jaxsp_command("plan", *options, "--json")
+    assert json.loads(out)["memory"] is None
     monkeypatch.undo()
     refused(jaxsp_command("plan", *options, "--query-tokens", 600), "window of 512")
     refused(jaxsp_command("plan", *options, "--batch-size", 0), "--batch-size must be at least 1")

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxsp import distributions, plan
+from jaxsp import device, distributions, plan
 from jaxsp.data.examples import make_rows
 from jaxsp.data.packing import Packing
+from jaxsp.models import sharding
 from jaxsp.models.load import model_config
 from jaxsp.models.sharding import as_mesh
+from jaxsp.plan import arithmetic, room
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.settings import make_settings
 from jaxsp.training.drivers import DRIVERS, JitDriver, MeshDriver, mesh_of, sharded_update
@@ -58,7 +60,7 @@ def test_the_program_is_the_one_that_runs(tiny_model, settings, kind):
     driver = DRIVERS[settings.devices.parallel](frozen, chosen, mesh=mesh)
     assert isinstance(driver, JitDriver | MeshDriver)
     if mesh is not None:
-        batches = plan.sharding.put(batches, mesh, plan.along("data", 1))
+        batches = sharding.put(batches, mesh, sharding.along("data", 1))
     lowered = sharded_update.lower(driver.place(states), batches, **driver._step.keywords)
     theirs = lowered.compile().memory_analysis()
     ours = plan.compiled(config, settings, packing, mesh).memory_analysis()
@@ -86,7 +88,7 @@ def test_operations_are_those_that_xla_counts(tmp_path, kind):
 @pytest.mark.slow
 def test_a_mesh_is_planned_by_device(config, monkeypatch):
     """From a program compiled for it; the search for the largest batch is tested below."""
-    monkeypatch.setattr(plan, "largest", lambda size_of, limit, rows, multiple: rows)
+    monkeypatch.setattr(plan, "largest", lambda size_of, limit, rows, **_: rows)
     settings = make_settings({"batch_size": 16}, base=MESH)
     config = config.replace(vocab_size=260, mlp_width=480)  # nearly all of it can be cut
     limit = 16 * 2**20
@@ -94,6 +96,7 @@ def test_a_mesh_is_planned_by_device(config, monkeypatch):
     leaves = jax.tree.leaves(plan.decoder.parameter_shapes(config))
     weights = 4 * sum(math.prod(leaf.shape) for leaf in leaves)
     assert found.devices == 4
+    assert found.memory is not None
     assert weights / 2 < found.memory.arguments < 0.65 * weights
     assert found.fits
     assert found.largest_rows == found.rows
@@ -149,8 +152,9 @@ def test_what_fits(config, programs, monkeypatch, changes, rows, share, largest)
     context = 2 * 4 * config.layers * config.kv_heads * config.head_width * (99 + plan.PREAMBLE_TOKENS)
     context += 4 * (99 + plan.PREAMBLE_TOKENS)  # positions
     limit = math.ceil((10_500 + context + 40_000) / plan.FILL)
-    common = {"context_tokens": 99, "query_tokens": 40}
+    common: dict[str, Any] = {"context_tokens": 99, "query_tokens": 40}
     found = plan.plan(config, settings, **common, memory_limit=limit)
+    assert found.memory is not None
     assert found.memory.context == context
     assert (found.rows, programs[0].rows, found.largest_rows) == (rows, share, largest)
     assert found.fits
@@ -230,3 +234,110 @@ def test_what_cannot_be_planned(config, tmp_path):
         model_config(str(tmp_path), "int7")
     with pytest.raises(UserError, match=r"no config\.json"):
         model_config(str(tmp_path))
+
+
+def described(name="v5e-1", devices=1):
+    """A system described by this machine's own devices: the compiler is the one at hand."""
+    chip = device.CHIPS[name.partition("-")[0]]
+    return device.Described(name, chip, tuple(jax.devices()[:devices]), "libtpu 0.0.42.1")
+
+
+def test_a_described_device_is_planned_for(config, programs, monkeypatch):
+    """Its memory and its speed, which nothing measures, and no more than it has."""
+    monkeypatch.setattr(plan, "matmul_rate", None)
+    monkeypatch.setattr(plan, "device_memory", None)
+    sizes: dict[str, Any] = {"context_tokens": 99, "query_tokens": 40}
+    told: list[str] = []
+    found = plan.plan(config, SETTINGS, **sizes, system=described(), on_progress=told.append)
+    assert (found.memory_limit, found.matmul_rate) == (2**34, 197e12 / 6)  # float32
+    assert found.compiled_for == "v5e-1 in float32, by libtpu 0.0.42.1"
+    assert found.fits
+    assert found.room_elsewhere is None
+    assert told[0] == f"compiling the update of {found.rows} rows of {found.row_tokens} tokens"
+    half = plan.plan(config.replace(dtype="bfloat16"), SETTINGS, **sizes, system=described("v6e-1"))
+    assert (half.memory_limit, half.matmul_rate) == (2**35, 918e12)
+
+
+def test_an_update_that_the_compiler_refuses(config, programs, monkeypatch):
+    """It does not fit; the largest batch is that of the programs that it took."""
+    taken = plan.compiled
+
+    def compiled(config, settings, packing, mesh):
+        if packing.rows > 30:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 20.1G of 15.75G hbm")
+        return taken(config, settings, packing, mesh)
+
+    monkeypatch.setattr(plan, "compiled", compiled)
+    monkeypatch.setattr(Packing, "of", lambda *_: Packing(40, 48))
+    found = plan.plan(config, SETTINGS, context_tokens=99, query_tokens=40, system=described())
+    assert found.memory is None
+    assert not found.fits
+    assert 20 <= found.largest_rows <= 30
+    assert len(programs) <= plan.DESCRIBED_TRIES
+    monkeypatch.setattr(plan, "compiled", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plan.plan(config, SETTINGS, context_tokens=99, query_tokens=40, system=described())
+
+
+LARGE = {
+    "vocab_size": 32000, "width": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "head_width": 128,
+    "mlp_width": 14336, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("v5e-1", {"layers": 40}, "on a device, and a .* has 16.00 GiB; --device v6e-1 has room for them."),
+        ("v5e-1", {"layers": 64}, "; --device v5e-4 --parallel mesh --mesh model=4 has room for them."),
+        (
+            "v6e-1",
+            {"layers": 128, "mlp_width": 28672},
+            "; --device v6e-8 --parallel mesh --mesh model=8 has room",
+        ),
+        ("v5e-1", {"layers": 64, "kv_heads": 1}, "; --device v6e-1 --quantization int8 has room for them."),
+        (
+            "v6e-1",
+            {"layers": 200, "kv_heads": 1},
+            "; none of the devices .*: over 1 of them, .* takes 39.* GiB.",
+        ),
+    ],
+)
+def test_weights_that_a_described_device_has_no_room_for(config, programs, name, changes, said):
+    """Refused before anything is compiled, with the devices that have it."""
+    large = config.replace(**{**LARGE, **changes}, ropes=(), tied_head=True)
+    with pytest.raises(UserError, match=said) as error:
+        plan.plan(large, SETTINGS, context_tokens=99, query_tokens=40, system=described(name))
+    assert str(error.value).startswith("The model's weights take ")
+    assert programs == []
+
+
+def test_weights_that_leave_little_room(config, programs, monkeypatch):
+    """They fit, and no batch beside them: what has room is said."""
+    large = config.replace(**LARGE, ropes=(), tied_head=True)
+    own = 0.95 * room.weight_bytes(large, None)
+    monkeypatch.setattr(room, "FILL", 0.99)
+    monkeypatch.setattr(plan, "largest", lambda *_, **__: 0)
+    sizes: dict[str, Any] = {"context_tokens": 99, "query_tokens": 40}
+    found = plan.plan(large, SETTINGS, **sizes, system=described())
+    assert own < found.memory_limit
+    assert found.room_elsewhere == "--device v6e-1 has room for them"
+    small = plan.plan(config, SETTINGS, **sizes, system=described())
+    assert small.room_elsewhere is None
+
+
+def test_weights_over_a_mesh_are_shares(config):
+    """What is cut is cut; norms and what doesn't divide lie on each device."""
+    config = config.replace(vocab_size=260)
+    whole, half = (room.weight_bytes(config, as_mesh(layout)) for layout in ("data=2", "model=2"))
+    assert whole / 2 < half < 0.52 * whole
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_speed_is_that_of_the_best_probe(config, monkeypatch, dtype):
+    """Not of what the machine's other programs leave over."""
+    times = iter([0.0, *np.cumsum([0.0, 5.0, 0.0, 0.5, 0.0, 40.0, 0.0, 0.2])])
+    monkeypatch.setattr(arithmetic, "SIZES", {"cpu": (64,)})
+    monkeypatch.setattr(arithmetic, "PROBE_SECONDS", 45.6)
+    monkeypatch.setattr(arithmetic.time, "perf_counter", lambda: next(times, 1e9))
+    assert arithmetic.matmul_rate(config.replace(dtype=dtype)) == pytest.approx(2 * 64**3 / 0.2)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["errors", "terminal"],
     ["files"],
-    ["typing", "arguments"],
+    ["typing", "arguments", "device"],
     ["settings", "compile_cache", "hub"],
     ["models", "losses"],
     ["prompts", "processes", "progress"],
@@ -150,6 +150,12 @@ def test_nothing_is_too_long_to_read():
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno is not None
                 assert node.end_lineno - node.lineno < 90, f"{file}: {node.name}"
+
+
+def test_nobody_else_asks_for_the_backend():
+    """A kernel or a size chosen by this machine's backend would be wrong for a described device."""
+    own = ROOT / "jaxsp" / "device.py"
+    assert not [file for file in FILES if file != own and "default_backend" in file.read_text("utf-8")]
 
 
 def test_models_never_hear_of_prompts_and_prompts_never_see_weights():

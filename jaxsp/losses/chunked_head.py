@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsp import device
 from jaxsp.losses import vocabulary
 from jaxsp.losses.objective import Objective
 from jaxsp.typing import Array, ceil_div
@@ -43,7 +44,7 @@ _CAST_BYTES = 2**25
 
 def is_cpu() -> bool:
     """Whether there is no accelerator."""
-    return jax.default_backend() == "cpu"
+    return device.platform() == "cpu"
 
 
 def chunk_size(
@@ -210,7 +211,7 @@ def _devices(arrays: Iterable[Array]) -> int:
     for mesh in meshes:
         if not mesh.empty:
             return math.prod(size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
-    return jax.device_count()  # a program does not know whether it has one alone
+    return len(device.every())  # a program does not know whether it has one alone
 
 
 def _grouped(array: Array, batch: tuple[int, ...], cuts: list[int]) -> Array:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import jax
 from jax.sharding import Mesh
 
-from jaxsp import compile_cache
+from jaxsp import compile_cache, device
 from jaxsp.errors import in_a_line
 from jaxsp.files import as_path, read_json
 from jaxsp.models import sharding
@@ -227,13 +227,13 @@ def _located(
 
 
 def default_dtype() -> str:
-    """The fastest dtype of the default device: ``"bfloat16"`` or ``"float32"``.
+    """The fastest dtype of the device that programs are for: ``"bfloat16"`` or ``"float32"``.
 
     Example:
       >>> default_dtype() in DTYPES
       True
     """
-    if jax.default_backend() != "cpu":
+    if device.platform() != "cpu":
         return "float32" if _lacks("bfloat16") else "bfloat16"
     # Before 0.11 jax multiplies bfloat16 by way of float32 on a CPU, 1.4 times slower than float32 itself.
     if jax.__version_info__ < (0, 11):
@@ -246,17 +246,17 @@ def default_dtype() -> str:
 
 
 def _lacks(dtype: str) -> str | None:
-    """Why the default device can't be used with this dtype, if it can't."""
-    backend, device = jax.default_backend(), jax.devices()[0]
+    """Why the device can't be used with this dtype, if it can't."""
+    backend = device.platform()
     if backend == "cpu" and dtype != "float32" and jax.__version_info__ < (0, 10):
         # Some bf16 products with float32 sums are missing in the backward pass of 0.7.2; 0.10.2 has them.
         return f"jax {jax.__version__} can't train in {dtype} on a CPU (0.10 or newer can)"
     if backend == "tpu" and dtype == "float16":
         return "A TPU has no float16"
     if backend == "gpu" and dtype == "bfloat16":
-        capability = str(getattr(device, "compute_capability", "8.0"))
+        capability = str(getattr(device.current(), "compute_capability", "8.0"))
         if float(capability) < 8:
-            return f"{device.device_kind} (compute capability {capability}) has no bfloat16"
+            return f"{device.current().device_kind} (compute capability {capability}) has no bfloat16"
     return None
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxsp import device
 from jaxsp.models.config import DecoderConfig
 from jaxsp.typing import Params, PyTree, UserError
 
@@ -46,7 +47,7 @@ def as_mesh(mesh: Mesh | str) -> Mesh:
         if set(mesh.axis_names) != {DATA, MODEL}:
             raise UserError(f"A mesh must have the axes {DATA} and {MODEL}, not {mesh.axis_names}.")
         return mesh
-    devices = jax.device_count()
+    devices = len(device.every())
     sizes = {DATA: 1 if mesh else devices, MODEL: 1}
     for part in filter(None, mesh.split(",")):
         name, _, size = part.partition("=")
@@ -60,17 +61,17 @@ def as_mesh(mesh: Mesh | str) -> Mesh:
             f"The mesh {layout} takes {wanted} devices, which doesn't divide the {devices} there are;"
             " choose sizes whose product does."
         )
-    processes = jax.process_count()
+    processes = device.processes()
     if processes == 1:
         shape, names = tuple(sizes.values()), tuple(sizes)
-        auto, some = (AxisType.Auto,) * 2, jax.devices()[:wanted]
+        auto, some = (AxisType.Auto,) * 2, device.every()[:wanted]
         return jax.make_mesh(shape, names, axis_types=auto, devices=some)
     if wanted < devices or sizes[DATA] % processes:
         raise UserError(
             f"The mesh must take all {devices} devices of the {processes} processes, and {MODEL} those of one"
             f" process at most; {mesh or 'this'} doesn't."
         )
-    every = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    every = sorted(device.every(), key=lambda one: (one.process_index, one.id))
     return Mesh(np.reshape(np.array(every), tuple(sizes.values())), (DATA, MODEL))
 
 
@@ -80,7 +81,7 @@ def local(mesh: Mesh) -> Mesh:
     return mesh if len(own) == len(mesh.devices) else Mesh(np.array(own), mesh.axis_names)
 
 
-def check(config: DecoderConfig, mesh: Mesh) -> None:
+def check(config: DecoderConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises ``UserError`` if the model can't be cut in so many parts."""
     parts = mesh.shape[MODEL]
     counts = {"heads": config.heads, "key/value heads": config.kv_heads, "MLP units": config.mlp_width}
@@ -93,7 +94,9 @@ def check(config: DecoderConfig, mesh: Mesh) -> None:
             )
 
 
-def shardings(config: DecoderConfig, mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+def shardings(
+    config: DecoderConfig, mesh: Mesh | AbstractMesh
+) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """For ``load_model``: where the parameter with this path and shape goes.
 
     Raises:
@@ -103,7 +106,7 @@ def shardings(config: DecoderConfig, mesh: Mesh) -> Callable[[str, tuple[int, ..
     return functools.partial(_sharding, mesh)
 
 
-def _sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+def _sharding(mesh: Mesh | AbstractMesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     spec: list[str | None] = [None] * len(shape)
     for pattern, axis in SPLIT.items():
         # A vocabulary that doesn't divide stays whole.
@@ -117,7 +120,7 @@ def head_layout(head: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda leaf: _sharding(mesh, "lm_head/embedding", leaf.shape), head)
 
 
-def layout(params: Params, config: DecoderConfig, mesh: Mesh) -> PyTree:
+def layout(params: Params, config: DecoderConfig, mesh: Mesh | AbstractMesh) -> PyTree:
     """Where each of the weights, or of their shapes, goes: a tree of shardings."""
     of = shardings(config, mesh)
     return jax.tree_util.tree_map_with_path(

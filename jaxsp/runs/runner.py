@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsp import plan, processes
+from jaxsp import device, plan, processes
 from jaxsp.artifact import environment, make_artifact
 from jaxsp.data.packing import Packing
 from jaxsp.evaluation import brackets, report as reports, table
@@ -329,7 +329,7 @@ class Runner:
             parts = jax.local_device_count()
         at_once = self.at_once
         if at_once is None:
-            tokens = STEP_TOKENS.get(jax.default_backend(), ACCELERATOR_STEP_TOKENS)
+            tokens = STEP_TOKENS.get(device.platform(), ACCELERATOR_STEP_TOKENS)
             enough = min(max(1, tokens // (packing.rows * packing.length)), ceil_div(len(jobs), parts))
             at_once = plan.prompts_at_once(
                 self.model.config, settings, packing, self.mesh, most=parts * enough,

@@ -6,9 +6,9 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 import uvicorn
 
+from jaxsp import device
 from jaxsp.artifact import SoftPrompt
 from jaxsp.errors import UserError
 from jaxsp.models.generation import Live
@@ -24,7 +24,7 @@ from jaxsp.serve.served import Shelf
 
 def default_slots() -> int:
     """Requests that suit the device: a processor has no use for many at once."""
-    return 8 if jax.default_backend() == "cpu" else 32
+    return 8 if device.platform() == "cpu" else 32
 
 
 def open_shelf(model: LanguageModel, folders: Sequence[tuple[Path, SoftPrompt]]) -> Shelf:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
+from jaxsp import device
 from jaxsp.data.examples import Rows
 from jaxsp.models import sharding
 from jaxsp.models.sharding import DATA, along
@@ -209,7 +210,7 @@ def mesh_of(settings: Settings) -> Mesh | None:
     """
     if settings.devices.parallel == "mesh":
         return sharding.as_mesh(settings.devices.mesh)
-    if jax.process_count() > 1:
+    if device.processes() > 1:
         raise UserError(f"Several processes need --parallel mesh, not {settings.devices.parallel}.")
     return None
 

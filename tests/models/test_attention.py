@@ -128,15 +128,22 @@ CASES = {
     "packing after a prefix": lambda **o: make(
         PACKED_ROW + 5, piece(PREFIX, seed=9, **o), segment_ids=PACKED, **o
     ),
+    "packing and softcap": lambda **o: make(
+        PACKED_ROW + 5, piece(PREFIX, seed=9, **o), segment_ids=PACKED, softcap=0.7, **o
+    ),
+    "a segment a token, and padding": lambda **o: make(
+        np.stack([np.full(T, 5), [5, 6, *[5] * 6, EMPTY, EMPTY]]), piece(PREFIX, seed=9, **o),
+        segment_ids=jnp.array([range(T), [0, 0, *range(1, 7), EMPTY, EMPTY]], jnp.int32), **o,
+    ),
 }  # fmt: skip
 
 REFUSED = {
     ("splash", "window"): "counts positions",
     ("splash", "traced window, padding between"): "counts positions",
-    ("splash", "packing after a prefix"): "without segment ids",
     ("splash", "bias and softcap"): "a bias after a softcap",
-    ("splash", "bias and packing"): "without segment ids",
+    ("splash", "packing and softcap"): "several segments",
     ("cudnn", "softcap"): "no softcap",
+    ("cudnn", "packing and softcap"): "no softcap",
     ("cudnn", "bias and softcap"): "no softcap",
 }
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 
-import jax
-
+from jaxsp import device
 from jaxsp.models.attention import chunked, cudnn, splash
 from jaxsp.models.attention.inputs import AttentionInputs, Slots
 from jaxsp.typing import Array, Float, UserError
@@ -65,7 +64,7 @@ def _choose(inputs: AttentionInputs, backend: str) -> str:
     if inputs.q_BTHF.shape[1] == 1:
         return "chunked"
     if backend == "auto":
-        fastest = _FASTEST.get(jax.default_backend(), "chunked")
+        fastest = _FASTEST.get(device.platform(), "chunked")
         reason = BACKENDS[fastest].unsupported_reason(inputs)
         if reason is not None:
             _say_once(fastest, reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxsp import device
 from jaxsp.models.attention.inputs import AttentionInputs, joined, joined_bias, padded, visible
 from jaxsp.typing import Array
 
@@ -17,7 +18,7 @@ AMPERE = 8  # the first compute capability (its major number) with them
 def unsupported_reason(inputs: AttentionInputs) -> str | None:
     """Why the kernels can't serve these inputs."""
     F = inputs.q_BTHF.shape[-1]
-    if jax.default_backend() == "gpu" and _compute_capability() < AMPERE:
+    if device.platform() == "gpu" and _compute_capability() < AMPERE:
         return "cuDNN's attention needs an NVIDIA GPU of the Ampere generation or later"
     if inputs.q_BTHF.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN's attention takes bfloat16 or float16, not {inputs.q_BTHF.dtype}"
@@ -30,7 +31,7 @@ def unsupported_reason(inputs: AttentionInputs) -> str | None:
 
 def _compute_capability() -> int:
     # AMD's GPUs name theirs otherwise ("gfx942").
-    major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
+    major = str(getattr(device.current(), "compute_capability", "")).partition(".")[0]
     return int(major) if major.isdigit() else 0
 
 
@@ -59,6 +60,6 @@ def attend(inputs: AttentionInputs) -> Array:
         bias=bias_BH1S,
         mask=mask_BTS[:, None],
         scale=inputs.scale,
-        implementation="cudnn" if jax.default_backend() == "gpu" else "xla",
+        implementation="cudnn" if device.platform() == "gpu" else "xla",
     )
     return out_BTHF[:, :T]
