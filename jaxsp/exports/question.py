@@ -54,7 +54,7 @@ def description(prompt: SoftPrompt, model: LanguageModel, queries: Sequence[str]
 
 
 def without_paths(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest or report that names no folder of this machine: of the path of a model its last part is left.
+    """A manifest or report that names no folder of this machine: a path of a model is its last part.
 
     Example:
       >>> without_paths({"model": {"name": "/home/me/small"}, "teacher": None, "kind": "embedding"})

@@ -22,6 +22,7 @@ from jaxsp.losses import OBJECTIVES, as_objective
 from jaxsp.models import decoder
 from jaxsp.models.output_head import OutputHead
 from jaxsp.models.sharding import as_mesh
+from jaxsp.plan.program import batch_shapes
 from jaxsp.progress import Display
 from jaxsp.runs.job import make_job
 from jaxsp.runs.on_policy import OnPolicyRows
@@ -194,7 +195,7 @@ def test_every_driver_trains_on_it_like_one_device(even_model, name, layout):
 @names
 def test_a_plan_knows_the_shapes_of_its_batches(calm_model, name):
     problem, packing = asked(calm_model, wanted(name)), Packing(2, 100)
-    planned = plan._batch(calm_model.config, packing, None, as_objective(OBJECTIVE[name]))
+    planned = batch_shapes(calm_model.config, packing, as_objective(OBJECTIVE[name]))
     batch = packing.pack(problem.train, np.arange(2))
     assert jax.tree.structure(planned) == jax.tree.structure(batch)
     shapes = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(one)] for one in (planned, batch)]
