@@ -133,11 +133,10 @@ def test_the_teacher_comes_before_the_verdict():
 def test_brackets_of_equal_figures_are_one_bar():
     own = report()
     own["held_out"]["brackets"]["initial"] = dict(own["held_out"]["brackets"]["prompt"])
-    shown = check(html(own, LINES)).text
-    assert (
-        shown.count("the trained soft prompt σ, which is also σ before training") == 2
-    )  # its bar and its row
-    assert shown.count("σ before training") == 2
+    text = html(own, LINES)
+    words = "the trained soft prompt σ, which is also σ before training"
+    assert check(text).text.count("σ before training") == check(text).text.count(words) == 1  # its bar
+    assert text.count(f'title="{words}"') == text.count("σ before training") - 1 == 1  # its column
 
 
 def test_bars_end_where_their_values_are():

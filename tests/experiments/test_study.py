@@ -84,7 +84,7 @@ def test_what_the_text_adds_is_measured_on_the_same_documents(monkeypatch, tmp_p
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(suite, "committed", lambda name: {})
-    monkeypatch.setattr(jaxsp, "load_model", lambda: model)
+    monkeypatch.setattr(jaxsp, "load_model", lambda dtype: model)
     monkeypatch.setattr(experiment, "own_document", lambda name: (name, QUESTIONS, ["held out"]))
     monkeypatch.setattr(experiment, "compressed", compressed)
     run = Run(full=True, out=tmp_path)

@@ -282,9 +282,9 @@ def test_what_a_backend_can_not_serve_is_said_and_served_by_chunked(monkeypatch,
     assert called == ["chunked"] * 3
     begin = "Attention falls back from splash to chunked, which is slower: "
     assert caplog.messages == [
-        f"{begin}Splash can't add a bias after a softcap.",
+        f"{begin}Splash can't add a bias after a softcap, nor show a prefix to several segments there.",
         f"{begin}a sliding window counts positions, Splash counts slots.",
-        f"{begin}Splash has no room for a bias beside heads of width 128.",
+        f"{begin}Splash has no room for a bias, or segments after a prefix, beside heads of width 128.",
     ]
     attention(plain)
     assert called[-1] == "splash"

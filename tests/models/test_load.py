@@ -122,7 +122,7 @@ def test_old_jax_on_a_cpu_has_only_float32(monkeypatch, tiny_directory):
 def test_dtypes_that_the_hardware_lacks(monkeypatch, tiny_directory, backend, capability, dtype, message):
     device = types.SimpleNamespace(compute_capability=capability, device_kind="Tesla T4")
     monkeypatch.setattr(load.jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(load.jax, "devices", lambda: [device])
+    monkeypatch.setattr(load.jax, "devices", lambda *_: [device])
     with pytest.raises(UserError, match=message):
         jaxsp.load_model(tiny_directory, dtype=dtype)
 
