@@ -14,7 +14,7 @@ import pytest
 from jaxsp import device, distributions, plan
 from jaxsp.data.examples import make_rows
 from jaxsp.data.packing import Packing
-from jaxsp.models import sharding
+from jaxsp.models import decoder, sharding
 from jaxsp.models.load import model_config
 from jaxsp.models.sharding import as_mesh
 from jaxsp.plan import arithmetic, room
@@ -277,6 +277,18 @@ def test_an_update_that_the_compiler_refuses(config, programs, monkeypatch):
     monkeypatch.setattr(plan, "compiled", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         plan.plan(config, SETTINGS, context_tokens=99, query_tokens=40, system=described())
+
+
+def test_a_context_larger_than_a_chip_is_counted_from_a_part_of_it(config, monkeypatch):
+    asked, plain = [], decoder.empty_prefix.lower
+    counted = SimpleNamespace(lower=lambda config, slots: asked.append(slots) or plain(config, slots))
+    monkeypatch.setattr(plan.decoder, "empty_prefix", counted)
+    monkeypatch.setattr(plan.device, "platform", lambda: "tpu")
+    slots = 2**30
+    found = plan._context_bytes(config, slots)
+    assert max(asked) <= 128
+    entries = 2 * config.layers * config.kv_heads * config.head_width
+    assert found == pytest.approx(slots * (entries * np.dtype(config.dtype).itemsize + 4), rel=0.01)
 
 
 LARGE = {

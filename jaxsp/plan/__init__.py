@@ -35,7 +35,7 @@ from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.settings import Settings
 from jaxsp.teacher.signals import Wanted
 from jaxsp.training.drivers import mesh_of
-from jaxsp.typing import UserError
+from jaxsp.typing import UserError, ceil_div
 
 __all__ = [
     "PREAMBLE_TOKENS",
@@ -237,11 +237,16 @@ def _planned(
     )
 
 
+_TILE = 128
+"""Slots that a TPU fills an array up to a multiple of, at most."""
+
+
 def _context_bytes(config: DecoderConfig, slots: int) -> int:
     """Bytes of keys and values of so many slots; a TPU fills up the last axes of an array."""
     if device.platform() == "tpu":
-        found: Any = decoder.empty_prefix.lower(config, slots).compile().memory_analysis()
-        return found.output_size_in_bytes
+        # All may not fit one chip, which the compiler refuses; so many take as much as the first of them.
+        found: Any = decoder.empty_prefix.lower(config, _TILE).compile().memory_analysis()
+        return found.output_size_in_bytes * ceil_div(slots, _TILE)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(prefix_shapes(config, slots)))
 
 
