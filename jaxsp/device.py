@@ -215,6 +215,10 @@ def processes() -> int:
     return len({device.process_index for device in every()})
 
 
+_DEFAULT = "jax_default_device"
+"""An option of jax, which jax's types lack."""
+
+
 def _chosen() -> Device | str | None:
     """The default device, where one is set."""
-    return jax.config.jax_default_device  # type: ignore[attr-defined]  # jax's types lack its options
+    return getattr(jax.config, _DEFAULT)

@@ -121,7 +121,7 @@ def test_the_default_device_decides_and_not_the_backend(monkeypatch):
 
 
 def test_programs_are_traced_anew_for_another_device(monkeypatch):
-    """What was chosen for this machine is never taken for a described one."""
+    """A choice made for this machine is never taken for a described one."""
     asked = []
 
     @jax.jit

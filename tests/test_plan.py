@@ -339,7 +339,7 @@ def test_weights_that_leave_little_room(config, programs, monkeypatch):
 
 
 def test_weights_over_a_mesh_are_shares(config):
-    """What is cut is cut; norms and what doesn't divide lie on each device."""
+    """Matrices are cut; norms and what doesn't divide lie on each device."""
     config = config.replace(vocab_size=260)
     whole, half = (room.weight_bytes(config, as_mesh(layout)) for layout in ("data=2", "model=2"))
     assert whole / 2 < half < 0.52 * whole

@@ -82,7 +82,7 @@ def cost_of_larger(weights: int, context_tokens: int, prompt_length: int) -> str
 
 
 def verdict(report: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """What σ closes and loses, and what may help, the one that brings most first.
+    """The verdict: what σ closes and loses, and what may help, the one that brings most first.
 
     Args:
       report: with all but the verdict.

@@ -55,7 +55,7 @@ def test_sentences_items_rows_and_lines_each_with_its_headings():
 
 
 def test_html_is_read_without_its_tags():
-    """What is nothing but tags and comments has no sentence."""
+    """A text of tags and comments alone has no sentence."""
     text = '<div class="note">\n  <p>The lid is red.</p>\n</div>\n\n<!-- this\nof two lines -->\n\nIt is new.'
     found = sentences(text)
     assert [s.text for s in found] == ["The lid is red.", "It is new."]
