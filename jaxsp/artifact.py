@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from jaxsp import distributions, hub, prompts
+from jaxsp import device, distributions, hub, prompts
 from jaxsp.data.documents import normal_form
 from jaxsp.errors import RENAMED, Damaged, check_text, in_a_line
 from jaxsp.files import atomic_write, is_signed, read_json, read_whole, sealed, unsealed
@@ -435,8 +435,8 @@ def environment() -> dict[str, Any]:
     packages = ("jaxsp", "jax", "flax", "optax", "transformers")
     return {
         "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.local_device_count(),
+        "device": device.current().device_kind,
+        "devices": len(device.local()),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 

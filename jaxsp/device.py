@@ -201,11 +201,9 @@ def every() -> list[Device]:
     return chosen.client.devices()
 
 
-def local_count() -> int:
-    """The number of devices of such a system that one process has."""
-    if _chosen() is None:
-        return jax.local_device_count()
-    return len(every()) // processes()
+def local() -> list[Device]:
+    """Those of them that this process has; of a system that is only described, its first process."""
+    return [one for one in every() if one.process_index == jax.process_index()]
 
 
 def processes() -> int:

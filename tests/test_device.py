@@ -11,7 +11,8 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from jaxsp import device
+from jaxsp import device, plan
+from jaxsp.models.sharding import as_mesh
 from jaxsp.typing import UserError
 
 
@@ -112,7 +113,7 @@ def test_the_default_device_decides_and_not_the_backend(monkeypatch):
     with jax.default_device(cpu):
         assert (device.platform(), device.current()) == ("cpu", cpu)
         assert device.every() == jax.devices()
-        assert (device.local_count(), device.processes()) == (8, 1)
+        assert (len(device.local()), device.processes()) == (8, 1)
     with jax.default_device("gpu"):
         assert device.platform() == "gpu"
     with jax.default_device("cpu"):
@@ -138,3 +139,22 @@ def test_programs_are_traced_anew_for_another_device(monkeypatch):
     with device.programs_for(None):
         choice.trace(x)
     assert len(asked) == 2
+
+
+def test_a_mesh_over_processes_that_does_not_fit_names_one_that_does(monkeypatch):
+    monkeypatch.setattr(device, "every", lambda: [None] * 16)
+    monkeypatch.setattr(device, "processes", lambda: 4)
+    with pytest.raises(UserError, match="model=8 doesn't, data=4,model=4 does"):
+        as_mesh("model=8")
+
+
+def test_the_devices_of_this_process_are_its_own(monkeypatch):
+    """A plan's memory and a manifest's device are those of the default device's system."""
+    every = [
+        SimpleNamespace(process_index=i // 2, memory_stats=lambda i=i: {"bytes_limit": i}) for i in range(4)
+    ]
+    monkeypatch.setattr(device, "every", lambda: every)
+    assert device.local() == every[:2]
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert device.local() == every[2:]
+    assert plan.device_memory(2) == 2

@@ -412,7 +412,7 @@ def kl_terms(log_p: Array, log_q: Array) -> Array:
 
 
 def _mixture(log_p: Array, log_q: Array, beta: Any) -> Array:
-    """beta p + (1 - beta) q of each token, and never 0: where it underflows, both its parts do."""
+    """beta p + (1 - beta) q of each token, never 0: float32's least normal number stands for what is less."""
     mixture = beta * jnp.exp(log_p) + (1 - beta) * jnp.exp(log_q)
     return jnp.maximum(mixture, jnp.finfo(jnp.float32).tiny)
 

@@ -67,9 +67,10 @@ def as_mesh(mesh: Mesh | str) -> Mesh:
         auto, some = (AxisType.Auto,) * 2, device.every()[:wanted]
         return jax.make_mesh(shape, names, axis_types=auto, devices=some)
     if wanted < devices or sizes[DATA] % processes:
+        most = math.gcd(sizes[MODEL], devices // processes)
         raise UserError(
             f"The mesh must take all {devices} devices of the {processes} processes, and {MODEL} those of one"
-            f" process at most; {mesh or 'this'} doesn't."
+            f" process at most; {mesh or 'this'} doesn't, {DATA}={devices // most},{MODEL}={most} does."
         )
     every = sorted(device.every(), key=lambda one: (one.process_index, one.id))
     return Mesh(np.reshape(np.array(every), tuple(sizes.values())), (DATA, MODEL))

@@ -179,7 +179,7 @@ def _planned(
     if mesh is not None:
         shares, devices = mesh.shape[DATA], mesh.size
     else:
-        shares = devices = device.local_count() if settings.devices.parallel == "pmap" else 1
+        shares = devices = len(device.local()) if settings.devices.parallel == "pmap" else 1
     parts = shares * settings.devices.grad_accumulation
     if system is not None:
         check_weights(config, mesh, system)
@@ -304,4 +304,4 @@ def device_memory(devices: int) -> int:
 
 
 def _memory_stats() -> dict[str, int]:
-    return jax.local_devices()[0].memory_stats() or {}
+    return device.local()[0].memory_stats() or {}
