@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save
 from jaxsp import device, distributions, hub, prompts
 from jaxsp.data.documents import normal_form
 from jaxsp.errors import RENAMED, Damaged, check_text, in_a_line
-from jaxsp.files import atomic_write, is_signed, read_json, read_whole, sealed, unsealed
+from jaxsp.files import atomic_write, read_json, read_whole, remove_signed, sealed, unsealed
 from jaxsp.models.chat import ChatTexts
 from jaxsp.models.config import DecoderConfig, Quantization
 from jaxsp.models.language_model import LanguageModel
@@ -207,8 +207,7 @@ class SoftPrompt:
         """Writes the files into ``directory``, the manifest last; jaxsp's README of an earlier one goes."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        if is_signed(directory / CARD):
-            (directory / CARD).unlink()
+        remove_signed(directory / CARD)
         data = save(storage.named_arrays(storage.pack(self.sigma, self.manifest["dtype"])))
         manifest = {**self.manifest, "sha256": hashlib.sha256(data).hexdigest()}
         if self.context is not None:

@@ -142,6 +142,12 @@ def is_signed(file: Path) -> bool:
     return bool(start) and data == content + _signature(content)
 
 
+def remove_signed(file: Path) -> None:
+    """Removes a file that is as ``signed`` made it; any other stays."""
+    if is_signed(file):
+        file.unlink(missing_ok=True)
+
+
 def _signature(content: bytes) -> bytes:
     return _SIGNED.format(hashlib.sha256(content).hexdigest()).encode()
 

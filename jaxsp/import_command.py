@@ -56,8 +56,7 @@ class ImportPeft:
 
 def _check(out: Path, overwrite: bool) -> None:
     """Raises ``UserError`` if no prompt may be written there, before a model is loaded."""
-    from jaxsp.artifact import FILES, MANIFEST
-    from jaxsp.exports.card import CARD
+    from jaxsp.artifact import CARD, FILES, MANIFEST
 
     if out.is_file():
         raise UserError(f"{out} is a file; choose another folder with --out.")

@@ -142,8 +142,8 @@ def verdict(report: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if not good:
         if kind == "embedding":
             suggestions.append("keys and values in every layer (--kind per_head)")
-        same = train and "best_tokens" not in report["train"]  # else the KL of the two are of different kinds
-        if same and np.mean([q["kl"] for q in held_out]) > 1.5 * np.mean([q["kl"] for q in train]):
+        comparable = train and "best_tokens" not in report["train"]  # else their KL are of different kinds
+        if comparable and np.mean([q["kl"] for q in held_out]) > 1.5 * np.mean([q["kl"] for q in train]):
             suggestions.append("add queries like those missed (--queries)")
         if train and report["train"]["brackets"]["prompt"].get("decisive_agreement", 1.0) < LEARNT:
             suggestions.append("a longer prompt (--prompt-length)")

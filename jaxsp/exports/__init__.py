@@ -17,10 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxsp.artifact import SoftPrompt
+from jaxsp.artifact import CARD, SoftPrompt
 from jaxsp.errors import suggestion
 from jaxsp.exports import check, llamacpp, peft, transformers, vllm
-from jaxsp.exports.card import CARD, UNNAMED, card
+from jaxsp.exports.card import UNNAMED, card
 from jaxsp.exports.prefix import Held, hold
 from jaxsp.exports.question import DESCRIPTION, description
 from jaxsp.files import atomic_write, os_errors_as_user_errors

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jaxsp
-from jaxsp.artifact import CARD as CARD, SoftPrompt
+from jaxsp.artifact import SoftPrompt
 from jaxsp.exports.prefix import NEVER, Held
 from jaxsp.hub import is_remote
 from jaxsp.models.load import EMBEDDED, gguf_file, hub_id

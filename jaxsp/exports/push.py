@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxsp.artifact import ARRAYS, CONTEXT, MANIFEST, SoftPrompt
+from jaxsp.artifact import ARRAYS, CARD, CONTEXT, MANIFEST, SoftPrompt
 from jaxsp.errors import UserError
 from jaxsp.exports import readme
-from jaxsp.exports.card import CARD
 from jaxsp.exports.question import without_paths
 from jaxsp.files import read_whole, sealed
 from jaxsp.hub import SCHEME, check_name

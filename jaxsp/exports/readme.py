@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxsp.artifact import SoftPrompt
+from jaxsp.artifact import CARD, SoftPrompt
 from jaxsp.exports import EXPORTS
-from jaxsp.exports.card import CARD, prompt_card
+from jaxsp.exports.card import prompt_card
 from jaxsp.files import atomic_write, is_signed, signed
 from jaxsp.terminal import say_once
 
@@ -49,13 +49,3 @@ def write(folder: Path, prompt: SoftPrompt, report: Mapping[str, Any] | None = N
         return None
     atomic_write(file, signed(text(prompt, report)))
     return file
-
-
-def remove(folder: Path) -> None:
-    """Deletes the README of an earlier prompt, if nobody else changed it.
-
-    Args:
-      folder: that it may be in.
-    """
-    if is_signed(folder / CARD):
-        (folder / CARD).unlink(missing_ok=True)

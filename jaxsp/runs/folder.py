@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxsp.artifact import ARRAYS, CONTEXT, MANIFEST, SoftPrompt
+from jaxsp.artifact import ARRAYS, CARD, CONTEXT, MANIFEST, SoftPrompt
 from jaxsp.errors import Damaged
 from jaxsp.evaluation import asking, page, report as reports
 from jaxsp.exports import readme
@@ -25,6 +25,7 @@ from jaxsp.files import (
     os_errors_as_user_errors,
     read_json,
     read_json_lines,
+    remove_signed,
     sealed,
     unsealed,
 )
@@ -315,7 +316,7 @@ class RunFolder:
                     shutil.rmtree(old)
                 else:
                     old.unlink(missing_ok=True)
-            readme.remove(self.directory)
+            remove_signed(self.directory / CARD)
             self.settings.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(self.settings, reports.as_json(sealed({"version": VERSION, **settings})))
         except OSError as error:

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
+from jaxsp.artifact import CARD
 from jaxsp.exports import EXPORTS, readme
-from jaxsp.exports.card import CARD
 from jaxsp.runs.folder import Result, RunFolder
 from jaxsp.terminal import say_once
 from tests.test_files import prompt
