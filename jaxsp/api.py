@@ -132,7 +132,7 @@ def compress_many(
         that all can reach; each does a part of the list, and gives all results.
       resume: go on with the run in ``out``; what is finished there is not done again.
       overwrite: replace an earlier run in ``out``.
-      keep_going: report jobs that are invalid, and do the others.
+      keep_going: report jobs that are invalid or whose document gives nothing to train on, and do the others.
       at_once: prompts in one step; by default as many as suit the device and its memory.
       progress: whether to show what is going on, on standard error.
       callbacks: as in ``compress``; ``step.job`` is the id.

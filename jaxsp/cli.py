@@ -123,7 +123,7 @@ class CompressMany(_Run):
     at_once: int | None = None
     """Prompts in one step; by default as many as suit the device."""
     keep_going: bool = False
-    """Report rows that are invalid, and do the others."""
+    """Report rows that are invalid or whose document gives nothing to train on, and do the others."""
     output: Output = Output("jaxsp-many")
 
     def run(self) -> None:

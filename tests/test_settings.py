@@ -100,7 +100,7 @@ def with_new_field(part: str, value: int, *, per_prompt: bool = False) -> Settin
 def test_a_new_setting_is_forgotten_by_no_key(part, calm_model):
     """Whatever is kept for reuse is kept apart for each value of it, and for nothing else."""
     from jaxsp.data.documents import Query
-    from jaxsp.runs.runner import bracket_key
+    from jaxsp.runs.problems import bracket_key
     from jaxsp.study import study_key
     from tests.conftest import CONTEXT
 
@@ -132,7 +132,7 @@ def test_a_new_setting_is_forgotten_by_no_key(part, calm_model):
 
 def test_brackets_are_those_of_the_queries_held_out(calm_model):
     from jaxsp.data.documents import Query
-    from jaxsp.runs.runner import bracket_key
+    from jaxsp.runs.problems import bracket_key
     from tests.conftest import CONTEXT
 
     settings, a, b, c = Settings(), Query("a?"), Query("b?"), Query("c?")

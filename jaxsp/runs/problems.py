@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import shutil
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
+
+import jax
+import numpy as np
 
 from jaxsp import processes
 from jaxsp.losses import as_objective
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.runs.job import Job
+from jaxsp.settings import Settings, plain
 from jaxsp.study import NothingFit, Study, only_fills, study, study_key
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import (
@@ -29,7 +32,7 @@ from jaxsp.teacher.problem import (
 from jaxsp.teacher.samples import count, sample
 from jaxsp.teacher.signals import USUAL, Wanted
 from jaxsp.teacher.store import Store, about
-from jaxsp.typing import KeyValues, UserError
+from jaxsp.typing import KeyValues, PyTree
 
 T = TypeVar("T")
 
@@ -64,6 +67,10 @@ class Problems:
       store: where studies, and what the teacher said, are kept.
       teacher: the teacher, if it is another model.
       named: say which job it is whose document gives nothing to train on.
+
+    Attributes:
+      keep_going: leave out such a job.
+      left_out: the ids of those left out.
     """
 
     def __init__(
@@ -76,14 +83,31 @@ class Problems:
         named: bool = False,
     ) -> None:
         self.model, self.preamble, self.store, self.teacher = model, preamble, store, teacher
-        self.named = named
+        self.named, self.keep_going, self.left_out = named, False, set[str]()
         self.asked = teacher.model if teacher else model  # who answers
         self.teacher_preamble = read_preamble(teacher.model) if teacher else preamble
         self._problems, self._studies = Kept[Problem](), Kept[Study]()
         self._answers = Kept[list[list[int]]]()  # of the teacher, whatever else is wanted of it
 
+    def if_any(self, job: Job, display: Display, say: Callable[[str], None]) -> Problem | None:
+        """As ``of`` gives it; ``None`` if the document gives nothing to train on and the run keeps going."""
+        if job.id in self.left_out:
+            return None
+        try:
+            return self.of(job, display)
+        except NothingFit as error:
+            if not self.keep_going:
+                raise
+            self.left_out.add(job.id)
+            say(f"Skipped: {error}")
+            return None
+
     def of(self, job: Job, display: Display) -> Problem:
-        """The job with what the teacher said."""
+        """The job with what the teacher said.
+
+        Raises:
+          NothingFit: its document gives nothing to train on.
+        """
         asked, found, made, known = job, None, None, dict[str, list[int]]()
         if job.is_studied:
             try:
@@ -91,7 +115,10 @@ class Problems:
             except NothingFit as error:
                 if not self.named:
                     raise
-                raise UserError(f"{job.id}: {error} Or leave its row out.") from error
+                if self.keep_going:
+                    raise NothingFit(f"{job.id}: {error}") from error
+                advice = "Or leave its row out, or do the others alone with --keep-going."
+                raise NothingFit(f"{job.id}: {error} {advice}") from error
             job = dataclasses.replace(job, train=found.train, held_out=found.held_out)
         tokenized = job.tokenized(self.asked)
         seed = job.settings.training.seed if count(job.settings.teacher) else None
@@ -138,12 +165,11 @@ class Problems:
     def _keep_study(self, job: Job, found: Study) -> None:
         shown = about("study", self.asked.name, job.context, len(found.train) + len(found.held_out))
         self.store.write(f"{self._key(job)}.study", shown, found.write, Study.read)
-        if (folder := self._begun(job)) is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        self.store.remove_begun(self._key(job))
 
-    def _begun(self, job: Job) -> Path | None:
-        """The folder for what is kept of a study until it ends."""
-        return self.store.own and self.store.own / f"{self._key(job)}.begun"
+    def _begun(self, job: Job) -> Store:
+        """The store for what is kept of a study until it ends."""
+        return self.store.begun(self._key(job))
 
     def _said(self, job: Job, display: Display) -> Problem | None:
         """The user's own queries with what the teacher says; ``None`` if there are none."""
@@ -154,7 +180,7 @@ class Problems:
         tokenized = tokenize(*asked, job.train, job.held_out, settings, parts)
         wanted = self._wanted(job) if only_fills(settings, job.train) else USUAL
         texts = self.asked, tokenized, settings.teacher, self.teacher_preamble
-        store = self.store.with_own(self._begun(job), mend=True)
+        store = self.store.with_own(self._begun(job).own, mend=True)
         usual = teacher_key(self.asked, tokenized, settings.teacher)
         said = run_teacher(*texts, display, store, wanted, self._answers.get(usual))
         self._answers.keep(usual, said.answers)
@@ -177,7 +203,7 @@ class Problems:
             nonlocal made
             with processes.alone():
                 asked = job.context, job.train, job.held_out, job.settings
-                found, made = study(self.asked, *asked, display, folder=self._begun(job), said=said)
+                found, made = study(self.asked, *asked, display, kept=self._begun(job), said=said)
             return found.as_json()
 
         found = self._studies.keep(key, Study.from_json(processes.on_first_process(make)))
@@ -192,3 +218,14 @@ def _answers(job: TokenizedJob, known: dict[str, list[int]]) -> list[list[int]] 
     found = [known.get(query.text, given if query.seed else None) for query, given in pairs]
     answers = [ids for ids in found if ids is not None]
     return answers if len(answers) == len(found) else None
+
+
+def bracket_key(
+    model: LanguageModel, job: TokenizedJob, settings: Settings, initial: PyTree
+) -> tuple[Any, ...]:
+    """Equal where the brackets are: of the teacher, the queries held out, and the prompt before training."""
+    start = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(initial))
+    split, objective = job.is_train.tobytes(), as_objective(settings.training.objective)
+    wanted = Wanted.by(objective, model.config.vocab_size)
+    key = said_key(teacher_key(model, job, settings.teacher), job, wanted)
+    return key, split, tuple(plain(settings.prompt).items()), start

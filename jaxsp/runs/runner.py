@@ -23,19 +23,17 @@ from jaxsp.evaluation.brackets import Measured
 from jaxsp.evaluation.metrics import mean_kl_function
 from jaxsp.evaluation.tokens import by_token
 from jaxsp.evaluation.verdict import gap_in_words
-from jaxsp.losses import as_objective
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.models.sharding import DATA, local
 from jaxsp.progress import Display
 from jaxsp.runs.folder import Result, RunFolder
 from jaxsp.runs.job import Job, groups
 from jaxsp.runs.on_policy import OnPolicyRows
-from jaxsp.runs.problems import Kept, Problems
+from jaxsp.runs.problems import Kept, Problems, bracket_key
 from jaxsp.runs.resume import Earlier
 from jaxsp.settings import Settings, plain
 from jaxsp.teacher.another import Teacher
-from jaxsp.teacher.problem import Problem, TokenizedJob, read_preamble, said_key, teacher_key
-from jaxsp.teacher.signals import Wanted
+from jaxsp.teacher.problem import Problem, read_preamble
 from jaxsp.teacher.store import Store
 from jaxsp.training.drivers import DRIVERS, Driver, mesh_of
 from jaxsp.training.loop import Block
@@ -65,7 +63,7 @@ class Start:
       overwrite: replace it.
       display: shows what goes on.
       callbacks: hear of every step.
-      keep_going: leave out the jobs that are invalid.
+      keep_going: leave out the jobs that are invalid or whose document gives nothing to train on.
       at_once: prompts in one step; by default as many as suit the device and its memory.
     """
 
@@ -118,6 +116,8 @@ class Runner:
         # Of many, one that is damaged keeps none of the others from going on.
         store = Store.of_run(self.folder and self.folder.teachers, self.display.say, mend=not single)
         self.problems = Problems(self.model, self.preamble, store, self.teacher, named=not single)
+        # Processes wait for each other's results: they would wait for one that never comes.
+        self.problems.keep_going = start.keep_going and not self.divided
         self.teacher_head = self.teacher and self.teacher.head
         self.brackets = Kept[dict[str, Measured]]()
         self.prefills = Kept[float]()  # seconds of the whole context
@@ -138,8 +138,9 @@ class Runner:
         early: dict[str, Result] = {}  # finished before one that comes first; not kept if on disk
 
         def next_ones() -> Iterator[Result]:
-            while waiting and waiting[0].id in rows:
-                job = waiting.popleft()
+            while waiting and waiting[0].id in {*rows, *self.problems.left_out}:
+                if (job := waiting.popleft()).id in self.problems.left_out:
+                    continue
                 yield early.pop(job.id) if job.id in early else self._load(job)
 
         try:
@@ -155,8 +156,9 @@ class Runner:
                     if self.folder is None or waiting[0].id == job.id:
                         early[job.id] = result
                     yield from next_ones()
+                yield from next_ones()  # the last ones may have been left out
                 for job in to_do:
-                    if job.id not in rows:
+                    if job.id not in {*rows, *self.problems.left_out}:
                         rows[job.id] = table.row(self._made_elsewhere(job).report)
                         finished(f"{job.id}: from another process")
                         yield from next_ones()
@@ -166,6 +168,8 @@ class Runner:
             if self.single:
                 where = str(error) or "Interrupted."
             raise Interrupted(f"{where}{saved}") from None
+        if not rows:
+            raise UserError("None of the jobs can be done.")
         self._write_table(rows)
         for key in groups(self.jobs):  # those of a run that ended while it removed them
             self._remove_checkpoints(key)
@@ -292,7 +296,8 @@ class Runner:
                     checkpoints.clear()
                     saved, placed = None, []
         inside = {job.id for job in placed if job is not None}
-        queue = (self._training_job(job) for job in jobs if job.id not in inside)
+        waiting = (job for job in jobs if job.id not in inside)
+        queue = (self._training_job(job) for job in waiting if self._problem(job))
         slots = len(placed) or self._slots(jobs)
         mesh = self.mesh  # of the evaluation: its devices share whole prompts, if they divide evenly
         mesh = None if mesh is None or slots % mesh.shape[DATA] else mesh
@@ -322,7 +327,9 @@ class Runner:
         """The number of prompts that train in one step."""
         if self.single:
             return 1
-        problem, settings = self.problems.of(jobs[0], self.displays[jobs[0].id]), jobs[0].settings
+        problem, settings = next(filter(None, map(self._problem, jobs)), None), jobs[0].settings
+        if problem is None:
+            return 1
         packing = Packing.of(problem.lengths, settings.training.batch_size)
         parts = 1 if self.mesh is None else self.mesh.shape[DATA]
         if settings.devices.parallel == "pmap":
@@ -338,6 +345,9 @@ class Runner:
         rounds = ceil_div(len(jobs), at_once)
         slots = ceil_div(len(jobs), rounds)  # as evenly filled as can be
         return ceil_div(slots, parts) * parts
+
+    def _problem(self, job: Job) -> Problem | None:
+        return self.problems.if_any(job, self.displays[job.id], self.display.say)
 
     def _driver(self, settings: Settings, slots: int) -> Driver:
         frozen = Frozen(self.model.params, self.preamble, self.teacher_head)
@@ -433,17 +443,6 @@ class Runner:
             "tokens": by_token(model, problem, measured),
             "by_length": brackets.length_curve(model, problem, sigma, settings),
         }
-
-
-def bracket_key(
-    model: LanguageModel, job: TokenizedJob, settings: Settings, initial: PyTree
-) -> tuple[Any, ...]:
-    """Equal where the brackets are: of the teacher, the queries held out, and the prompt before training."""
-    start = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(initial))
-    split, objective = job.is_train.tobytes(), as_objective(settings.training.objective)
-    wanted = Wanted.by(objective, model.config.vocab_size)
-    key = said_key(teacher_key(model, job, settings.teacher), job, wanted)
-    return key, split, tuple(plain(settings.prompt).items()), start
 
 
 def _summary(result: Result) -> str:

@@ -14,6 +14,8 @@ def study_alone(
 ) -> Study:
     """The queries of a document alone, none of them held out; where the store has them they are read.
 
+    Who is interrupted goes on from the texts and answers that are there.
+
     Args:
       model: as in ``study``, and so are the others.
       context: the document.
@@ -27,6 +29,8 @@ def study_alone(
     key = f"{study_key(model, context, [], [], settings)}.questions"
     if (kept := store.read(key, Study.read, "Questions from the document")) is not None:
         return kept
-    found, _ = study(model, context, [], [], settings, display, measure=False)
+    asked = model, context, [], [], settings, display
+    found, _ = study(*asked, measure=False, kept=store.begun(key))
     store.write(key, about("questions", model.name, context, len(found.train)), found.write, Study.read)
+    store.remove_begun(key)
     return found

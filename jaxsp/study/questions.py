@@ -16,10 +16,9 @@ import jax
 from jaxsp.data.documents import Query, as_queries
 from jaxsp.data.parts import Part, check_length
 from jaxsp.data.words import words
-from jaxsp.errors import Damaged
 from jaxsp.evaluation.facts import stands_in
 from jaxsp.evaluation.metrics import at_positions
-from jaxsp.files import atomic_write, read_json, sealed, unsealed
+from jaxsp.files import read_json
 from jaxsp.models.language_model import LanguageModel
 from jaxsp.progress import Display
 from jaxsp.settings import Settings, plain
@@ -31,7 +30,7 @@ from jaxsp.study.text import Document
 from jaxsp.study.writing import completed
 from jaxsp.teacher.problem import SAMPLE, Problem, digest, identity, read_preamble, run_teacher, tokenize
 from jaxsp.teacher.signals import USUAL, Wanted
-from jaxsp.teacher.store import Store
+from jaxsp.teacher.store import Store, about
 from jaxsp.typing import UserError
 
 ROUNDS = 2
@@ -53,7 +52,7 @@ FILLING_TOKENS = 8192
 VERSION = 4
 """Version of the forms of queries and of the choice between them: a study by an earlier one is not read."""
 
-_FILE = "study.json"
+_FILE, _TEXTS = "study.json", "texts.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +160,7 @@ def study(
     display: Display,
     *,
     measure: bool = True,
-    folder: Path | None = None,
+    kept: Store | None = None,
     said: Problem | None = None,
 ) -> tuple[Study, Problem]:
     """Makes the queries that a document lacks, and has the teacher answer all.
@@ -174,7 +173,7 @@ def study(
       settings: settings of the compression.
       display: shows what goes on.
       measure: hold out some of the questions made, if none is given to measure on.
-      folder: for what is written and answered, so that a study that is interrupted goes on from there.
+      kept: for what is written and answered, so that a study that is interrupted goes on from there.
       said: the problem of the user's own queries, if the teacher has answered them.
 
     Returns:
@@ -190,7 +189,7 @@ def study(
     if not document.sentences and not fills:
         raise NothingFit("The document has no sentence to ask about; give questions with --queries.")
     parts = said.job.parts if said else tokenize(model, context, [*given, SAMPLE], held_out, settings).parts
-    found = _Found(model, document, parts, settings, display, folder, said)
+    found = _Found(model, document, parts, settings, display, kept or Store(None), said)
     own, last = len(given), [*range(len(given), len(given) + len(held_out))]
     if not said and (given or held_out):
         found.ask([*given, *held_out])
@@ -258,10 +257,10 @@ class _Found:
         parts: list[Part],
         settings: Settings,
         display: Display,
-        folder: Path | None,
+        kept: Store,
         said: Problem | None = None,
     ) -> None:
-        self.model, self.document, self.parts, self.folder = model, document, parts, folder
+        self.model, self.document, self.parts, self.kept = model, document, parts, kept
         self.preamble = said.preamble if said else read_preamble(model)
         self.settings, self.display = settings, display
         self.wanted = said.wanted if said else USUAL
@@ -285,7 +284,7 @@ class _Found:
         """More queries, which the teacher answers."""
         job = tokenize(self.model, self.document.text, queries, [], self.settings, self.parts)
         asked = self.model, job, self.settings.teacher, self.preamble, self.display
-        self.problems.append(run_teacher(*asked, Store(self.folder, mend=True), self.wanted))
+        self.problems.append(run_teacher(*asked, self.kept, self.wanted))
         return self.problems[-1]
 
     def cover(self, given: Sequence[Query], fills: bool) -> set[int]:
@@ -327,17 +326,21 @@ class _Found:
             bare.append(dataclasses.replace(problem, rows=dataclasses.replace(problem.rows, targets=targets)))
         return Problem.joined(bare)
 
-    def _kept(self, key: str, write: Callable[[], list[str | None]]) -> list[str | None]:
-        """The texts in the folder, or those that ``write`` gives, kept there."""
-        if self.folder is None:
+    def _written(self, key: str, drafts: Sequence[Draft], write: Callable[[], list[Any]]) -> list[str | None]:
+        """The texts of drafts: those kept, or what ``write`` gives, kept from then on."""
+        if not any(draft.source for draft in drafts):
             return write()
-        file = self.folder / f"{key}.json"
-        try:
-            return unsealed(read_json(file), file)["texts"]
-        except Damaged:  # or not there yet
-            file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(file, json.dumps(sealed({"texts": (texts := write())}), ensure_ascii=False))
-            return texts
+
+        def read(folder: Path) -> list[str | None]:
+            return read_json(folder / _TEXTS)["texts"]
+
+        def put(folder: Path) -> None:
+            (folder / _TEXTS).write_text(json.dumps({"texts": texts}, ensure_ascii=False), "utf-8")
+
+        if (texts := self.kept.read(key, read, "Questions")) is None:
+            texts = write()
+            self.kept.write(key, about("drafts", self.model.name, self.document.text, len(texts)), put, read)
+        return texts
 
     def drafted(
         self, seen: Seen, number: int, seeds: Mapping[str, Seed], wanted: set[int]
@@ -366,8 +369,9 @@ class _Found:
         count = itertools.count(1)
         key = jax.random.fold_in(jax.random.key(self.settings.training.seed), 2 + number)
         asked = [draft for _, draft in drafts]
-        written = self._kept(
+        written = self._written(
             digest([number, *asked]),
+            asked,
             lambda: completed(
                 model, self.preamble, asked, document.text, key, lambda _: note(f"{next(count)} written")
             ),

@@ -37,7 +37,7 @@ MANIFEST = "manifest.json"
 FIRST_WORDS = 60
 """Characters of a document that its entries are listed with."""
 
-_PART = ".part"
+_PART, _BEGUN = ".part", ".begun"
 _STALE = 86400.0  # seconds: whoever began to write it is gone
 # Not any OSError: what can't be read just now may be whole.
 _DAMAGE = FileNotFoundError, ValueError, KeyError, TypeError, IndexError
@@ -118,6 +118,22 @@ class Store:
         store = Store(own, self.shared, self._say, mend=mend)
         store._said = self._said
         return store
+
+    def begun(self, key: str) -> Store:
+        """The store of the parts of an entry that is being made: who is interrupted goes on from them.
+
+        It says nothing, and a part that is damaged is made anew. Among the shared entries one that nobody
+        goes on with goes with ``prune``, once it is a day old.
+        """
+        if self.own is not None:
+            return Store(self.own / f"{key}{_BEGUN}", mend=True)
+        return Store(None, self.shared and self.shared / f"{key}{_BEGUN}{_PART}")
+
+    def remove_begun(self, key: str) -> None:
+        """Removes the parts of an entry that is there; another run that is making it goes on without."""
+        begun = self.begun(key)
+        if (folder := begun.own or begun.shared) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def read(self, key: str, read: Callable[[Path], T], what: str) -> T | None:
         """The content that ``read`` makes of an entry's folder; ``None`` if there is no such entry.

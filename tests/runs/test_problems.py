@@ -10,6 +10,7 @@ import pytest
 import jaxsp
 from jaxsp.runs import problems
 from jaxsp.runs.job import make_job
+from jaxsp.study import NothingFit
 from jaxsp.study.coverage import Coverage
 from jaxsp.teacher import problem as teachers
 from jaxsp.teacher.store import entries
@@ -135,7 +136,7 @@ def test_an_objective_of_the_best_tokens_keeps_no_more_than_these(
 
     def seen(self, job, found):
         begun = self._begun(job)
-        under_way.extend(entry.about["kind"] for entry in entries(begun) if entry.about)
+        under_way.extend(entry.about["kind"] for entry in entries(begun.own) if entry.about)
         keep(self, job, found)
 
     monkeypatch.setattr(problems.Problems, "_keep_study", seen)
@@ -165,7 +166,30 @@ def test_of_many_jobs_that_is_named_whose_document_gives_nothing(calm_model, mon
     """A run of one needs no name."""
     monkeypatch.setattr("jaxsp.study.questions.MATTERS", 1e9)
     row = {"id": "b", "context": CONTEXT}
-    with pytest.raises(UserError, match=r"^b: Of \d+ queries .* Or leave its row out\.$"):
+    with pytest.raises(UserError, match=r"^b: Of \d+ queries .* Or leave its row out, or .* --keep-going\.$"):
         list(jaxsp.compress_many(calm_model, [row], progress=False, **SETTINGS))
     with pytest.raises(UserError, match=r"^Of \d+ queries"):
         jaxsp.compress(calm_model, CONTEXT, progress=False, **SETTINGS)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("order", [("a", "b", "c"), ("b", "a", "c"), ("a", "c", "b")])
+def test_a_document_that_gives_nothing_is_left_out_if_asked_for(
+    calm_model, monkeypatch, capsys, tmp_path, order, kept
+):
+    """The others are done, wherever it stands; the run goes on from them."""
+    job = {"context": CONTEXT, "queries": GIVEN, "held_out": HELD_OUT, "study": "off"}
+    rows = {"a": {"id": "a", **job}, "b": {"id": "b", "context": CONTEXT}, "c": {"id": "c", **job, "seed": 1}}
+
+    def nothing(self, job, display):
+        raise NothingFit("Nothing.")
+
+    monkeypatch.setattr(problems.Problems, "_studied", nothing)
+    jobs = [rows[name] for name in order]
+    options: dict[str, Any] = {**SETTINGS, "steps": 0, "out": tmp_path / "out" if kept else None}
+    for resume in (False, True) if kept else (False,):
+        found = jaxsp.compress_many(calm_model, jobs, keep_going=True, at_once=1, resume=resume, **options)
+        assert [result.report["id"] for result in found] == ["a", "c"]
+        assert capsys.readouterr().err.count("Skipped: b: Nothing.\n") == 1
+    with pytest.raises(UserError, match=r"^None of the jobs can be done\.$"):
+        list(jaxsp.compress_many(calm_model, [rows["b"]], keep_going=True, progress=False, **SETTINGS))

@@ -21,6 +21,7 @@ from jaxsp.study.coverage import Coverage
 from jaxsp.study.seeds import SEEDS, Draft
 from jaxsp.study.text import Document
 from jaxsp.teacher.signals import Wanted
+from jaxsp.teacher.store import Store
 from jaxsp.typing import UserError
 from tests.conftest import slow_beside
 
@@ -405,11 +406,11 @@ def test_an_interrupted_study_goes_on(calm_model, heeded, tmp_path, monkeypatch,
     with monkeypatch.context() as patched:
         patched.setattr(questions, where, stop)
         with pytest.raises(KeyboardInterrupt):
-            study(*asked, folder=tmp_path / "study")
+            study(*asked, kept=Store(tmp_path / "study"))
     if where == "_fit":
         monkeypatch.setattr(questions, "completed", stop)
         monkeypatch.setattr("jaxsp.teacher.problem.answer_ids", stop)
-    found, again = study(*asked, folder=tmp_path / "study")
+    found, again = study(*asked, kept=Store(tmp_path / "study"))
     assert found == expected
     for ours, theirs in zip(jax.tree.leaves(again.rows), jax.tree.leaves(problem.rows), strict=True):
         np.testing.assert_array_equal(ours, theirs)

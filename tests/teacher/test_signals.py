@@ -26,8 +26,7 @@ from jaxsp.plan.program import batch_shapes
 from jaxsp.progress import Display
 from jaxsp.runs.job import make_job
 from jaxsp.runs.on_policy import OnPolicyRows
-from jaxsp.runs.problems import Problems
-from jaxsp.runs.runner import bracket_key
+from jaxsp.runs.problems import Problems, bracket_key
 from jaxsp.settings import make_settings
 from jaxsp.teacher import problem as problems, targets
 from jaxsp.teacher.another import Teacher
