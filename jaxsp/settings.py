@@ -131,7 +131,7 @@ class DeviceSettings:
     """jit (one device), pmap (all local devices) or mesh."""
     mesh: str = ""
     """Layout of --parallel mesh, as data=2,model=4: rows over the first axis, weights over the second; by
-    default all devices over data."""
+    default all devices over data. fsdp=4 in place of data: rows, too, and the weights are stored in parts."""
     grad_accumulation: int = _setting(1, at_least=1)
     """Parts that a batch is computed in, one after the other, to save memory."""
     checkpoint_every: int = _setting(10, at_least=1)

@@ -21,6 +21,7 @@ from jaxsp.models.attention import AttentionInputs, Slots, attention
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.layers import ACTIVATIONS, Int8Dense, Norm, head_product
 from jaxsp.models.rope import rotate, rotation
+from jaxsp.models.sharding import weights_are_cut, whole
 from jaxsp.typing import EMPTY, AnyArray, Array, Float, Int, KeyValues, Params, PyTree, ceil_div
 
 Rewrite = Callable[[AttentionInputs, Any], tuple[tuple[Slots, ...], PyTree]]
@@ -66,7 +67,9 @@ class DecoderLayer(nn.Module):
 
     def __call__(self, x_BTD: Array, own: LayerInputs, reading: Reading) -> tuple[Array, _Kept]:
         change = DecoderLayer._change
-        if self.config.remat:
+        if cut := weights_are_cut():
+            change = nn.map_variables(change, "params", whole)
+        if self.config.remat or cut:  # of whole layers none is kept
             change = nn.remat(change, prevent_cse=False)
         change_BTD, key_values = change(self, x_BTD.astype(self.config.dtype), own, reading)
         return x_BTD + change_BTD, key_values
@@ -104,15 +107,14 @@ class DecoderLayer(nn.Module):
         past = zip(own.past_kv, reading.past_positions, strict=True)
         slots = [Slots(keys, values, at, bias=bias) for (keys, values, bias), at in past]
         slots.append(Slots(k_BTGF, v_BTGF, reading.positions_BT, reading.segment_ids_BT))
+        window = next(iter(c.sliding_windows), None) if own.sliding_window is None else own.sliding_window
         inputs = AttentionInputs(
             q_BTHF,
             reading.positions_BT,
             tuple(slots),
             scale=c.head_width**-0.5 if c.query_scale is None else c.query_scale,
             softcap=c.attention_softcap,
-            sliding_window=next(iter(c.sliding_windows), None)
-            if own.sliding_window is None
-            else own.sliding_window,
+            sliding_window=window,
             segment_ids_BT=reading.segment_ids_BT,
             precision=c.precision,
         )

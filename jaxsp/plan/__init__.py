@@ -26,7 +26,7 @@ from jaxsp.losses import as_objective
 from jaxsp.models import decoder
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.output_head import OutputHead
-from jaxsp.models.sharding import DATA
+from jaxsp.models.sharding import row_parts
 from jaxsp.plan.arithmetic import matmul_rate, peak_rate, step_flops
 from jaxsp.plan.program import PREAMBLE_TOKENS, compiled, prefix_shapes
 from jaxsp.plan.room import FILL, check_weights, room_elsewhere
@@ -177,7 +177,7 @@ def _planned(
     part_tokens = int(min(context_tokens, most))
     mesh = mesh_of(settings)
     if mesh is not None:
-        shares, devices = mesh.shape[DATA], mesh.size
+        shares, devices = row_parts(mesh), mesh.size
     else:
         shares = devices = len(device.local()) if settings.devices.parallel == "pmap" else 1
     parts = shares * settings.devices.grad_accumulation
@@ -270,19 +270,19 @@ def prompts_at_once(
     memory_limit: int | None = None,
     teacher_head: OutputHead | None = None,
 ) -> int:
-    """Prompts, at most ``most``, that one step has room for: at least one for each part of ``data``.
+    """Prompts, at most ``most``, that one step has room for: at least one for each part of the rows.
 
     Args:
       config: configuration of the model.
       settings: settings of all prompts.
       packing: packing of a prompt's batches.
-      mesh: over whose axis ``data`` the prompts go.
-      most: a multiple of that axis.
+      mesh: over whose axes ``data`` and ``fsdp`` the prompts go.
+      most: a multiple of their parts.
       memory_limit: bytes of a device; by default what it says of itself, and without that no limit.
       teacher_head: head of the teacher, if it is another model.
     """
     limit = memory_limit or _memory_stats().get("bytes_limit", math.inf)
-    parts = 1 if mesh is None else mesh.shape[DATA]
+    parts = 1 if mesh is None else row_parts(mesh)
 
     @functools.cache
     def size(prompts: int) -> float:

@@ -16,7 +16,7 @@ from jaxsp.losses import Objective
 from jaxsp.models import decoder, sharding
 from jaxsp.models.config import DecoderConfig
 from jaxsp.models.output_head import OutputHead
-from jaxsp.models.sharding import DATA, along
+from jaxsp.models.sharding import along, row_axes, row_parts
 from jaxsp.prompts import PROMPT_KINDS, with_defaults
 from jaxsp.prompts.initializers import Source, Start
 from jaxsp.settings import Settings
@@ -62,10 +62,10 @@ def lowered(
     )
     cut = 0
     if mesh is not None:
-        cut = cut_axis(prompts, mesh.shape[DATA])
+        cut = cut_axis(prompts, row_parts(mesh))
 
         def lie(axis: int | None, tree: PyTree) -> PyTree:
-            where = NamedSharding(mesh, along(DATA, axis))
+            where = NamedSharding(mesh, along(row_axes(mesh), axis))
             return jax.tree.map(lambda leaf: leaf.update(sharding=where), tree)
 
         layout = sharding.layout(params, config, mesh)

@@ -12,7 +12,7 @@ from jaxsp.device import CHIPS, HOST, SLICES, Described
 from jaxsp.files import size
 from jaxsp.models import decoder, sharding
 from jaxsp.models.config import DecoderConfig
-from jaxsp.models.sharding import DATA, MODEL
+from jaxsp.models.sharding import DATA, FSDP, MODEL
 from jaxsp.typing import UserError
 
 FILL = 0.9
@@ -61,18 +61,20 @@ def weight_bytes(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> int
 def what_holds(config: DecoderConfig) -> str:
     """The smallest of the devices that can be described with room for the weights, in words."""
     parts = math.gcd(config.heads, config.kv_heads, config.mlp_width)
-    able = [count for count in SLICES if parts % count == 0 and count <= HOST]
+    axes = {count: MODEL if parts % count == 0 else FSDP for count in SLICES if count <= HOST}
+    able = [count for count, axis in axes.items() if axis == MODEL or config.width % count == 0]
     own, least = config.quantization, math.inf
     for quantization, count in itertools.product(dict.fromkeys((own, "int8")), able):
-        mesh = AbstractMesh((1, count), (DATA, MODEL))
+        sizes = {DATA: 1, FSDP: 1, MODEL: 1} | {axes[count]: count}
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
         share = weight_bytes(config.replace(quantization=quantization), mesh)
         least = min(least, share)
         for name, chip in CHIPS.items():
             if share <= WEIGHTS * chip.memory:
-                over = f" --parallel mesh --mesh {MODEL}={count}" if count > 1 else ""
+                over = f" --parallel mesh --mesh {axes[count]}={count}" if count > 1 else ""
                 rounded = "" if quantization == own else f" --quantization {quantization}"
                 return f"--device {name}-{count}{over}{rounded} has room for them"
     return (
         f"none of the devices that can be described has room for them: over {able[-1]} of them, the most that"
-        f" its heads and MLP allow, each takes {size(int(least))}"
+        f" its sizes allow, each takes {size(int(least))}"
     )

@@ -24,7 +24,7 @@ from jaxsp.evaluation.metrics import mean_kl_function
 from jaxsp.evaluation.tokens import by_token
 from jaxsp.evaluation.verdict import gap_in_words
 from jaxsp.models.language_model import LanguageModel
-from jaxsp.models.sharding import DATA, local
+from jaxsp.models.sharding import local, row_parts
 from jaxsp.progress import Display
 from jaxsp.runs.folder import Result, RunFolder
 from jaxsp.runs.job import Job, groups
@@ -300,7 +300,7 @@ class Runner:
         queue = (self._training_job(job) for job in waiting if self._problem(job))
         slots = len(placed) or self._slots(jobs)
         mesh = self.mesh  # of the evaluation: its devices share whole prompts, if they divide evenly
-        mesh = None if mesh is None or slots % mesh.shape[DATA] else mesh
+        mesh = None if mesh is None or slots % row_parts(mesh) else mesh
         block = Block(
             queue,
             lambda slots: self._driver(settings, slots),
@@ -331,7 +331,7 @@ class Runner:
         if problem is None:
             return 1
         packing = Packing.of(problem.lengths, settings.training.batch_size)
-        parts = 1 if self.mesh is None else self.mesh.shape[DATA]
+        parts = 1 if self.mesh is None else row_parts(self.mesh)
         if settings.devices.parallel == "pmap":
             parts = jax.local_device_count()
         at_once = self.at_once

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxsp import device
 from jaxsp.data.examples import Rows
 from jaxsp.models import sharding
-from jaxsp.models.sharding import DATA, along
+from jaxsp.models.sharding import along, row_axes, row_parts
 from jaxsp.settings import Settings
 from jaxsp.training.state import TrainState
 from jaxsp.training.update import Frozen, Metrics, UpdateSettings, update
@@ -66,11 +66,11 @@ def sharded_update(
 ) -> tuple[TrainState, Metrics]:
     """``update`` as one program: on the default device, or with that axis of the batches cut over a mesh.
 
-    Each part of ``data`` reads σ itself, so that of the gradient only σ's own, summed once, is exchanged.
+    Each part of the rows reads σ itself, so that of the gradient only σ's own, summed once, is exchanged.
     """
 
     def part(frozen: Frozen, states: TrainState, batches: Rows) -> tuple[TrainState, Metrics]:
-        axis = DATA if mesh is not None and cut == _ROWS else None
+        axis = row_axes(mesh) if mesh is not None and cut == _ROWS else None
         return update(states, batches, frozen=frozen, settings=settings, axis_name=axis)
 
     own = _PROMPTS if cut == _PROMPTS else None
@@ -172,13 +172,13 @@ class PmapDriver:
 
 
 class MeshDriver:
-    """Prompts or rows over the mesh's axis ``data``, the weights over ``model`` (``models/sharding.py``)."""
+    """Prompts or rows over the mesh's axes ``data`` and ``fsdp``; weights as ``models/sharding.py`` says."""
 
     def __init__(
         self, frozen: Frozen, settings: UpdateSettings, *, slots: int = 1, mesh: Mesh | None = None
     ) -> None:
         mesh = sharding.as_mesh("") if mesh is None else mesh
-        self._parts = mesh.shape[DATA]
+        self._parts = row_parts(mesh)
         self._cut = cut_axis(slots, self._parts)
         self.multiple = (self._parts if self._cut == _ROWS else 1) * settings.grad_accumulation
         self._mesh = mesh
@@ -192,11 +192,11 @@ class MeshDriver:
 
     def place(self, states: TrainState) -> TrainState:
         own = _PROMPTS if self._cut == _PROMPTS else None
-        return sharding.put(states, self._mesh, along(DATA, own))
+        return sharding.put(states, self._mesh, along(row_axes(self._mesh), own))
 
     def step(self, states: TrainState, batches: Rows) -> tuple[TrainState, Metrics]:
         _check_divides(batches.tokens.shape[self._cut], self._parts)
-        return self._step(states, sharding.put(batches, self._mesh, along(DATA, self._cut)))
+        return self._step(states, sharding.put(batches, self._mesh, along(row_axes(self._mesh), self._cut)))
 
     def fetch(self, states: TrainState) -> TrainState:
         return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), states)

@@ -92,7 +92,7 @@ def update(
     *,
     frozen: Frozen,
     settings: UpdateSettings,
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step of gradient descent on the σ of M prompts, each on its own batch.
 
@@ -107,7 +107,7 @@ def update(
       frozen: weights and preamble, which stay as they are; an argument, so that nothing of them is folded
         into the program.
       settings: static.
-      axis_name: name of the mapped device axis over which each batch's rows are spread, if there is one.
+      axis_name: name of the mapped device axis over which each batch's rows are spread, or names, if any.
 
     Returns:
       The states after the step, and ``loss`` (the objective's cost per answer token), ``gradient_norm``,

@@ -35,6 +35,11 @@ def test_every_device_reads_its_shard(tmp_path, family):
     assert kernel.sharding.shard_shape(kernel.shape)[-1] == kernel.shape[-1] // 2
     ids = [[4, 8, 15, 16, 23, 42]]
     np.testing.assert_allclose(sharded.logits(ids), whole.logits(ids), atol=1e-4)
+    cut = jaxsp.load_model(tmp_path, dtype="float32", tokenizer=None, mesh="fsdp=4,model=2")
+    jax.tree.map(np.testing.assert_array_equal, cut.params, whole.params)
+    kernel = cut.params["layers"]["q_proj"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape)[1:] == (kernel.shape[1] // 4, kernel.shape[2] // 2)
+    np.testing.assert_allclose(cut.logits(ids), whole.logits(ids), atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from typing import Any
@@ -26,7 +27,7 @@ from jaxsp.typing import UserError
 from tests import programs, tiny
 from tests.conftest import CONTEXT, QUERIES, assert_same_sigma, slow_beside
 
-LAYOUTS = ["data=8", "data=2,model=4", "model=4", "data=4,model=2"]
+LAYOUTS = ["data=8", "data=2,model=4", "model=4", "data=4,model=2", "data=2,fsdp=4", "fsdp=2,model=4"]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,9 @@ def on_one_device(model, problem):
     return trained(model, problem, driver_of(model, problem, "jit"))
 
 
-@pytest.mark.parametrize("mesh", [None, *slow_beside(LAYOUTS, "data=8", "model=4", "data=4,model=2")])
+@pytest.mark.parametrize(
+    "mesh", [None, *slow_beside(LAYOUTS, "data=8", "model=4", "data=4,model=2", "fsdp=2,model=4")]
+)
 def test_every_layout_trains_like_one_device(model, problem, on_one_device, mesh):
     driver = driver_of(model, problem, "mesh" if mesh else "pmap", mesh)
     losses, sigma = trained(model, problem, driver)
@@ -139,8 +142,36 @@ def test_weights_are_never_gathered(model, problem, mesh):
         assert {widest, heads} <= set(map(int, shape.split(","))), shape
 
 
+def test_weights_in_parts_are_gathered_a_layer_at_a_time(model, problem):
+    """In the loop over layers and in that of the backward pass, each matrix once; the vocabulary once a step.
+
+    Over ``model`` each device gathers its own part alone.
+    """
+    c, parts = model.config, {"data=2,fsdp=4": 1, "fsdp=2,model=4": 4}
+    layer = [c.width * c.heads * c.head_width] * 2 + [c.width * c.kv_heads * c.head_width] * 2
+    layer += [c.width * c.mlp_width] * 3
+    for mesh, share in parts.items():
+        text = step_text(model, problem, mesh, "key_value")
+        gathered = [re.findall(r"\d+", s) for s in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", text)]
+        sizes = sorted(math.prod(map(int, shape)) * share for shape in gathered)
+        assert sizes == sorted([*layer, *layer, c.vocab_size * c.width])
+        assert all(len(shape) == 2 for shape in gathered), "not of all layers at once"
+
+
+def test_weights_in_parts_take_their_part_of_memory(model):
+    """Norms and biases alone are on every device."""
+    whole, cut = (as_bytes(model.on(as_mesh(mesh)).params) for mesh in ("data=8", "fsdp=8"))
+    assert whole / 8 < cut < whole / 7
+
+
+def as_bytes(params):
+    """The bytes of arrays on one device."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params))
+
+
 @pytest.mark.slow
-def test_a_whole_compression_on_a_mesh(model, tmp_path):
+@pytest.mark.parametrize("layout", ["data=2,model=4", "fsdp=4,model=2"])
+def test_a_whole_compression_on_a_mesh(model, tmp_path, layout):
     """The teacher, generation and evaluation as well; and it goes on where another layout stopped.
 
     From a start that isn't solved for: a solver amplifies the rounding of what it is given.
@@ -149,7 +180,7 @@ def test_a_whole_compression_on_a_mesh(model, tmp_path):
     options |= {"initial": "first"}
     options |= {"progress": False}
     expected = jaxsp.compress(model, CONTEXT, QUERIES, **options)
-    mesh: dict[str, Any] = {"parallel": "mesh", "mesh": "data=2,model=4"}
+    mesh: dict[str, Any] = {"parallel": "mesh", "mesh": layout}
     spread = jaxsp.compress(model, CONTEXT, QUERIES, out=tmp_path / "a", **mesh, **options)
     assert_same_sigma(spread.prompt.sigma, expected.prompt.sigma, within=1e-5)
     for name, value in expected.report["held_out"]["brackets"]["prompt"].items():
@@ -219,7 +250,8 @@ def test_a_batch_that_the_mesh_does_not_divide(model, problem):
     [
         ({"mesh": "data=3"}, "takes 3 devices, which doesn't divide the 8 there are"),
         ({"mesh": "data=4,model=4"}, "takes 16 devices, which doesn't divide the 8 there are"),
-        ({"mesh": "rows=2"}, "--mesh must be like data=2,model=4, axes data and model; got 'rows=2'"),
+        ({"mesh": "rows=2"}, "--mesh must be like data=2,model=4, axes data, model and fsdp; got 'rows=2'"),
+        ({"mesh": "fsdp=64"}, "takes 64 devices"),
         ({"mesh": "data=0"}, "got 'data=0'"),
         ({"mesh": "data"}, "got 'data'"),
         ({"mesh": "model=8"}, "--mesh model=8 doesn't divide the model's 4 heads; choose one of 1, 2, 4"),
