@@ -77,8 +77,9 @@ def load_model(
         activations are in ``dtype``.
       tokenizer: ``"auto"`` reads it from beside the weights; ``None`` loads the weights alone; or one
         of your own.
-      mesh: devices to spread the weights over, as ``"data=2,model=4"``, ``"fsdp=8"`` or a ``Mesh`` with these axes:
-        each device's part is read on its own (``jaxsp.models.sharding``). By default all is on the default device.
+      mesh: devices to spread the weights over, as ``"data=2,model=4"``, ``"fsdp=8"`` or a ``Mesh`` with these
+        axes: each device's part is read on its own (``jaxsp.models.sharding``). By default all is on the
+        default device.
       chat: the layout of a chat where the tokenizer's template leaves it open: a system text, the turn that
         the context stands in, variables of the template.
 
