@@ -27,7 +27,7 @@ from jaxsp.runs.folder import PAGE, Result
 from jaxsp.study import Study
 from jaxsp.teacher.another import name_of_kl
 from jaxsp.teacher.store import Entry
-from jaxsp.terminal import visible
+from jaxsp.terminal import duration, visible
 
 
 def print_plan(plan: Plan, steps: int, advice: str) -> None:
@@ -51,7 +51,7 @@ def print_plan(plan: Plan, steps: int, advice: str) -> None:
         "a step": f"{plan.flops / 1e9:,.1f} GFLOP, {plan.step_seconds:,.3g} s",
         "  matrix products": speed,
         "  of which used": f"{plan.utilisation:g}, assumed (SmolLM2's on a CPU)",
-        f"{steps} steps": f"{steps * plan.step_seconds / 60:,.1f} min, without teacher and evaluation",
+        f"{steps} steps": f"{duration(steps * plan.step_seconds)}, without teacher and evaluation",
         "largest batch": f"--batch-size {largest}" if largest else f"none fits; {advice}",
     }
     _print_pairs(rows)

@@ -16,6 +16,21 @@ from typing import Any
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1, but for tabs and ends of lines
 
 
+def duration(seconds: float) -> str:
+    """A time for people.
+
+    Example:
+      >>> duration(0.2), duration(9.6), duration(200), duration(7500)
+      ('under 1 s', '10 s', '3 min', '2 h 5 min')
+    """
+    if seconds < 0.5:
+        return "under 1 s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def visible(text: str) -> str:
     """The text with a sign in place of each control character.
 

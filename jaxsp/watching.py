@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxsp.runs.watched import WatchedPrompt, WatchedRun
-from jaxsp.terminal import visible
+from jaxsp.terminal import duration, visible
 
 WIDTH, HEIGHT = 60, 4
 """Characters of a curve."""
@@ -113,19 +113,6 @@ def _state(prompt: WatchedPrompt, has_ended: bool, beside: int) -> str:
         return f"{where}, being measured"
     left = prompt.seconds_left(beside)
     return where if left is None else f"{where}, about {duration(left)} left"
-
-
-def duration(seconds: float) -> str:
-    """A time for people.
-
-    Example:
-      >>> duration(9.6), duration(200), duration(7500)
-      ('10 s', '3 min', '2 h 5 min')
-    """
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def curve(points: Sequence[tuple[int, float]], steps: int, width: int, height: int) -> list[str]:

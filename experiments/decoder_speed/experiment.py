@@ -223,5 +223,4 @@ EXPERIMENT = Experiment(
     result=result,
     settings=(*DTYPES, *PARTS),
     options="--torch-python PATH",
-    missing="How fast questions are written has not been measured yet.",
 )
