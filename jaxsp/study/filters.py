@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import itertools
 import re
 import unicodedata
 from collections.abc import Iterable
 
 from jaxsp.data.words import words
+from jaxsp.study.text import ENGLISH, is_english
 
 FEWEST_WORDS, MOST_WORDS = 3, 40
+
+KNOWN = 0.3
+"""Part of a query's words, at least, that the document has, or any question in English if it is in English. All
+of 1,682 questions that people asked about 45 documents have a third and more."""
+
+ASKING = (
+    "what", "which", "who", "whose", "when", "where", "why", "how", "does", "do", "did", "can", "there",
+    "much", "many", "i",
+)  # fmt: skip
+"""Words by which questions in English are known, beside the commonest of the language."""
 
 ALIKE = 0.75
 """Overlap of two queries' pairs of words from which one of them is left out."""
@@ -54,15 +67,34 @@ def _pairs(text: str) -> set[tuple[str, str]]:
 
 
 def is_sane(text: str, document: str) -> bool:
-    """Whether a query has the length of one, and no letters of a script that the document doesn't have.
+    """Whether a query has the length of one, and the language of the document as far as its words tell.
 
     Example:
-      >>> is_sane("How long is it?", "It is long."), is_sane("Сколько?", "It is long."), is_sane("", "It")
+      >>> text = "The cable is 90 centimetres long."
+      >>> is_sane("How long is the cable?", text), is_sane("Wie lang ist das Kabel?", text), is_sane("", text)
       (True, False, False)
     """
-    count = len(words(text))
+    own, count = set(words(text)), len(words(text))
     long_enough = FEWEST_WORDS <= count <= MOST_WORDS or (count and not text.isascii())
-    return bool(long_enough) and scripts(text) <= scripts(document) | {"LATIN"}
+    if not long_enough or not scripts(text) <= scripts(document) | {"LATIN"}:
+        return False
+    known, foreign = _vocabulary(document)
+    if len(own & foreign) > 1:
+        return False
+    return len(own & known) >= KNOWN * len(own)
+
+
+@functools.lru_cache(maxsize=8)
+def _vocabulary(document: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The words that queries about a document may be expected to have, and those of English that it has not.
+
+    The latter are those of another language: none, where the document is in English.
+    """
+    counts = collections.Counter(words(document))
+    english = {*ENGLISH, *ASKING}
+    if is_english(counts):
+        return frozenset({*counts} | english), frozenset()
+    return frozenset(counts), frozenset(english - {*counts})
 
 
 def scripts(text: str) -> set[str]:

@@ -49,7 +49,7 @@ SHARE = 3
 FILLING_TOKENS = 8192
 """Tokens to read at most, about, to find what the user's own queries ask for: some seconds on two cores."""
 
-VERSION = 4
+VERSION = 5
 """Version of the forms of queries and of the choice between them: a study by an earlier one is not read."""
 
 _FILE, _TEXTS = "study.json", "texts.json"

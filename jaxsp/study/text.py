@@ -142,9 +142,8 @@ class Document:
 
     @functools.cached_property
     def is_english(self) -> bool:
-        """Whether it has the commonest words of English as often as English has."""
-        common = sum(self._counts[word] for word in ENGLISH)
-        return common > 0.15 * sum(self._counts.values())
+        """Whether it is written in English."""
+        return is_english(self._counts)
 
     def rare_words(self, sentence: int) -> list[str]:
         """The words of a sentence that the document has once, the longest first; none that is very short."""
@@ -216,7 +215,13 @@ RARE = 2
 """Times that a document may have a word that tells one of its facts from others."""
 
 ENGLISH = ("the", "of", "and", "to", "a", "in", "is", "that", "it", "for", "was", "on", "with", "are", "be")
+"""The commonest words of English."""
 FIGURE = r"(?<![\w.])\d+(?:[.,:]\d+)*(?![\w])"
+
+
+def is_english(counts: collections.Counter[str]) -> bool:
+    """Whether a text with these words has the commonest ones of English as often as English has."""
+    return sum(counts[word] for word in ENGLISH) > 0.15 * counts.total()
 
 
 def terms(text: str) -> list[str]:
