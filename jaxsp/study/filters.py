@@ -15,8 +15,8 @@ from jaxsp.study.text import ENGLISH, is_english
 FEWEST_WORDS, MOST_WORDS = 3, 40
 
 KNOWN = 0.3
-"""Part of a query's words, at least, that the document has, or any question in English if it is in English. All
-of 1,682 questions that people asked about 45 documents have a third and more."""
+"""Part of a query's words, at least, that the document has, or any question in English where it is English.
+All of 1,682 questions that people asked about 45 documents have a third and more."""
 
 ASKING = (
     "what", "which", "who", "whose", "when", "where", "why", "how", "does", "do", "did", "can", "there",
