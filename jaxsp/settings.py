@@ -91,8 +91,9 @@ class TrainingSettings:
     batch_size: int = _setting(8, at_least=1)
     """Queries an update, about: as many as fit in the tokens of so many of mean length."""
     optimizer: str | None = _setting(None, type=str)
-    """Optimizer: muon, adam or adamw; by default adam, for embedding muon. In Python also an
-    optax.GradientTransformation, used as it is: it has its own learning rate."""
+    """Optimizer: muon, adam, adamw or evolution (without a gradient, by 32 prompts around the prompt at each
+    step: for objectives that have none, too, as zero_one); by default adam, for embedding muon. In Python
+    also an optax.GradientTransformation, used as it is: it has its own learning rate."""
     learning_rate: float | None = _setting(None, type=float, per_prompt=True, above=0)
     """Peak learning rate, times the root mean square of the prompt's entries at its start (families'
     embeddings differ a hundredfold; of keys and values, layer by layer); with muon that is the root mean

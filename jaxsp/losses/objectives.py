@@ -210,11 +210,12 @@ def parse(text: str) -> Objective:
     return _mixed([term for term in terms if term[0] != "temperature"], *temperatures)
 
 
-def as_objective(objective: str | Objective) -> Objective:
+def as_objective(objective: str | Objective, *, by_gradient: bool = True) -> Objective:
     """The objective to train on, from a text or as it is.
 
     Args:
       objective: a text that ``parse`` reads, or an ``Objective``.
+      by_gradient: refuse one without a gradient to train on.
 
     Returns:
       The ``Objective``.
@@ -235,7 +236,8 @@ def as_objective(objective: str | Objective) -> Objective:
             f"The objective must be a text such as 'kl' or a jaxsp.losses.Objective, not"
             f" {objective!r}; a function of your own becomes one by Objective(function)."
         )
-    objective.check_differentiable()
+    if by_gradient:
+        objective.check_differentiable()
     return objective
 
 

@@ -206,7 +206,7 @@ def _planned(
         return math.inf if found is None else found.total
 
     readings = parts if PROMPT_KINDS[settings.prompt.kind].IS_READ else 0
-    wanted = Wanted.by(as_objective(settings.training.objective), config.vocab_size)
+    wanted = Wanted.by(as_objective(settings.training.objective, by_gradient=False), config.vocab_size)
     heads = 3 if wanted.train == "hidden" else 2  # the teacher's part is known
     flops = step_flops(config, settings.prompt.prompt_length, query_tokens, packing, readings, heads)
     if system is None:

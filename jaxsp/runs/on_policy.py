@@ -42,7 +42,7 @@ def check(settings: Settings, train: Sequence[Query] = ()) -> None:
     """
     if not (fraction := settings.training.on_policy):
         return
-    objective = as_objective(settings.training.objective)
+    objective = as_objective(settings.training.objective, by_gradient=False)
     if "tokens" in objective.needs or not objective.needs:
         raise UserError(
             f"--on-policy {fraction:g} needs an objective that compares with the teacher's distribution, such"

@@ -157,7 +157,7 @@ class Problems:
     def _wanted(self, job: Job) -> Wanted:
         """The signals that a job wants of the teacher."""
         tokens = min(self.asked.config.vocab_size, self._shared.config.vocab_size)
-        return Wanted.by(as_objective(job.settings.training.objective), tokens)
+        return Wanted.by(as_objective(job.settings.training.objective, by_gradient=False), tokens)
 
     def _key(self, job: Job) -> str:
         return study_key(self.asked, job.context, job.train, job.held_out, job.settings, self._wanted(job))
@@ -225,7 +225,7 @@ def bracket_key(
 ) -> tuple[Any, ...]:
     """Equal where the brackets are: of the teacher, the queries held out, and the prompt before training."""
     start = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(initial))
-    split, objective = job.is_train.tobytes(), as_objective(settings.training.objective)
+    split, objective = job.is_train.tobytes(), as_objective(settings.training.objective, by_gradient=False)
     wanted = Wanted.by(objective, model.config.vocab_size)
     key = said_key(teacher_key(model, job, settings.teacher), job, wanted)
     return key, split, tuple(plain(settings.prompt).items()), start

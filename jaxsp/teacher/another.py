@@ -127,7 +127,7 @@ class Teacher:
 
     def check(self, settings: Settings) -> None:
         """Raises ``UserError`` if the teacher can't give what the objective needs."""
-        objective = as_objective(settings.training.objective)
+        objective = as_objective(settings.training.objective, by_gradient=False)
         if self.difference is not None and not set(objective.needs) <= {"tokens"}:
             raise UserError(
                 f"The teacher {self.model.name} has another vocabulary than {self.student.name}"

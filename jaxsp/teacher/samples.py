@@ -90,7 +90,7 @@ def sample(
     chosen = settings.training.seed, numbers, teacher_key(model, job, settings.teacher)
     key = digest(chosen)
     tokens = min(model.config.vocab_size, vocab_size)
-    wanted = Wanted.by(as_objective(settings.training.objective), tokens)
+    wanted = Wanted.by(as_objective(settings.training.objective, by_gradient=False), tokens)
     if (answers := store.read(key, _read, "Sampled answers")) is None:
         with display.phase("answers", f"Sampled answers to {len(numbers)} queries"):
             own = [asked[i] for i in processes.strided_shard(len(asked))]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsp.training.evolution import Evolution
 from jaxsp.training.optimizers.schedule import Schedule, constant
 from jaxsp.typing import Array, Float, Int, PyTree
 
@@ -43,7 +44,7 @@ class TrainState:
 
 def initial_state(
     sigma: PyTree,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | Evolution,
     *,
     key: Array,
     schedule: Schedule | None = None,

@@ -18,6 +18,7 @@ from jaxsp.models.config import DecoderConfig
 from jaxsp.models.output_head import OutputHead
 from jaxsp.prompts import with_defaults
 from jaxsp.settings import Settings
+from jaxsp.training.evolution import Evolution
 from jaxsp.training.optimizers import make_optimizer
 from jaxsp.training.state import TrainState
 from jaxsp.typing import AnyArray, Array, Float, KeyValues, Params, PyTree, ceil_div
@@ -49,7 +50,7 @@ class UpdateSettings:
       config: configuration of the model.
       kind: kind of the prompt, a key of ``jaxsp.prompts.PROMPT_KINDS``.
       objective: what is trained on.
-      optimizer: optimizer of the prompt.
+      optimizer: optimizer of the prompt; with ``Evolution`` any objective can be trained on.
       grad_accumulation: parts that a batch's rows are computed in, one after the other; never more than rows.
 
     Raises:
@@ -59,17 +60,19 @@ class UpdateSettings:
     config: DecoderConfig
     kind: str
     objective: Objective
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation | Evolution
     grad_accumulation: int = 1
 
     def __post_init__(self) -> None:
-        self.objective.check_differentiable()
+        if not isinstance(self.optimizer, Evolution):
+            self.objective.check_differentiable()
 
     @classmethod
     def of(cls, config: DecoderConfig, settings: Settings) -> UpdateSettings:
         """The part of the settings that is compiled into the update of a model."""
         settings = with_defaults(settings)
-        objective, optimizer = as_objective(settings.training.objective), make_optimizer(settings.training)
+        objective = as_objective(settings.training.objective, by_gradient=False)  # checked as one is made
+        optimizer = make_optimizer(settings.training)
         return cls(config, settings.prompt.kind, objective, optimizer, settings.devices.grad_accumulation)
 
 
@@ -94,7 +97,7 @@ def update(
     settings: UpdateSettings,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One step of gradient descent on the σ of M prompts, each on its own batch.
+    """One step of descent on the σ of M prompts, each on its own batch: by the gradient, or by ``Evolution``.
 
     Totals, counts and gradients are summed over the parts that ``settings.grad_accumulation`` asks for and
     over ``axis_name``, and divided once: the result is that of the whole batch, however its rows are spread.
@@ -110,28 +113,72 @@ def update(
       axis_name: name of the mapped device axis over which each batch's rows are spread, or names, if any.
 
     Returns:
-      The states after the step, and ``loss`` (the objective's cost per answer token), ``gradient_norm``,
-      ``answer_tokens`` and ``learning_rate``, float32 ``[M]`` each.
+      The states after the step, and ``loss`` (the objective's cost per answer token; with ``Evolution`` the
+      mean of the prompts tried), ``gradient_norm``, ``answer_tokens`` and ``learning_rate``, float32 ``[M]``
+      each.
     """
-
-    draw = functools.partial(prompts.drawn, settings.kind)
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(states.key), states.step)
 
-    def gradients_and_losses(rows: Rows) -> tuple[PyTree, Total]:
-        def totals(sigmas: PyTree) -> tuple[Array, Total]:
-            read = jax.vmap(draw)(sigmas, keys)
-            each = loss_totals(read, frozen, rows, settings)
-            return jnp.sum(each.total), each  # no σ has a part in another's total
+    def read(sigmas: PyTree) -> PyTree:
+        return jax.vmap(functools.partial(prompts.drawn, settings.kind))(sigmas, keys)
 
-        return jax.grad(totals, has_aux=True)(states.sigma)
+    sums_of, gradients_of = _by_gradient, _of_sums
+    if isinstance(evolution := settings.optimizer, Evolution):
+        sums_of, gradients_of = _by_trial(evolution, states, keys)
 
-    gradients, losses = _in_parts(gradients_and_losses, batches, settings.grad_accumulation)
+    def sums(rows: Rows) -> PyTree:
+        return sums_of(lambda sigmas: loss_totals(read(sigmas), frozen, rows, settings), states.sigma)
+
+    found = _in_parts(sums, batches, settings.grad_accumulation)
     drawn = jax.vmap(lambda rows: rows.sequences)(batches)
     if axis_name is not None:
         # As one float32 message: a batch's sequences are few enough to be exact.
-        summed = jax.lax.psum((gradients, losses, drawn.astype(jnp.float32)), axis_name)
-        gradients, losses, drawn = *summed[:2], summed[2].astype(drawn.dtype)
+        found, exact = jax.lax.psum((found, drawn.astype(jnp.float32)), axis_name)
+        drawn = exact.astype(drawn.dtype)
+    gradients, losses = gradients_of(found)
     return jax.vmap(functools.partial(_descend, settings))(states, gradients, losses, drawn)
+
+
+Totals = Callable[[PyTree], Total]
+"""The totals of M prompts, by their parameters."""
+
+
+def _by_gradient(totals: Totals, sigmas: PyTree) -> tuple[PyTree, Total]:
+    """Gradients of summed losses, and these."""
+
+    def summed(sigmas: PyTree) -> tuple[Array, Total]:
+        each = totals(sigmas)
+        return jnp.sum(each.total), each  # no σ has a part in another's total
+
+    return jax.grad(summed, has_aux=True)(sigmas)
+
+
+def _of_sums(found: tuple[PyTree, Total]) -> tuple[PyTree, Total]:
+    """Gradients of mean losses, of those of sums."""
+
+    def of_mean(gradient: PyTree, loss: Total) -> PyTree:
+        return jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), gradient)
+
+    return jax.vmap(of_mean)(*found), found[1]
+
+
+def _by_trial(
+    evolution: Evolution, states: TrainState, keys: Array
+) -> tuple[Callable[[Totals, PyTree], Total], Callable[[Total], tuple[PyTree, Total]]]:
+    """The same two functions for N prompts tried around each: ``[M, N]`` totals, and estimates by them."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+    directions = jax.vmap(evolution.directions)(states.sigma, keys)
+    around = jax.vmap(evolution.around)(states.sigma, states.rates, directions)
+
+    def totals_of(totals: Totals, sigmas: PyTree) -> Total:
+        del sigmas
+        return jax.vmap(totals, in_axes=1, out_axes=1)(around)
+
+    def estimates(found: Total) -> tuple[PyTree, Total]:
+        mean = jax.tree.map(lambda each: jnp.mean(each, axis=1), found)
+        return jax.vmap(evolution.estimate)(directions, found.total), mean
+
+    return totals_of, estimates
 
 
 def _in_parts(compute: Callable[[Rows], PyTree], batches: Rows, parts: int) -> PyTree:
@@ -161,8 +208,7 @@ def _in_parts(compute: Callable[[Rows], PyTree], batches: Rows, parts: int) -> P
 def _descend(
     settings: UpdateSettings, state: TrainState, gradient: PyTree, loss: Total, drawn: Array
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One prompt's state after a step along the gradient of its summed loss."""
-    gradient = jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), gradient)
+    """One prompt's state after a step along the gradient of its mean loss."""
     change, optimizer_state = settings.optimizer.update(gradient, state.optimizer_state, state.sigma)
     rate = state.schedule.rate(state.step)
     sigma = optax.apply_updates(state.sigma, jax.tree.map(lambda own, c: rate * own * c, state.rates, change))

@@ -18,18 +18,20 @@ import optax
 
 from jaxsp.prompts import PROMPT_KINDS
 from jaxsp.settings import Settings, TrainingSettings
-from jaxsp.training.optimizers import adam, adamw, muon
+from jaxsp.training.evolution import Evolution
+from jaxsp.training.optimizers import adam, adamw, evolution, muon
 from jaxsp.training.optimizers.schedule import Schedule, constant, warmup_cosine
 from jaxsp.typing import PyTree, UserError
 
-OPTIMIZERS: dict[str, Callable[[TrainingSettings], optax.GradientTransformation]] = {
+OPTIMIZERS: dict[str, Callable[[TrainingSettings], optax.GradientTransformation | Evolution]] = {
     "muon": muon.make,
     "adam": adam.make,
     "adamw": adamw.make,
+    "evolution": evolution.make,
 }
 
 
-def make_optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
+def make_optimizer(settings: TrainingSettings) -> optax.GradientTransformation | Evolution:
     """The optimizer that the settings name, behind the gradient's clipping; one of the user's own as it is.
 
     Raises:
@@ -50,14 +52,26 @@ def make_optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
 
 
 @functools.lru_cache
-def _optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
-    clipping = [optax.clip_by_global_norm(settings.max_grad_norm)] if settings.max_grad_norm else []
-    return optax.chain(*clipping, OPTIMIZERS[str(settings.optimizer)](settings))
+def _optimizer(settings: TrainingSettings) -> optax.GradientTransformation | Evolution:
+    made = OPTIMIZERS[str(settings.optimizer)](settings)
+    if isinstance(made, Evolution) or not settings.max_grad_norm:
+        return made  # ranks have no outliers to clip
+    return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), made)
+
+
+def needs_gradient(optimizer: Any) -> bool:
+    """Whether an optimizer of the settings descends along the gradient: all but ``Evolution``."""
+    return optimizer != "evolution" and not isinstance(optimizer, Evolution)
+
+
+def _is_ours(optimizer: Any) -> bool:
+    """Whether the settings say how far an optimizer moves σ; one of the user's own does so itself."""
+    return isinstance(optimizer, str | Evolution)
 
 
 def make_schedule(settings: TrainingSettings) -> Schedule:
     """The learning rate of every step; an optimizer of the user's own has its own."""
-    if not isinstance(settings.optimizer, str) or settings.learning_rate is None:
+    if not _is_ours(settings.optimizer) or settings.learning_rate is None:
         return constant(settings.updates)
     return warmup_cosine(settings.learning_rate, settings.updates, settings.warmup_fraction)
 
@@ -74,7 +88,7 @@ def make_rates(settings: Settings, sigma: PyTree) -> PyTree:
     parts = [name for name, part in sigma.items() if isinstance(part, Mapping) or np.ndim(part)]
     _check_parts(kind, factors, parts)
     rates = _rates(kind, sigma, tuple(factors.items()))
-    if isinstance(settings.training.optimizer, str):
+    if _is_ours(settings.training.optimizer):
         return rates
     return jax.tree.map(lambda rate: jnp.where(rate == 0, 0.0, 1.0), rates)
 
