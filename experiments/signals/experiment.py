@@ -124,5 +124,5 @@ EXPERIMENT = Experiment(
     result=result,
     settings=(*VARIANTS, "from_disk"),
     file="results.parquet",
-    missing="It has not been run yet.",
+    missing="Answers of σ's own have not been run yet.",
 )
