@@ -27,20 +27,6 @@ def test_a_program_is_lowered_for_cuda(name):
     assert "cudnn" not in text
 
 
-def test_what_a_platform_has_no_form_for_is_an_error():
-    """The test above can fail: a kernel of TPUs is none of CUDA's."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
-    def kernel(x_ref, out_ref):
-        out_ref[...] = pltpu.roll(x_ref[...], 1, axis=1)
-
-    x = array(8, 128, dtype=jnp.float32)
-    call = jax.jit(lambda x: pl.pallas_call(kernel, out_shape=x)(x))
-    with pytest.raises(Exception, match=r"(?i)roll|tpu|triton|lower"):
-        lowered(call.trace(x))
-
-
 def test_the_call_of_cudnn_is_not_lowered_without_the_library():
     """So it is left out above, and proven on a card alone (``experiments/accelerator``)."""
     q = array(2, 16, 4, 64, dtype=jnp.bfloat16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -53,6 +54,7 @@ class Bench:
         self._repeats = 7 if run.full else 1
         self._seconds: dict[str, float] = {}
         self._jobs: dict[str, Callable[[], Any]] = {}
+        self._torch: Torch | None = None  # ends with this process
 
     def own_rate(self) -> float:
         """TFLOP/s of a square product; many in a row, as one takes a millisecond."""
@@ -74,11 +76,14 @@ class Bench:
         if not has_torch(self._run.torch_python):
             raise NotRun(f"{self._run.torch_python} has no torch")
         ours = self._of(job)
-        torch = Torch(self._run.torch_python, self._name, DTYPE)
+        torch = self._torch = self._torch or Torch(self._run.torch_python, self._name, DTYPE)
         try:
             took = seconds(functools.partial(torch.do, job), self._repeats)
-        finally:
-            torch.close()
+        except Exception:
+            self._torch = None  # the next job has a new one
+            with contextlib.suppress(OSError):
+                torch.close()
+            raise
         share = flops(self._shape, job)[0] / took / 1e12 / self.own_rate()
         return took / ours, {"torch_seconds": took, "torch_of_rate": share, "versions": torch.versions}
 
