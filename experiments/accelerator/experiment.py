@@ -11,6 +11,7 @@ import jax
 from experiments.accelerator import many, memory, parity, peft, speed
 from experiments.accelerator.checks import FAILED, PASSED, card, made
 from experiments.suite import HERE, Experiment, KeptRows, Results, Run, markdown
+from jaxsp import compile_cache
 from jaxsp.errors import UserError
 
 GROUPS = {"parity": parity, "speed": speed, "many": many, "memory": memory, "peft": peft}
@@ -30,7 +31,9 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
             "A full run of accelerator needs a GPU or a TPU, and jax finds only a CPU here; without --full it"
             " runs small shapes."
         )
-    if not run.full:  # nearly all of its time is compiling
+    if run.full:
+        compile_cache.enable()  # for the next try, after a stop
+    else:  # nearly all of its time is compiling
         jax.config.update("jax_disable_most_optimizations", True)
     kept = KeptRows(NAME, setting, run, only=folder(run))
     return {"card": card(), "full": run.full, "rows": made(GROUPS[setting].checks(run), kept)}

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.accelerator.checks import Check, Goal, seconds
+from experiments.accelerator.checks import Check, Goal, NotRun, seconds
 from experiments.decoder_speed.jobs import decoder_config, ids, random_params
 from experiments.decoder_speed.workload import SHAPES
 from experiments.loss_cost.experiment import measure_one
@@ -32,6 +32,9 @@ def checks(run: Run) -> list[Check]:
         return loss
 
     def ratio(key: str) -> tuple[float, dict[str, Any]]:
+        if both()["materialised"][key] is None:
+            taken = both()["materialised"]["temp_mib"]
+            raise NotRun(f"materialised logits take {taken:,.0f} MiB, which is too much here")
         return both()["materialised"][key] / max(both()["fused"][key], 1e-9), both()
 
     tokens = LONG if run.full else 64

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.accelerator.checks import Check, Goal, NotRun, smollm2
-from experiments.decoder_speed.jobs import our_jobs
+from experiments.decoder_speed.jobs import decoder_config, our_jobs, random_params
 from experiments.decoder_speed.workload import SHAPES
 from experiments.suite import DEMO, HERE, Run
 from jaxsp import device
@@ -165,9 +165,10 @@ def beside_cpu(job: str, *, full: bool) -> tuple[float, dict[str, Any]]:
         cpu = jax.devices("cpu")[0]
     except RuntimeError as reason:
         raise NotRun(f"jax has no CPU beside the card ({reason})") from reason
-    ours = our_jobs(shape, "float32")[job]()
-    with jax.default_device(cpu):
-        exact = our_jobs(shape, "float32")[job]()
+    params = random_params(decoder_config(shape, "float32"))
+    ours = our_jobs(shape, "float32", params)[job]()
+    with jax.default_device(cpu):  # with the card's own weights: a CPU draws some of them otherwise
+        exact = our_jobs(shape, "float32", jax.device_put(params, cpu))[job]()
     floats = [x for x in zip(*map(jax.tree.leaves, (ours, exact)), strict=True) if x[0].dtype == jnp.float32]
     errors = [error(*pair) for pair in floats]
     return max(errors), {"arrays": errors}

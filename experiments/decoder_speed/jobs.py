@@ -39,10 +39,10 @@ def decoder_config(shape: Shape, dtype: str, window: int = 8192) -> DecoderConfi
     )
 
 
-def our_jobs(shape: Shape, dtype: str) -> dict[str, Callable[[], Any]]:
-    """Each job as a function without arguments, compiled."""
+def our_jobs(shape: Shape, dtype: str, params: Any = None) -> dict[str, Callable[[], Any]]:
+    """Each job as a function without arguments, compiled; with random weights, if none are given."""
     config = decoder_config(shape, dtype)
-    params = random_params(config)
+    params = random_params(config) if params is None else params
     random = np.random.default_rng(0)
     read = jax.jit(decoder.prefill, static_argnums=1)
 

@@ -76,7 +76,7 @@ class Peft:
 
 def load(job: Job) -> Model:
     dtype = getattr(torch, job.dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
+    model: Model = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
     return model.to(DEVICE).eval().requires_grad_(False)
 
 
