@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -16,22 +15,31 @@ from experiments import suite
 from jaxsp.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """Lists the experiments, or runs one."""
-
-    name: tyro.conf.Positional[str] = ""
-    """Experiment to run; without one all are listed."""
-    full: bool = False
-    """The whole run, into the experiment's folder. Without it: a small one, into a temporary folder."""
-    only: tuple[str, ...] = ()
-    """Settings to run; by default all, or the first one of a small run."""
-    out: Path | None = None
-    """Folder for the results, instead."""
-    torch_python: str = sys.executable
-    """A Python with torch, transformers and peft, for the experiments that compare with them."""
-    redraw: bool = False
-    """Draw all tables and pictures anew from the committed results; measures nothing."""
+def parser() -> argparse.ArgumentParser:
+    """The options. By argparse, so that a machine with an accelerator needs no more than it has anyway."""
+    options = argparse.ArgumentParser(
+        prog="python -m experiments", description="Lists the experiments, or runs one.", allow_abbrev=False
+    )
+    add = options.add_argument
+    add("name", nargs="?", default="", help="experiment to run; without one all are listed")
+    add(
+        "--full", action="store_true",
+        help="the whole run, into the experiment's folder; without it a small one, into a temporary folder",
+    )  # fmt: skip
+    add(
+        "--only", nargs="+", default=[], metavar="SETTING",
+        help="settings to run; by default all, or those of a small run",
+    )  # fmt: skip
+    add("--out", type=Path, metavar="FOLDER", help="folder for the results, instead")
+    add(
+        "--torch-python", default=sys.executable, metavar="PYTHON",
+        help="a Python with torch, transformers and peft, for the experiments that compare with them",
+    )  # fmt: skip
+    add(
+        "--redraw", action="store_true",
+        help="draw all tables and pictures anew from the committed results; measures nothing",
+    )  # fmt: skip
+    return options
 
 
 def show() -> None:
@@ -47,13 +55,14 @@ def show() -> None:
     Console().print(table)
 
 
-def run(command: Command) -> None:
+def run(command: argparse.Namespace) -> None:
     """Runs an experiment and prints its table."""
     name = command.name
     if name not in suite.NAMES:
         raise UserError(f"There is no experiment {name!r}; there are {', '.join(suite.NAMES)}.")
     experiment = suite.load(name)
-    settings = command.only or experiment.settings[: None if command.full else 1]
+    small = experiment.small or experiment.settings[:1]
+    settings = command.only or (experiment.settings if command.full else small)
     if unknown := set(settings) - set(experiment.settings):
         raise UserError(f"{name} has no setting {min(unknown)!r}; it has {', '.join(experiment.settings)}.")
     committed = suite.HERE / name
@@ -63,9 +72,16 @@ def run(command: Command) -> None:
         suite.measure(name, settings[0], suite.Run(command.full, out, command.torch_python))
     else:  # each in a process of its own: its memory is counted from nothing
         options = ["--full"] * command.full + ["--out", str(out), "--torch-python", command.torch_python]
+        crashed = []
         for setting in settings:
             again = [sys.executable, "-m", "experiments", name, "--only", setting, *options]
-            subprocess.run(again, check=True)
+            code = subprocess.run(again, check=False).returncode
+            if code > 0:  # it has told why
+                sys.exit(code)
+            if code < 0:
+                crashed.append(f"{setting} (signal {-code})")
+        if crashed:
+            raise UserError(f"The process ended by itself in {', '.join(crashed)}; the others are measured.")
         return
     print(experiment.table(suite.read(out / experiment.file)))
     print(f"Results: {out / experiment.file}")
@@ -74,7 +90,7 @@ def run(command: Command) -> None:
 
 
 def main() -> None:
-    command = tyro.cli(Command, prog="python -m experiments")
+    command = parser().parse_args()
     try:
         if command.redraw:
             suite.redraw()

@@ -33,6 +33,7 @@ NAMES = (
     "decoder_speed",
     "serving",
     "loss_cost",
+    "accelerator",
     "offline_distillation",
     "signals",
     "long_documents",
@@ -73,7 +74,8 @@ class Experiment:
       run: measures a setting.
       table: the results in Markdown, for README.md.
       result: the results in one short line.
-      settings: what can be measured apart from the rest; a small run measures the first one.
+      settings: what can be measured apart from the rest.
+      small: those that a small run measures; by default the first one.
       draw: the pictures, into a folder.
       file: of the results, JSON or Parquet.
       options: what a full run needs on its command line.
@@ -86,6 +88,7 @@ class Experiment:
     table: Callable[[Results], str]
     result: Callable[[Results], str]
     settings: tuple[str, ...] = ("default",)
+    small: tuple[str, ...] = ()
     draw: Callable[[Results, Path], object] | None = None
     file: str = "results.json"
     options: str = ""
@@ -130,11 +133,12 @@ class KeptRows:
       rows: those committed, and those kept.
     """
 
-    def __init__(self, name: str, setting: str, run: Run) -> None:
-        self.folder = Path(f"{name}-out") if run.full else run.out
+    def __init__(self, name: str, setting: str, run: Run, *, only: Path | None = None) -> None:
+        """Reads the rows that there are; with ``only`` those of that folder, where further ones go, too."""
+        self.folder = only or (Path(f"{name}-out") if run.full else run.out)
         self._file = self.folder / f"{setting}.jsonl"
         self.rows: list[dict[str, Any]] = []
-        if run.full:
+        if run.full and only is None:
             self.rows += committed(name).get(setting, {}).get("rows", [])
         if self._file.is_file():
             self.rows += [json.loads(line) for line in self._file.read_text("utf-8").splitlines()]
@@ -164,12 +168,15 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of the code, with ``-dirty`` if it was changed since."""
+    """The commit of the code, with ``-dirty`` if it was changed since.
+
+    Where the code is a copy without git, the environment variable ``EXPERIMENTS_COMMIT`` says it.
+    """
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("EXPERIMENTS_COMMIT", "unknown")
 
 
 def write(file: Path, results: Results) -> None:

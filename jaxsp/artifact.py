@@ -436,8 +436,15 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "device": device.current().device_kind,
         "devices": len(device.local()),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # jaxsp itself, used from a copy of its source
+        return "not installed"
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

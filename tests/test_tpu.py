@@ -64,7 +64,7 @@ def test_a_program_compiles(name, chip, optimized, caplog):
     attention._say_once.cache_clear()
     made = PROGRAMS[name]()
     with device.programs_for(device.describe(chip)):
-        program = made.lower().compile()
+        program = made.trace().lower().compile()
     memory = programs.memory(program)
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes < ROOM
     kernels = programs.text(program).count('custom_call_target="tpu_custom_call"')

@@ -1,5 +1,7 @@
 """Every program that a compression compiles, from shapes alone: SmolLM2 with the notebook's settings.
 
+For TPUs they are compiled (``test_tpu.py``), for NVIDIA's GPUs lowered (``test_cuda.py``).
+
 A new prompt kind, objective or teacher signal has its program by its own table.
 """
 
@@ -47,12 +49,12 @@ class Program:
 
     Attributes:
       function: the jitted function that it comes from.
-      lower: gives it lowered, for the device that programs are for when it is called.
+      trace: gives it traced, for the device that programs are for when it is called.
       reads: whether it reads several tokens after others, for which a TPU has the Splash kernels.
     """
 
     function: Any
-    lower: Callable[[], jax.stages.Lowered]
+    trace: Callable[[], jax.stages.Traced]
     reads: bool = False
 
 
@@ -93,12 +95,12 @@ def rows(packing: Packing = READING, objective: Objective = OBJECTIVES["kl"]) ->
 
 
 def lower(function: Any, *arguments: Any, reads: bool = False, **options: Any) -> Program:
-    return Program(function, lambda: function.lower(*arguments, **options), reads)
+    return Program(function, lambda: function.trace(*arguments, **options), reads)
 
 
 def update(kind: str, objective: Any = "kl", prompts: int = 1, **changes: Any) -> Program:
     config, settings = CONFIG.replace(**changes), settings_of(kind, objective)
-    call = functools.partial(program.lowered, config, settings, PACKING, None, prompts)
+    call = functools.partial(program.traced, config, settings, PACKING, None, prompts)
     return Program(drivers.sharded_update, call, reads=True)
 
 

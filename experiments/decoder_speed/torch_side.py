@@ -35,7 +35,8 @@ def main() -> None:
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    with torch.device(DEVICE):  # random numbers of a billion weights take a processor a minute
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     model = model.to(DEVICE, dtype).eval().requires_grad_(False)
 
     def ids(rows: int, length: int) -> torch.Tensor:

@@ -46,7 +46,12 @@ SHAPES = {
     "llama-1b": Shape(
         layers=16, width=2048, heads=32, kv_heads=8, head_width=64, mlp_width=8192,
         vocab_size=128256, document=4096, context=2048, slots=64, query=32, new_tokens=128,
-        prompt=128, rows=64, row=256, answer=64, matmul=8192,
+        prompt=128, rows=32, row=256, answer=64, matmul=8192,
+    ),
+    "tiny": Shape(
+        layers=2, width=32, heads=4, kv_heads=2, head_width=8, mlp_width=48, vocab_size=256,
+        document=32, context=16, slots=2, query=4, new_tokens=4, prompt=4, rows=2, row=16, answer=4,
+        matmul=64,
     ),
 }  # fmt: skip
 

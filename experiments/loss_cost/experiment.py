@@ -49,10 +49,12 @@ def measure(_: str, run: Run) -> dict[str, Any]:
     return {"width": WIDTH, "rows": rows}
 
 
-def measure_one(positions: int, vocabulary: int, dtype: str) -> dict[str, Any]:
+def measure_one(
+    positions: int, vocabulary: int, dtype: str, width: int = WIDTH, *, beside_torch: bool = True
+) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(0), 3)
     student, teacher, head = (
-        (scale * jax.random.normal(key, (rows, WIDTH))).astype(dtype)
+        (scale * jax.random.normal(key, (rows, width))).astype(dtype)
         for key, rows, scale in zip(keys, (positions, positions, vocabulary), (1, 1, 0.1), strict=True)
     )
     row: dict[str, Any] = {"positions": positions, "vocabulary": vocabulary, "dtype": dtype}
@@ -64,7 +66,7 @@ def measure_one(positions: int, vocabulary: int, dtype: str) -> dict[str, Any]:
         row[form.__name__] = {"temp_mib": round(memory / MIB, 1), "seconds": None}
         if memory < 0.6 * _memory():
             calls[form.__name__] = lambda program=program: program(student, teacher, head)
-    if importlib.util.find_spec("torch") is not None:
+    if beside_torch and importlib.util.find_spec("torch") is not None:
         from experiments.loss_cost import torch_chunked
 
         calls["torch_chunked"] = torch_chunked.prepared(student, teacher, head)

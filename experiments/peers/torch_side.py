@@ -28,6 +28,7 @@ from experiments.peers.strong_torch import Model, Strong, generate
 LEARNING_RATE = 1e-2
 BATCH = 8
 """Queries at a time where no gradient is taken."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Peer(Protocol):
@@ -75,8 +76,8 @@ class Peft:
 
 def load(job: Job) -> Model:
     dtype = getattr(torch, job.dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
-    return model.eval().requires_grad_(False)
+    model: Model = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
+    return model.to(DEVICE).eval().requires_grad_(False)
 
 
 def prompt_tuning(job: Job, base: Model) -> Peft:
@@ -145,8 +146,9 @@ def train(build: Callable[[Job, Model], Peer], job: Job, *, cached: bool) -> Non
         loss.backward()
         optimizer.step()
         schedule.step()
+        value = loss.item()  # waits for the device
         seconds = time.perf_counter() - started
-        return {"loss": loss.item(), "seconds": seconds, "teacher": teacher_ended - started}
+        return {"loss": value, "seconds": seconds, "teacher": teacher_ended - started}
 
     versions = {package.__name__: package.__version__ for package in (torch, transformers, peft)}
     end_turn(setup=setup, setup_warm=setup, kl=measured(), versions=versions)
@@ -182,4 +184,5 @@ VARIANTS: dict[str, Callable[[Job], None]] = {
 
 
 if __name__ == "__main__":
+    torch.set_default_device(DEVICE)
     VARIANTS[sys.argv[2]](Job.read(Path(sys.argv[1])))

@@ -39,18 +39,18 @@ def compiled(
     prompts: int = 1,
     teacher_head: OutputHead | None = None,
 ) -> jax.stages.Compiled:
-    """``lowered``, compiled: for the device that programs are for, or those of the mesh."""
-    return lowered(config, settings, packing, mesh, prompts, teacher_head).compile()
+    """``traced``, compiled: for the device that programs are for, or those of the mesh."""
+    return traced(config, settings, packing, mesh, prompts, teacher_head).lower().compile()
 
 
-def lowered(
+def traced(
     config: DecoderConfig,
     settings: Settings,
     packing: Packing,
     mesh: Mesh | None,
     prompts: int = 1,
     teacher_head: OutputHead | None = None,
-) -> jax.stages.Lowered:
+) -> jax.stages.Traced:
     """The update of so many prompts with batches of this shape, as a driver runs it, from shapes alone."""
     chosen = UpdateSettings.of(config, settings)
     preamble = prefix_shapes(config, PREAMBLE_TOKENS)
@@ -75,7 +75,7 @@ def lowered(
         preamble, batches = lie(None, preamble), lie(cut, batches)
         states = lie(None if cut else 0, states)
     frozen = Frozen(params, preamble, teacher_head)
-    return sharded_update.lower(states, batches, frozen=frozen, settings=chosen, mesh=mesh, cut=cut)
+    return sharded_update.trace(states, batches, frozen=frozen, settings=chosen, mesh=mesh, cut=cut)
 
 
 def prefix_shapes(config: DecoderConfig, slots: int) -> KeyValues:
