@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jaxsp
@@ -42,11 +42,12 @@ def is_order(answer: str) -> bool:
     return isinstance(found, dict) and {key: type(value) for key, value in found.items()} == types
 
 
+GROUPS = ("payment", "delivery", "repair", "account")
+"""Of messages, in *tickets*."""
+
 FORMATS: dict[str, Callable[[str], bool]] = {
     "json": is_order,
-    "tickets": lambda answer: bool(
-        re.fullmatch(r"\W*(payment|delivery|repair|account)\W*", answer.casefold())
-    ),
+    "tickets": lambda answer: bool(re.fullmatch(rf"\W*({'|'.join(GROUPS)})\W*", answer.casefold())),
     "persona": lambda answer: answer.lstrip().startswith("Ahoy!"),
 }
 """By setting, whether an answer keeps the format that the context asks for."""
@@ -71,15 +72,22 @@ def measure(name: str, run: Run) -> dict[str, Any]:
         answers = [(asked[row["query"]], row[f"answer_{condition}"]) for row in rows]
         found[condition] = {"format": sum(FORMATS[name](answer) for _, answer in answers) / len(answers)}
         if all(query.expect for query, _ in answers):
-            right = [all(map(_has(answer), query.expect)) for query, answer in answers]
+            right = [is_right(answer, query.expect) for query, answer in answers]
             found[condition]["right"] = sum(right) / len(right)
     return found | {"held_out_queries": len(rows)}
 
 
-def _has(answer: str) -> Callable[[str], bool]:
+def is_right(answer: str, expect: Sequence[str]) -> bool:
+    """Whether an answer has all that is expected; and of the groups of messages no other one.
+
+    Example:
+      >>> is_right("Group: Payment", ["payment"]), is_right("Payment, delivery or repair", ["payment"])
+      (True, False)
+    """
     from jaxsp.evaluation.facts import says
 
-    return lambda fact: says(answer, fact)
+    others = [name for name in GROUPS if name not in expect] if {*expect} & {*GROUPS} else []
+    return all(says(answer, fact) for fact in expect) and not any(says(answer, name) for name in others)
 
 
 def table(results: Results) -> str:

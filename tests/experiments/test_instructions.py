@@ -8,7 +8,7 @@ import types
 import pytest
 
 import jaxsp
-from experiments.instructions.experiment import ANSWERED, EXPERIMENT, FORMATS, KEPT, measure, table
+from experiments.instructions.experiment import ANSWERED, EXPERIMENT, FORMATS, KEPT, is_right, measure, table
 from experiments.suite import HERE, Run
 from jaxsp.data.documents import read_context, read_queries
 
@@ -62,3 +62,18 @@ def test_answers_are_counted(monkeypatch, tmp_path):
     assert found["held_out_queries"] == 40
     assert [(found[c]["format"], found[c]["right"]) for c in ANSWERED] == [(1, 1), (0, 1), (0, 0)]
     assert "| 100% / 0% / 0% | 100% / 100% / 0% |" in table({"json": found})
+
+
+@pytest.mark.parametrize(
+    ("answer", "expect", "right"),
+    [
+        ("Payment", ["payment"], True),
+        ("It is about payment.", ["payment"], True),
+        ("Payment\n\nDelivery\n\nRepair\n\nAccount", ["payment"], False),
+        ("Repair", ["payment"], False),
+        ('{"item": "mug", "count": 8, "urgent": false}', ["count 8"], True),
+        ('{"item": "mug", "count": 3, "urgent": false}', ["count 8"], False),
+    ],
+)
+def test_an_answer_that_names_every_group_is_not_right(answer, expect, right):
+    assert is_right(answer, expect) is right
