@@ -431,20 +431,15 @@ def _digest(query: str) -> str:
 
 def environment() -> dict[str, Any]:
     """Python, device and package versions."""
-    packages = ("jaxsp", "jax", "flax", "optax", "transformers")
+    packages, found = ("jaxsp", "jax", "flax", "optax", "transformers"), importlib.metadata.distributions
     return {
         "python": platform.python_version(),
         "device": device.current().device_kind,
         "devices": len(device.local()),
-        "versions": {name: _version(name) for name in packages},
+        "versions": {  # of a copy of jaxsp's source there is none
+            name: next((d.version for d in found(name=name)), "not installed") for name in packages
+        },
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # jaxsp itself, used from a copy of its source
-        return "not installed"
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

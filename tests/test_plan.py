@@ -307,10 +307,15 @@ LARGE = {
             {"layers": 128, "mlp_width": 28672},
             "; --device v6e-8 --parallel mesh --mesh model=8 has room",
         ),
-        ("v5e-1", {"layers": 64, "kv_heads": 1}, "; --device v6e-1 --quantization int8 has room for them."),
+        ("v5e-1", {"layers": 64, "kv_heads": 1}, "; --device v5e-4 --parallel mesh --mesh fsdp=4 has room"),
+        (
+            "v5e-1",
+            {"layers": 64, "kv_heads": 1, "width": 4095},
+            "; --device v6e-1 --quantization int8 has room",
+        ),
         (
             "v6e-1",
-            {"layers": 200, "kv_heads": 1},
+            {"layers": 200, "kv_heads": 1, "width": 4095},
             "; none of the devices .*: over 1 of them, .* takes 39.* GiB.",
         ),
     ],
