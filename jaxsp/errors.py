@@ -19,8 +19,13 @@ RENAMED = {
 class UserError(ValueError):
     """A mistake the user can mend: the message says what is wrong, with what value, and what to do.
 
-    The command line prints the message alone, as one sentence, and exits with status 2.
+    The command line prints the message alone, as one sentence, and exits with status 2. A notebook shows
+    it without a traceback.
     """
+
+    def _render_traceback_(self) -> list[str]:
+        """The lines that IPython shows of it."""
+        return [f"{type(self).__name__}: {self}"]
 
 
 class Damaged(UserError):

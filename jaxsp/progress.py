@@ -4,20 +4,65 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from jaxsp.terminal import visible
 
+WAIT = 0.2
+"""Seconds between two changes of what a notebook shows, at least."""
+
+
+class _Output:
+    """An output of a notebook's cell, written anew in place: as text, so that it needs no widgets."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet, self._handle, self._shown = quiet, None, -math.inf
+
+    def show(self, thing: RenderableType, *, at_once: bool = False) -> None:
+        """Writes it; what comes too soon after the last one is left out, unless it is to be there at once."""
+        now = time.monotonic()
+        if self._quiet or (now < self._shown + WAIT and not at_once):
+            return
+        from IPython.display import display
+
+        console = Console(file=io.StringIO(), force_jupyter=False, color_system=None, width=120)
+        with console.capture() as captured:
+            console.print(thing)
+        text = {"text/plain": captured.get().rstrip()}
+        if self._handle is None:
+            self._handle: Any = display(text, raw=True, display_id=True)
+        else:
+            self._handle.update(text, raw=True)
+        self._shown = now
+
+
+class _BarInNotebook(Progress):
+    """A bar that is such an output. rich's own is a widget, whose thread writes into other cells, too."""
+
+    def __init__(self, *columns: Any, console: Console, disable: bool) -> None:
+        super().__init__(*columns, console=console, disable=True)
+        self._output = _Output(disable)
+
+    def update(self, *arguments: Any, **changes: Any) -> None:
+        super().update(*arguments, **changes)
+        if self.tasks[0].visible:
+            self._output.show(self, at_once=self.finished)
+
+    def stop(self) -> None:
+        if self.tasks and self.tasks[0].visible:
+            self._output.show(self, at_once=True)
+
 
 class Display:
-    """Shows phases on standard error and keeps how long each took.
+    """Shows phases on standard error, or as a cell's output, and keeps how long each took.
 
     Args:
       visible: whether anything is shown; the seconds are kept all the same.
@@ -40,14 +85,20 @@ class Display:
         if self._training is not None:
             self._training.stop()  # two can't be shown at once
         started, compiled = time.perf_counter(), compile_seconds()
-        spinner = self._console.status(Text(title))
-        # In a notebook a quiet console would still show an empty widget.
-        with contextlib.nullcontext() if self._console.quiet else spinner:
-            yield lambda text: spinner.update(Text(visible(f"{title}: {text}")))
+        output = _Output(self._console.quiet) if self._console.is_jupyter else None
+        if output is not None:
+            output.show(Text(title))
+            yield lambda text: output.show(Text(visible(f"{title}: {text}")))
+        else:
+            with self._console.status(Text(title)) as spinner:
+                yield lambda text: spinner.update(Text(visible(f"{title}: {text}")))
         seconds, compiled = time.perf_counter() - started, compile_seconds() - compiled
         self.add(name, seconds - compiled)
         self.add("compile", compiled)
-        self.say(f"{title}: {seconds:.1f} s")
+        if output is not None:
+            output.show(Text(f"{title}: {seconds:.1f} s"), at_once=True)
+        else:
+            self.say(f"{title}: {seconds:.1f} s")
 
     def add(self, name: str, seconds: float) -> None:
         """Notes seconds of a phase that was timed elsewhere."""
@@ -94,7 +145,8 @@ class Display:
 
     def _bar(self, *columns: Any) -> Progress:
         left = TimeRemainingColumn(), TextColumn("left")
-        return Progress(*columns, *left, console=self._console, disable=self._console.quiet)
+        kind = _BarInNotebook if self._console.is_jupyter else Progress
+        return kind(*columns, *left, console=self._console, disable=self._console.quiet)
 
 
 @functools.cache

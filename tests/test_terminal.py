@@ -43,6 +43,46 @@ def test_whatever_is_printed(capsys):
         assert not {"\x9b", "\x07", "\x00", "\x7f"} & set(text)
 
 
+def test_a_notebook_shows_one_text_for_each_thing_and_no_widget(monkeypatch):
+    """What IPython is given to show, in its order; a change of an output stands where it stood."""
+    shown: list[str] = []
+
+    def display(text, *, raw, display_id):
+        place = len(shown)
+        shown.append(text["text/plain"])
+        return SimpleNamespace(update=lambda text, raw: shown.__setitem__(place, text["text/plain"]))
+
+    monkeypatch.setattr("IPython.display.display", display)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    for is_visible in (False, True):
+        ours = Display(visible=is_visible)
+        with ours.phase("answers", "Answers [/x]") as note:
+            note(HOSTILE)
+        with ours.training(2) as on_step:
+            for step in (1, 2):
+                on_step({"step": step, "loss": 0.5, "tokens": 3, "seconds": 0.1})
+        with ours.jobs(2, 0) as show:
+            show(1, HOSTILE)
+        assert is_visible or not shown
+    phase, training, jobs = shown
+    assert phase.startswith("Answers [/x]: ")
+    assert phase.endswith(" s")
+    assert training.startswith("Training step 2/2 ")
+    assert jobs.startswith("1/2 prompts ")
+    assert "\x1b" not in "".join(shown)
+
+
+def test_a_notebook_shows_a_mistake_as_its_sentence(monkeypatch):
+    """IPython asks an error itself for its traceback."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shown: list[list[str]] = []
+    shell = InteractiveShell()
+    monkeypatch.setattr(shell, "_showtraceback", lambda kind, error, lines: shown.append(lines))
+    shell.run_cell("from jaxsp.errors import Damaged\nraise Damaged('a.json is missing', 'write it anew')")
+    assert shown == [["Damaged: a.json is missing; write it anew."]]
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_an_encoding_that_lacks_a_letter_ends_nothing(python, encoding, tmp_path):
     code = (
