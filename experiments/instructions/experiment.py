@@ -117,10 +117,9 @@ def result(results: Results) -> str:
 EXPERIMENT = Experiment(
     question="Do contexts that are no documents go into a soft prompt, too: a format in JSON that every"
     " answer must keep, a classification by eight examples, a persona?",
-    cost="3 to 5 minutes a context on two cores; under 3 GiB",
+    cost="5 to 7 minutes a context on two cores; under 2 GiB",
     run=measure,
     table=table,
     result=result,
     settings=("json", "tickets", "persona"),
-    missing="It has not been run yet.",
 )

@@ -113,7 +113,7 @@ EXPERIMENT = Experiment(
     question="What does a server gain by σ in speed, time to the first token and memory, beside the whole"
     " document, the document's cache and Hugging Face's generate; and how many of σ's wrong answers does a"
     " fallback to the document catch, at which cost?",
-    cost="about 10 minutes for speed and 2 a document for fallback, on two cores (estimated); rows of torch"
+    cost="about 10 minutes for speed (estimated) and 3 a document for fallback, on two cores; rows of torch"
     " need torch and transformers",
     run=measure,
     table=table,
@@ -121,5 +121,5 @@ EXPERIMENT = Experiment(
     settings=tuple(PARTS),
     draw=draw,
     options="--torch-python PATH",
-    missing="It has not been run yet.",
+    missing="Speed has not been run yet.",
 )

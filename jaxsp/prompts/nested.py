@@ -1,7 +1,7 @@
 """Keys, values and biases whose first 1, 2, 4 … K slots are each a prompt: many lengths from one training.
 
 The prompts share keys and values. Each has biases of its own, as fewer slots stand for more of the context
-each. A step of training reads one of them: all K slots every other time, else one of the shorter, drawn.
+each. A step of training reads one of them, drawn: all K slots and the first alone more often than the others.
 
 Reference: Kusupati et al. 2022, Matryoshka Representation Learning (arXiv:2205.13147); Rippel et al. 2014,
 Learning Ordered Representations with Nested Dropout (arXiv:1402.0915).
@@ -76,10 +76,15 @@ def cut(sigma: Sigma, length: int) -> tuple[str, Sigma]:
     return "key_value", {**sigma, "keys": keys, "values": values, "bias": bias}
 
 
+OFTEN = 0.3
+"""Part of the steps that read all K slots, and of those that read the first alone: it has most to learn."""
+
+
 def drawn(sigma: Sigma, key: Array) -> Sigma:
-    """All K slots with a probability of one half, else one of the shorter prompts, all equally likely."""
+    """All K slots or the first alone, each with probability ``OFTEN``; else one of the others, equally likely."""
     count = len(lengths(sigma))
-    chance = jnp.full(count, 0.5 / max(count - 1, 1)).at[-1].set(0.5)
+    often, rest = jnp.zeros(count).at[jnp.array([0, -1])].set(1), max(count - 2, 0)
+    chance = jnp.where(often > 0, OFTEN, (1 - 2 * OFTEN) / max(rest, 1))
     return {**sigma, "drawn": jax.random.categorical(key, jnp.log(chance))}
 
 
