@@ -81,7 +81,7 @@ OFTEN = 0.3
 
 
 def drawn(sigma: Sigma, key: Array) -> Sigma:
-    """All K slots or the first alone, each with probability ``OFTEN``; else one of the others, equally likely."""
+    """All K slots or the first alone, each with probability ``OFTEN``; else one of the others, all alike."""
     count = len(lengths(sigma))
     often, rest = jnp.zeros(count).at[jnp.array([0, -1])].set(1), max(count - 2, 0)
     chance = jnp.where(often > 0, OFTEN, (1 - 2 * OFTEN) / max(rest, 1))
