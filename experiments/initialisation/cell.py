@@ -127,6 +127,7 @@ class Document:
         if cell.steps:
             frozen, chosen = Frozen(model.params, problem.preamble), UpdateSettings.of(model.config, settings)
             if decay:
+                assert isinstance(chosen.optimizer, optax.GradientTransformation)  # Adam's, of these kinds
                 optimizer = optax.chain(chosen.optimizer, variants.towards_start(decay))
                 chosen = dataclasses.replace(chosen, optimizer=optimizer)
                 state = dataclasses.replace(state, optimizer_state=optimizer.init(state.sigma))
