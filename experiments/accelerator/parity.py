@@ -184,7 +184,7 @@ def golden_logits() -> float:
 
 
 def demo(*, full: bool) -> tuple[float, dict[str, Any]]:
-    """What ``jaxsp demo`` reaches."""
+    """The held-out KL that ``jaxsp demo`` reaches."""
     if not full:
         raise NotRun("a small run trains no SmolLM2")
     import jaxsp

@@ -45,7 +45,7 @@ def checks(run: Run) -> list[Check]:
 
 
 class Bench:
-    """What several checks need, made once."""
+    """Things that several checks need, each made once."""
 
     def __init__(self, run: Run) -> None:
         self._run = run

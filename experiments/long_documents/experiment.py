@@ -44,7 +44,8 @@ def measure(setting: str, run: Run) -> dict[str, Any]:
     held_out = [chosen[i * count // HELD_OUT] for i in range(HELD_OUT)]
     train = [query for query in chosen if query not in held_out]
     options = {"study": "off", "prompt_length": 16, "max_answer_tokens": 24}
-    return summary(compressed(model, text, train, held_out, setting, run, options))
+    found = summary(compressed(model, text, train, held_out, setting, run, options))
+    return {**found, "model": "a random Llama"}
 
 
 def compressed(

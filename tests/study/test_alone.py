@@ -17,7 +17,7 @@ def asked(model):
 
 
 def test_an_interrupted_study_goes_on_from_what_the_cache_has(calm_model, cache, monkeypatch):
-    """What was written and answered is not made again, and once whole nothing is."""
+    """Texts and answers that are there are not made again, and once all are nothing is."""
     monkeypatch.setenv("JAXSP_TEACHER_CACHE", "off")
     whole = asked(calm_model)
     monkeypatch.delenv("JAXSP_TEACHER_CACHE")
