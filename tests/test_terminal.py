@@ -44,7 +44,7 @@ def test_whatever_is_printed(capsys):
 
 
 def test_a_notebook_shows_one_text_for_each_thing_and_no_widget(monkeypatch):
-    """The texts that IPython is given to show, in their order; a change of an output stands where it stood."""
+    """The texts that IPython is given to show, in their order; a changed output stands where it stood."""
     shown: list[str] = []
 
     def display(text, *, raw, display_id):
