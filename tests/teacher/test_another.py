@@ -204,6 +204,8 @@ def test_the_models_own_head_as_the_teachers_changes_no_bit(student):
         pytest.param("pmap", None, 8, marks=pytest.mark.slow),
         pytest.param("mesh", "data=2,model=2", 2, marks=pytest.mark.slow),
         pytest.param("mesh", "model=2", 1, marks=pytest.mark.slow),
+        pytest.param("mesh", "fsdp=2,model=2", 2, marks=pytest.mark.slow),
+        pytest.param("mesh", "fsdp=4", 1, marks=pytest.mark.slow),
     ],
 )
 def test_every_driver_trains_like_one_device(student, problem, parallel, mesh, prompts):
