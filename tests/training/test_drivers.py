@@ -14,6 +14,7 @@ import pytest
 import jaxsp
 from jaxsp.data.documents import as_queries
 from jaxsp.data.packing import Packing
+from jaxsp.models import sharding
 from jaxsp.models.sharding import as_mesh
 from jaxsp.progress import Display
 from jaxsp.prompts import DEFAULT_KIND, PROMPT_KINDS, Draws, per_head
@@ -263,3 +264,8 @@ def test_a_layout_that_cannot_be(model, tmp_path, settings, message):
     with pytest.raises(UserError, match=re.escape(message)):
         jaxsp.compress(model, CONTEXT, QUERIES, out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_width_that_can_not_be_cut(model):
+    with pytest.raises(UserError, match="--mesh fsdp=8 doesn't divide the model's width of 30"):
+        sharding.check(model.config.replace(width=30), as_mesh("fsdp=8"))
