@@ -154,7 +154,7 @@ def _by_gradient(totals: Totals, sigmas: PyTree) -> tuple[PyTree, Total]:
 
 
 def _of_sums(found: tuple[PyTree, Total]) -> tuple[PyTree, Total]:
-    """Gradients of mean losses, of those of sums."""
+    """Gradients of mean losses, from those of summed ones."""
 
     def of_mean(gradient: PyTree, loss: Total) -> PyTree:
         return jax.tree.map(lambda g: g / jnp.maximum(loss.count, 1.0), gradient)
