@@ -1,4 +1,4 @@
-"""What must fit: the loss without logits beside the loss with them, and a context of 32,768 tokens."""
+"""Memory: the loss without logits beside the loss with them, and a context of 32,768 tokens."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def is_order(answer: str) -> bool:
 
 
 GROUPS = ("payment", "delivery", "repair", "account")
-"""Of messages, in *tickets*."""
+"""The groups of messages, in *tickets*."""
 
 FORMATS: dict[str, Callable[[str], bool]] = {
     "json": is_order,
