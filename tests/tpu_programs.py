@@ -94,7 +94,7 @@ def rows(packing: Packing = READING, objective: Objective = OBJECTIVES["kl"]) ->
     return program.batch_shapes(CONFIG, packing, objective)
 
 
-def lower(function: Any, *arguments: Any, reads: bool = False, **options: Any) -> Program:
+def traced(function: Any, *arguments: Any, reads: bool = False, **options: Any) -> Program:
     return Program(function, lambda: function.trace(*arguments, **options), reads)
 
 
@@ -127,7 +127,7 @@ def loss(name: str) -> Program:
     entry = OBJECTIVES[name]
     batch = rows(PACKING, entry)
     states = array(*batch.mask.shape, CONFIG.width, dtype=CONFIG.dtype)
-    return lower(loss_and_gradient, states, head(), batch, objective=entry)
+    return traced(loss_and_gradient, states, head(), batch, objective=entry)
 
 
 def held_out(kind: str) -> Program:
@@ -136,7 +136,7 @@ def held_out(kind: str) -> Program:
         (params(), prefix(PREAMBLE_TOKENS), None),
         stacked(program.state_shapes(CONFIG, settings_of(kind)).sigma),
     )
-    return lower(function, *given, stacked(rows()), reads=True)
+    return traced(function, *given, stacked(rows()), reads=True)
 
 
 def whole() -> Any:
@@ -146,14 +146,14 @@ def whole() -> Any:
 
 def prefill() -> Program:
     inputs = array(1, PREAMBLE_TOKENS, CONFIG.width, dtype=CONFIG.dtype)
-    return lower(decoder.prefill, params(), CONFIG, inputs, None, reads=True)
+    return traced(decoder.prefill, params(), CONFIG, inputs, None, reads=True)
 
 
 def long_read() -> Program:
     chunk = 2048
     room = prefix(PREAMBLE_TOKENS + 2 * chunk)
     given = params(), CONFIG, room, array(1, chunk), array(1, chunk), array()
-    return lower(decoder._read_chunk, *given, reads=True)
+    return traced(decoder._read_chunk, *given, reads=True)
 
 
 def answers(*, start: bool) -> Program:
@@ -165,24 +165,24 @@ def answers(*, start: bool) -> Program:
     table = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), requests)
     B, sizes = 16, dict[str, Any](A=SETTINGS.teacher.max_answer_tokens, N=0)
     if start:
-        return lower(engine._start, params(), CONFIG, None, table, B, **sizes)
+        return traced(engine._start, params(), CONFIG, None, table, B, **sizes)
     begin = functools.partial(engine._start, config=CONFIG, B=B, **sizes)
     slots = jax.eval_shape(lambda params, table: begin(params, several=None, table=table), params(), table)
     given = engine._Given(params(), CONFIG, whole(), table, QUERY_TOKENS, array())
-    return lower(engine._advance, given, slots, array(B, dtype=jnp.bool_), array(), None, reads=True)
+    return traced(engine._advance, given, slots, array(B, dtype=jnp.bool_), array(), None, reads=True)
 
 
 def signal(name: str) -> Program:
     options = tuple(SIGNALS[name].options(OBJECTIVES["topk_kl"], CONFIG.vocab_size).items())
     given = {"name": name, "options": options}
-    return lower(targets._signal, params(), CONFIG, whole(), rows(), **given, reads=True)
+    return traced(targets._signal, params(), CONFIG, whole(), rows(), **given, reads=True)
 
 
 def brackets(*, teacher: bool) -> Program:
     """All metrics of one bracket, or of the teacher by itself."""
     given = params(), CONFIG, None if teacher else whole(), rows()
     names = metrics.POSITION_METRICS
-    return lower(metrics._at_positions, *given, names=names, teacher_head=None, reads=not teacher)
+    return traced(metrics._at_positions, *given, names=names, teacher_head=None, reads=not teacher)
 
 
 def matching(*, parts: bool, probe: bool) -> Program:
@@ -192,9 +192,9 @@ def matching(*, parts: bool, probe: bool) -> Program:
     own = array(len(few.tokens), CONTEXT_TOKENS, dtype=jnp.bool_) if parts else None
     if probe:
         wanted = match._probe_of(match.slot_levels(WIDEST))
-        return lower(distributions._probed, *given, wanted, own, reads=True)
+        return traced(distributions._probed, *given, wanted, own, reads=True)
     counts = array(CONFIG.layers, CONFIG.kv_heads)
-    return lower(distributions._compacted, *given, match.fit_to(WIDEST), counts, own, reads=True)
+    return traced(distributions._compacted, *given, match.fit_to(WIDEST), counts, own, reads=True)
 
 
 @functools.cache
@@ -211,23 +211,23 @@ def fitted() -> Any:
 
 # Beside the model: they take no time, but must compile, too.
 SMALL: dict[str, Make] = {
-    "states side by side": lambda: lower(state._stacked, [one()] * PROMPTS),
-    "a state put in": lambda: lower(state.put, stacked(one(), PROMPTS), array(), one()),
-    "a state taken out": lambda: lower(state.unstack, stacked(one(), PROMPTS), array()),
-    "the best kept": lambda: lower(
+    "states side by side": lambda: traced(state._stacked, [one()] * PROMPTS),
+    "a state put in": lambda: traced(state.put, stacked(one(), PROMPTS), array(), one()),
+    "a state taken out": lambda: traced(state.unstack, stacked(one(), PROMPTS), array()),
+    "the best kept": lambda: traced(
         loop._keep_best, stacked(one(), PROMPTS), array(PROMPTS, dtype=jnp.float32)
     ),
-    "rates": lambda: lower(optimizers._rates, "per_head", one().sigma, ()),
-    "slots of each head": lambda: lower(per_head._packed, fitted()),
-    "without the preamble": lambda: lower(distributions._without, prefix(PREAMBLE_TOKENS), whole()),
-    "some slots": lambda: lower(distributions._slots, whole(), array(16)),
-    "likeliest tokens": lambda: lower(
+    "rates": lambda: traced(optimizers._rates, "per_head", one().sigma, ()),
+    "slots of each head": lambda: traced(per_head._packed, fitted()),
+    "without the preamble": lambda: traced(distributions._without, prefix(PREAMBLE_TOKENS), whole()),
+    "some slots": lambda: traced(distributions._slots, whole(), array(16)),
+    "likeliest tokens": lambda: traced(
         tokens._top, head(), array(64, CONFIG.width, dtype=CONFIG.dtype), vocabulary=CONFIG.vocab_size
     ),
-    "keys of samples": lambda: lower(
+    "keys of samples": lambda: traced(
         samples._keys, jax.eval_shape(lambda: jax.random.key(0)), array(8), array(8)
     ),
-    "the saved prompt": lambda: lower(
+    "the saved prompt": lambda: traced(
         artifact._prefix, params(), CONFIG, array(1, PREAMBLE_TOKENS), one().sigma, "per_head", reads=True
     ),
 }

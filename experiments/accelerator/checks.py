@@ -28,7 +28,7 @@ TRIES = 2
 
 
 class NotRun(Exception):
-    """Why a check can't be made here; its row says it."""
+    """A check can't be made here; its row says why."""
 
 
 @dataclasses.dataclass(frozen=True)

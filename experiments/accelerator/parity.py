@@ -23,7 +23,7 @@ VOCABULARY = slice(0, None, 97)
 """The text of the stored logits, and the tokens whose logits they are (``tests/goldens/make_logits.py``)."""
 
 ROUNDING = Goal(most=0.02)
-"""Error of bfloat16 beside float32, in the norm: an entry is rounded by up to 0.004, a gradient's some times."""
+"""Error of bfloat16 beside float32, in the norm: up to 0.004 by an entry, in a gradient some times that."""
 ELSEWHERE = {"cudnn": "gpu", "splash": "tpu"}
 """The devices that the backends are written for; a CPU computes the same slowly, to see that it works."""
 FORMS = {"after a prefix": False, "packed, with a bias": True}

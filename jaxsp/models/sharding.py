@@ -221,7 +221,7 @@ def over_data(
         return PartitionSpec() if axis is None else along(FSDP, leaf.ndim + axis)
 
     def with_ends(*arguments: Any) -> Any:
-        return function(*(_by_path(lambda path, x: _joined(_ENDS, path, x), tree) for tree in arguments))
+        return function(*(_by_path(lambda path, x: _gathered(_ENDS, path, x), tree) for tree in arguments))
 
     def over_parts(*arguments: Any) -> Any:
         each = zip(arguments, axes, inputs, strict=True)
@@ -238,10 +238,11 @@ def weights_are_cut() -> bool:
 
 def whole(weights: PyTree) -> PyTree:
     """A layer's weights put together from all parts."""
-    return _by_path(lambda path, leaf: _joined("kernel", path, leaf), weights)
+    return _by_path(lambda path, leaf: _gathered("kernel", path, leaf), weights)
 
 
-def _joined(pattern: str, path: str, leaf: Array) -> Array:
+def _gathered(pattern: str, path: str, leaf: Array) -> Array:
+    """A parameter from all parts of ``fsdp``, if its path ends like the pattern; else as it is."""
     over_model, axis = _axes(path)
     if axis is None or over_model is None or not re.search(f"({pattern})$", path):
         return leaf

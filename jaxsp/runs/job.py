@@ -26,7 +26,8 @@ from jaxsp.teacher import samples
 from jaxsp.teacher.another import Teacher
 from jaxsp.teacher.problem import SAMPLE, TokenizedJob, digest, tokenize
 from jaxsp.training.drivers import DRIVERS
-from jaxsp.training.optimizers import check_rates, make_optimizer, needs_gradient
+from jaxsp.training.evolution import Evolution
+from jaxsp.training.optimizers import check_rates, make_optimizer
 from jaxsp.typing import UserError
 
 BESIDE_GIVEN = True
@@ -112,7 +113,8 @@ def model_identity(model: LanguageModel, teacher: Teacher | None = None) -> dict
 
 def check_settings(settings: Settings) -> None:
     """Raises ``UserError`` on a name that is in none of the tables, or on parts that don't fit together."""
-    as_objective(settings.training.objective, by_gradient=needs_gradient(settings.training.optimizer))
+    by_gradient = not isinstance(make_optimizer(settings.training), Evolution)
+    as_objective(settings.training.objective, by_gradient=by_gradient)
     on_policy.check(settings)
     samples.count(settings.teacher)
     for name, value, table in (

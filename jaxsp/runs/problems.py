@@ -67,10 +67,10 @@ class Problems:
       store: where studies, and what the teacher said, are kept.
       teacher: the teacher, if it is another model.
       named: say which job it is whose document gives nothing to train on.
+      keep_going: leave such a job out.
 
     Attributes:
-      keep_going: leave out such a job.
-      left_out: the ids of those left out.
+      left_out: the ids of the jobs left out.
     """
 
     def __init__(
@@ -81,9 +81,10 @@ class Problems:
         teacher: Teacher | None = None,
         *,
         named: bool = False,
+        keep_going: bool = False,
     ) -> None:
         self.model, self.preamble, self.store, self.teacher = model, preamble, store, teacher
-        self.named, self.keep_going, self.left_out = named, False, set[str]()
+        self.named, self.keep_going, self.left_out = named, keep_going, set[str]()
         self.asked = teacher.model if teacher else model  # who answers
         self.teacher_preamble = read_preamble(teacher.model) if teacher else preamble
         self._problems, self._studies = Kept[Problem](), Kept[Study]()

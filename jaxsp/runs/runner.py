@@ -115,9 +115,9 @@ class Runner:
         self.preamble = read_preamble(self.model)
         # Of many, one that is damaged keeps none of the others from going on.
         store = Store.of_run(self.folder and self.folder.teachers, self.display.say, mend=not single)
-        self.problems = Problems(self.model, self.preamble, store, self.teacher, named=not single)
         # Processes wait for each other's results: they would wait for one that never comes.
-        self.problems.keep_going = start.keep_going and not self.divided
+        options = {"named": not single, "keep_going": start.keep_going and not self.divided}
+        self.problems = Problems(self.model, self.preamble, store, self.teacher, **options)
         self.teacher_head = self.teacher and self.teacher.head
         self.brackets = Kept[dict[str, Measured]]()
         self.prefills = Kept[float]()  # seconds of the whole context

@@ -59,11 +59,6 @@ def _optimizer(settings: TrainingSettings) -> optax.GradientTransformation | Evo
     return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), made)
 
 
-def needs_gradient(optimizer: Any) -> bool:
-    """Whether an optimizer of the settings descends along the gradient: all but ``Evolution``."""
-    return optimizer != "evolution" and not isinstance(optimizer, Evolution)
-
-
 def _is_ours(optimizer: Any) -> bool:
     """Whether the settings say how far an optimizer moves σ; one of the user's own does so itself."""
     return isinstance(optimizer, str | Evolution)
