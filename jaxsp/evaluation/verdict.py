@@ -114,7 +114,7 @@ def verdict(report: Mapping[str, Any], kind: str) -> dict[str, Any]:
             f" {'the part itself' if several else 'the whole document'}."
         )
         if wrong := sum(q.get("right") is False for q in missed):
-            text += f" Wrong after the full context, too: {wrong} of these; only a better teacher can mend that."
+            text += f" Wrong after the full context, too: {wrong} of these, where a better teacher helps."
     same = [q for q in held_out if q["captured"] and q.get("decisive_tokens") == 0 and q.get("right") is None]
     if has_gap and same:
         text += (

@@ -148,7 +148,7 @@ def test_a_verdict_on_queries_that_the_context_does_not_decide():
 
 def test_a_verdict_on_what_the_document_does_not_answer_either():
     lost = query("held_out", 0.1, False)
-    said = "such questions need the whole document. Wrong after the full context, too: 1 of these, which"
+    said = "such questions need the whole document. Wrong after the full context, too: 1 of these, where"
     assert said in verdict(0.9, [lost | {"right": right} for right in (False, True)])["text"]
     assert "Wrong after" not in verdict(0.9, [lost, lost | {"right": True}])["text"]
 
